@@ -1,0 +1,106 @@
+"""What does self distillation add to a training step?
+
+Time of forward, loss, backward and SGD update of the self-distilled network over the plain one's, the two in turn, medians;
+beside it the ratio of their multiply-adds.
+
+    python benchmarks/step.py                       # one core, the figures of the README
+    python benchmarks/step.py --device cuda --amp-dtype bfloat16 --batch-size 128
+"""
+import argparse
+import statistics
+import time
+from typing import Callable
+
+import timm
+import torch
+from hardware import write_json
+from timm.task import ClassificationTask
+from torch import nn
+
+from timm_selfdistill import SelfDistillTask, wrap_self_distill
+from timm_selfdistill.cost import count_cost
+
+
+def cifar_resnet18() -> nn.Module:
+    """ResNet18 as the paper trains it on CIFAR: 3x3 stem, no max pooling."""
+    model = timm.create_model("resnet18", num_classes=100)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+CASES = {
+    "ResNet18 for CIFAR, 32 px": (cifar_resnet18, 32),
+    "resnet18, 32 px": (lambda: timm.create_model("resnet18", num_classes=100), 32),
+    "resnet18, 224 px": (lambda: timm.create_model("resnet18", num_classes=100), 224),
+    "resnet50, 32 px": (lambda: timm.create_model("resnet50", num_classes=100), 32),
+    "resnet50, 224 px": (lambda: timm.create_model("resnet50", num_classes=100), 224),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("-b", "--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--amp-dtype", choices=["float16", "bfloat16"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--output", default="benchmarks/results/step.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    rows = []
+    print(f"{'network':<28}{'plain ms':>10}{'ours ms':>10}{'time':>8}{'MACs':>8}{'time / MACs':>13}")
+    for name in args.cases:
+        create, size = CASES[name]
+        torch.manual_seed(0)
+        plain_task = ClassificationTask(create().to(args.device), nn.CrossEntropyLoss(), verbose=False)
+        model = wrap_self_distill(create().to(args.device))
+        steps = [make_step(task, size, args) for task in (plain_task, SelfDistillTask(model))]
+        plain, ours, ratio = interleaved(steps, args.rounds)
+        macs = [count_cost(model.backbone, (3, size, size)).macs,
+                count_cost(model, (3, size, size), lambda m, x: m.forward_exits(x)).macs]
+        row = {"network": name, "batch_size": args.batch_size, "amp_dtype": args.amp_dtype, "plain_ms": plain,
+               "ours_ms": ours, "time_ratio": ratio, "macs_ratio": macs[1] / macs[0]}
+        row["time_over_macs"] = row["time_ratio"] / row["macs_ratio"]
+        rows.append(row)
+        print(f"{name:<28}{plain:>10.1f}{ours:>10.1f}{ratio:>8.3f}{row['macs_ratio']:>8.3f}{row['time_over_macs']:>13.3f}")
+    command = f"python benchmarks/step.py --device {args.device} --threads {args.threads} -b {args.batch_size}" + (
+        f" --amp-dtype {args.amp_dtype}" if args.amp_dtype else "")
+    write_json(args.output, args.device, command, rows)
+
+
+def make_step(task: nn.Module, size: int, args: argparse.Namespace) -> Callable[[], None]:
+    """A whole training step on fixed random images."""
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    x = torch.randn(args.batch_size, 3, size, size, device=args.device)
+    y = torch.randint(100, (args.batch_size,), device=args.device)
+    amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else None
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            loss = task(x, y)["loss"]
+        loss.backward()
+        optimizer.step()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return step
+
+
+def interleaved(steps: list[Callable[[], None]], rounds: int) -> tuple[float, float, float]:
+    """Median milliseconds of each step, and the median of the ratios second / first, pair by pair."""
+    times: list[list[float]] = [[], []]
+    for round in range(-2, rounds):
+        for step, record in zip(steps, times):
+            start = time.perf_counter()
+            step()
+            if round >= 0:
+                record.append(1000 * (time.perf_counter() - start))
+    return *map(statistics.median, times), statistics.median(b / a for a, b in zip(*times))
+
+
+if __name__ == "__main__":
+    main()

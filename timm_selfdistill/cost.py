@@ -1,0 +1,120 @@
+"""What an exit costs: parameters and multiply-adds, counted on the meta device, without running anything."""
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class ExitSummary(NamedTuple):
+    """One row of `SelfDistillModel.summary()`."""
+
+    exit: int | str
+    """0..C-1, or "ensemble"."""
+    module: str
+    """The module that ends the exit's stage."""
+    feature_shape: tuple[int, int, int]
+    """(channels, height, width) of the stage's feature map."""
+    params: int
+    """Parameters that the exit needs, backbone up to its stage and head."""
+    macs: int
+    """Multiply-adds for one image, convolutions and matrix products."""
+    share: float
+    """`macs` over those of the plain network."""
+
+
+class Summary(tuple[ExitSummary, ...]):
+    """Rows of a summary, printable as a table."""
+
+    def __str__(self) -> str:
+        lines = [f"{'exit':<9}{'module':<18}{'feature':>15}{'params':>11}{'MACs':>11}{'share':>8}"]
+        lines += [
+            f"{row.exit!s:<9}{row.module:<18}{'x'.join(map(str, row.feature_shape)):>15}"
+            f"{row.params / 1e6:>9.2f} M{row.macs / 1e6:>9.1f} M{row.share:>8.1%}"
+            for row in self
+        ]
+        return "\n".join(lines)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a timm model was made for."""
+    from timm.data import resolve_model_data_config
+
+    height, width = resolve_model_data_config(model)["input_size"][-2:]
+    first_weight = next((p for p in model.parameters() if p.ndim == 4), None)
+    channels = getattr(model, "in_chans", None) or (3 if first_weight is None else first_weight.shape[1])
+    return channels, height, width
+
+
+class Cost(NamedTuple):
+    params: int
+    """Parameters that took part."""
+    macs: int
+    """Multiply-adds for one image."""
+    output: Any
+    """What the call returned, on the meta device: shapes without values."""
+
+
+def count_cost(
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        call: Callable[[Any, Tensor], Any] = nn.Module.__call__,
+) -> Cost:
+    """Parameters used and multiply-adds of `call(model, x)` in eval mode, for one image.
+
+    Runs on the meta device: no memory, no arithmetic, no random numbers. Multiply-adds are half of what torch's
+    `FlopCounterMode` counts.
+
+    Args:
+        input_size: (channels, height, width) in pixels.
+    """
+    caller = _Caller(model, call)
+    params = {name: torch.empty_like(p, device="meta") for name, p in caller.named_parameters()}
+    buffers = {name: torch.empty_like(b, device="meta") for name, b in caller.named_buffers()}
+    dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
+    x = torch.empty(1, *input_size, device="meta", dtype=dtype)
+    seen = _SeenTensors()
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as flops, seen:
+        output = functional_call(caller, params | buffers, (x,))
+    used = sum(p.numel() for p in params.values() if id(p) in seen.ids)
+    return Cost(used, flops.get_total_flops() // 2, output)
+
+
+class _Caller(nn.Module):
+    """Any method of a model as a forward, which is what `functional_call` swaps the weights for."""
+
+    def __init__(self, model: nn.Module, call: Callable[[Any, Tensor], Any]):
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self.model, x)
+
+
+class _SeenTensors(TorchDispatchMode):
+    """Remembers which tensors any operation took, and so which parameters a forward pass needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ids.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))

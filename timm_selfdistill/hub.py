@@ -1,0 +1,165 @@
+"""The files of a saved model: one folder, two readers.
+
+`config.json` and `model.safetensors` are timm's own layout, read by `timm.create_model("local-dir:FOLDER",
+pretrained=True)` without this package. Our key "self_distill" in config.json and `self_distill.safetensors`, the
+heads, ride along.
+"""
+import json
+import os
+import shutil
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from .cost import default_input_size, evaluating
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .model import SelfDistillModel
+
+FORMAT_VERSION = 1
+CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
+
+
+def save(model: "SelfDistillModel", folder: str | PathLike, metrics: dict[str, Any] | None = None) -> None:
+    """Write the three files; see `SelfDistillModel.save_pretrained`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "timm_selfdistill_version": __version__,
+        "exits": [stage.index for stage in model.stages],
+        "head": model.head if isinstance(model.head, str) else None,
+        "head_args": model.head_args,
+    }
+    if metrics is not None:
+        settings["metrics"] = metrics
+    fresh = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        _save_tensors(model.backbone, fresh / BACKBONE)
+        _save_tensors(model.heads, fresh / HEADS)
+        _save_config(model.backbone, fresh / CONFIG, model.model_args, settings)
+        check_rebuilds(model.backbone, fresh)
+        for name in (BACKBONE, HEADS, CONFIG):
+            os.replace(fresh / name, folder / name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def read_config(folder: str | PathLike) -> dict[str, Any]:
+    """config.json of a saved model.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: it is no JSON, not one of ours, or of another format version.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    settings = config.get("self_distill") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or "architecture" not in config:
+        raise ValueError(
+            f'{path} has no "self_distill" entry: this is not a self-distilled model; load a plain timm model with'
+            f' timm.create_model("local-dir:{folder}", pretrained=True)'
+        )
+    version = settings.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version!r}, this timm-selfdistill {__version__} reads {FORMAT_VERSION};"
+            " it was written by another version of timm-selfdistill"
+            f" ({settings.get('timm_selfdistill_version', 'unknown')}): install that one"
+        )
+    return config
+
+
+def build_backbone(folder: str | PathLike) -> nn.Module:
+    """The timm model that config.json describes, with fresh weights."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=False)
+
+
+def load_weights(model: "SelfDistillModel", folder: str | PathLike) -> None:
+    """Load backbone and heads into a model of the same shape.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or holds other tensors than this model's.
+    """
+    for module, name in ((model.backbone, BACKBONE), (model.heads, HEADS)):
+        path = Path(folder) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; the folder is not a complete saved model")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch or save it again") from error
+        _check_tensors(tensors, module.state_dict(), path)
+        module.load_state_dict({key: value.to(module.state_dict()[key].dtype) for key, value in tensors.items()})
+
+
+def check_rebuilds(backbone: nn.Module, folder: Path) -> None:
+    """Raise unless plain timm rebuilds `backbone` from the files in `folder`, to the same logits."""
+    advice = (
+        "timm does not rebuild this backbone from what is known of it: {reason}. Pass what create_model was given:"
+        ' wrap_self_distill(model, model_args={{"in_chans": 1, ...}})'
+    )
+    devices = list({p.device.index for p in backbone.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise ValueError(advice.format(reason=error)) from error
+    like = next(p for p in backbone.parameters() if p.is_floating_point())
+    rebuilt = rebuilt.to(device=like.device, dtype=like.dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *default_input_size(backbone), generator=generator).to(like)
+    with evaluating(backbone), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        try:
+            expected, got = backbone(x), rebuilt(x)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(advice.format(reason=error)) from error
+    if not torch.allclose(expected, got, rtol=1e-2, atol=1e-3 * float(expected.abs().max()), equal_nan=True):
+        raise ValueError(advice.format(reason=f"its logits differ by {float((expected - got).abs().max()):.2g}"))
+
+
+def _save_tensors(module: nn.Module, path: Path) -> None:
+    save_file({key: value.contiguous() for key, value in module.state_dict().items()}, path, metadata={"format": "pt"})
+
+
+def _save_config(backbone: nn.Module, path: Path, model_args: dict[str, Any], settings: dict[str, Any]) -> None:
+    channels, height, width = default_input_size(backbone)
+    pretrained_cfg = {"input_size": (channels, height, width), "num_classes": backbone.num_classes, "first_conv": None}
+    save_config_for_hf(
+        backbone,
+        path,
+        model_config={
+            "pretrained_cfg": pretrained_cfg,
+            "label_names": backbone.pretrained_cfg.get("label_names"),
+            "self_distill": settings,
+        },
+        model_args=model_args,
+    )
+
+
+def _check_tensors(tensors: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    missing = sorted(expected.keys() - tensors.keys())
+    foreign = sorted(tensors.keys() - expected.keys())
+    if missing or foreign:
+        raise ValueError(
+            f"{path} does not hold this model's tensors: {len(missing)} missing {missing[:3]},"
+            f" {len(foreign)} foreign {foreign[:3]}"
+        )
+    for key, value in tensors.items():
+        if value.shape != expected[key].shape:
+            raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}")

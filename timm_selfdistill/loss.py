@@ -1,0 +1,166 @@
+"""The self-distillation loss, "Be Your Own Teacher", ICCV 2019, arXiv:1905.08094, section 3."""
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .model import SelfDistillOutput
+
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class SelfDistillLoss(nn.Module):
+    """Every classifier learns from the labels, the shallow ones also from the teacher.
+
+    For the classifiers i = 1..C, C the deepest::
+
+        loss = sum_i (1 - a_i) label_loss(z_i, y)  +  a_i KL(p_C || p_i)  +  b_i mse(F_i, F_C)
+        p_i  = softmax(z_i / temperature)
+        a_i  = alpha, b_i = beta for i < C;  a_C = b_C = 0
+
+    Label and distillation terms are means over the batch. There is no temperature^2 factor, as in the paper's equation.
+    The teacher's p_C and F_C carry no gradient.
+
+    `beta` is the paper's lambda. The hint is the squared L2 distance divided by the number of elements of one
+    feature, so that `beta` means the same for every network and input size: lambda = beta / (D * H * W) for maps,
+    beta / D for pooled features.
+
+    Args:
+        temperature: softens both distributions of the distillation term; > 0.
+        alpha: weight of the distillation term against the labels, in [0, 1].
+        beta: weight of the hint term, >= 0.
+        label_loss: criterion `(logits (B, K), target) -> scalar`, any of timm's or torch's; None is cross entropy, which
+            takes class indices (B,) and soft labels (B, K).
+        hint: what the hint compares: "map" the whole feature maps, "pooled" their spatial means, None nothing.
+        teacher: "deepest" classifier, or "ensemble": the mean of all logits teaches every classifier, the deepest
+            included (arXiv:2104.00299). The hint's teacher is the deepest feature in both.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+            self,
+            temperature: float = 3.0,
+            alpha: float = 0.3,
+            beta: float = 0.03,
+            label_loss: LabelLoss | None = None,
+            hint: str | None = "map",
+            teacher: str = "deepest",
+    ):
+        super().__init__()
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a positive number, got {temperature}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+        if not 0 <= beta < float("inf"):
+            raise ValueError(f"beta must be a number >= 0, got {beta}")
+        if hint not in ("map", "pooled", None):
+            raise ValueError(f"hint must be 'map', 'pooled' or None, got {hint!r}")
+        if teacher not in ("deepest", "ensemble"):
+            raise ValueError(f"teacher must be 'deepest' or 'ensemble', got {teacher!r}")
+        self.temperature = temperature
+        self.alpha = alpha
+        self.beta = beta
+        self.label_loss = label_loss
+        self.hint = hint
+        self.teacher = teacher
+
+    def forward(self, output: SelfDistillOutput, target: Tensor | None = None) -> Tensor:
+        """The loss, a scalar tensor. See `terms`."""
+        return self.terms(output, target)["loss"]
+
+    def terms(self, output: SelfDistillOutput, target: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss and its parts, `loss = label + alpha * distill + beta * hint`.
+
+        Args:
+            output: of a `SelfDistillModel`: C logits (B, K) and C features (B, D, H, W).
+            target: class indices (B,), or soft labels (B, K); None for images without labels, where `label` is 0 and
+                the exits learn from the teacher alone.
+
+        Returns:
+            Scalar tensors: "loss"; "label", the label terms with their factors 1 - a_i; "distill" and "hint", the plain
+            sums over the students.
+
+        Raises:
+            TypeError: `output` is not a `SelfDistillOutput`, or class indices are not integers.
+            ValueError: the target's shape does not fit, or (checked on CPU) an index is not in 0..K-1.
+        """
+        if not isinstance(output, SelfDistillOutput):
+            raise TypeError(
+                f"expected a SelfDistillOutput, got {type(output).__name__}; in eval mode model(x) gives only the"
+                " deepest logits: use model.forward_exits(x)"
+            )
+        logits = [_full_precision(z) for z in output.logits]
+        distill, hint = self._distill(logits), self._hint(output.features)
+        label = self._label(logits, target) if target is not None else torch.zeros_like(distill)
+        return {
+            "loss": label + self.alpha * distill + self.beta * hint,
+            "label": label,
+            "distill": distill,
+            "hint": hint,
+        }
+
+    def _label(self, logits: list[Tensor], target: Tensor) -> Tensor:
+        target = _check_target(target, logits[-1])
+        if self.label_loss is None:
+            losses = [F.cross_entropy(_shifted(z), target) for z in logits]
+        else:
+            losses = [self.label_loss(z, target) for z in logits]
+        deepest_weight = 1 - self.alpha if self.teacher == "ensemble" else 1
+        return (1 - self.alpha) * sum(losses[:-1]) + deepest_weight * losses[-1]
+
+    def _distill(self, logits: list[Tensor]) -> Tensor:
+        if self.teacher == "ensemble":
+            # The mean of quotients cannot overflow where the logits do not.
+            teacher, students = sum(z / len(logits) for z in logits), logits
+        else:
+            teacher, students = logits[-1], logits[:-1]
+        log_p = F.log_softmax(_shifted(teacher.detach()) / self.temperature, dim=1)
+        return sum(
+            F.kl_div(F.log_softmax(_shifted(z) / self.temperature, dim=1), log_p, reduction="batchmean", log_target=True)
+            for z in students
+        )
+
+    def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
+        if self.hint is None:
+            return _full_precision(features[-1]).new_zeros(())
+        features = [_full_precision(f) for f in features]
+        if self.hint == "pooled":
+            features = [f.mean((2, 3)) for f in features]
+        teacher = features[-1].detach()
+        return sum(F.mse_loss(f, teacher) for f in features[:-1])
+
+    def extra_repr(self) -> str:
+        return (f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}, hint={self.hint!r},"
+                f" teacher={self.teacher!r}")
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _shifted(logits: Tensor) -> Tensor:
+    """Logits moved to a maximum of 0, equal under softmax; differences too large for float32 stay finite, NaN stays NaN."""
+    return (logits - logits.detach().amax(1, keepdim=True)).clamp(min=-1e30)
+
+
+def _check_target(target: Tensor, logits: Tensor) -> Tensor:
+    batch, classes = logits.shape
+    if target.shape == logits.shape and target.is_floating_point():
+        return target
+    if target.shape != (batch,):
+        raise ValueError(
+            f"target must be class indices ({batch},) or soft labels ({batch}, {classes}) in floating point,"
+            f" got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f"class indices must be integers, got {target.dtype}; use target.long()")
+    target = target.long()
+    # On an accelerator the check would wait for the device in every step; torch asserts there by itself.
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in target.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"class indices must lie in 0..{classes - 1}, got {low if low < 0 else high}")
+    return target

@@ -1,0 +1,219 @@
+"""One verb turns a timm model into a network that teaches itself."""
+from os import PathLike
+from typing import Any, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import hub
+from .cost import ExitSummary, Summary, count_cost, default_input_size
+from .heads import HeadFactory, create_head
+from .stages import check_timm_classifier, read_stages, select_stages
+
+
+class SelfDistillOutput(NamedTuple):
+    """What every classifier says, shallow to deep; the last entries are the teacher's."""
+
+    logits: tuple[Tensor, ...]
+    """C tensors (B, K)."""
+    features: tuple[Tensor, ...]
+    """C tensors (B, D, H, W), all of the shape of the backbone's last feature map."""
+
+
+def wrap_self_distill(
+        model: nn.Module,
+        *,
+        exits: Sequence[int | str] | None = None,
+        head: str | HeadFactory = "bottleneck",
+        head_args: dict[str, Any] | None = None,
+        model_args: dict[str, Any] | None = None,
+        freeze_backbone: bool = False,
+) -> "SelfDistillModel":
+    """Put a shallow classifier at the stage boundaries of a timm model.
+
+    The model is kept as it is: the same object with the same weights, device, dtype, memory format and training mode;
+    the heads follow it.
+
+    Args:
+        model: a timm model with a classifier, `timm.create_model("resnet18", num_classes=10)`.
+        exits: where the shallow classifiers stand: `feature_info` indices or module names ("layer1"), ascending. The last
+            level is always the teacher. None chooses up to three, see `stages.select_stages`.
+        head: "bottleneck" (ICCV 2019), "linear" (deep supervision), or a callable, see `heads.create_head`.
+        head_args: further arguments of the head, e.g. `{"width": 64}` for "bottleneck".
+        model_args: what `create_model` was given and cannot be read back from the model; needed only for saving, which
+            says so.
+        freeze_backbone: only the heads learn; the backbone stays in eval mode, without gradients.
+
+    Raises:
+        TypeError: `model` is not a timm model, or an argument has the wrong type.
+        ValueError: the model has no classifier, or `exits` or `head` names something unknown.
+    """
+    return SelfDistillModel(
+        model, exits=exits, head=head, head_args=head_args, model_args=model_args, freeze_backbone=freeze_backbone)
+
+
+class SelfDistillModel(nn.Module):
+    """A timm model with shallow classifiers; made by `wrap_self_distill`.
+
+    Attributes:
+        backbone: the timm model.
+        stages: one `Stage` per shallow exit, shallow to deep.
+        heads: one head per shallow exit.
+        exits: the module names of all C classifiers, the deepest included.
+        num_classes: K.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            *,
+            exits: Sequence[int | str] | None = None,
+            head: str | HeadFactory = "bottleneck",
+            head_args: dict[str, Any] | None = None,
+            model_args: dict[str, Any] | None = None,
+            freeze_backbone: bool = False,
+    ):
+        super().__init__()
+        check_timm_classifier(model)
+        *self.stages, self._last_stage = select_stages(read_stages(model), exits)
+        self.exits = tuple(stage.name for stage in [*self.stages, self._last_stage])
+        self.num_classes = model.num_classes
+        self.head, self.head_args, self.model_args = head, dict(head_args or {}), dict(model_args or {})
+        self.freeze_backbone = freeze_backbone
+        self.backbone = model
+        self.heads = nn.ModuleList(
+            create_head(head, stage, self._last_stage, self.num_classes, self.head_args) for stage in self.stages)
+
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        self.heads.to(device=like.device, dtype=like.dtype)
+        if any(p.ndim == 4 and _is_channels_last(p) for p in model.parameters()):
+            self.heads.to(memory_format=torch.channels_last)
+        self.training = model.training
+        self.heads.train(model.training)
+        if freeze_backbone:
+            model.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "SelfDistillModel":
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    def forward(self, x: Tensor) -> SelfDistillOutput | Tensor:
+        """Training mode: what every classifier says. Eval mode: the deepest logits (B, K), the backbone's own.
+
+        Args:
+            x: images (B, in_chans, H, W).
+        """
+        return self.forward_exits(x) if self.training else self.backbone(x)
+
+    def forward_exits(self, x: Tensor) -> SelfDistillOutput:
+        """What every classifier says, in either mode, for images (B, in_chans, H, W)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            indices = [stage.index for stage in [*self.stages, self._last_stage]]
+            final, maps = self.backbone.forward_intermediates(x, indices=indices)
+            deepest = self.backbone.forward_head(final)
+        teacher = maps[-1]
+        shallow = [head(feature_map) for head, feature_map in zip(self.heads, maps)]
+        return SelfDistillOutput(
+            logits=(*(logits for logits, _ in shallow), deepest),
+            features=(*(_fit(feature, teacher) for _, feature in shallow), teacher),
+        )
+
+    def predict(self, x: Tensor, exit: int | str = -1) -> Tensor:
+        """Logits (B, K) of one exit, running no layer behind it. Put the model in eval mode first.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            exit: 0 (shallowest) to C - 1 (deepest), or -1 (deepest) to -C; "ensemble" is the mean of all logits.
+
+        Raises:
+            ValueError: there is no such exit.
+        """
+        if exit == "ensemble":
+            return torch.stack(self.forward_exits(x).logits).mean(0)
+        count = len(self.exits)
+        if isinstance(exit, bool) or not isinstance(exit, int) or not -count <= exit < count:
+            raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
+        if exit % count == count - 1:
+            return self.backbone(x)
+        stage, head = self.stages[exit % count], self.heads[exit % count]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            (feature_map,) = self.backbone.forward_intermediates(
+                x, indices=[stage.index], stop_early=True, intermediates_only=True)
+        return head(feature_map)[0]
+
+    def strip(self) -> nn.Module:
+        """The plain timm model, for good: the shallow classifiers are not needed at inference."""
+        return self.backbone
+
+    def summary(self, input_size: tuple[int, int, int] | None = None) -> Summary:
+        """What each exit costs, and the ensemble of all. `print(model.summary())` shows a table.
+
+        Args:
+            input_size: (channels, height, width) in pixels; None is what the backbone was made for.
+        """
+        input_size = input_size or default_input_size(self.backbone)
+        plain_macs = count_cost(self.backbone, input_size).macs
+        stages = [*self.stages, self._last_stage]
+        maps = count_cost(self.backbone, input_size, lambda backbone, x: backbone.forward_intermediates(
+            x, indices=[stage.index for stage in stages], intermediates_only=True)).output
+        rows = []
+        for exit, stage, feature_map in [*zip(range(len(stages)), stages, maps), ("ensemble", stages[-1], maps[-1])]:
+            params, macs, _ = count_cost(self, input_size, lambda model, x: model.predict(x, exit))
+            rows.append(ExitSummary(exit, stage.name, tuple(feature_map.shape[1:]), params, macs, macs / plain_macs))
+        return Summary(rows)
+
+    def save_pretrained(self, save_directory: str | PathLike, *, metrics: dict[str, Any] | None = None) -> None:
+        """Save to a folder that both `SelfDistillModel.from_pretrained` and plain timm read.
+
+        The folder gets `config.json` and `model.safetensors` (the backbone, in timm's own layout) and
+        `self_distill.safetensors` (the heads). Files are written beside and moved into place only after timm was seen to
+        rebuild the same model from them.
+
+        Args:
+            save_directory: made if missing; other files in it stay.
+            metrics: recorded in config.json, anything JSON can hold.
+
+        Raises:
+            ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping.
+        """
+        hub.save(self, save_directory, metrics=metrics)
+
+    @classmethod
+    def from_pretrained(cls, model_id: str | PathLike, *, head: HeadFactory | None = None) -> "SelfDistillModel":
+        """Load a saved model, in eval mode on the CPU.
+
+        Args:
+            model_id: a folder that `save_pretrained` wrote.
+            head: the callable that the model was wrapped with, if it was one: code is never loaded from a folder.
+
+        Raises:
+            FileNotFoundError: the folder or a file in it is missing.
+            ValueError: a file is damaged, foreign, or of another format version.
+        """
+        config = hub.read_config(model_id)
+        settings = config["self_distill"]
+        if settings["head"] is None and head is None:
+            raise ValueError(f"{model_id} was saved with a head of its own; pass it: from_pretrained(..., head=...)")
+        model = cls(
+            hub.build_backbone(model_id),
+            exits=settings["exits"],
+            head=head or settings["head"],
+            head_args=settings["head_args"],
+            model_args=config.get("model_args"),
+        )
+        hub.load_weights(model, model_id)
+        return model.eval()
+
+
+def _fit(feature: Tensor, teacher: Tensor) -> Tensor:
+    """Resize to the teacher's height and width, where the sizes do not divide."""
+    if feature.shape[2:] == teacher.shape[2:]:
+        return feature
+    return F.adaptive_avg_pool2d(feature, teacher.shape[2:])
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

@@ -1,0 +1,45 @@
+"""Self distillation as a timm training task."""
+from torch import Tensor
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+
+from .loss import SelfDistillLoss
+from .model import SelfDistillModel
+
+
+class SelfDistillTask(ClassificationTask):
+    """A `timm.task.TrainingTask` that pairs a `SelfDistillModel` with its loss.
+
+    Distribution, compilation, EMA and checkpoints are those of timm's `ClassificationTask`.
+
+    Args:
+        model: of `wrap_self_distill`.
+        criterion: None is `SelfDistillLoss()`.
+    """
+
+    def __init__(self, model: SelfDistillModel, criterion: SelfDistillLoss | None = None):
+        if not isinstance(model, SelfDistillModel):
+            raise TypeError(f"expected a SelfDistillModel, got {type(model).__name__}; use wrap_self_distill(model)")
+        device = next(model.parameters()).device
+        super().__init__(model, SelfDistillLoss() if criterion is None else criterion, device=device, verbose=False)
+
+    def forward(self, input: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """Run all exits and the loss, in training and in eval mode.
+
+        Args:
+            input: images (B, in_chans, H, W).
+            target: class indices (B,), soft labels (B, K), or None for images without labels.
+
+        Returns:
+            "loss", "label_loss", "distill_loss", "hint_loss" (scalars) and "output", the deepest logits (B, K).
+        """
+        forward = self.trainable_module if self.training else unwrap_model(self.trainable_module).forward_exits
+        output = forward(input)
+        terms = self.criterion.terms(output, target)
+        return {
+            "loss": terms["loss"],
+            "output": output.logits[-1],
+            "label_loss": terms["label"],
+            "distill_loss": terms["distill"],
+            "hint_loss": terms["hint"],
+        }

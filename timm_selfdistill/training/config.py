@@ -1,0 +1,102 @@
+"""Everything a run can be told, under timm's names."""
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from timm.optim import list_optimizers
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "plateau", "none")
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a training run.
+
+    Names and meaning are those of the flags of timm's `train.py`; durations are in epochs.
+
+    Args:
+        output: run directory; "" makes one under output/train, named after the time.
+        resume: checkpoint folder or run directory to go on from; "latest" is the newest checkpoint in `output`.
+        batch_size: images per process and forward pass.
+        validation_batch_size: None is `batch_size`.
+        lr: highest learning rate.
+        sched: learning-rate schedule, stepped every update; decay_epochs, decay_milestones and decay_rate belong to
+            "step" and "multistep".
+        smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
+        mixup, cutmix: their alpha; 0 is off. mixup_off_epoch: epoch from which both are off; 0 is never.
+        model_ema: keep an average of the weights; it is what is evaluated and saved.
+        amp: mixed precision, in amp_dtype "float16" or "bfloat16"; False leaves it to `accelerate launch`.
+        grad_accum_steps: forward passes per update.
+        clip_grad: highest gradient norm; None is off.
+        workers: data-loading processes per training process.
+        log_interval: updates between two looks at the loss.
+        checkpoint_hist: checkpoints kept.
+        report_to: names of Accelerate's trackers, e.g. ("tensorboard", "wandb").
+    """
+
+    output: str = ""
+    resume: str | None = None
+    seed: int = 42
+    epochs: int = 10
+    batch_size: int = 64
+    validation_batch_size: int | None = None
+    opt: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    sched: str = "cosine"
+    warmup_epochs: float = 1
+    warmup_lr: float = 1e-5
+    min_lr: float = 0.0
+    decay_epochs: float = 30
+    decay_milestones: tuple[int, ...] = (90, 180, 270)
+    decay_rate: float = 0.1
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+    mixup_off_epoch: int = 0
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    amp: bool = False
+    amp_dtype: str = "float16"
+    grad_accum_steps: int = 1
+    clip_grad: float | None = None
+    channels_last: bool = False
+    torchcompile: bool = False
+    workers: int = 2
+    log_interval: int = 50
+    checkpoint_hist: int = 3
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that cannot work, before anything is spent on it."""
+        self.report_to, self.decay_milestones = tuple(self.report_to), tuple(self.decay_milestones)
+        for name in ("epochs", "batch_size", "grad_accum_steps", "log_interval", "checkpoint_hist"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "workers"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"clip_grad must be > 0, got {self.clip_grad}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}")
+        known = list_optimizers()
+        if self.opt.lower() not in known:
+            raise ValueError(f"unknown optimizer {self.opt!r}; timm has {', '.join(known)}")
+        if self.sched not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.sched!r}; choose from {', '.join(SCHEDULES)}")
+        if self.amp_dtype not in ("float16", "bfloat16"):
+            raise ValueError(f"amp_dtype must be 'float16' or 'bfloat16', got {self.amp_dtype!r}")
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """Accelerate's name of the precision; None leaves it to `accelerate launch`."""
+        return {"float16": "fp16", "bfloat16": "bf16"}[self.amp_dtype] if self.amp else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

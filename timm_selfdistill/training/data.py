@@ -1,0 +1,260 @@
+"""Images and labels from anything that `datasets` reads, as tensors that timm's transforms made."""
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+VAL_SPLITS = ("validation", "val", "valid", "test")
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Rows of a `datasets.Dataset` as (image (C, H, W), class index).
+
+    Args:
+        rows: with an image column and a column of class indices.
+        transform: PIL image -> tensor, e.g. of `timm.data.create_transform`.
+        mode: PIL mode that images are converted to: "L" (one channel) or "RGB".
+    """
+
+    def __init__(self, rows: datasets.Dataset, image_column: str, label_column: str, transform: Any, mode: str,
+                 num_classes: int):
+        self.rows = rows.select_columns([image_column, label_column])
+        self.rows = self.rows.cast_column(image_column, datasets.Image(decode=False))
+        self.image_column, self.label_column = image_column, label_column
+        self.transform = transform
+        self.mode = mode
+        self.num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = self.rows[index]
+        return self.transform(_decode(row[self.image_column], index).convert(self.mode)), row[self.label_column]
+
+
+@dataclass
+class ImageSplits:
+    """Training and validation images; made by `load_images`."""
+
+    train: datasets.Dataset
+    val: datasets.Dataset
+    image_column: str
+    label_column: str
+    class_names: list[str]
+    in_chans: int
+    """1 where the first image is grey, else 3."""
+    size: tuple[int, int]
+    """(height, width) of the first image."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def transformed(self, data_config: dict[str, Any], **augmentation: Any) -> tuple[ImageDataset, ImageDataset]:
+        """Training and validation data as tensors.
+
+        Args:
+            data_config: input_size (channels, height, width), mean, std, interpolation, crop_pct; of
+                `timm.data.resolve_model_data_config` or `model_data_config`.
+            augmentation: further arguments of `timm.data.create_transform` for training, e.g. `auto_augment`.
+
+        Raises:
+            ValueError: input_size has neither one channel nor three.
+        """
+        channels = data_config["input_size"][0]
+        if channels not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, but the model takes in_chans={channels}")
+        train_only = {"interpolation": augmentation.pop("interpolation", data_config["interpolation"])}
+        train = create_transform(**{**data_config, **train_only}, is_training=True, **augmentation)
+        val = create_transform(**data_config)
+        mode = "L" if channels == 1 else "RGB"
+        return tuple(
+            ImageDataset(rows, self.image_column, self.label_column, transform, mode, self.num_classes)
+            for rows, transform in ((self.train, train), (self.val, val))
+        )
+
+
+def load_images(
+        source: str | Path | datasets.Dataset | Mapping[str, datasets.Dataset],
+        *,
+        name: str | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        val_fraction: float = 0.1,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        seed: int = 42,
+) -> ImageSplits:
+    """Find images, labels, class names and a validation split.
+
+    Args:
+        source: a folder (one subfolder per class, or parquet or arrow files, or `save_to_disk`'s), a parquet or arrow
+            file, the name of a data set on the Hub, or a `datasets` object.
+        name: configuration of a Hub data set.
+        val_split: None is the first of "validation", "val", "valid", "test" that exists; where there is none,
+            `val_fraction` of the training split, drawn by `seed`, class by class where every class has two images.
+        image_column, label_column: None finds them by their feature type, Image and ClassLabel.
+
+    Raises:
+        FileNotFoundError: nothing is there, or no images in it.
+        ValueError: a split or column is missing or ambiguous, there is only one class, or a label is out of range.
+    """
+    splits = _read(source, name, train_split)
+    if train_split not in splits:
+        raise ValueError(f"{_named(source)} has no split {train_split!r}; it has {', '.join(map(repr, splits))}")
+    train = splits[train_split]
+    image_column = _find_column(train, image_column, datasets.Image, "image", source)
+    label_column = _find_column(train, label_column, datasets.ClassLabel, "label", source)
+
+    if val_split is None:
+        val_split = next((split for split in VAL_SPLITS if split in splits and split != train_split), None)
+    elif val_split not in splits:
+        raise ValueError(f"{_named(source)} has no split {val_split!r}; it has {', '.join(map(repr, splits))}")
+    train = _encode_labels(train, label_column)
+    class_names = train.features[label_column].names
+    if len(class_names) < 2:
+        raise ValueError(f"{_named(source)} has one class only ({class_names}); at least 2 are needed")
+    if val_split is not None:
+        val = _encode_labels(splits[val_split], label_column, class_names)
+    else:
+        train, val = _split(train, val_fraction, label_column, seed)
+    for split_name, rows in (("training", train), ("validation", val)):
+        if len(rows) == 0:
+            raise ValueError(f"the {split_name} split of {_named(source)} is empty")
+        _check_labels(rows, label_column, len(class_names), split_name)
+    first = _decode(train.cast_column(image_column, datasets.Image(decode=False))[0][image_column], 0)
+    in_chans = 1 if first.mode in ("1", "L", "I", "F", "I;16") else 3
+    return ImageSplits(train, val, image_column, label_column, class_names, in_chans, first.size[::-1])
+
+
+def model_data_config(backbone: nn.Module, img_size: int | None = None, in_chans: int = 3, **overrides: Any) -> dict[str, Any]:
+    """The preprocessing of a timm model, with what a run changes of it, written back to `backbone.pretrained_cfg`.
+
+    So `timm.data.resolve_model_data_config(backbone)` gives the same, also after saving and loading.
+
+    Args:
+        img_size: pixels; None is the model's own size.
+        overrides: mean, std, interpolation, crop_pct; None values are the model's own.
+    """
+    config = resolve_model_data_config(backbone)
+    size = (img_size, img_size) if img_size else config["input_size"][1:]
+    config["input_size"] = (in_chans, *size)
+    config.update({key: value for key, value in overrides.items() if value is not None})
+    for key in ("mean", "std"):
+        values = tuple(config[key])
+        if len(values) != in_chans:
+            config[key] = (sum(values) / len(values),) * in_chans
+    kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    backbone.pretrained_cfg.update({key: config[key] for key in kept if key in config}, test_input_size=None)
+    return config
+
+
+def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datasets.Dataset]:
+    if isinstance(source, datasets.Dataset):
+        return {train_split: source}
+    if isinstance(source, Mapping):
+        return source
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"expected a path, the name of a data set or a datasets.Dataset, got {type(source).__name__}")
+    path = Path(source)
+    try:
+        if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_file():
+            loaded = datasets.load_dataset(path.suffix.lstrip("."), data_files={train_split: str(path)})
+        else:
+            loaded = datasets.load_dataset(str(source), name)
+    except FileNotFoundError as error:
+        if path.is_dir():
+            raise FileNotFoundError(
+                f"{path} holds no images; expected one subfolder per class, or parquet or arrow files") from error
+        raise FileNotFoundError(f"{source} is neither a folder or file here nor a data set on the Hub: {error}") from error
+    return {train_split: loaded} if isinstance(loaded, datasets.Dataset) else loaded
+
+
+def _find_column(rows: datasets.Dataset, column: str | None, feature: type, what: str, source: Any) -> str:
+    if column is not None:
+        if column not in rows.features:
+            raise ValueError(f"{_named(source)} has no column {column!r}; it has {', '.join(rows.features)}")
+        return column
+    found = [key for key, value in rows.features.items() if isinstance(value, feature)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{_named(source)} has several {what} columns: {', '.join(found)}; name one as {what}_column")
+    hint = "; a folder needs one subfolder per class, at least 2" if what == "label" else ""
+    raise ValueError(
+        f"{_named(source)} has no {what} column ({feature.__name__}) among {', '.join(rows.features)};"
+        f" name one as {what}_column{hint}"
+    )
+
+
+def _encode_labels(rows: datasets.Dataset, column: str, class_names: list[str] | None = None) -> datasets.Dataset:
+    """Make the column a ClassLabel, with the class names of the training split where they are given."""
+    feature = rows.features.get(column)
+    if feature is None:
+        raise ValueError(f"the validation split has no column {column!r}; it has {', '.join(rows.features)}")
+    if not isinstance(feature, datasets.ClassLabel):
+        values = rows.unique(column)
+        if None in values or any(isinstance(value, float) for value in values):
+            raise TypeError(f"column {column!r} must hold class indices or names, got {feature} with values {values[:3]}")
+        if isinstance(values[0], str):
+            names = class_names or sorted(values)
+            unknown = sorted(set(values) - set(names))
+            if unknown:
+                raise ValueError(f"classes {unknown[:5]} are in the validation split but not in the training split")
+        else:
+            names = class_names or [str(index) for index in range(max(values) + 1)]
+            _check_range(min(values), max(values), len(names), column)
+        feature = datasets.ClassLabel(names=names)
+        rows = rows.cast_column(column, feature)
+    if class_names is not None and feature.names != class_names:
+        raise ValueError(f"training and validation split differ in their classes: {class_names[:5]}, {feature.names[:5]}")
+    return rows
+
+
+def _split(rows: datasets.Dataset, fraction: float, label_column: str, seed: int) -> tuple[datasets.Dataset, ...]:
+    if not 0 < fraction < 1:
+        raise ValueError(f"val_fraction must lie between 0 and 1, got {fraction}")
+    counts = np.bincount(rows.with_format("numpy")[label_column][:])
+    stratify = label_column if counts.min() > 1 and min(fraction, 1 - fraction) * len(rows) >= len(counts) else None
+    parts = rows.train_test_split(fraction, seed=seed, stratify_by_column=stratify)
+    return parts["train"], parts["test"]
+
+
+def _check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_name: str) -> None:
+    labels = rows.select_columns([column]).with_format("arrow")[:][column]
+    if labels.null_count:
+        raise ValueError(f"{labels.null_count} of {len(rows)} rows of the {split_name} split have no label")
+    values = labels.to_numpy()
+    _check_range(int(values.min()), int(values.max()), num_classes, column)
+
+
+def _check_range(low: int, high: int, num_classes: int, column: str) -> None:
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels in column {column!r} must lie in 0..{num_classes - 1}, got {low if low < 0 else high}"
+            + ("; -1 marks a split without labels: choose another" if low == -1 else "")
+        )
+
+
+def _decode(image: dict[str, Any], index: int) -> Image.Image:
+    try:
+        decoded = Image.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        decoded.load()
+        return decoded
+    except (UnidentifiedImageError, OSError, TypeError) as error:
+        raise ValueError(f"cannot read image {image and image['path'] or f'in row {index}'}: {error}") from error
+
+
+def _named(source: Any) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "the data set"

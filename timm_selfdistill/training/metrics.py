@@ -1,0 +1,61 @@
+"""Accuracy of every exit."""
+from typing import Any, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model import SelfDistillModel
+
+
+class ExitMetrics(NamedTuple):
+    exit: int | str
+    """0..C-1, or "ensemble"; plain models have exit 0 only."""
+    top1: float
+    """Per cent."""
+    top5: float
+    """Per cent."""
+    loss: float
+    """Mean cross entropy, nats."""
+
+
+def exit_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Logits (B, K) of every classifier of a self-distilled model, or of the only one of another."""
+    return model.forward_exits(x).logits if isinstance(model, SelfDistillModel) else (model(x),)
+
+
+class ExitMeter:
+    """Adds up loss and hits of every exit, and of their ensemble where there are several. Nothing waits for the device."""
+
+    def __init__(self, classifiers: int, device: torch.device):
+        rows = classifiers + 1 if classifiers > 1 else 1
+        self.totals = torch.zeros(rows, 4, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+    @torch.no_grad()
+    def update(self, logits: Sequence[Tensor], target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            logits: of every exit, (B, K), shallow to deep.
+            target: class indices (B,).
+        """
+        if len(logits) > 1:
+            logits = [*logits, torch.stack(list(logits)).mean(0)]
+        self.totals += torch.stack([_count(z.float(), target) for z in logits])
+
+    def compute(self, totals: Tensor) -> list[ExitMetrics]:
+        """Metrics from `totals`, summed over all processes."""
+        names: list[Any] = list(range(len(totals)))
+        if len(names) > 1:
+            names[-1] = "ensemble"
+        return [
+            ExitMetrics(name, 100 * top1 / count, 100 * top5 / count, loss / count)
+            for name, (loss, top1, top5, count) in zip(names, totals.tolist())
+        ]
+
+
+def _count(logits: Tensor, target: Tensor) -> Tensor:
+    """Summed loss, top-1 hits, top-5 hits, images."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+    loss = F.cross_entropy(logits, target, reduction="sum")
+    return torch.stack([loss, hits[:, 0].sum().to(loss), hits.sum().to(loss), torch.full_like(loss, len(target))])

@@ -1,0 +1,62 @@
+"""What a run tells while it goes: a live bar on a terminal, plain lines elsewhere, from the main process only."""
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_LINE_SECONDS = 30.0
+
+
+class ProgressReporter:
+    """Reports updates and epochs.
+
+    Args:
+        total_updates: of the whole run.
+        done_updates: before this process began.
+        enabled: False on all processes but the main one.
+    """
+
+    def __init__(self, total_updates: int, done_updates: int, enabled: bool, console: Console | None = None):
+        self.console = console or Console(quiet=not enabled, soft_wrap=True)
+        self.total_updates, self.done_updates, self.first_update = total_updates, done_updates, done_updates
+        self.began = self.last_line = time.perf_counter()
+        self.live = enabled and self.console.is_terminal
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, disable=not self.live, transient=True,
+        )
+        self.task = self.bar.add_task("", total=total_updates, completed=done_updates, note="")
+
+    def __enter__(self) -> "ProgressReporter":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+
+    def advance(self) -> None:
+        """One update is done."""
+        self.done_updates += 1
+        if self.live:
+            self.bar.advance(self.task)
+
+    def note(self, epoch: int, epochs: int, loss: float, images_per_second: float) -> None:
+        """Show the state within an epoch; where there is no terminal, at most a line every half minute."""
+        text = f"loss {loss:.3f}  {images_per_second:,.0f} images/s"
+        self.bar.update(self.task, description=f"epoch {epoch + 1}/{epochs}", note=text)
+        if not self.live and time.perf_counter() - self.last_line > PLAIN_LINE_SECONDS:
+            self.say(f"epoch {epoch + 1}/{epochs}  {self.done_updates}/{self.total_updates}  {text}  left {self.time_left()}")
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self.last_line = time.perf_counter()
+        self.console.print(line, highlight=False, markup=False)
+
+    def time_left(self) -> str:
+        done = max(1, self.done_updates - self.first_update)
+        seconds = (time.perf_counter() - self.began) / done * (self.total_updates - self.done_updates)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}"

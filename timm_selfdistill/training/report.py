@@ -1,0 +1,96 @@
+"""What a run leaves behind for people: tables, history, pictures."""
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up."""
+    table = Table(title=f"{summary['model']} after {summary['epochs']} epochs", title_justify="left")
+    for name in ("exit", "stage", "top-1 %", "top-5 %", "MACs", "share", "speed-up"):
+        table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
+    for row in summary["exits"]:
+        table.add_row(
+            str(row["exit"]), row["module"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", _mega(row["macs"]),
+            "" if row["share"] is None else f"{row['share']:.1%}",
+            "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+        )
+    console.print(table)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """history.csv: a row an epoch."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+    os.replace(fresh, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
+    """curves.png: training loss, and validation accuracy of every exit, over the epochs."""
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    loss.plot(epochs, [row["train_loss"] for row in history], marker=".", color="black")
+    loss.set(xlabel="epoch", ylabel="training loss", title="training loss")
+    keys = [key for key in history[0] if key.startswith("top1_")]
+    for index, key in enumerate(keys):
+        name = key.removeprefix("top1_").replace("_", " ")
+        accuracy.plot(epochs, [row[key] for row in history], marker=".", label=name, **_style(index, len(keys), name))
+    accuracy.set(xlabel="epoch", ylabel="top-1 %", title="validation accuracy")
+    accuracy.legend()
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path, dpi=120)
+
+
+def plot_exits(path: Path, summary: dict[str, Any]) -> None:
+    """exits.png: accuracy over multiply-adds, an exit a point."""
+    rows = [row for row in summary["exits"] if row["macs"] is not None]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    line = [row for row in rows if row["exit"] != "ensemble"]
+    axes.plot([row["macs"] / 1e6 for row in line], [row["top1"] for row in line], color="tab:blue", alpha=0.4, zorder=1)
+    for row in rows:
+        ensemble = row["exit"] == "ensemble"
+        axes.scatter(row["macs"] / 1e6, row["top1"], s=60, zorder=2, color="tab:orange" if ensemble else "tab:blue",
+                     marker="*" if ensemble else "o")
+        label = "ensemble" if ensemble else f"exit {row['exit']} ({row['module']})"
+        right = ensemble or row is line[-1]
+        axes.annotate(f"{label}\n{row['top1']:.1f} %", (row["macs"] / 1e6, row["top1"]), fontsize=8,
+                      xytext=(-8 if right else 8, 6 if ensemble else -20), textcoords="offset points",
+                      ha="right" if right else "left")
+    axes.margins(x=0.12, y=0.25)
+    axes.set(xlabel="multiply-adds, millions", ylabel="top-1 %", title=f"{summary['model']}: accuracy over compute")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _style(index: int, count: int, name: str) -> dict[str, Any]:
+    if name == "ensemble":
+        return {"color": "tab:orange", "linestyle": "--"}
+    return {"color": "tab:blue", "alpha": 0.35 + 0.65 * index / max(1, count - 2)}
+
+
+def _mega(macs: int | None) -> str:
+    return "" if macs is None else f"{macs / 1e6:,.1f} M"
