@@ -1,5 +1,7 @@
-"""What an exit costs: parameters and multiply-adds, counted on the meta device, without running anything."""
+"""What an exit costs: parameters and multiply-adds, counted on the meta device, and time."""
+import time
 from contextlib import contextmanager
+from statistics import median
 from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
@@ -94,6 +96,33 @@ def count_cost(
         output = functional_call(caller, params | buffers, (x,))
     used = sum(p.numel() for p in params.values() if id(p) in seen.ids)
     return Cost(used, flops.get_total_flops() // 2, output)
+
+
+def measure_speedups(
+        model: nn.Module, plain: Callable[[Tensor], Any], calls: list[Callable[[Tensor], Any]], x: Tensor,
+        rounds: int = 7, seconds: float = 20.0,
+) -> list[float]:
+    """Time of `plain(x)` over the time of each call, in eval mode: medians of rounds in which all run in turn.
+
+    Args:
+        x: a batch of images (B, C, H, W), on the model's device.
+        rounds: at most; fewer where `seconds` are used up.
+    """
+    times: list[list[float]] = [[] for _ in [plain, *calls]]
+    began = time.perf_counter()
+    with evaluating(model), torch.no_grad():
+        for round in range(-1, rounds):
+            for record, call in zip(times, [plain, *calls]):
+                start = time.perf_counter()
+                call(x)
+                if x.is_cuda:
+                    torch.cuda.synchronize(x.device)
+                record.append(time.perf_counter() - start)
+            if round == -1:  # the first round is for warming up
+                times = [[] for _ in times]
+            elif time.perf_counter() - began > seconds:
+                break
+    return [median(first / second for first, second in zip(times[0], record)) for record in times[1:]]
 
 
 class _Caller(nn.Module):

@@ -31,8 +31,6 @@ CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safe
 
 def save(model: "SelfDistillModel", folder: str | PathLike, metrics: dict[str, Any] | None = None) -> None:
     """Write the three files; see `SelfDistillModel.save_pretrained`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "format_version": FORMAT_VERSION,
         "timm_selfdistill_version": __version__,
@@ -42,14 +40,33 @@ def save(model: "SelfDistillModel", folder: str | PathLike, metrics: dict[str, A
     }
     if metrics is not None:
         settings["metrics"] = metrics
+    save_timm_model(model.backbone, folder, model_args=model.model_args, heads=model.heads, settings=settings)
+
+
+def save_timm_model(
+        backbone: nn.Module,
+        folder: str | PathLike,
+        *,
+        model_args: dict[str, Any] | None = None,
+        heads: nn.Module | None = None,
+        settings: dict[str, Any] | None = None,
+) -> None:
+    """Write a timm model in timm's layout, all files or none, after seeing that timm rebuilds it from them.
+
+    Raises:
+        ValueError: timm does not.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        _save_tensors(model.backbone, fresh / BACKBONE)
-        _save_tensors(model.heads, fresh / HEADS)
-        _save_config(model.backbone, fresh / CONFIG, model.model_args, settings)
-        check_rebuilds(model.backbone, fresh)
-        for name in (BACKBONE, HEADS, CONFIG):
-            os.replace(fresh / name, folder / name)
+        _save_config(backbone, fresh / CONFIG, model_args or {}, settings)
+        _save_tensors(backbone, fresh / BACKBONE)
+        if heads is not None:
+            _save_tensors(heads, fresh / HEADS)
+        check_rebuilds(backbone, fresh)
+        for path in fresh.iterdir():
+            os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -133,23 +150,27 @@ def check_rebuilds(backbone: nn.Module, folder: Path) -> None:
         raise ValueError(advice.format(reason=f"its logits differ by {float((expected - got).abs().max()):.2g}"))
 
 
+def save_weights(module: nn.Module, folder: str | PathLike) -> None:
+    """Write the weights of a model that is not timm's."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_tensors(module, folder / f".{BACKBONE}.new")
+    os.replace(folder / f".{BACKBONE}.new", folder / BACKBONE)
+
+
 def _save_tensors(module: nn.Module, path: Path) -> None:
     save_file({key: value.contiguous() for key, value in module.state_dict().items()}, path, metadata={"format": "pt"})
 
 
-def _save_config(backbone: nn.Module, path: Path, model_args: dict[str, Any], settings: dict[str, Any]) -> None:
-    channels, height, width = default_input_size(backbone)
-    pretrained_cfg = {"input_size": (channels, height, width), "num_classes": backbone.num_classes, "first_conv": None}
-    save_config_for_hf(
-        backbone,
-        path,
-        model_config={
-            "pretrained_cfg": pretrained_cfg,
-            "label_names": backbone.pretrained_cfg.get("label_names"),
-            "self_distill": settings,
-        },
-        model_args=model_args,
-    )
+def _save_config(
+        backbone: nn.Module, path: Path, model_args: dict[str, Any], settings: dict[str, Any] | None) -> None:
+    pretrained_cfg = {"input_size": default_input_size(backbone), "num_classes": backbone.num_classes, "first_conv": None}
+    model_config = {"pretrained_cfg": pretrained_cfg}
+    if backbone.pretrained_cfg.get("label_names"):
+        model_config["label_names"] = backbone.pretrained_cfg["label_names"]
+    if settings is not None:
+        model_config["self_distill"] = settings
+    save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args)
 
 
 def _check_tensors(tensors: dict[str, Any], expected: dict[str, Any], path: Path) -> None:

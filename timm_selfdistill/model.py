@@ -144,6 +144,11 @@ class SelfDistillModel(nn.Module):
                 x, indices=[stage.index], stop_early=True, intermediates_only=True)
         return head(feature_map)[0]
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the backbone exempts from weight decay, for timm's optimizer factory."""
+        exempt = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in exempt}
+
     def strip(self) -> nn.Module:
         """The plain timm model, for good: the shallow classifiers are not needed at inference."""
         return self.backbone
