@@ -2,6 +2,7 @@
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel, SelfDistillOutput, wrap_self_distill
 from .task import SelfDistillTask
+from .training import Trainer, TrainConfig, TrainResult, load_images, model_data_config
 from .version import __version__
 
 __all__ = [
@@ -9,6 +10,11 @@ __all__ = [
     "SelfDistillModel",
     "SelfDistillOutput",
     "SelfDistillTask",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
     "__version__",
+    "load_images",
+    "model_data_config",
     "wrap_self_distill",
 ]

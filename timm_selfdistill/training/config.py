@@ -1,5 +1,5 @@
 """Everything a run can be told, under timm's names."""
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from timm.optim import list_optimizers
@@ -31,6 +31,7 @@ class TrainConfig:
         log_interval: updates between two looks at the loss.
         checkpoint_hist: checkpoints kept.
         report_to: names of Accelerate's trackers, e.g. ("tensorboard", "wandb").
+        settings: anything else that config.yaml should record, e.g. the model's name.
     """
 
     output: str = ""
@@ -44,10 +45,10 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     sched: str = "cosine"
-    warmup_epochs: float = 1
+    warmup_epochs: float = 1.0
     warmup_lr: float = 1e-5
     min_lr: float = 0.0
-    decay_epochs: float = 30
+    decay_epochs: float = 30.0
     decay_milestones: tuple[int, ...] = (90, 180, 270)
     decay_rate: float = 0.1
     smoothing: float = 0.0
@@ -69,6 +70,7 @@ class TrainConfig:
     log_interval: int = 50
     checkpoint_hist: int = 3
     report_to: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that cannot work, before anything is spent on it."""

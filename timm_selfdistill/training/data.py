@@ -59,6 +59,10 @@ class ImageSplits:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def fitting_size(self, model_size: int) -> int:
+        """Pixels to train at: the model's own size, or less where the images are small (a multiple of 32 that holds them)."""
+        return min(model_size, -(-max(self.size) // 32) * 32)
+
     def transformed(self, data_config: dict[str, Any], **augmentation: Any) -> tuple[ImageDataset, ImageDataset]:
         """Training and validation data as tensors.
 
@@ -136,17 +140,32 @@ def load_images(
     return ImageSplits(train, val, image_column, label_column, class_names, in_chans, first.size[::-1])
 
 
-def model_data_config(backbone: nn.Module, img_size: int | None = None, in_chans: int = 3, **overrides: Any) -> dict[str, Any]:
-    """The preprocessing of a timm model, with what a run changes of it, written back to `backbone.pretrained_cfg`.
+def model_data_config(
+        backbone: nn.Module,
+        img_size: int | None = None,
+        in_chans: int = 3,
+        class_names: list[str] | None = None,
+        **overrides: Any,
+) -> dict[str, Any]:
+    """The preprocessing of a timm model, with what a run changes of it.
 
-    So `timm.data.resolve_model_data_config(backbone)` gives the same, also after saving and loading.
+    It is written back to `backbone.pretrained_cfg`, with the class names, so that
+    `timm.data.resolve_model_data_config(backbone)` gives the same, also after saving and loading. A model that takes one
+    image size only is moved to `img_size` by its own `set_input_size`.
 
     Args:
         img_size: pixels; None is the model's own size.
         overrides: mean, std, interpolation, crop_pct; None values are the model's own.
+
+    Raises:
+        ValueError: the model takes no other image size than its own.
     """
     config = resolve_model_data_config(backbone)
-    size = (img_size, img_size) if img_size else config["input_size"][1:]
+    size = (img_size, img_size) if img_size else tuple(config["input_size"][1:])
+    if size != tuple(config["input_size"][1:]) and backbone.pretrained_cfg.get("fixed_input_size"):
+        if not hasattr(backbone, "set_input_size"):
+            raise ValueError(f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}")
+        backbone.set_input_size(img_size=size)
     config["input_size"] = (in_chans, *size)
     config.update({key: value for key, value in overrides.items() if value is not None})
     for key in ("mean", "std"):
@@ -155,6 +174,8 @@ def model_data_config(backbone: nn.Module, img_size: int | None = None, in_chans
             config[key] = (sum(values) / len(values),) * in_chans
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     backbone.pretrained_cfg.update({key: config[key] for key in kept if key in config}, test_input_size=None)
+    if class_names is not None:
+        backbone.pretrained_cfg.update(label_names=list(class_names), num_classes=len(class_names))
     return config
 
 

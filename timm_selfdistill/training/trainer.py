@@ -1,18 +1,16 @@
 """The training run around any `timm.task.TrainingTask`."""
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
-from timm.data import Mixup
-from timm.data.mixup import mixup_target
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
@@ -23,15 +21,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .. import hub
 from ..cost import evaluating
 from ..model import SelfDistillModel
-from .checkpoint import find_checkpoint, keep_unwrapped_weights, plain, save_checkpoint
+from .checkpoint import keep_unwrapped_weights, plain, save_checkpoint
 from .config import TrainConfig
+from .interrupt import InterruptRequest
 from .metrics import ExitMeter, ExitMetrics, exit_logits
+from .mixing import TargetMixer
 from .progress import ProgressReporter
-from .report import plot_curves, plot_exits, write_atomically, write_history, write_json
+from .report import plot_curves, plot_exits, write_history, write_json
+from .run_directory import open_run
 from .sampling import EpochSampler
 from .summary import summarize
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -43,20 +42,20 @@ class TrainResult:
     history: list[dict[str, Any]]
     """A row per finished epoch, as in history.csv."""
     summary: dict[str, Any] | None = None
-    """As in summary.json; None if the run was interrupted."""
+    """As in summary.json; None where the run was interrupted."""
     interrupted_by: signal.Signals | None = None
-    checkpoint: Path | None = None
-    """The newest checkpoint."""
 
 
 @dataclass
-class _State:
+class TrainState:
     """Where the run stands; travels in checkpoints."""
 
     epoch: int = 0
     images: int = 0
     """Images of this epoch that are behind us, over all processes."""
     updates: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    """Sums over the updates of this epoch."""
     best_top1: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -81,7 +80,7 @@ class Trainer:
 
     Raises:
         TypeError: `task` is no TrainingTask.
-        ValueError: the setting cannot work: fp16 on a CPU, classes of model and data differ, too few images, ...
+        ValueError: a setting cannot work: fp16 on a CPU, model and data differ in their classes, too few images, ...
         FileExistsError: `config.output` holds another run.
         FileNotFoundError: there is nothing to resume.
     """
@@ -90,51 +89,48 @@ class Trainer:
         if not isinstance(task, TrainingTask):
             raise TypeError(f"expected a timm.task.TrainingTask, got {type(task).__name__}; e.g. SelfDistillTask(model)")
         self.config = config = config or TrainConfig()
-        self.accelerator = accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=list(config.report_to) or None,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
-        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            raise ValueError("fp16 needs a GPU: on this CPU training would run in fp32; use --amp-dtype bfloat16, or no --amp")
-        model = task.get_eval_model()
-        self._check_classes(model, train_data)
-        self.checkpoint = find_checkpoint(config.resume, config.output) if config.resume else None
-        self.output = self._claim_output()
-        set_seed(config.seed, device_specific=True)
+        self.accelerator = _create_accelerator(config)
+        self.input_size = tuple(train_data[0][0].shape)
+        num_classes = _check_classes(task.get_eval_model(), train_data)
+        self.mixer = TargetMixer(config, num_classes)
+        self._create_loaders(train_data, val_data)
+        self._prepare(task)
+        self.output, self.checkpoint = open_run(config, self.accelerator)
+        self.state = TrainState()
+        self.accelerator.register_for_checkpointing(self.state)
+        self.interrupt = InterruptRequest(self.accelerator)
+        self.metrics: list[ExitMetrics] = []
 
-        world, rank = accelerator.num_processes, accelerator.process_index
+    def _create_loaders(self, train_data: Dataset, val_data: Dataset) -> None:
+        config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
         self.sampler = EpochSampler(len(train_data), config.batch_size * world, rank, world, config.seed)
-        loader_args = dict(num_workers=config.workers, pin_memory=accelerator.device.type == "cuda",
-                           persistent_workers=config.workers > 0)
-        self.train_loader = DataLoader(
-            train_data, config.batch_size, sampler=self.sampler, drop_last=True, **loader_args)
-        self.val_loader = DataLoader(
-            Subset(val_data, range(rank, len(val_data), world)), config.validation_batch_size or config.batch_size,
-            **loader_args)
+        common = dict(num_workers=config.workers, persistent_workers=config.workers > 0,
+                      pin_memory=self.accelerator.device.type == "cuda")
+        self.train_loader = DataLoader(train_data, config.batch_size, sampler=self.sampler, drop_last=True, **common)
+        own_share = Subset(val_data, range(rank, len(val_data), world))
+        self.val_loader = DataLoader(own_share, config.validation_batch_size or config.batch_size, **common)
         self.updates_per_epoch = -(-len(self.train_loader) // config.grad_accum_steps)
-        self.mixup = _create_mixup(config, model)
 
+    def _prepare(self, task: TrainingTask) -> None:
+        config = self.config
+        set_seed(config.seed, device_specific=True)
+        model = task.get_trainable_module()
         if config.channels_last:
-            task.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)
+        if config.torchcompile:
+            model.compile()
         optimizer = create_optimizer_v2(
-            task, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
+            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
         self.schedule, _ = create_scheduler_v2(
             optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
             warmup_lr=config.warmup_lr, min_lr=config.min_lr, decay_epochs=config.decay_epochs,
             decay_milestones=list(config.decay_milestones), decay_rate=config.decay_rate,
             step_on_epochs=False, updates_per_epoch=self.updates_per_epoch)
-        if config.torchcompile:
-            task.to(accelerator.device)
-            task.compile()
-        self.task, self.optimizer = accelerator.prepare(task, optimizer)
-        self.plain_task = plain(accelerator, self.task)
+        self.task, self.optimizer = self.accelerator.prepare(task, optimizer)
+        self.plain_task = plain(self.accelerator, self.task)
         if config.model_ema:
             self.plain_task.setup_ema(decay=config.model_ema_decay)
-        self.state = _State()
-        accelerator.register_for_checkpointing(self.state)
-        keep_unwrapped_weights(accelerator)
-        self.interrupted_by: signal.Signals | None = None
+        keep_unwrapped_weights(self.accelerator)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -143,91 +139,184 @@ class Trainer:
         return plain(self.accelerator, model.module if self.config.model_ema else model)
 
     def fit(self) -> TrainResult:
-        """Train, evaluate and save; SIGINT and SIGTERM end it early with a checkpoint.
+        """Train, evaluate and save. SIGINT and SIGTERM end it early, with a checkpoint.
 
         Raises:
             FloatingPointError: the loss became NaN or infinite; the last checkpoint stays.
-            ValueError: the model could not be saved (found before the first step), or an image cannot be read.
+            ValueError: the model cannot be saved (found before the first step), or an image cannot be read.
         """
-        accelerator, state, config = self.accelerator, self.state, self.config
+        state, config = self.state, self.config
         if self.checkpoint:
-            accelerator.load_state(str(self.checkpoint))
-        accelerator.init_trackers("timm-selfdistill", config=None) if config.report_to else None
-        self._save_model("last")
+            self.accelerator.load_state(str(self.checkpoint))
+        if config.report_to:
+            self.accelerator.project_configuration.set_directories(str(self.output))
+            self.accelerator.init_trackers("timm-selfdistill", config={"output": str(self.output)})
+        self._save_model("last", None)
         total = self.updates_per_epoch * config.epochs
-        console_on = accelerator.is_main_process
-        with ProgressReporter(total, state.updates, console_on) as self.progress, self._catching_signals():
+        reporter = ProgressReporter(total, state.updates, self.accelerator.is_main_process)
+        with reporter as self.progress, self.interrupt.listening():
             if self.checkpoint:
-                self.progress.say(f"resumed {self.checkpoint} at epoch {state.epoch + 1}, update {state.updates}")
-            while state.epoch < config.epochs and not self._should_stop():
-                self._train_epoch()
-        if self._should_stop():
-            checkpoint = self._save_checkpoint()
-            self._end_trackers()
-            return TrainResult(self.output, state.history, None, self.interrupted_by or signal.SIGTERM, checkpoint)
-        summary = summarize(self.eval_model, state.history[-1], self._image_size())
-        if accelerator.is_main_process:
-            write_json(self.output / "summary.json", summary)
-            plot_exits(self.output / "exits.png", summary)
-        self._end_trackers()
-        return TrainResult(self.output, state.history, summary, None, self.checkpoint)
+                self.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
+            while state.epoch < config.epochs and not self.interrupt.agreed:
+                if self._train_epoch():
+                    self._finish_epoch()
+        interrupted_by = self.interrupt.received if state.epoch < config.epochs else None
+        summary = None
+        if interrupted_by:
+            self._save_checkpoint()
+        else:
+            summary = summarize(self.eval_model, self.metrics or self.evaluate(), state.epoch, self.input_size)
+            if self.accelerator.is_main_process:
+                write_json(self.output / "summary.json", summary)
+                plot_exits(self.output / "exits.png", summary)
+        self.accelerator.end_training()
+        return TrainResult(self.output, state.history, summary, interrupted_by)
 
     def evaluate(self) -> list[ExitMetrics]:
         """Accuracy of every exit and of the ensemble on the validation data."""
         model, accelerator = self.eval_model, self.accelerator
-        classifiers = len(model.exits) if isinstance(model, SelfDistillModel) else 1
-        meter = ExitMeter(classifiers, accelerator.device)
+        meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
         with evaluating(model), torch.no_grad(), accelerator.autocast():
-            for x, y in self.val_loader:
-                x, y = self._to_device(x), self._to_device(y)
+            for batch in self.val_loader:
+                x, y = self._to_device(batch)
                 meter.update(exit_logits(model, x), y)
         return meter.compute(accelerator.reduce(meter.totals, "sum"))
 
-    def _train_epoch(self) -> None:
-        """Train what is left of the epoch, then evaluate and save, unless interrupted."""
+    def _train_epoch(self) -> bool:
+        """Train what is left of the epoch; False if a request to stop came before its end."""
         state, config = self.state, self.config
         self.task.train()
         self.sampler.begin(state.epoch, state.images)
-        global_batch = config.batch_size * self.accelerator.num_processes
-        began, first_image, recent, losses = time.perf_counter(), state.images, [], []
+        images_per_batch = config.batch_size * self.accelerator.num_processes
+        began, first_image, pending = time.perf_counter(), state.images, []
         batches = iter(self.train_loader)
         while group := list(islice(batches, config.grad_accum_steps)):
-            recent.append(self._update(group))
-            state.updates += 1
-            state.images += len(group) * global_batch
+            pending.append(self._update(group))
+            state.images += len(group) * images_per_batch
+            self.rate = (state.images - first_image) / (time.perf_counter() - began)
             self.progress.advance()
-            if len(recent) == config.log_interval:
-                losses.append(self._check_losses(recent))
-                rate = (state.images - first_image) / (time.perf_counter() - began)
-                self.progress.note(state.epoch, config.epochs, losses[-1][0], rate)
-                recent = []
-            if self._should_stop():
+            if len(pending) == config.log_interval:
+                self._record_losses(pending)
+                pending = []
+            if self.interrupt.agree(state.updates):
                 break
-        if recent:
-            losses.append(self._check_losses(recent))
-        if self._should_stop() and state.images < self.sampler.usable:
-            return
-        seconds = time.perf_counter() - began
-        images = state.images - first_image
-        self._finish_epoch(losses, images / seconds)
+        self._record_losses(pending)
+        return state.images == self.sampler.usable
 
-    def _update(self, group: list[Batch]) -> Tensor:
+    def _update(self, group: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """One optimizer update from `grad_accum_steps` batches; the mean loss and its parts, still on the device."""
-        accelerator, config = self.accelerator, self.config
-        sums: Tensor | None = None
-        for index, (x, y) in enumerate(group):
-            x, y = self._augment(self._to_device(x), self._to_device(y))
-            last = index == len(group) - 1
-            with _nothing() if last else accelerator.no_sync(self.task):
+        accelerator, losses = self.accelerator, {}
+        for index, batch in enumerate(group):
+            x, y = self.mixer(*self._to_device(batch), self.state.epoch)
+            with nullcontext() if index == len(group) - 1 else accelerator.no_sync(self.task):
                 result = self.task(x, y)
                 accelerator.backward(result["loss"] / len(group))
-            self._terms = [key for key, value in result.items() if key.endswith("loss")]
-            values = torch.stack([result[key].detach().float() for key in self._terms])
-            sums = values if sums is None else sums + values
-        if config.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.task.parameters(), config.clip_grad)
+            for name in (key for key in result if key.endswith("loss")):
+                losses[name] = losses.get(name, 0) + result[name].detach().float() / len(group)
+        if self.config.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.task.parameters(), self.config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule and self.schedule.step_update(self.state.updates + 1)
+        self.state.updates += 1
+        if self.schedule is not None:
+            self.schedule.step_update(self.state.updates)
         self.plain_task.update_ema(step=self.state.updates)
-        return sums / len(group)
+        return losses
+
+    def _record_losses(self, pending: list[dict[str, Tensor]]) -> None:
+        """Bring the losses of the last updates from the device, average them over the processes, and look at them."""
+        if not pending:
+            return
+        state, names = self.state, list(pending[0])
+        values = torch.stack([torch.stack([losses[name] for name in names]) for losses in pending])
+        values = self.accelerator.reduce(values, "mean").double().cpu()
+        bad = (~values[:, names.index("loss")].isfinite()).nonzero()
+        if len(bad):
+            update = state.updates - len(pending) + int(bad[0]) + 1
+            kept = f"{self.checkpoint} stays" if self.checkpoint else "there was no checkpoint yet"
+            raise FloatingPointError(
+                f"the loss is {float(values[int(bad[0]), names.index('loss')])} at update {update}"
+                f" (epoch {state.epoch + 1}); {kept}; try a lower lr, clip_grad, or bfloat16 instead of float16"
+            )
+        for name, total in zip(names, values.sum(0).tolist()):
+            state.losses[name] = state.losses.get(name, 0.0) + total
+        state.losses["updates"] = state.losses.get("updates", 0) + len(pending)
+        mean = float(values[:, names.index("loss")].mean())
+        self.progress.note(state.epoch, self.config.epochs, mean, self.rate)
+        if self.config.report_to:
+            self.accelerator.log({"train_loss": mean, "lr": self._lr()}, step=state.updates)
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, record and save."""
+        state, accelerator = self.state, self.accelerator
+        if accelerator.num_processes > 1:
+            distribute_bn(self.eval_model, accelerator.num_processes, reduce=True)
+        self.metrics = metrics = self.evaluate()
+        losses, updates = state.losses, state.losses.pop("updates")
+        row: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self._lr(), "images_per_second": round(self.rate, 1)}
+        row |= {f"train_{name}": total / updates for name, total in losses.items()}
+        for metric in metrics:
+            row |= {f"top1_{_label(metric)}": metric.top1, f"top5_{_label(metric)}": metric.top5,
+                    f"loss_{_label(metric)}": metric.loss}
+        state.history.append(row)
+        state.epoch, state.images, state.losses = state.epoch + 1, 0, {}
+        self.progress.say(
+            f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  top-1 "
+            + "  ".join(f"{_label(metric).replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
+            + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}")
+        if self.config.report_to:
+            accelerator.log({key: value for key, value in row.items() if key != "epoch"}, step=state.updates)
+        deepest = next(metric for metric in reversed(metrics) if metric.exit != "ensemble")
+        self._save_model("last", metrics)
+        if deepest.top1 > state.best_top1:
+            state.best_top1 = deepest.top1
+            self._save_model("best", metrics)
+        if accelerator.is_main_process:
+            write_history(self.output / "history.csv", state.history)
+            plot_curves(self.output / "curves.png", state.history)
+        self._save_checkpoint()
+
+    def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        model, folder = self.eval_model, self.output / name
+        if isinstance(model, SelfDistillModel):
+            values = None if metrics is None else {"epoch": self.state.epoch, "exits": [m._asdict() for m in metrics]}
+            model.save_pretrained(folder, metrics=values)
+        elif hasattr(model, "pretrained_cfg"):
+            hub.save_timm_model(model, folder)
+        else:
+            hub.save_weights(model, folder)
+
+    def _save_checkpoint(self) -> None:
+        self.checkpoint = save_checkpoint(
+            self.accelerator, self.output / "checkpoints", self.state.updates, self.config.checkpoint_hist)
+
+    def _lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
+        return (x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x), y
+
+
+def _create_accelerator(config: TrainConfig) -> Accelerator:
+    available = {tracker.value for tracker in get_available_trackers()}
+    if unknown := set(config.report_to) - available:
+        raise ValueError(f"cannot report to {', '.join(sorted(unknown))}; installed trackers: {', '.join(sorted(available))}")
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=list(config.report_to) or None)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU (here training would run in fp32); use amp_dtype bfloat16, or no mixed precision")
+    return accelerator
+
+
+def _check_classes(model: nn.Module, data: Dataset) -> int:
+    classes, in_data = getattr(model, "num_classes", None), getattr(data, "num_classes", None)
+    if classes is not None and in_data is not None and classes != in_data:
+        raise ValueError(
+            f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}")
+    return classes or in_data
+
+
+def _label(metric: ExitMetrics) -> str:
+    return metric.exit if metric.exit == "ensemble" else f"exit_{metric.exit}"

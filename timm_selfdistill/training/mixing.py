@@ -1,0 +1,31 @@
+"""Mixup, CutMix and label smoothing, for any task: they make soft labels."""
+import torch
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from torch import Tensor
+
+from .config import TrainConfig
+
+
+class TargetMixer:
+    """Applies timm's Mixup and label smoothing to a batch, or nothing.
+
+    Args:
+        num_classes: K.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int):
+        self.config, self.num_classes = config, num_classes
+        self.mixup = Mixup(
+            config.mixup, config.cutmix, prob=config.mixup_prob, switch_prob=config.mixup_switch_prob,
+            mode=config.mixup_mode, label_smoothing=config.smoothing, num_classes=num_classes,
+        ) if config.mixup or config.cutmix else None
+
+    def __call__(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) and class indices (B,) to images and labels, soft (B, K) where anything is on."""
+        off = self.config.mixup_off_epoch
+        if self.mixup is not None and not (off and epoch >= off):
+            return self.mixup(x, y)
+        if self.config.smoothing or self.mixup is not None:
+            return x, mixup_target(y, self.num_classes, smoothing=self.config.smoothing, device=y.device).to(torch.float32)
+        return x, y

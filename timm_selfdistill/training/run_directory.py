@@ -1,0 +1,50 @@
+"""The run directory: who owns it, and what lies in it."""
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from .checkpoint import find_checkpoint
+from .config import TrainConfig
+from .report import write_atomically
+
+CONFIG_FILE = "config.yaml"
+
+
+def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
+    """The run directory and the checkpoint to resume, the same on every process.
+
+    Raises:
+        FileExistsError: the directory holds another run, or is a file.
+        FileNotFoundError: there is nothing to resume.
+        OSError: it cannot be written.
+    """
+    answer: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            answer = [_claim(config)]
+        except OSError as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], OSError):
+        raise answer[0]
+    return answer[0]
+
+
+def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
+    checkpoint = find_checkpoint(config.resume, config.output) if config.resume else None
+    if config.output:
+        output = Path(config.output)
+    elif checkpoint:
+        output = checkpoint.parent.parent
+    else:
+        output = Path("output/train") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    resumed_here = checkpoint is not None and checkpoint.parent.parent.resolve() == output.resolve()
+    if (output / CONFIG_FILE).exists() and not resumed_here:
+        raise FileExistsError(f"{output} holds another run; go on with it by --resume {output}, or choose another output")
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    return output, checkpoint
