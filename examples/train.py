@@ -1,0 +1,89 @@
+"""Train a self-distilled timm model, or with --baseline the plain one.
+
+    python examples/train.py                                    # resnet18 on the images in examples/data
+    python examples/train.py --data-dir FOLDER --model resnet50 --pretrained --epochs 30
+    torchrun --nproc_per_node 2 examples/train.py               # or: accelerate launch examples/train.py
+"""
+import shlex
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from timm.task import ClassificationTask
+from torch import nn
+
+from timm_selfdistill import (
+    SelfDistillLoss,
+    SelfDistillTask,
+    Trainer,
+    load_images,
+    model_data_config,
+    wrap_self_distill,
+)
+from timm_selfdistill.cli import parse_exits, run, train_config, train_parser
+from timm_selfdistill.training.report import print_summary
+
+
+def main() -> int:
+    args = train_parser(__doc__.splitlines()[0], default_data=str(Path(__file__).parent / "data")).parse_args()
+    config = train_config(args)
+
+    images = load_images(
+        args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
+        val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key, seed=args.seed)
+    in_chans = args.in_chans or images.in_chans
+    torch.manual_seed(config.seed)
+    backbone = timm.create_model(
+        args.model, pretrained=args.pretrained, num_classes=images.num_classes, in_chans=in_chans,
+        drop_rate=args.drop, drop_path_rate=args.drop_path)
+    own_size = backbone.pretrained_cfg["input_size"][-1]
+    data_config = model_data_config(
+        backbone, args.img_size or (own_size if args.pretrained else images.fitting_size(own_size)), in_chans,
+        class_names=images.class_names, mean=args.mean, std=args.std, interpolation=args.interpolation,
+        crop_pct=args.crop_pct)
+    augmentation = {} if args.no_aug else dict(
+        scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
+        auto_augment=args.aa, re_prob=args.reprob)
+    train_data, val_data = images.transformed(
+        data_config, no_aug=args.no_aug, interpolation=args.train_interpolation, **augmentation)
+
+    if args.baseline:
+        task = ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)
+    else:
+        model = wrap_self_distill(
+            backbone, exits=parse_exits(args.exits), head=args.head, freeze_backbone=args.freeze_backbone)
+        hint = None if args.hint == "none" else args.hint
+        loss = SelfDistillLoss(args.temperature, args.alpha, args.beta, hint=hint, teacher=args.teacher)
+        task = SelfDistillTask(model, loss)
+    trainer = Trainer(task, train_data, val_data, config)
+    result = trainer.fit()
+
+    console = Console(quiet=not trainer.accelerator.is_main_process, soft_wrap=True)
+    if result.interrupted_by:
+        console.print(f"stopped by {result.interrupted_by.name}; go on with the same command and --resume:")
+        console.print(f"  python {shlex.join(sys.argv)} --resume {result.output}", markup=False, highlight=False)
+        return 128 + result.interrupted_by
+    print_summary(console, result.summary)
+    console.print(next_lines(result.output, args.baseline), markup=False, highlight=False)
+    return 0
+
+
+def next_lines(output: Path, baseline: bool) -> str:
+    lines = [
+        f"run directory: {output}  (summary.json, exits.png, curves.png, best/, last/)",
+        "next:",
+        f"  timm.create_model('local-dir:{output}/best', pretrained=True)     # plain timm, in Python",
+    ]
+    if baseline:
+        return "\n".join([*lines, f"  python examples/train.py --output {output}-ours         # with self distillation"])
+    return "\n".join([
+        *lines,
+        f"  SelfDistillModel.from_pretrained('{output}/best')                 # all exits, in Python",
+        f"  python examples/train.py --baseline --output {output}-baseline   # the plain network, to compare",
+    ])
+
+
+if __name__ == "__main__":
+    run(main)

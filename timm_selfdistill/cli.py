@@ -1,0 +1,129 @@
+"""The command line: timm's flag names, and errors in one line."""
+import argparse
+import os
+import sys
+from dataclasses import fields
+from typing import Any, Callable
+
+from .heads import HEADS
+from .training import TrainConfig
+
+DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback."""
+    try:
+        sys.exit(main())
+    except USER_ERRORS as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        # An error from a data-loading process carries that process's traceback; its last line is the message.
+        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+        line = lines[-1].removeprefix(f"{type(error).__name__}: ") if "Traceback" in str(error) else lines[0]
+        more = "" if isinstance(error, (ValueError, OSError, FloatingPointError)) else f" ({DEBUG_VARIABLE}=1 shows where)"
+        print(f"{os.path.basename(sys.argv[0])}: error: {line}{more}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train_parser(description: str, default_data: str) -> argparse.ArgumentParser:
+    """Flags of a training run."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", metavar="DIR", default=default_data, help="folder of images, parquet or arrow files")
+    group.add_argument("--dataset", metavar="NAME", help="data set on the Hub, instead of --data-dir")
+    group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
+    group.add_argument("--train-split", metavar="NAME", default="train")
+    group.add_argument("--val-split", metavar="NAME", help="default: the first of validation, val, valid, test")
+    group.add_argument("--val-fraction", type=float, default=0.1, help="of the training split, where there is no other")
+    group.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type)")
+    group.add_argument("--target-key", metavar="COLUMN", help="label column (default: found by its type)")
+    group.add_argument("--img-size", type=int, help="pixels (default: the model's, less where the images are small)")
+    group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the images')")
+    group.add_argument("--mean", type=float, nargs="+", help="(default: the model's, likewise below)")
+    group.add_argument("--std", type=float, nargs="+")
+    group.add_argument("--interpolation")
+    group.add_argument("--crop-pct", type=float)
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--no-aug", action="store_true", help="no augmentation")
+    group.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.0), help="random resized crop, area")
+    group.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="random resized crop, aspect")
+    group.add_argument("--hflip", type=float, default=0.5)
+    group.add_argument("--vflip", type=float, default=0.0)
+    group.add_argument("--color-jitter", type=float, default=0.4)
+    group.add_argument("--aa", help='AutoAugment policy, e.g. "rand-m9-mstd0.5", "original"')
+    group.add_argument("--reprob", type=float, default=0.0, help="random erasing probability")
+    group.add_argument("--train-interpolation", default="random")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="resnet18", help="name of a timm model, or local-dir:FOLDER, hf-hub:ID")
+    group.add_argument("--pretrained", action="store_true")
+    group.add_argument("--drop", type=float, default=0.0, help="dropout rate")
+    group.add_argument("--drop-path", type=float, help="stochastic depth rate")
+
+    group = parser.add_argument_group("self distillation")
+    group.add_argument("--exits", nargs="+", metavar="EXIT", help="feature_info indices or module names (default: chosen)")
+    group.add_argument("--head", default="bottleneck", help=", ".join(HEADS))
+    group.add_argument("--temperature", type=float, default=3.0)
+    group.add_argument("--alpha", type=float, default=0.3, help="weight of the distillation against the labels")
+    group.add_argument("--beta", type=float, default=0.03, help="weight of the hint")
+    group.add_argument("--hint", choices=["map", "pooled", "none"], default="map")
+    group.add_argument("--teacher", choices=["deepest", "ensemble"], default="deepest")
+    group.add_argument("--freeze-backbone", action="store_true", help="only the shallow classifiers learn")
+    group.add_argument("--baseline", action="store_true", help="train the plain model in the same loop instead")
+
+    _add_config(parser.add_argument_group("training"))
+    return parser
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
+    names = {field.name for field in fields(TrainConfig)} - {"settings"}
+    values = vars(args)
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key not in names}
+    return TrainConfig(**{name: values[name] for name in names}, settings=settings)
+
+
+def parse_exits(exits: list[str] | None) -> list[int | str] | None:
+    return None if exits is None else [int(exit) if exit.lstrip("-").isdigit() else exit for exit in exits]
+
+
+_SHORT = {"batch_size": "-b", "workers": "-j"}
+_HELP = {
+    "output": "run directory (default: a new one under output/train)",
+    "batch_size": "images per process and forward pass",
+    "opt": "any of timm's optimizers",
+    "sched": "cosine, tanh, step, multistep, poly, plateau, none",
+    "smoothing": "label smoothing",
+    "mixup": "alpha, 0 is off",
+    "cutmix": "alpha, 0 is off",
+    "model_ema": "keep, evaluate and save an average of the weights",
+    "amp": "mixed precision",
+    "amp_dtype": "float16 or bfloat16",
+    "grad_accum_steps": "forward passes per update",
+    "clip_grad": "highest gradient norm",
+    "workers": "data-loading processes per training process",
+    "report_to": "trackers, e.g. tensorboard wandb",
+}
+
+
+def _add_config(group: Any) -> None:
+    """A flag for every field of TrainConfig."""
+    group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",
+                       help="go on from a checkpoint or run directory; without a path, from the newest in --output")
+    for field in fields(TrainConfig):
+        if field.name in ("resume", "settings"):
+            continue
+        flags = [f"--{field.name.replace('_', '-')}"]
+        if field.name in _SHORT:
+            flags.insert(0, _SHORT[field.name])
+        options: dict[str, Any] = {"default": field.default, "help": _HELP.get(field.name, " ")}
+        if isinstance(field.default, bool):
+            options["action"] = "store_true"
+        elif isinstance(field.default, tuple):
+            options |= {"nargs": "+", "type": int if field.name == "decay_milestones" else str}
+        else:
+            options["type"] = {"validation_batch_size": int, "clip_grad": float}.get(field.name, type(field.default))
+        group.add_argument(*flags, **options)
