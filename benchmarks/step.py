@@ -1,7 +1,7 @@
 """What does self distillation add to a training step?
 
-Time of forward, loss, backward and SGD update of the self-distilled network over the plain one's, the two in turn, medians;
-beside it the ratio of their multiply-adds.
+Time of forward, loss, backward and SGD update of the self-distilled network over the plain one's, the two in turn,
+medians; beside it the ratio of their multiply-adds.
 
     python benchmarks/step.py                       # one core, the figures of the README
     python benchmarks/step.py --device cuda --amp-dtype bfloat16 --batch-size 128
@@ -9,7 +9,7 @@ beside it the ratio of their multiply-adds.
 import argparse
 import statistics
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import timm
 import torch

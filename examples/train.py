@@ -39,13 +39,15 @@ def main() -> int:
         args.model, pretrained=args.pretrained, num_classes=images.num_classes, in_chans=in_chans,
         drop_rate=args.drop, drop_path_rate=args.drop_path)
     own_size = backbone.pretrained_cfg["input_size"][-1]
+    img_size = args.img_size
+    if img_size is None and not args.pretrained:
+        img_size = images.fitting_size(own_size)
     data_config = model_data_config(
-        backbone, args.img_size or (own_size if args.pretrained else images.fitting_size(own_size)), in_chans,
-        class_names=images.class_names, mean=args.mean, std=args.std, interpolation=args.interpolation,
-        crop_pct=args.crop_pct)
-    augmentation = {} if args.no_aug else dict(
-        scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
-        auto_augment=args.aa, re_prob=args.reprob)
+        backbone, img_size, in_chans, class_names=images.class_names, mean=args.mean, std=args.std,
+        interpolation=args.interpolation, crop_pct=args.crop_pct)
+    augmentation = {} if args.no_aug else {
+        "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip, "vflip": args.vflip,
+        "color_jitter": args.color_jitter, "auto_augment": args.aa, "re_prob": args.reprob}
     train_data, val_data = images.transformed(
         data_config, no_aug=args.no_aug, interpolation=args.train_interpolation, **augmentation)
 
@@ -71,18 +73,16 @@ def main() -> int:
 
 
 def next_lines(output: Path, baseline: bool) -> str:
-    lines = [
-        f"run directory: {output}  (summary.json, exits.png, curves.png, best/, last/)",
-        "next:",
-        f"  timm.create_model('local-dir:{output}/best', pretrained=True)     # plain timm, in Python",
-    ]
-    if baseline:
-        return "\n".join([*lines, f"  python examples/train.py --output {output}-ours         # with self distillation"])
-    return "\n".join([
-        *lines,
-        f"  SelfDistillModel.from_pretrained('{output}/best')                 # all exits, in Python",
-        f"  python examples/train.py --baseline --output {output}-baseline   # the plain network, to compare",
-    ])
+    lines = [f"run directory: {output}  (summary.json, exits.png, curves.png, best/, last/)", "next, in Python:"]
+    lines += [f"  timm.create_model('local-dir:{output}/best', pretrained=True)   # plain timm"]
+    if not baseline:
+        lines += [f"  SelfDistillModel.from_pretrained('{output}/best')               # all exits"]
+        if "--resume" not in sys.argv:
+            again = [*sys.argv, "--baseline", "--output", f"{output}-baseline"]
+            if (first := again.index("--output")) < len(sys.argv):
+                del again[first:first + 2]
+            lines += ["or train the plain network, to compare:", f"  python {shlex.join(again)}"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

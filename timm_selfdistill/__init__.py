@@ -2,7 +2,7 @@
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel, SelfDistillOutput, wrap_self_distill
 from .task import SelfDistillTask
-from .training import Trainer, TrainConfig, TrainResult, load_images, model_data_config
+from .training import TrainConfig, Trainer, TrainResult, load_images, model_data_config
 from .version import __version__
 
 __all__ = [

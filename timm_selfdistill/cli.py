@@ -2,11 +2,15 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Callable
+from typing import Any
+
+import datasets
 
 from .heads import HEADS
 from .training import TrainConfig
+from .training.config import SCHEDULES
 
 DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)
@@ -14,6 +18,8 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        datasets.disable_progress_bars()
     try:
         sys.exit(main())
     except USER_ERRORS as error:
@@ -22,7 +28,8 @@ def run(main: Callable[[], int | None]) -> None:
         # An error from a data-loading process carries that process's traceback; its last line is the message.
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         line = lines[-1].removeprefix(f"{type(error).__name__}: ") if "Traceback" in str(error) else lines[0]
-        more = "" if isinstance(error, (ValueError, OSError, FloatingPointError)) else f" ({DEBUG_VARIABLE}=1 shows where)"
+        expected = isinstance(error, (ValueError, OSError, FloatingPointError))
+        more = "" if expected else f" ({DEBUG_VARIABLE}=1 shows where)"
         print(f"{os.path.basename(sys.argv[0])}: error: {line}{more}", file=sys.stderr)
         sys.exit(2)
 
@@ -31,7 +38,8 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
     """Flags of a training run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", default=default_data, help="folder of images, parquet or arrow files")
+    group.add_argument("--data-dir", metavar="DIR", default=default_data,
+                       help="folder of images, parquet or arrow files")
     group.add_argument("--dataset", metavar="NAME", help="data set on the Hub, instead of --data-dir")
     group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
     group.add_argument("--train-split", metavar="NAME", default="train")
@@ -64,7 +72,8 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
     group.add_argument("--drop-path", type=float, help="stochastic depth rate")
 
     group = parser.add_argument_group("self distillation")
-    group.add_argument("--exits", nargs="+", metavar="EXIT", help="feature_info indices or module names (default: chosen)")
+    group.add_argument("--exits", nargs="+", metavar="EXIT",
+                       help="feature_info indices or module names (default: chosen)")
     group.add_argument("--head", default="bottleneck", help=", ".join(HEADS))
     group.add_argument("--temperature", type=float, default=3.0)
     group.add_argument("--alpha", type=float, default=0.3, help="weight of the distillation against the labels")
@@ -81,8 +90,8 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
 def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
     names = {field.name for field in fields(TrainConfig)} - {"settings"}
-    values = vars(args)
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key not in names}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
+    settings = {key: value for key, value in values.items() if key not in names}
     return TrainConfig(**{name: values[name] for name in names}, settings=settings)
 
 
@@ -95,7 +104,7 @@ _HELP = {
     "output": "run directory (default: a new one under output/train)",
     "batch_size": "images per process and forward pass",
     "opt": "any of timm's optimizers",
-    "sched": "cosine, tanh, step, multistep, poly, plateau, none",
+    "sched": ", ".join(SCHEDULES),
     "smoothing": "label smoothing",
     "mixup": "alpha, 0 is off",
     "cutmix": "alpha, 0 is off",

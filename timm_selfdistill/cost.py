@@ -1,8 +1,9 @@
 """What an exit costs: parameters and multiply-adds, counted on the meta device, and time."""
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn

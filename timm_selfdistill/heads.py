@@ -3,9 +3,12 @@
 A head maps its stage's feature map to `(logits, feature)`: logits (B, K), and a feature (B, D, H', W') with the
 teacher's D channels at about the teacher's resolution, which the hint loss compares with the teacher's own feature.
 """
+from collections.abc import Callable
+from inspect import signature
 from math import log2
-from typing import Any, Callable
+from typing import Any
 
+import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
@@ -14,10 +17,23 @@ from .stages import Stage
 HeadFactory = Callable[..., nn.Module]
 
 
+class HalvingConv(ConvNormAct):
+    """2x2 convolution of stride 2, norm and ReLU: (B, C, H, W) to (B, out, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=2, stride=2, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if height % 2 or width % 2:  # padding by nothing would still copy the whole map
+            x = F.pad(x, (0, width % 2, 0, height % 2))
+        return super().forward(x)
+
+
 class BottleneckHead(nn.Module):
     """Bottleneck, pooling and fully connected layer ("Be Your Own Teacher", arXiv:1905.08094, section 3).
 
-    Strided 3x3 convolutions halve the resolution down to the teacher's (one of stride 1 where there is nothing to
+    Convolutions of stride 2 halve the resolution down to the teacher's (one 3x3 of stride 1 where there is nothing to
     halve), each twice as wide as the one before; a 1x1 convolution widens the last to the teacher's channels. The first
     convolution already has a stride, so nothing runs at the stage's own, expensive resolution. The feature is linear,
     so that it can match teachers of either sign; the classifier sees it after a ReLU.
@@ -26,18 +42,19 @@ class BottleneckHead(nn.Module):
         stage: stage that the head stands on; the input is (B, stage.channels, H, W).
         teacher: last stage; the feature has its channels.
         num_classes: K.
-        width: channels of the last 3x3 convolution; None is a quarter of the teacher's channels, 192 at most.
+        width: channels before the last convolution; None is a quarter of the teacher's channels, 128 at most.
     """
 
     def __init__(self, stage: Stage, teacher: Stage, num_classes: int, width: int | None = None):
         super().__init__()
-        width = width or min(teacher.channels // 4, 192)
+        width = min(teacher.channels // 4, 128) if width is None else width
+        if width < 1:
+            raise ValueError(f"width must be at least 1 channel, got {width}")
         halvings = _halvings(stage, teacher)
         layers, channels = [], stage.channels
         for remaining in reversed(range(max(halvings, 1))):
             out_channels = max(width >> remaining, 8)
-            kernel, stride = (2, 2) if halvings else (3, 1)
-            layers.append(ConvNormAct(channels, out_channels, kernel, stride, padding="same" if halvings else ""))
+            layers.append(HalvingConv(channels, out_channels) if halvings else ConvNormAct(channels, out_channels, 3))
             channels = out_channels
         self.bottleneck = nn.Sequential(*layers, ConvNormAct(channels, teacher.channels, 1, apply_act=False))
         self.act = nn.ReLU()
@@ -87,11 +104,16 @@ def create_head(
         ValueError: the name is unknown.
         TypeError: `head` is neither a name nor a callable, or does not take `head_args`.
     """
+    names = ", ".join(sorted(HEADS))
     if isinstance(head, str) and head not in HEADS:
-        raise ValueError(f"unknown head {head!r}; choose from {', '.join(sorted(HEADS))}, or pass a callable")
+        raise ValueError(f"unknown head {head!r}; choose from {names}, or pass a callable")
     factory = HEADS[head] if isinstance(head, str) else head
     if not callable(factory):
-        raise TypeError(f"head must be one of {', '.join(sorted(HEADS))} or a callable, got {head!r}")
+        raise TypeError(f"head must be one of {names} or a callable, got {head!r}")
+    try:
+        signature(factory).bind(stage, teacher, num_classes, **(head_args or {}))
+    except TypeError as error:
+        raise TypeError(f"head {head!r} does not take head_args={head_args}: {error}") from None
     return factory(stage, teacher, num_classes, **(head_args or {}))
 
 

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from os import PathLike
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -57,6 +58,8 @@ def save_timm_model(
         ValueError: timm does not.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; a model is saved to a folder")
     folder.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
@@ -66,6 +69,7 @@ def save_timm_model(
             _save_tensors(heads, fresh / HEADS)
         check_rebuilds(backbone, fresh)
         for path in fresh.iterdir():
+            shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -98,6 +102,10 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
             " it was written by another version of timm-selfdistill"
             f" ({settings.get('timm_selfdistill_version', 'unknown')}): install that one"
         )
+    expected = {"exits": list, "head": (str, type(None)), "head_args": dict}
+    for key, kind in expected.items():
+        if key not in settings or not isinstance(settings[key], kind):
+            raise ValueError(f'{path} is damaged: "self_distill" has {key}={settings.get(key)!r}; save the model again')
     return config
 
 
@@ -136,7 +144,7 @@ def check_rebuilds(backbone: nn.Module, folder: Path) -> None:
         try:
             rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=True)
         except (RuntimeError, TypeError, KeyError) as error:
-            raise ValueError(advice.format(reason=error)) from error
+            raise ValueError(advice.format(reason=shorten(str(error), 300))) from error
     like = next(p for p in backbone.parameters() if p.is_floating_point())
     rebuilt = rebuilt.to(device=like.device, dtype=like.dtype).eval()
     generator = torch.Generator().manual_seed(0)
@@ -145,7 +153,7 @@ def check_rebuilds(backbone: nn.Module, folder: Path) -> None:
         try:
             expected, got = backbone(x), rebuilt(x)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(advice.format(reason=error)) from error
+            raise ValueError(advice.format(reason=shorten(str(error), 300))) from error
     if not torch.allclose(expected, got, rtol=1e-2, atol=1e-3 * float(expected.abs().max()), equal_nan=True):
         raise ValueError(advice.format(reason=f"its logits differ by {float((expected - got).abs().max()):.2g}"))
 
@@ -164,8 +172,8 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
 
 def _save_config(
         backbone: nn.Module, path: Path, model_args: dict[str, Any], settings: dict[str, Any] | None) -> None:
-    pretrained_cfg = {"input_size": default_input_size(backbone), "num_classes": backbone.num_classes, "first_conv": None}
-    model_config = {"pretrained_cfg": pretrained_cfg}
+    model_config: dict[str, Any] = {"pretrained_cfg": {
+        "input_size": default_input_size(backbone), "num_classes": backbone.num_classes, "first_conv": None}}
     if backbone.pretrained_cfg.get("label_names"):
         model_config["label_names"] = backbone.pretrained_cfg["label_names"]
     if settings is not None:

@@ -1,5 +1,5 @@
 """The self-distillation loss, "Be Your Own Teacher", ICCV 2019, arXiv:1905.08094, section 3."""
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,15 @@ class SelfDistillLoss(nn.Module):
         temperature: softens both distributions of the distillation term; > 0.
         alpha: weight of the distillation term against the labels, in [0, 1].
         beta: weight of the hint term, >= 0.
-        label_loss: criterion `(logits (B, K), target) -> scalar`, any of timm's or torch's; None is cross entropy, which
-            takes class indices (B,) and soft labels (B, K).
+        label_loss: criterion `(logits (B, K), target) -> scalar`, any of timm's or torch's; None is cross entropy,
+            which takes class indices (B,) and soft labels (B, K).
         hint: what the hint compares: "map" the whole feature maps, "pooled" their spatial means, None nothing.
         teacher: "deepest" classifier, or "ensemble": the mean of all logits teaches every classifier, the deepest
             included (arXiv:2104.00299). The hint's teacher is the deepest feature in both.
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: `label_loss` is not callable.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class SelfDistillLoss(nn.Module):
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a number >= 0, got {beta}")
+        if label_loss is not None and not callable(label_loss):
+            raise TypeError(f"label_loss must be a criterion (logits, target) -> scalar, got {label_loss!r}")
         if hint not in ("map", "pooled", None):
             raise ValueError(f"hint must be 'map', 'pooled' or None, got {hint!r}")
         if teacher not in ("deepest", "ensemble"):
@@ -92,7 +95,7 @@ class SelfDistillLoss(nn.Module):
                 f"expected a SelfDistillOutput, got {type(output).__name__}; in eval mode model(x) gives only the"
                 " deepest logits: use model.forward_exits(x)"
             )
-        logits = [_full_precision(z) for z in output.logits]
+        logits = torch.stack([_full_precision(z) for z in output.logits])
         distill, hint = self._distill(logits), self._hint(output.features)
         label = self._label(logits, target) if target is not None else torch.zeros_like(distill)
         return {
@@ -102,26 +105,27 @@ class SelfDistillLoss(nn.Module):
             "hint": hint,
         }
 
-    def _label(self, logits: list[Tensor], target: Tensor) -> Tensor:
+    def _label(self, logits: Tensor, target: Tensor) -> Tensor:
         target = _check_target(target, logits[-1])
         if self.label_loss is None:
-            losses = [F.cross_entropy(_shifted(z), target) for z in logits]
+            per_image = F.cross_entropy(
+                _shifted(logits).flatten(0, 1), torch.cat([target] * len(logits)), reduction="none")
+            losses = per_image.view(len(logits), -1).mean(1)
         else:
-            losses = [self.label_loss(z, target) for z in logits]
-        deepest_weight = 1 - self.alpha if self.teacher == "ensemble" else 1
-        return (1 - self.alpha) * sum(losses[:-1]) + deepest_weight * losses[-1]
-
-    def _distill(self, logits: list[Tensor]) -> Tensor:
+            losses = torch.stack([self.label_loss(z, target) for z in logits])
         if self.teacher == "ensemble":
-            # The mean of quotients cannot overflow where the logits do not.
-            teacher, students = sum(z / len(logits) for z in logits), logits
+            return (1 - self.alpha) * losses.sum()
+        return (1 - self.alpha) * losses[:-1].sum() + losses[-1]
+
+    def _distill(self, logits: Tensor) -> Tensor:
+        if self.teacher == "ensemble":
+            # The sum of quotients cannot overflow where the logits do not.
+            teacher, students = (logits / len(logits)).sum(0), logits
         else:
             teacher, students = logits[-1], logits[:-1]
-        log_p = F.log_softmax(_shifted(teacher.detach()) / self.temperature, dim=1)
-        return sum(
-            F.kl_div(F.log_softmax(_shifted(z) / self.temperature, dim=1), log_p, reduction="batchmean", log_target=True)
-            for z in students
-        )
+        log_p = F.log_softmax(_shifted(teacher.detach()) / self.temperature, dim=-1)
+        log_q = F.log_softmax(_shifted(students) / self.temperature, dim=-1)
+        return F.kl_div(log_q, log_p.expand_as(log_q), reduction="sum", log_target=True) / log_p.shape[0]
 
     def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
         if self.hint is None:
@@ -142,8 +146,8 @@ def _full_precision(x: Tensor) -> Tensor:
 
 
 def _shifted(logits: Tensor) -> Tensor:
-    """Logits moved to a maximum of 0, equal under softmax; differences too large for float32 stay finite, NaN stays NaN."""
-    return (logits - logits.detach().amax(1, keepdim=True)).clamp(min=-1e30)
+    """Logits moved to a maximum of 0, equal under softmax; differences too large for float32 stay finite."""
+    return (logits - logits.detach().amax(-1, keepdim=True)).clamp(min=-1e30)
 
 
 def _check_target(target: Tensor, logits: Tensor) -> Tensor:

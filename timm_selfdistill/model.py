@@ -1,6 +1,7 @@
 """One verb turns a timm model into a network that teaches itself."""
+from collections.abc import Sequence
 from os import PathLike
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ def wrap_self_distill(
 
     Args:
         model: a timm model with a classifier, `timm.create_model("resnet18", num_classes=10)`.
-        exits: where the shallow classifiers stand: `feature_info` indices or module names ("layer1"), ascending. The last
-            level is always the teacher. None chooses up to three, see `stages.select_stages`.
+        exits: where the shallow classifiers stand: `feature_info` indices or module names ("layer1"), ascending. The
+            last level is always the teacher. None chooses up to three, see `stages.select_stages`.
         head: "bottleneck" (ICCV 2019), "linear" (deep supervision), or a callable, see `heads.create_head`.
         head_args: further arguments of the head, e.g. `{"width": 64}` for "bottleneck".
         model_args: what `create_model` was given and cannot be read back from the model; needed only for saving, which
@@ -166,7 +167,7 @@ class SelfDistillModel(nn.Module):
             x, indices=[stage.index for stage in stages], intermediates_only=True)).output
         rows = []
         for exit, stage, feature_map in [*zip(range(len(stages)), stages, maps), ("ensemble", stages[-1], maps[-1])]:
-            params, macs, _ = count_cost(self, input_size, lambda model, x: model.predict(x, exit))
+            params, macs, _ = count_cost(self, input_size, lambda model, x, exit=exit: model.predict(x, exit))
             rows.append(ExitSummary(exit, stage.name, tuple(feature_map.shape[1:]), params, macs, macs / plain_macs))
         return Summary(rows)
 
@@ -174,8 +175,8 @@ class SelfDistillModel(nn.Module):
         """Save to a folder that both `SelfDistillModel.from_pretrained` and plain timm read.
 
         The folder gets `config.json` and `model.safetensors` (the backbone, in timm's own layout) and
-        `self_distill.safetensors` (the heads). Files are written beside and moved into place only after timm was seen to
-        rebuild the same model from them.
+        `self_distill.safetensors` (the heads). Files are written beside and moved into place only after timm was seen
+        to rebuild the same model from them.
 
         Args:
             save_directory: made if missing; other files in it stay.

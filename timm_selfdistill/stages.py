@@ -1,5 +1,6 @@
 """Where the exits stand: the stage boundaries that timm's `feature_info` describes."""
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -35,7 +36,7 @@ def check_timm_classifier(model: nn.Module) -> None:
     if not model.num_classes:
         raise ValueError(
             f"{type(model).__name__} has no classifier (num_classes=0), so nothing can teach its exits;"
-            " create it with timm.create_model(..., num_classes=K), K >= 1; models that are only encoders cannot be used"
+            " create it with timm.create_model(..., num_classes=K), K >= 1; encoders without a head cannot be used"
         )
 
 
@@ -64,7 +65,7 @@ def select_stages(stages: list[Stage], exits: Sequence[int | str] | None = None)
     """
     last = len(stages) - 1
     if last < 1:
-        raise ValueError(f"the model has {len(stages)} feature level(s); at least 2 are needed, an exit and the teacher")
+        raise ValueError(f"the model has {len(stages)} feature level(s), but an exit and the teacher need 2")
     if exits is None:
         if stages[0].reduction == stages[last].reduction:
             chosen = sorted({-(-len(stages) * quarter // 4) - 1 for quarter in (1, 2, 3)} - {last})
@@ -79,8 +80,9 @@ def select_stages(stages: list[Stage], exits: Sequence[int | str] | None = None)
         chosen.pop()
     if not chosen:
         raise ValueError(f"exits={list(exits)} names no shallow exit; choose from {_describe(stages[:-1])}")
-    if any(b <= a for a, b in zip(chosen, chosen[1:])):
-        raise ValueError(f"exits={list(exits)} must be ascending without repeats, shallow to deep: {_describe(stages[:-1])}")
+    if chosen != sorted(set(chosen)):
+        raise ValueError(
+            f"exits={list(exits)} must be ascending without repeats, shallow to deep: {_describe(stages[:-1])}")
     return [stages[index] for index in [*chosen, last]]
 
 

@@ -1,7 +1,7 @@
 """Self distillation as a timm training task."""
-from torch import Tensor
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
+from torch import Tensor
 
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel
@@ -15,11 +15,19 @@ class SelfDistillTask(ClassificationTask):
     Args:
         model: of `wrap_self_distill`.
         criterion: None is `SelfDistillLoss()`.
+
+    Raises:
+        TypeError: the model or the criterion is not one of these.
     """
 
     def __init__(self, model: SelfDistillModel, criterion: SelfDistillLoss | None = None):
         if not isinstance(model, SelfDistillModel):
             raise TypeError(f"expected a SelfDistillModel, got {type(model).__name__}; use wrap_self_distill(model)")
+        if criterion is not None and not isinstance(criterion, SelfDistillLoss):
+            raise TypeError(
+                f"expected a SelfDistillLoss, got {type(criterion).__name__}; other criteria are its label_loss:"
+                " SelfDistillLoss(label_loss=criterion)"
+            )
         device = next(model.parameters()).device
         super().__init__(model, SelfDistillLoss() if criterion is None else criterion, device=device, verbose=False)
 

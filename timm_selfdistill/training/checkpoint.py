@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 MODEL_FILE = "model.safetensors"
@@ -75,8 +76,7 @@ def find_checkpoint(resume: str, output: str) -> Path:
 
 def _load(model: nn.Module, path: Path) -> None:
     try:
-        with safe_open(path, framework="pt") as file:
-            saved = {key: file.get_tensor(key) for key in file.keys()}
+        saved = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint") from error
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}

@@ -4,7 +4,7 @@ from typing import Any
 
 from timm.optim import list_optimizers
 
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "plateau", "none")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
 
 
 @dataclass
@@ -23,7 +23,8 @@ class TrainConfig:
             "step" and "multistep".
         smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
         mixup, cutmix: their alpha; 0 is off. mixup_off_epoch: epoch from which both are off; 0 is never.
-        model_ema: keep an average of the weights; it is what is evaluated and saved.
+        model_ema: keep an average of the weights; it is what is evaluated and saved. model_ema_warmup: a faster
+            average at the beginning, for short runs.
         amp: mixed precision, in amp_dtype "float16" or "bfloat16"; False leaves it to `accelerate launch`.
         grad_accum_steps: forward passes per update.
         clip_grad: highest gradient norm; None is off.
@@ -37,7 +38,7 @@ class TrainConfig:
     output: str = ""
     resume: str | None = None
     seed: int = 42
-    epochs: int = 10
+    epochs: int = 6
     batch_size: int = 64
     validation_batch_size: int | None = None
     opt: str = "sgd"
@@ -60,6 +61,7 @@ class TrainConfig:
     mixup_off_epoch: int = 0
     model_ema: bool = False
     model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = False
     amp: bool = False
     amp_dtype: str = "float16"
     grad_accum_steps: int = 1
@@ -78,7 +80,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "grad_accum_steps", "log_interval", "checkpoint_hist"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "workers"):
+        for name in ("seed", "lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "workers"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
         if not 0 <= self.smoothing < 1:
@@ -86,7 +88,7 @@ class TrainConfig:
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be > 0, got {self.clip_grad}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}")
+            raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {self.batch_size}")
         known = list_optimizers()
         if self.opt.lower() not in known:
             raise ValueError(f"unknown optimizer {self.opt!r}; timm has {', '.join(known)}")

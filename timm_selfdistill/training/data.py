@@ -60,7 +60,7 @@ class ImageSplits:
         return len(self.class_names)
 
     def fitting_size(self, model_size: int) -> int:
-        """Pixels to train at: the model's own size, or less where the images are small (a multiple of 32 that holds them)."""
+        """Pixels to train at: the model's own size, or where images are smaller, the multiple of 32 that holds them."""
         return min(model_size, -(-max(self.size) // 32) * 32)
 
     def transformed(self, data_config: dict[str, Any], **augmentation: Any) -> tuple[ImageDataset, ImageDataset]:
@@ -72,14 +72,17 @@ class ImageSplits:
             augmentation: further arguments of `timm.data.create_transform` for training, e.g. `auto_augment`.
 
         Raises:
-            ValueError: input_size has neither one channel nor three.
+            ValueError: input_size has neither one channel nor three, or timm does not know a setting.
         """
         channels = data_config["input_size"][0]
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, but the model takes in_chans={channels}")
         train_only = {"interpolation": augmentation.pop("interpolation", data_config["interpolation"])}
-        train = create_transform(**{**data_config, **train_only}, is_training=True, **augmentation)
-        val = create_transform(**data_config)
+        try:
+            train = create_transform(**{**data_config, **train_only}, is_training=True, **augmentation)
+            val = create_transform(**data_config)
+        except (AssertionError, KeyError) as error:  # timm's answer to an unknown policy or interpolation
+            raise ValueError(f"timm does not know a setting of the transforms: {error}") from error
         mode = "L" if channels == 1 else "RGB"
         return tuple(
             ImageDataset(rows, self.image_column, self.label_column, transform, mode, self.num_classes)
@@ -150,26 +153,31 @@ def model_data_config(
     """The preprocessing of a timm model, with what a run changes of it.
 
     It is written back to `backbone.pretrained_cfg`, with the class names, so that
-    `timm.data.resolve_model_data_config(backbone)` gives the same, also after saving and loading. A model that takes one
-    image size only is moved to `img_size` by its own `set_input_size`.
+    `timm.data.resolve_model_data_config(backbone)` gives the same, also after saving and loading. A model that takes
+    one image size only is moved to `img_size` by its own `set_input_size`.
 
     Args:
         img_size: pixels; None is the model's own size.
         overrides: mean, std, interpolation, crop_pct; None values are the model's own.
 
     Raises:
-        ValueError: the model takes no other image size than its own.
+        ValueError: the model takes no other image size than its own, or a value does not fit.
     """
+    if img_size is not None and img_size < 1:
+        raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
     config = resolve_model_data_config(backbone)
     size = (img_size, img_size) if img_size else tuple(config["input_size"][1:])
     if size != tuple(config["input_size"][1:]) and backbone.pretrained_cfg.get("fixed_input_size"):
         if not hasattr(backbone, "set_input_size"):
-            raise ValueError(f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}")
+            raise ValueError(
+                f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}")
         backbone.set_input_size(img_size=size)
     config["input_size"] = (in_chans, *size)
     config.update({key: value for key, value in overrides.items() if value is not None})
     for key in ("mean", "std"):
         values = tuple(config[key])
+        if overrides.get(key) is not None and len(values) not in (1, in_chans):
+            raise ValueError(f"{key} has {len(values)} values for images of {in_chans} channels: {values}")
         if len(values) != in_chans:
             config[key] = (sum(values) / len(values),) * in_chans
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -191,6 +199,8 @@ def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datas
         if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
         elif path.is_file():
+            if path.suffix not in (".parquet", ".arrow"):
+                raise ValueError(f"{path} is no .parquet or .arrow file; expected one, a folder, or a Hub name")
             loaded = datasets.load_dataset(path.suffix.lstrip("."), data_files={train_split: str(path)})
         else:
             loaded = datasets.load_dataset(str(source), name)
@@ -198,7 +208,7 @@ def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datas
         if path.is_dir():
             raise FileNotFoundError(
                 f"{path} holds no images; expected one subfolder per class, or parquet or arrow files") from error
-        raise FileNotFoundError(f"{source} is neither a folder or file here nor a data set on the Hub: {error}") from error
+        raise FileNotFoundError(f"{source} is no folder or file, and no data set on the Hub: {error}") from error
     return {train_split: loaded} if isinstance(loaded, datasets.Dataset) else loaded
 
 
@@ -210,12 +220,13 @@ def _find_column(rows: datasets.Dataset, column: str | None, feature: type, what
     found = [key for key, value in rows.features.items() if isinstance(value, feature)]
     if len(found) == 1:
         return found[0]
+    name_it = f"name one as {what}_column ({'--input-key' if what == 'image' else '--target-key'})"
     if found:
-        raise ValueError(f"{_named(source)} has several {what} columns: {', '.join(found)}; name one as {what}_column")
+        raise ValueError(f"{_named(source)} has several {what} columns: {', '.join(found)}; {name_it}")
     hint = "; a folder needs one subfolder per class, at least 2" if what == "label" else ""
     raise ValueError(
         f"{_named(source)} has no {what} column ({feature.__name__}) among {', '.join(rows.features)};"
-        f" name one as {what}_column{hint}"
+        f" {name_it}{hint}"
     )
 
 
@@ -227,7 +238,7 @@ def _encode_labels(rows: datasets.Dataset, column: str, class_names: list[str] |
     if not isinstance(feature, datasets.ClassLabel):
         values = rows.unique(column)
         if None in values or any(isinstance(value, float) for value in values):
-            raise TypeError(f"column {column!r} must hold class indices or names, got {feature} with values {values[:3]}")
+            raise TypeError(f"column {column!r} must hold class indices or names, got {feature}: {values[:3]}")
         if isinstance(values[0], str):
             names = class_names or sorted(values)
             unknown = sorted(set(values) - set(names))
@@ -239,7 +250,7 @@ def _encode_labels(rows: datasets.Dataset, column: str, class_names: list[str] |
         feature = datasets.ClassLabel(names=names)
         rows = rows.cast_column(column, feature)
     if class_names is not None and feature.names != class_names:
-        raise ValueError(f"training and validation split differ in their classes: {class_names[:5]}, {feature.names[:5]}")
+        raise ValueError(f"training and validation split differ in classes: {class_names[:5]}, {feature.names[:5]}")
     return rows
 
 
@@ -274,7 +285,7 @@ def _decode(image: dict[str, Any], index: int) -> Image.Image:
         decoded.load()
         return decoded
     except (UnidentifiedImageError, OSError, TypeError) as error:
-        raise ValueError(f"cannot read image {image and image['path'] or f'in row {index}'}: {error}") from error
+        raise ValueError(f"cannot read image {(image and image['path']) or f'in row {index}'}: {error}") from error
 
 
 def _named(source: Any) -> str:

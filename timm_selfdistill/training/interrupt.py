@@ -1,8 +1,9 @@
 """Ctrl-C and SIGTERM as a polite request, on which all processes agree."""
 import signal
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator

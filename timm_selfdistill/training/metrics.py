@@ -1,5 +1,6 @@
 """Accuracy of every exit."""
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,12 @@ def exit_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 
 class ExitMeter:
-    """Adds up loss and hits of every exit, and of their ensemble where there are several. Nothing waits for the device."""
+    """Adds up loss and hits of every exit, and of their ensemble where there are several, without waiting for a GPU."""
 
     def __init__(self, classifiers: int, device: torch.device):
         rows = classifiers + 1 if classifiers > 1 else 1
-        self.totals = torch.zeros(rows, 4, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.totals = torch.zeros(rows, 4, device=device, dtype=dtype)
 
     @torch.no_grad()
     def update(self, logits: Sequence[Tensor], target: Tensor) -> None:

@@ -27,5 +27,6 @@ class TargetMixer:
         if self.mixup is not None and not (off and epoch >= off):
             return self.mixup(x, y)
         if self.config.smoothing or self.mixup is not None:
-            return x, mixup_target(y, self.num_classes, smoothing=self.config.smoothing, device=y.device).to(torch.float32)
+            target = mixup_target(y, self.num_classes, smoothing=self.config.smoothing, device=y.device)
+            return x, target.to(torch.float32)
         return x, y

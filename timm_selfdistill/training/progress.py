@@ -47,7 +47,8 @@ class ProgressReporter:
         text = f"loss {loss:.3f}  {images_per_second:,.0f} images/s"
         self.bar.update(self.task, description=f"epoch {epoch + 1}/{epochs}", note=text)
         if not self.live and time.perf_counter() - self.last_line > PLAIN_LINE_SECONDS:
-            self.say(f"epoch {epoch + 1}/{epochs}  {self.done_updates}/{self.total_updates}  {text}  left {self.time_left()}")
+            updates = f"{self.done_updates}/{self.total_updates}"
+            self.say(f"epoch {epoch + 1}/{epochs}  {updates}  {text}  left {self.time_left()}")
 
     def say(self, line: str) -> None:
         """Print one line."""

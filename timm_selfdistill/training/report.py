@@ -66,22 +66,21 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
 
 def plot_exits(path: Path, summary: dict[str, Any]) -> None:
     """exits.png: accuracy over multiply-adds, an exit a point."""
-    rows = [row for row in summary["exits"] if row["macs"] is not None]
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    rows = summary["exits"]
+    figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     line = [row for row in rows if row["exit"] != "ensemble"]
     axes.plot([row["macs"] / 1e6 for row in line], [row["top1"] for row in line], color="tab:blue", alpha=0.4, zorder=1)
-    for row in rows:
+    for index, row in enumerate(rows):
         ensemble = row["exit"] == "ensemble"
-        axes.scatter(row["macs"] / 1e6, row["top1"], s=60, zorder=2, color="tab:orange" if ensemble else "tab:blue",
-                     marker="*" if ensemble else "o")
-        label = "ensemble" if ensemble else f"exit {row['exit']} ({row['module']})"
-        right = ensemble or row is line[-1]
-        axes.annotate(f"{label}\n{row['top1']:.1f} %", (row["macs"] / 1e6, row["top1"]), fontsize=8,
-                      xytext=(-8 if right else 8, 6 if ensemble else -20), textcoords="offset points",
-                      ha="right" if right else "left")
-    axes.margins(x=0.12, y=0.25)
-    axes.set(xlabel="multiply-adds, millions", ylabel="top-1 %", title=f"{summary['model']}: accuracy over compute")
+        style = _style(index, len(rows), str(row["exit"]))
+        label = "ensemble" if ensemble else f"exit {row['exit']} ({row['module']})" if row["module"] else "plain"
+        axes.scatter(row["macs"] / 1e6, row["top1"], s=120 if ensemble else 60, color=style["color"],
+                     alpha=style.get("alpha"), marker="*" if ensemble else "o", zorder=2,
+                     label=f"{label}: {row['top1']:.2f} %, {row['share']:.0%} of the compute")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), fontsize=9, frameon=False)
+    axes.set(xlabel="multiply-adds per image, millions", ylabel="top-1 %", xlim=(0, None),
+             title=f"{summary['model']}: accuracy over compute")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -44,7 +44,10 @@ def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
         output = Path("output/train") / datetime.now().strftime("%Y%m%d-%H%M%S")
     resumed_here = checkpoint is not None and checkpoint.parent.parent.resolve() == output.resolve()
     if (output / CONFIG_FILE).exists() and not resumed_here:
-        raise FileExistsError(f"{output} holds another run; go on with it by --resume {output}, or choose another output")
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        raise FileExistsError(f"{output} holds another run; go on with --resume {output}, or choose another output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    except OSError as error:
+        raise OSError(f"cannot write the run directory {output} ({error.strerror}); choose another output") from error
     return output, checkpoint

@@ -1,5 +1,5 @@
 """Which images a process sees, and in what order."""
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
@@ -18,7 +18,7 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, size: int, global_batch: int, rank: int, world_size: int, seed: int):
         if size < global_batch:
-            raise ValueError(f"{size} training images do not fill one batch of {global_batch}; use a smaller batch_size")
+            raise ValueError(f"{size} training images do not fill a batch of {global_batch}; use a smaller batch_size")
         self.usable = size // global_batch * global_batch
         self.size, self.rank, self.world_size, self.seed = size, rank, world_size, seed
         self.epoch = self.start = 0

@@ -1,16 +1,13 @@
 """The training run around any `timm.task.TrainingTask`."""
-import signal
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.tracking import filter_trackers, get_available_trackers
+from accelerate.utils import broadcast_object_list, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
@@ -30,40 +27,8 @@ from .progress import ProgressReporter
 from .report import plot_curves, plot_exits, write_history, write_json
 from .run_directory import open_run
 from .sampling import EpochSampler
+from .state import TrainResult, TrainState
 from .summary import summarize
-
-
-@dataclass
-class TrainResult:
-    """What a run came to."""
-
-    output: Path
-    """The run directory."""
-    history: list[dict[str, Any]]
-    """A row per finished epoch, as in history.csv."""
-    summary: dict[str, Any] | None = None
-    """As in summary.json; None where the run was interrupted."""
-    interrupted_by: signal.Signals | None = None
-
-
-@dataclass
-class TrainState:
-    """Where the run stands; travels in checkpoints."""
-
-    epoch: int = 0
-    images: int = 0
-    """Images of this epoch that are behind us, over all processes."""
-    updates: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
-    """Sums over the updates of this epoch."""
-    best_top1: float = -1.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
 
 
 class Trainer:
@@ -87,7 +52,7 @@ class Trainer:
 
     def __init__(self, task: TrainingTask, train_data: Dataset, val_data: Dataset, config: TrainConfig | None = None):
         if not isinstance(task, TrainingTask):
-            raise TypeError(f"expected a timm.task.TrainingTask, got {type(task).__name__}; e.g. SelfDistillTask(model)")
+            raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
         self.config = config = config or TrainConfig()
         self.accelerator = _create_accelerator(config)
         self.input_size = tuple(train_data[0][0].shape)
@@ -104,8 +69,8 @@ class Trainer:
     def _create_loaders(self, train_data: Dataset, val_data: Dataset) -> None:
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
         self.sampler = EpochSampler(len(train_data), config.batch_size * world, rank, world, config.seed)
-        common = dict(num_workers=config.workers, persistent_workers=config.workers > 0,
-                      pin_memory=self.accelerator.device.type == "cuda")
+        common = {"num_workers": config.workers, "persistent_workers": config.workers > 0,
+                  "pin_memory": self.accelerator.device.type == "cuda"}
         self.train_loader = DataLoader(train_data, config.batch_size, sampler=self.sampler, drop_last=True, **common)
         own_share = Subset(val_data, range(rank, len(val_data), world))
         self.val_loader = DataLoader(own_share, config.validation_batch_size or config.batch_size, **common)
@@ -129,7 +94,7 @@ class Trainer:
         self.task, self.optimizer = self.accelerator.prepare(task, optimizer)
         self.plain_task = plain(self.accelerator, self.task)
         if config.model_ema:
-            self.plain_task.setup_ema(decay=config.model_ema_decay)
+            self.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         keep_unwrapped_weights(self.accelerator)
 
     @property
@@ -148,9 +113,7 @@ class Trainer:
         state, config = self.state, self.config
         if self.checkpoint:
             self.accelerator.load_state(str(self.checkpoint))
-        if config.report_to:
-            self.accelerator.project_configuration.set_directories(str(self.output))
-            self.accelerator.init_trackers("timm-selfdistill", config={"output": str(self.output)})
+        self._start_trackers()
         self._save_model("last", None)
         total = self.updates_per_epoch * config.epochs
         reporter = ProgressReporter(total, state.updates, self.accelerator.is_main_process)
@@ -165,12 +128,19 @@ class Trainer:
         if interrupted_by:
             self._save_checkpoint()
         else:
-            summary = summarize(self.eval_model, self.metrics or self.evaluate(), state.epoch, self.input_size)
-            if self.accelerator.is_main_process:
-                write_json(self.output / "summary.json", summary)
-                plot_exits(self.output / "exits.png", summary)
+            summary = self._summarize()
         self.accelerator.end_training()
         return TrainResult(self.output, state.history, summary, interrupted_by)
+
+    def _start_trackers(self) -> None:
+        if not self.config.report_to:
+            return
+        accelerator, values = self.accelerator, self.config.to_dict()
+        accelerator.project_configuration.set_directories(str(self.output))
+        accelerator.log_with = filter_trackers(list(self.config.report_to), accelerator.logging_dir)
+        settings = {**values.pop("settings"), **values, "output": str(self.output)}
+        accelerator.init_trackers("timm-selfdistill", config={
+            key: value for key, value in settings.items() if isinstance(value, (str, int, float))})
 
     def evaluate(self) -> list[ExitMetrics]:
         """Accuracy of every exit and of the ensemble on the validation data."""
@@ -276,6 +246,16 @@ class Trainer:
             plot_curves(self.output / "curves.png", state.history)
         self._save_checkpoint()
 
+    def _summarize(self) -> dict[str, Any]:
+        """Write summary.json and exits.png; the same answer on every process, one of which measures the speed-ups."""
+        metrics = self.metrics or self.evaluate()
+        answer = [None]
+        if self.accelerator.is_main_process:
+            answer = [summarize(self.eval_model, metrics, self.state.epoch, self.input_size)]
+            write_json(self.output / "summary.json", answer[0])
+            plot_exits(self.output / "exits.png", answer[0])
+        return broadcast_object_list(answer)[0]
+
     def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> None:
         if not self.accelerator.is_main_process:
             return
@@ -303,10 +283,10 @@ class Trainer:
 def _create_accelerator(config: TrainConfig) -> Accelerator:
     available = {tracker.value for tracker in get_available_trackers()}
     if unknown := set(config.report_to) - available:
-        raise ValueError(f"cannot report to {', '.join(sorted(unknown))}; installed trackers: {', '.join(sorted(available))}")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=list(config.report_to) or None)
+        raise ValueError(f"no tracker {', '.join(sorted(unknown))}; installed: {', '.join(sorted(available))}")
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("fp16 needs a GPU (here training would run in fp32); use amp_dtype bfloat16, or no mixed precision")
+        raise ValueError("fp16 needs a GPU (here it would train in fp32); use amp_dtype bfloat16 or no mixed precision")
     return accelerator
 
 

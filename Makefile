@@ -1,0 +1,27 @@
+# Two commands are all the set-up there is: each makes the virtual environment if it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-min
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/train.py
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The tests against the lowest version of every dependency that pyproject.toml allows.
+test-min: .venv-min/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-min/bin/python -m pytest -n 2 $(ARGS)
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+.venv-min/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-min
+	$(PYTHON) tests/minimum_versions.py | xargs .venv-min/bin/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
