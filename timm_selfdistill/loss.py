@@ -152,6 +152,8 @@ def _shifted(logits: Tensor) -> Tensor:
 
 def _check_target(target: Tensor, logits: Tensor) -> Tensor:
     batch, classes = logits.shape
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     if target.shape == logits.shape and target.is_floating_point():
         return target
     if target.shape != (batch,):

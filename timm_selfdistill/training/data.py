@@ -130,14 +130,12 @@ def load_images(
     class_names = train.features[label_column].names
     if len(class_names) < 2:
         raise ValueError(f"{_named(source)} has one class only ({class_names}); at least 2 are needed")
+    _check_labels(train, label_column, len(class_names), "training")
     if val_split is not None:
         val = _encode_labels(splits[val_split], label_column, class_names)
+        _check_labels(val, label_column, len(class_names), "validation")
     else:
         train, val = _split(train, val_fraction, label_column, seed)
-    for split_name, rows in (("training", train), ("validation", val)):
-        if len(rows) == 0:
-            raise ValueError(f"the {split_name} split of {_named(source)} is empty")
-        _check_labels(rows, label_column, len(class_names), split_name)
     first = _decode(train.cast_column(image_column, datasets.Image(decode=False))[0][image_column], 0)
     in_chans = 1 if first.mode in ("1", "L", "I", "F", "I;16") else 3
     return ImageSplits(train, val, image_column, label_column, class_names, in_chans, first.size[::-1])
@@ -264,6 +262,8 @@ def _split(rows: datasets.Dataset, fraction: float, label_column: str, seed: int
 
 
 def _check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_name: str) -> None:
+    if len(rows) == 0:
+        raise ValueError(f"the {split_name} split is empty")
     labels = rows.select_columns([column]).with_format("arrow")[:][column]
     if labels.null_count:
         raise ValueError(f"{labels.null_count} of {len(rows)} rows of the {split_name} split have no label")

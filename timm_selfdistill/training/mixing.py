@@ -27,6 +27,5 @@ class TargetMixer:
         if self.mixup is not None and not (off and epoch >= off):
             return self.mixup(x, y)
         if self.config.smoothing or self.mixup is not None:
-            target = mixup_target(y, self.num_classes, smoothing=self.config.smoothing, device=y.device)
-            return x, target.to(torch.float32)
+            return x, mixup_target(y, self.num_classes, smoothing=self.config.smoothing).to(torch.float32)
         return x, y

@@ -1,11 +1,12 @@
 """The training run around any `timm.task.TrainingTask`."""
+import os
 import time
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import filter_trackers, get_available_trackers
 from accelerate.utils import broadcast_object_list, set_seed
 from timm.optim import create_optimizer_v2
@@ -284,10 +285,10 @@ def _create_accelerator(config: TrainConfig) -> Accelerator:
     available = {tracker.value for tracker in get_available_trackers()}
     if unknown := set(config.report_to) - available:
         raise ValueError(f"no tracker {', '.join(sorted(unknown))}; installed: {', '.join(sorted(available))}")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision == "fp16" and PartialState().device.type == "cpu":
         raise ValueError("fp16 needs a GPU (here it would train in fp32); use amp_dtype bfloat16 or no mixed precision")
-    return accelerator
+    return Accelerator(mixed_precision=config.mixed_precision)
 
 
 def _check_classes(model: nn.Module, data: Dataset) -> int:

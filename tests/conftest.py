@@ -1,0 +1,61 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from timm_selfdistill import SelfDistillModel, load_images, model_data_config, wrap_self_distill
+
+ROOT = Path(__file__).parents[1]
+EMBEDDED = ROOT / "examples/data"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps the precision of a process's first run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def small_backbone(name: str = "test_resnet", num_classes: int = 10, in_chans: int = 3, **kwargs) -> nn.Module:
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **kwargs)
+
+
+def small_model(name: str = "test_resnet", num_classes: int = 10, in_chans: int = 3, **kwargs) -> SelfDistillModel:
+    return wrap_self_distill(small_backbone(name, num_classes, in_chans), **kwargs)
+
+
+@pytest.fixture(scope="session")
+def fashion():
+    """400 training and 100 test images of Fashion-MNIST."""
+    images = load_images(EMBEDDED)
+    images.train, images.val = images.train.select(range(400)), images.val.select(range(100))
+    return images
+
+
+@pytest.fixture(scope="session")
+def fashion_tensors(fashion):
+    """The same without augmentation, normalised for one channel at 32 px: training and validation data sets."""
+    config = model_data_config(small_backbone(in_chans=1), 32, in_chans=1)
+    return fashion.transformed(config, no_aug=True)
+
+
+def run_python(*args: object, launcher: tuple[str, ...] = (), check: bool = True, **environment: str):
+    """Run a script of the repository in a process of its own."""
+    command = [sys.executable, *launcher, *map(str, args)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    if check and done.returncode:
+        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done

@@ -1,0 +1,64 @@
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_selfdistill import wrap_self_distill
+from timm_selfdistill.cost import count_cost, default_input_size, measure_speedups
+
+from .conftest import small_model
+
+
+def test_multiply_adds_are_half_of_what_torch_counts():
+    model = timm.create_model("resnet18", num_classes=10).eval()
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert count_cost(model, (3, 64, 64)).macs == flops.get_total_flops() // 2
+
+
+def test_the_summary_of_resnet18():
+    model = wrap_self_distill(timm.create_model("resnet18", num_classes=1000))
+    rows = model.summary()
+    assert [row.exit for row in rows] == [0, 1, 2, 3, "ensemble"]
+    assert [row.module for row in rows] == ["layer1", "layer2", "layer3", "layer4", "layer4"]
+    assert rows[0].feature_shape == (64, 56, 56)
+    assert rows[3].feature_shape == (512, 7, 7)
+    assert rows[3].params == 11_689_512  # the published size of ResNet18
+    assert round(rows[3].macs / 1e9, 2) == 1.81  # and its published cost
+    assert rows[3].share == 1
+    assert rows[0].share < rows[1].share < rows[2].share < 1 < rows[4].share < 1.048
+    assert rows[4].params == sum(p.numel() for p in model.parameters())
+
+
+def test_a_summary_prints_a_line_an_exit():
+    lines = str(small_model().summary((3, 64, 64))).splitlines()
+    assert lines[0].split() == ["exit", "module", "feature", "params", "MACs", "share"]
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["0", "layer1"], ["1", "layer2"], ["2", "layer3"], ["3", "layer4"], ["ensemble", "layer4"]]
+
+
+def test_counting_leaves_no_trace():
+    model = small_model().train()
+    model.backbone.layer1.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    model.summary((3, 64, 64))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.backbone.layer2.training
+    assert not model.backbone.layer1.training
+
+
+def test_default_input_size_knows_the_channels():
+    assert default_input_size(timm.create_model("resnet18", in_chans=1)) == (1, 224, 224)
+    assert default_input_size(timm.create_model("test_vit")) == (3, 160, 160)
+
+
+def test_speed_ups_are_ratios_to_the_plain_call():
+    def slow(x):
+        for _ in range(40):
+            x = x @ x / 300
+        return x
+
+    calls = [slow, lambda x: x]
+    same, faster = measure_speedups(torch.nn.Identity(), slow, calls, torch.randn(300, 300), rounds=5)
+    assert 0 < same < faster

@@ -1,0 +1,65 @@
+import pytest
+import timm
+from torch import nn
+
+from timm_selfdistill import wrap_self_distill
+from timm_selfdistill.stages import check_timm_classifier, read_stages, select_stages
+
+from .conftest import small_backbone
+
+
+@pytest.mark.parametrize(("name", "exits"), [
+    ("resnet18", ("layer1", "layer2", "layer3", "layer4")),
+    ("convnext_atto", ("stages.0", "stages.1", "stages.2", "stages.3")),
+    ("efficientnet_b0", ("blocks.1", "blocks.2", "blocks.4", "blocks.6")),
+    ("vit_tiny_patch16_224", ("blocks.2", "blocks.5", "blocks.8", "blocks.11")),
+    ("test_vit", ("blocks.1", "blocks.2", "blocks.4", "blocks.5")),
+])
+def test_exits_stand_at_stage_boundaries_by_themselves(name, exits):
+    model = timm.create_model(name, num_classes=10)
+    assert tuple(stage.name for stage in select_stages(read_stages(model))) == exits
+
+
+def test_a_stage_knows_channels_and_reduction():
+    stage = read_stages(timm.create_model("resnet18", num_classes=10))[2]
+    assert stage == (2, "layer2", 128, 8)
+
+
+@pytest.mark.parametrize("exits", [
+    [1, 3], ["layer1", "layer3"], [1, "layer3"], (1, 3, 4), ["layer1", "layer3", "layer4"]])
+def test_exits_by_index_or_name_the_teacher_named_or_not(exits):
+    assert wrap_self_distill(small_backbone(), exits=exits).exits == ("layer1", "layer3", "layer4")
+
+
+@pytest.mark.parametrize(("exits", "error", "message"), [
+    ([], ValueError, "names no shallow exit"),
+    (["layer4"], ValueError, "names no shallow exit"),
+    ([9], ValueError, "exit 9 does not exist"),
+    ([-1], ValueError, "exit -1 does not exist"),
+    (["layer9"], ValueError, r"'layer9' does not exist in this model; choose from 0 \(act1\), 1 \(layer1\)"),
+    ([1, 1], ValueError, "ascending without repeats"),
+    ([3, 1], ValueError, "ascending without repeats"),
+    ("layer1", TypeError, "sequence of feature_info indices or module names"),
+    (2, TypeError, "sequence of feature_info indices or module names"),
+    ([1.5], TypeError, "got 1.5"),
+    ([True], TypeError, "got True"),
+])
+def test_bad_exits_are_refused(exits, error, message):
+    with pytest.raises(error, match=message):
+        wrap_self_distill(small_backbone(), exits=exits)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), "resnet18", None])
+def test_what_is_not_a_timm_model_is_refused(model):
+    with pytest.raises(TypeError, match="expected a timm model, got"):
+        check_timm_classifier(model)
+
+
+def test_feature_only_models_are_refused():
+    with pytest.raises(TypeError, match="FeatureListNet.*not features_only"):
+        check_timm_classifier(timm.create_model("resnet10t", features_only=True))
+
+
+def test_models_without_classifier_are_refused():
+    with pytest.raises(ValueError, match=r"ResNet has no classifier \(num_classes=0\).*num_classes=K"):
+        check_timm_classifier(timm.create_model("resnet10t", num_classes=0))

@@ -1,0 +1,40 @@
+import pytest
+import torch
+from timm.task import TrainingTask
+from torch import nn
+
+from timm_selfdistill import SelfDistillLoss, SelfDistillTask
+
+from .conftest import small_backbone, small_model
+
+
+def test_a_timm_training_task_that_gives_the_terms_of_its_loss():
+    criterion = SelfDistillLoss(alpha=0.4, beta=0.5)
+    task = SelfDistillTask(small_model(), criterion)
+    assert isinstance(task, TrainingTask)
+    result = task.train()(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
+    assert set(result) == {"loss", "output", "label_loss", "distill_loss", "hint_loss"}
+    assert result["output"].shape == (2, 10)
+    torch.testing.assert_close(
+        result["loss"], result["label_loss"] + 0.4 * result["distill_loss"] + 0.5 * result["hint_loss"])
+    result["loss"].backward()
+    assert all(p.grad is not None for p in task.parameters())
+
+
+def test_in_eval_mode_too():
+    task = SelfDistillTask(small_model()).eval()
+    x, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
+    result = task(x, y)
+    assert torch.equal(result["output"], task.get_eval_model()(x))
+    assert result["hint_loss"] > 0
+
+
+def test_without_labels():
+    assert SelfDistillTask(small_model()).train()(torch.randn(2, 3, 64, 64))["label_loss"] == 0
+
+
+def test_other_models_and_criteria_are_refused():
+    with pytest.raises(TypeError, match=r"got ResNet; use wrap_self_distill\(model\)"):
+        SelfDistillTask(small_backbone())
+    with pytest.raises(TypeError, match=r"SelfDistillLoss\(label_loss=criterion\)"):
+        SelfDistillTask(small_model(), nn.CrossEntropyLoss())

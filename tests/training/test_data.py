@@ -1,0 +1,233 @@
+import re
+
+import datasets
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+from timm_selfdistill import load_images, model_data_config
+from timm_selfdistill.training.data import VAL_SPLITS
+
+from ..conftest import EMBEDDED, small_backbone
+
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+AB = datasets.ClassLabel(names=["a", "b"])
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (30, 20)) -> Image.Image:
+    shape = (size[1], size[0], 3)
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, 10 images each."""
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(10):
+            picture().save(tmp_path / "data" / name / f"{index}.png")
+    return tmp_path / "data"
+
+
+def table(labels: list, column: str = "label") -> datasets.Dataset:
+    rows = datasets.Dataset.from_dict({"image": [picture()] * len(labels), column: labels})
+    return rows.cast_column("image", datasets.Image())
+
+
+def test_the_embedded_images():
+    images = load_images(EMBEDDED)
+    assert (len(images.train), len(images.val)) == (6000, 1000)
+    assert images.class_names == CLASSES
+    assert (images.in_chans, images.size) == (1, (28, 28))
+    assert np.bincount(images.train["label"][:]).tolist() == [600] * 10
+    assert np.bincount(images.val["label"][:]).tolist() == [100] * 10
+    assert sum(path.stat().st_size for path in EMBEDDED.glob("*.parquet")) <= 4_000_000
+
+
+def test_a_folder_of_images(folder):
+    images = load_images(folder, val_fraction=0.2)
+    assert images.class_names == ["cat", "dog"]
+    assert (images.in_chans, images.size) == (3, (20, 30))
+    assert np.bincount(images.train["label"][:]).tolist() == [8, 8]
+    assert np.bincount(images.val["label"][:]).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("val_split", VAL_SPLITS)
+def test_a_folder_with_splits(folder, val_split):
+    for split in ("train", val_split):
+        (folder / split).mkdir()
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir()
+            picture().save(folder / split / name / "one.png")
+    for name in ("cat", "dog"):
+        for path in (folder / name).iterdir():
+            path.unlink()
+        (folder / name).rmdir()
+    images = load_images(folder)
+    assert (len(images.train), len(images.val)) == (2, 2)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "disk", "dict", "object"])
+def test_other_forms(form, tmp_path):
+    rows = table(["x", "y"] * 10)
+    if form == "parquet":
+        rows.to_parquet(source := tmp_path / "images.parquet")
+    elif form == "arrow":
+        rows.save_to_disk(tmp_path / "saved")
+        (source := tmp_path / "images.arrow").write_bytes(next((tmp_path / "saved").glob("*.arrow")).read_bytes())
+    elif form == "disk":
+        rows.save_to_disk(source := tmp_path / "saved")
+    else:
+        source = datasets.DatasetDict(train=rows, test=rows) if form == "dict" else rows
+    images = load_images(source, label_column="label")
+    assert images.class_names == ["x", "y"]
+    assert (len(images.train), len(images.val)) == ((20, 20) if form == "dict" else (18, 2))
+
+
+def test_integer_labels_without_names_are_named_by_their_number():
+    images = load_images(table([0, 1, 2] * 2, "fine"), label_column="fine")
+    assert images.class_names == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("mode", "in_chans", "expected"), [
+    ("L", None, (1, 32, 32)), ("RGB", None, (3, 32, 32)), ("L", 3, (3, 32, 32)), ("RGBA", 1, (1, 32, 32)),
+    ("P", 3, (3, 32, 32)), ("I;16", 1, (1, 32, 32)),
+])
+def test_grey_palette_and_transparent_images_of_any_size(mode, in_chans, expected):
+    picture_in_mode = (Image.fromarray(np.full((20, 30), 700, dtype=np.uint16)) if mode == "I;16" else picture(mode))
+    rows = datasets.Dataset.from_dict({"image": [picture_in_mode] * 4, "label": [0, 1] * 2})
+    images = load_images(rows.cast_column("image", datasets.Image()), label_column="label", val_fraction=0.5)
+    channels = in_chans or images.in_chans
+    config = model_data_config(small_backbone(in_chans=channels), 32, channels)
+    for data in images.transformed(config):
+        assert data[0][0].shape == expected
+        assert data[0][0].isfinite().all()
+
+
+def test_augmentation_changes_training_images_alone(fashion):
+    config = model_data_config(small_backbone(in_chans=1), 32, 1)
+    train, val = fashion.transformed(config, auto_augment="rand-m9", re_prob=1.0)
+    assert not (train[0][0] == train[0][0]).all()
+    assert (val[0][0] == val[0][0]).all()
+
+
+def test_preprocessing_is_written_back_to_the_model():
+    backbone = small_backbone(in_chans=1)
+    config = model_data_config(backbone, 48, 1, class_names=CLASSES, mean=[0.4], crop_pct=0.8)
+    resolved = timm.data.resolve_model_data_config(backbone)
+    assert resolved["input_size"] == config["input_size"] == (1, 48, 48)
+    assert list(resolved["mean"]) == list(config["mean"]) == [0.4]
+    assert resolved["crop_pct"] == config["crop_pct"] == 0.8
+    assert backbone.pretrained_cfg["label_names"] == CLASSES
+
+
+def test_a_model_of_one_image_size_is_moved_to_another():
+    backbone = timm.create_model("test_vit", num_classes=10)
+    model_data_config(backbone, 64)
+    assert backbone.patch_embed.img_size == (64, 64)
+
+
+def test_small_images_are_trained_at_a_fitting_size(fashion):
+    assert fashion.fitting_size(224) == 32
+    assert fashion.fitting_size(24) == 24
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"img_size": 0}, "img_size must be at least 1 pixel, got 0"),
+    ({"mean": [0.1, 0.2]}, r"mean has 2 values for images of 3 channels: \(0.1, 0.2\)"),
+])
+def test_bad_preprocessing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model_data_config(small_backbone(), **arguments)
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ({"auto_augment": "foo"}, "timm does not know a setting of the transforms: Unknown AA policy foo"),
+    ({"interpolation": "foo"}, "timm does not know a setting of the transforms: 'foo'"),
+])
+def test_unknown_augmentation_is_refused(fashion, setting, message):
+    with pytest.raises(ValueError, match=message):
+        fashion.transformed(model_data_config(small_backbone(in_chans=1), 32, 1), **setting)
+
+
+def test_other_numbers_of_channels_are_refused(fashion):
+    with pytest.raises(ValueError, match="images have 1 or 3 channels, but the model takes in_chans=7"):
+        fashion.transformed(model_data_config(small_backbone(in_chans=7), 32, 7))
+
+
+def test_a_folder_with_no_images(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no images; expected one subfolder per class"):
+        load_images(tmp_path)
+
+
+def test_a_folder_with_one_class(folder):
+    for path in (folder / "dog").iterdir():
+        path.unlink()
+    (folder / "dog").rmdir()
+    with pytest.raises(ValueError, match="a folder needs one subfolder per class, at least 2"):
+        load_images(folder)
+
+
+def test_an_unreadable_image_is_named(folder):
+    (folder / "dog" / "3.png").write_bytes(b"not an image")
+    images = load_images(folder, val_fraction=0.1)
+    train, _ = images.transformed(model_data_config(small_backbone(), 32))
+    with pytest.raises(ValueError, match=re.escape(f"cannot read image {folder / 'dog' / '3.png'}")):
+        [train[index] for index in range(len(train))]
+
+
+def test_a_truncated_image_is_named(folder):
+    path = folder / "cat" / "0.png"
+    path.write_bytes(path.read_bytes()[:200])
+    images = load_images(folder, val_fraction=0.1)
+    train, val = images.transformed(model_data_config(small_backbone(), 32))
+    with pytest.raises(ValueError, match="cannot read image .*0.png"):
+        [data[index] for data in (train, val) for index in range(len(data))]
+
+
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "images.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"images.txt is no .parquet or .arrow file"):
+        load_images(tmp_path / "images.txt")
+
+
+def test_a_source_of_another_type():
+    with pytest.raises(TypeError, match="got int"):
+        load_images(3)
+
+
+@pytest.mark.parametrize(("labels", "arguments", "error", "message"), [
+    (["x"] * 4, {"label_column": "label"}, ValueError, r"one class only \(\['x'\]\)"),
+    ([0, -1, 1, 0], {"label_column": "label"}, ValueError, "got -1; -1 marks a split without labels"),
+    ([0.5, 1.0, 0.0, 1.0], {"label_column": "label"}, TypeError, "must hold class indices or names"),
+    (["x", "y"] * 2, {}, ValueError, r"no label column \(ClassLabel\) among image, label; name one as label_column"),
+    (["x", "y"] * 2, {"label_column": "class"}, ValueError, "no column 'class'; it has image, label"),
+    (["x", "y"] * 2, {"image_column": "picture"}, ValueError, "no column 'picture'; it has image, label"),
+    (["x", "y"] * 2, {"train_split": "training", "val_split": "eval", "label_column": "label"}, ValueError,
+     "no split 'eval'; it has 'training'"),
+    (["x", "y"] * 2, {"label_column": "label", "val_fraction": 1.0}, ValueError, "must lie between 0 and 1, got 1.0"),
+])
+def test_tables_that_do_not_fit_are_refused(labels, arguments, error, message):
+    with pytest.raises(error, match=message):
+        load_images(table(labels), **arguments)
+
+
+def test_labels_out_of_the_classes_range_are_refused():
+    rows = table([0, 1, -1, 0]).cast_column("label", AB)
+    with pytest.raises(ValueError, match="labels in column 'label' must lie in 0..1, got -1"):
+        load_images(rows)
+
+
+def test_missing_labels_are_counted():
+    rows = table([0, 1, None, 0]).cast_column("label", AB)
+    with pytest.raises(ValueError, match="1 of 4 rows of the training split have no label"):
+        load_images(datasets.DatasetDict(train=rows, test=rows))
+
+
+def test_splits_with_other_classes_are_refused():
+    def rows(names):
+        return table([0, 1, 0, 1]).cast_column("label", datasets.ClassLabel(names=names))
+
+    with pytest.raises(ValueError, match="training and validation split differ in classes"):
+        load_images(datasets.DatasetDict(train=rows(["a", "b"]), test=rows(["b", "a"])))

@@ -1,0 +1,322 @@
+import csv
+import json
+import signal
+
+import pytest
+import timm
+import torch
+import yaml
+from timm.task import ClassificationTask, LogitDistillationTask
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from timm_selfdistill import (
+    SelfDistillLoss,
+    SelfDistillModel,
+    SelfDistillTask,
+    TrainConfig,
+    Trainer,
+    wrap_self_distill,
+)
+from timm_selfdistill.training.checkpoint import list_checkpoints
+
+from ..conftest import small_backbone, small_model
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+RUN_FILES = {"config.yaml", "history.csv", "summary.json", "curves.png", "exits.png", "checkpoints", "best", "last"}
+
+
+def make_task(name: str = "test_resnet", **kwargs) -> SelfDistillTask:
+    torch.manual_seed(0)
+    return SelfDistillTask(small_model(name, in_chans=1, **kwargs))
+
+
+def settings(output, **changes) -> TrainConfig:
+    fast = {"epochs": 2, "batch_size": 50, "workers": 0, "lr": 0.02, "warmup_epochs": 0.5}
+    return TrainConfig(output=str(output), **{**fast, **changes})
+
+
+def fit(output, data, task=None, **changes):
+    task = task or make_task()
+    return Trainer(task, *data, settings(output, **changes)).fit(), task
+
+
+def interrupt_after(monkeypatch, updates: int, number: signal.Signals = signal.SIGINT) -> None:
+    real = Trainer._update
+
+    def update(self, group):
+        losses = real(self, group)
+        if self.state.updates == updates:
+            signal.raise_signal(number)
+        return losses
+
+    monkeypatch.setattr(Trainer, "_update", update)
+
+
+def same_weights(first: nn.Module, second: nn.Module, **tolerance) -> None:
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda message, name=name: f"{name}: {message}", **tolerance)
+
+
+def test_a_run_learns_and_leaves_its_directory(fashion_tensors, tmp_path):
+    result, _ = fit(tmp_path, fashion_tensors, epochs=6)
+    assert {path.name for path in tmp_path.iterdir()} == RUN_FILES
+    assert result.output == tmp_path
+    assert result.interrupted_by is None
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 3
+
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert float(rows[-1]["train_loss"]) < 0.8 * float(rows[0]["train_loss"])
+    assert float(rows[0]["train_loss"]) == pytest.approx(
+        sum(weight * float(rows[0][f"train_{name}_loss"]) for name, weight in
+            (("label", 1), ("distill", 0.3), ("hint", 0.03))), rel=1e-5)
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == result.summary
+    assert [row["exit"] for row in summary["exits"]] == [0, 1, 2, 3, "ensemble"]
+    assert set(summary["exits"][0]) == {"exit", "top1", "top5", "loss", "module", "params", "macs", "share", "speedup"}
+    assert summary["exits"][3]["top1"] > 30  # chance is 10 %
+    assert summary["exits"][3]["top1"] == float(rows[-1]["top1_exit_3"])
+    assert summary["exits"][3]["share"] == 1
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["batch_size"] == 50
+
+
+def test_the_saved_models_are_the_evaluated_ones(fashion_tensors, tmp_path):
+    result, task = fit(tmp_path, fashion_tensors)
+    loaded = SelfDistillModel.from_pretrained(tmp_path / "last")
+    same_weights(loaded, task.get_eval_model(), rtol=0, atol=0)
+    x = torch.stack([fashion_tensors[1][i][0] for i in range(100)])
+    y = torch.tensor([fashion_tensors[1][i][1] for i in range(100)])
+    plain = timm.create_model(f"local-dir:{tmp_path / 'last'}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(x), loaded(x))
+        for row in result.summary["exits"]:
+            top1 = 100 * (loaded.predict(x, row["exit"]).argmax(1) == y).double().mean().item()
+            assert top1 == pytest.approx(row["top1"])
+    config = json.loads((tmp_path / "last" / "config.json").read_text())
+    assert config["self_distill"]["metrics"]["epoch"] == 2
+    best = json.loads((tmp_path / "best" / "config.json").read_text())["self_distill"]["metrics"]["exits"]
+    assert best[3]["top1"] == max(row["top1_exit_3"] for row in result.history)
+
+
+@pytest.mark.parametrize("task", [
+    lambda: ClassificationTask(small_backbone(in_chans=1), nn.CrossEntropyLoss(), verbose=False),
+    lambda: LogitDistillationTask(
+        small_backbone(in_chans=1), small_backbone(in_chans=1), criterion=nn.CrossEntropyLoss(), verbose=False),
+], ids=["plain", "knowledge distillation"])
+def test_any_timm_task_trains_in_the_same_loop(task, fashion_tensors, tmp_path):
+    result, task = fit(tmp_path, fashion_tensors, task(), epochs=1)
+    (row,) = result.summary["exits"]
+    assert (row["exit"], row["share"]) == (0, 1)
+    saved = timm.create_model(f"local-dir:{tmp_path / 'last'}", pretrained=True)
+    same_weights(saved, task.get_eval_model(), rtol=0, atol=0)
+
+
+def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(fashion_tensors, tmp_path, monkeypatch):
+    changes = {"mixup": 0.2, "smoothing": 0.1, "model_ema": True, "model_ema_decay": 0.9, "grad_accum_steps": 2,
+               "clip_grad": 1.0, "opt": "adamw", "lr": 1e-3, "batch_size": 20}
+    undisturbed, task = fit(tmp_path / "a", fashion_tensors, **changes)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13)
+        stopped, _ = fit(tmp_path / "b", fashion_tensors, **changes)
+    assert stopped.interrupted_by == signal.SIGINT
+    assert stopped.summary is None
+    checkpoints = list_checkpoints(tmp_path / "b" / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step-00000010", "step-00000013"]
+
+    resumed, again = fit(tmp_path / "b", fashion_tensors, resume="latest", **changes)
+    same_weights(task.get_trainable_module(), again.get_trainable_module(), rtol=0, atol=0)
+    same_weights(task.get_trainable_module(ema=True), again.get_trainable_module(ema=True), rtol=0, atol=0)
+    for expected, row in zip(undisturbed.history, resumed.history, strict=True):
+        assert {key: value for key, value in row.items() if key != "images_per_second"} == pytest.approx(
+            {key: value for key, value in expected.items() if key != "images_per_second"})
+
+
+@pytest.mark.parametrize("resume", ["", "checkpoints/step-00000008"])
+def test_resume_from_a_run_directory_or_one_checkpoint(resume, fashion_tensors, tmp_path):
+    fit(tmp_path, fashion_tensors)
+    task = make_task()
+    trainer = Trainer(task, *fashion_tensors, settings("", resume=str(tmp_path / resume), epochs=3))
+    assert trainer.output == tmp_path
+    result = trainer.fit()
+    assert [row["epoch"] for row in result.history] == ([1, 2, 3])
+
+
+def test_sigterm_ends_politely_too(fashion_tensors, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 2, signal.SIGTERM)
+    result, _ = fit(tmp_path, fashion_tensors)
+    assert result.interrupted_by == signal.SIGTERM
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(fashion_tensors, tmp_path):
+    tasks = [make_task("test_convnext", head="linear") for _ in range(2)]  # no batch norm
+    data = tuple(Subset(part, range(80)) for part in fashion_tensors)
+    sizes = [{"batch_size": 40}, {"batch_size": 10, "grad_accum_steps": 4}]
+    for task, size in zip(tasks, sizes):
+        fit(tmp_path / str(size["batch_size"]), data, task, epochs=1, **size)
+    same_weights(tasks[0].get_trainable_module(), tasks[1].get_trainable_module(), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_trains_in_bf16_and_keeps_float32_weights(fashion_tensors, tmp_path):
+    seen = []
+    task = make_task()
+    task.get_trainable_module().backbone.layer4.register_forward_hook(lambda _, x, y: seen.append(y.dtype))
+    result, _ = fit(tmp_path, fashion_tensors, task, epochs=1, amp=True, amp_dtype="bfloat16")
+    assert torch.bfloat16 in seen
+    assert {p.dtype for p in task.parameters()} == {torch.float32}
+    assert result.history[0]["train_loss"] > 0
+
+
+def test_the_moving_average_is_what_is_evaluated_and_saved(fashion_tensors, tmp_path):
+    _, task = fit(tmp_path, fashion_tensors, epochs=1, model_ema=True, model_ema_decay=0.5)
+    average = task.get_trainable_module(ema=True).module
+    loaded = SelfDistillModel.from_pretrained(tmp_path / "last")
+    same_weights(loaded, average, rtol=0, atol=0)
+    assert not torch.equal(loaded.backbone.fc.weight, task.get_trainable_module().backbone.fc.weight)
+
+
+def test_a_frozen_backbone_is_saved_as_it_was(fashion_tensors, tmp_path):
+    backbone = small_backbone(in_chans=1)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    fit(tmp_path, fashion_tensors, SelfDistillTask(wrap_self_distill(backbone, freeze_backbone=True)))
+    saved = SelfDistillModel.from_pretrained(tmp_path / "last").backbone.state_dict()
+    assert all(torch.equal(saved[key], value) for key, value in before.items())
+
+
+def test_trackers_get_losses_and_metrics(fashion_tensors, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(tmp_path, fashion_tensors, report_to=("tensorboard",), log_interval=4)
+    events = EventAccumulator(str(tmp_path / "timm-selfdistill")).Reload()
+    assert {"train_loss", "lr", "train_distill_loss", "top1_exit_0", "top1_ensemble"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("top1_exit_3")] == [8, 16]
+
+
+def test_schedules_warm_up_and_step_every_update(fashion_tensors, tmp_path):
+    trainer = Trainer(make_task(), *fashion_tensors, settings(tmp_path, epochs=1, sched="cosine", lr=0.1))
+    rates = []
+    update = trainer._update
+
+    def recorded(group):
+        rates.append(trainer._lr())
+        return update(group)
+
+    trainer._update = recorded
+    trainer.fit()
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert max(rates) > 0.05
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "tanh", "step", "multistep", "poly", "none"])
+def test_every_schedule_runs(schedule, fashion_tensors, tmp_path):
+    data = tuple(Subset(part, range(100)) for part in fashion_tensors)
+    fit(tmp_path, data, sched=schedule, decay_epochs=1, decay_milestones=(1,))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(bad, fashion_tensors, tmp_path):
+    class Breaking(SelfDistillLoss):
+        calls = 0
+
+        def terms(self, output, target=None):
+            self.calls += 1
+            terms = super().terms(output, target)
+            return {**terms, "loss": terms["loss"] * (bad if self.calls == 11 else 1)}
+
+    task = SelfDistillTask(small_model(in_chans=1), Breaking())
+    checkpoint = tmp_path / "checkpoints" / "step-00000008"
+    with pytest.raises(FloatingPointError, match=rf"the loss is {bad} at update 11 \(epoch 2\); {checkpoint} stays"):
+        fit(tmp_path, fashion_tensors, task)
+    assert list_checkpoints(tmp_path / "checkpoints") == [checkpoint]
+    assert all(value.isfinite().all() for value in SelfDistillModel.from_pretrained(tmp_path / "last").parameters())
+
+
+def test_fp16_on_a_cpu_is_refused(fashion_tensors, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        fit(tmp_path, fashion_tensors, amp=True)
+
+
+def test_model_and_data_of_other_classes(fashion_tensors, tmp_path):
+    with pytest.raises(ValueError, match="the model has 7 classes, the data 10; create the model with num_classes=10"):
+        fit(tmp_path, fashion_tensors, make_task(num_classes=7))
+
+
+def test_what_is_no_task_is_refused(fashion_tensors, tmp_path):
+    with pytest.raises(TypeError, match="expected a timm.task.TrainingTask .*, got SelfDistillModel"):
+        fit(tmp_path, fashion_tensors, small_model())
+
+
+def test_labels_out_of_range_are_refused(tmp_path):
+    data = TensorDataset(torch.randn(8, 1, 32, 32), torch.tensor([0, 1, 2, 10] * 2))
+    with pytest.raises(ValueError, match=r"class indices must lie in 0..9, got 10"):
+        fit(tmp_path, (data, data), batch_size=8)
+
+
+def test_a_model_that_could_not_be_saved_is_refused_before_the_first_step(fashion_tensors, tmp_path):
+    backbone = small_backbone(in_chans=1)
+    backbone.act1 = nn.GELU()
+    backbone.bn1 = nn.Identity()
+    task = SelfDistillTask(wrap_self_distill(backbone))
+    trainer = Trainer(task, *fashion_tensors, settings(tmp_path))
+    with pytest.raises(ValueError, match="timm does not rebuild this backbone"):
+        trainer.fit()
+    assert trainer.state.updates == 0
+
+
+def test_an_output_of_another_run_is_refused(fashion_tensors, tmp_path):
+    (tmp_path / "config.yaml").write_text("epochs: 3\n")
+    with pytest.raises(FileExistsError, match=f"{tmp_path} holds another run; go on with --resume {tmp_path}"):
+        fit(tmp_path, fashion_tensors)
+
+
+def test_an_output_that_cannot_be_written_is_refused(fashion_tensors, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write the run directory .*file/run \(Not a directory\)"):
+        fit(tmp_path / "file" / "run", fashion_tensors)
+
+
+def test_nothing_to_resume(fashion_tensors, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume: .*holds none under checkpoints/"):
+        fit(tmp_path, fashion_tensors, resume="latest")
+    with pytest.raises(FileNotFoundError, match="needs the run directory as output"):
+        fit("", fashion_tensors, resume="latest")
+    assert not (tmp_path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(("change", "first"), [
+    ({"exits": [1]}, "trainable_module.heads.1.bottleneck.0.bn.bias"),
+    ({"num_classes": 7}, "trainable_module.backbone.fc.bias"),
+])
+def test_a_checkpoint_of_another_model_is_refused(change, first, fashion_tensors, tmp_path):
+    data = tuple(Subset(part, range(100)) for part in fashion_tensors)
+    fit(tmp_path, data, epochs=1)
+    saved = (tmp_path / "last" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=f"checkpoint of another model: .*'{first}' first"):
+        fit(tmp_path, data, make_task(**change), epochs=2, resume="latest")
+    assert (tmp_path / "last" / "model.safetensors").read_bytes() == saved
+
+
+def test_a_damaged_checkpoint_is_named(fashion_tensors, tmp_path):
+    data = tuple(Subset(part, range(100)) for part in fashion_tensors)
+    fit(tmp_path, data, epochs=1)
+    (path,) = (tmp_path / "checkpoints").glob("*/model.safetensors")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        fit(tmp_path, data, epochs=2, resume="latest")
+
+
+def test_too_few_images(fashion_tensors, tmp_path):
+    with pytest.raises(ValueError, match="400 training images do not fill a batch of 401"):
+        fit(tmp_path, fashion_tensors, batch_size=401)
+
+
+def test_an_unknown_tracker(fashion_tensors, tmp_path):
+    with pytest.raises(ValueError, match="no tracker foo; installed: .*tensorboard"):
+        fit(tmp_path, fashion_tensors, report_to=("foo",))
