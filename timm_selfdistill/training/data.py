@@ -202,11 +202,11 @@ def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datas
             loaded = datasets.load_dataset(path.suffix.lstrip("."), data_files={train_split: str(path)})
         else:
             loaded = datasets.load_dataset(str(source), name)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ConnectionError) as error:
         if path.is_dir():
             raise FileNotFoundError(
                 f"{path} holds no images; expected one subfolder per class, or parquet or arrow files") from error
-        raise FileNotFoundError(f"{source} is no folder or file, and no data set on the Hub: {error}") from error
+        raise FileNotFoundError(f"{source} is no folder or file here, and no data set on the Hub: {error}") from error
     return {train_split: loaded} if isinstance(loaded, datasets.Dataset) else loaded
 
 

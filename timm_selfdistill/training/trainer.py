@@ -6,9 +6,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import filter_trackers, get_available_trackers
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
@@ -285,10 +285,12 @@ def _create_accelerator(config: TrainConfig) -> Accelerator:
     available = {tracker.value for tracker in get_available_trackers()}
     if unknown := set(config.report_to) - available:
         raise ValueError(f"no tracker {', '.join(sorted(unknown))}; installed: {', '.join(sorted(available))}")
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if precision == "fp16" and PartialState().device.type == "cpu":
+    if precision == "fp16" and cpu:
         raise ValueError("fp16 needs a GPU (here it would train in fp32); use amp_dtype bfloat16 or no mixed precision")
-    return Accelerator(mixed_precision=config.mixed_precision)
+    # Accelerate joins the processes that torchrun starts on CPUs only where it is told that there is nothing else.
+    return Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
 
 
 def _check_classes(model: nn.Module, data: Dataset) -> int:

@@ -1,0 +1,161 @@
+"""The examples as a user runs them, each in a process of its own."""
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+
+from timm_selfdistill import SelfDistillModel, load_images
+
+from .conftest import EMBEDDED, ROOT, run_python
+
+TRAIN = "examples/train.py"
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
+
+
+@pytest.fixture(scope="module")
+def few_images(tmp_path_factory):
+    """333 training and 101 test images as parquet: odd numbers, so that processes get different shares."""
+    folder = tmp_path_factory.mktemp("images")
+    images = load_images(EMBEDDED)
+    images.train.select(range(333)).to_parquet(folder / "train.parquet")
+    images.val.select(range(101)).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def fast(data, output, *more: object) -> list:
+    return [TRAIN, "--data-dir", data, "--output", output, "--model", "test_resnet", "--epochs", 2, "-b", 32, "-j", 1,
+            *more]
+
+
+def last_metrics(output) -> dict:
+    return {row["exit"]: row for row in json.loads((output / "summary.json").read_text())["exits"]}
+
+
+def test_without_a_flag_it_reaches_80_percent_on_real_images(tmp_path):
+    done = run_python(TRAIN, "--output", tmp_path / "run")
+    assert last_metrics(tmp_path / "run")[3]["top1"] >= 80
+    for part in ("resnet18 after 6 epochs", "exit", "top-1 %", "MACs", "share", "speed-up", "ensemble",
+                 f"SelfDistillModel.from_pretrained('{tmp_path}/run/best')",
+                 f"python examples/train.py --baseline --output {tmp_path}/run-baseline"):
+        assert part in done.stdout
+    assert "\x1b" not in done.stdout
+
+    x = torch.randn(2, 1, 32, 32)
+    plain = timm.create_model(f"local-dir:{tmp_path}/run/best", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(x), SelfDistillModel.from_pretrained(tmp_path / "run" / "best")(x))
+    assert plain.pretrained_cfg["label_names"][9] == "Ankle boot"
+
+
+def test_the_plain_network_trains_in_the_same_loop(few_images, tmp_path):
+    done = run_python(*fast(few_images, tmp_path / "run", "--baseline"))
+    assert list(last_metrics(tmp_path / "run")) == [0]
+    assert "distill" not in (tmp_path / "run" / "history.csv").read_text().splitlines()[0]
+    assert "ensemble" not in done.stdout
+
+
+def test_many_flags_at_once(few_images, tmp_path):
+    run_python(*fast(
+        few_images, tmp_path / "run", "--exits", "layer1", "3", "--head", "linear", "--temperature", 2, "--alpha", 0.5,
+        "--beta", 0.1, "--hint", "pooled", "--teacher", "ensemble", "--opt", "adamw", "--lr", 1e-3, "--sched", "poly",
+        "--warmup-epochs", 0, "--weight-decay", 0.05, "--smoothing", 0.1, "--mixup", 0.2, "--cutmix", 1.0, "--aa",
+        "rand-m9", "--reprob", 0.25, "--model-ema", "--model-ema-warmup", "--amp", "--amp-dtype", "bfloat16",
+        "--grad-accum-steps", 2, "--clip-grad", 1.0, "--seed", 7, "--in-chans", 3, "--img-size", 40, "--channels-last"))
+    assert list(last_metrics(tmp_path / "run")) == [0, 1, 2, "ensemble"]
+    saved = json.loads((tmp_path / "run" / "last" / "config.json").read_text())
+    assert saved["self_distill"]["exits"] == [1, 3]
+    assert saved["pretrained_cfg"]["input_size"] == [3, 40, 40]
+
+
+def test_two_processes_train_one_model(few_images, tmp_path):
+    flags = fast(few_images, tmp_path / "two", "--amp", "--amp-dtype", "bfloat16", "--grad-accum-steps", 2, "-b", 16)
+    done = run_python(*flags, launcher=(*TWO_PROCESSES, "29611"))
+    assert len(re.findall(r"^epoch 1/2 ", done.stdout, re.MULTILINE)) == 1
+    assert done.stdout.count("after 2 epochs") == 1
+    assert len(list((tmp_path / "two" / "checkpoints").glob("*/random_states_[01].pkl"))) == 4  # 2 epochs, 2 processes
+    metrics = last_metrics(tmp_path / "two")
+    hits = metrics[3]["top1"] * 101 / 100  # each of the 101 test images counted once
+    assert hits == pytest.approx(round(hits), abs=1e-6)
+
+    run_python(*fast(few_images, "", "--resume", tmp_path / "two", "--epochs", 3, "-b", 16, "--grad-accum-steps", 2),
+               launcher=(*TWO_PROCESSES, "29613"))
+    assert [row["epoch"] for row in csv.DictReader((tmp_path / "two" / "history.csv").open())] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(number, code, few_images, tmp_path):
+    flags = fast(few_images, tmp_path / "run", "--epochs", 400, "-j", 0)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=ROOT, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    history = tmp_path / "run" / "history.csv"
+    until = time.monotonic() + 120
+    while not history.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"stopped by {number.name}; go on with the same command and --resume" in out
+    assert f"--resume {tmp_path}/run" in out
+
+    epochs = len(history.read_text().splitlines()) - 1
+    done = run_python(*fast(few_images, tmp_path / "run", "--epochs", epochs + 1, "-j", 0, "--resume"))
+    assert re.search(rf"resumed .*step-\d+: epoch {epochs + 1}, update \d+", done.stdout)
+    rows = list(csv.DictReader(history.open()))
+    assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 2))
+    losses = [float(row["train_loss"]) for row in rows]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--exits", "9"], "exit 9 does not exist in this model; choose from 0 (act1)"),
+    (["--amp"], "fp16 needs a GPU"),
+    (["--opt", "foo"], "unknown optimizer 'foo'"),
+    (["--head", "foo"], "unknown head 'foo'"),
+    (["--hint", "foo"], "argument --hint: invalid choice: 'foo'"),
+    (["--resume"], "nothing to resume"),
+    (["--data-dir", "nowhere"], "nowhere is no folder or file here, and no data set"),
+    (["--lr", "1e30", "--warmup-epochs", "0"], "the loss is nan at update"),
+    (["--model", "resnet1"], "Unknown model (resnet1)"),
+])
+def test_bad_input_ends_in_one_line_and_exit_code_2(flags, message, few_images, tmp_path):
+    done = run_python(*fast(few_images, tmp_path / "run", *flags), check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("train.py: error: ")
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unreadable_image_in_a_loading_process_is_named(tmp_path):
+    image = load_images(EMBEDDED).train[0]["image"]
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(40):
+            image.save(tmp_path / "images" / name / f"{index}.png")
+    broken = tmp_path / "images" / "a" / "17.png"
+    broken.write_bytes(b"no image")
+    done = run_python(*fast(tmp_path / "images", tmp_path / "run"), check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"train.py: error: cannot read image {broken}")
+
+
+def test_the_step_benchmark_runs(tmp_path):
+    run_python("benchmarks/step.py", "--rounds", 1, "-b", 2, "--cases", "resnet18, 32 px", "--output",
+               tmp_path / "a.json")
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert 1 < row["macs_ratio"] <= 1.048
+
+
+def test_the_loop_benchmark_runs(tmp_path):
+    run_python("benchmarks/loop.py", "--rounds", 1, "--images", 128, "--models", "test_resnet", "-j", 0, "--output",
+               tmp_path / "a.json")
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["ratio"] > 0
