@@ -98,7 +98,7 @@ def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(number, code, few
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     history = tmp_path / "run" / "history.csv"
     until = time.monotonic() + 120
-    while not history.exists() and time.monotonic() < until:
+    while not history.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)

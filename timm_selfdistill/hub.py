@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
+from timm.models._pretrained import filter_pretrained_cfg
 from torch import nn
 
 from .cost import default_input_size, evaluating
@@ -172,8 +173,9 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
 
 def _save_config(
         backbone: nn.Module, path: Path, model_args: dict[str, Any], settings: dict[str, Any] | None) -> None:
-    model_config: dict[str, Any] = {"pretrained_cfg": {
-        "input_size": default_input_size(backbone), "num_classes": backbone.num_classes, "first_conv": None}}
+    pretrained_cfg = filter_pretrained_cfg(backbone.pretrained_cfg, remove_source=True) | {
+        "input_size": default_input_size(backbone), "num_classes": backbone.num_classes, "first_conv": None}
+    model_config: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
     if backbone.pretrained_cfg.get("label_names"):
         model_config["label_names"] = backbone.pretrained_cfg["label_names"]
     if settings is not None:

@@ -30,11 +30,13 @@ class ProgressReporter:
         self.task = self.bar.add_task("", total=total_updates, completed=done_updates, note="")
 
     def __enter__(self) -> "ProgressReporter":
-        self.bar.start()
+        if self.live:
+            self.bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.bar.stop()
+        if self.live:
+            self.bar.stop()
 
     def advance(self) -> None:
         """One update is done."""
