@@ -1,7 +1,7 @@
 """Print the lowest version of every dependency that pyproject.toml allows, as pip takes it."""
 import re
-import tomllib
 from pathlib import Path
 
-project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-print(*(re.sub(r">=([\d.]+)$", r"==\1", dependency) for dependency in project["dependencies"]))
+text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+dependencies = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
+print(*(f"{name}=={version}" for name, version in re.findall(r'"([\w-]+)>=([\d.]+)"', dependencies)))

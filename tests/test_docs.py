@@ -21,7 +21,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    return [line.split(" #")[0].strip() for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
 
 @pytest.fixture(scope="module")

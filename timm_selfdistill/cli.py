@@ -36,38 +36,39 @@ def run(main: Callable[[], int | None]) -> None:
 
 def train_parser(description: str, default_data: str) -> argparse.ArgumentParser:
     """Flags of a training run."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", metavar="DIR", default=default_data,
                        help="folder of images, parquet or arrow files")
     group.add_argument("--dataset", metavar="NAME", help="data set on the Hub, instead of --data-dir")
     group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
-    group.add_argument("--train-split", metavar="NAME", default="train")
+    group.add_argument("--train-split", metavar="NAME", default="train", help="name of the training split")
     group.add_argument("--val-split", metavar="NAME", help="default: the first of validation, val, valid, test")
     group.add_argument("--val-fraction", type=float, default=0.1, help="of the training split, where there is no other")
     group.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type)")
     group.add_argument("--target-key", metavar="COLUMN", help="label column (default: found by its type)")
     group.add_argument("--img-size", type=int, help="pixels (default: the model's, less where the images are small)")
     group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the images')")
-    group.add_argument("--mean", type=float, nargs="+", help="(default: the model's, likewise below)")
-    group.add_argument("--std", type=float, nargs="+")
-    group.add_argument("--interpolation")
-    group.add_argument("--crop-pct", type=float)
+    group.add_argument("--mean", type=float, nargs="+",
+                       help="of the pixels, one value or one a channel (default: the model's)")
+    group.add_argument("--std", type=float, nargs="+", help="likewise")
+    group.add_argument("--interpolation", help="bicubic, bilinear, ... (default: the model's)")
+    group.add_argument("--crop-pct", type=float, help="centre crop for validation (default: the model's)")
 
     group = parser.add_argument_group("augmentation")
     group.add_argument("--no-aug", action="store_true", help="no augmentation")
     group.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.0), help="random resized crop, area")
     group.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="random resized crop, aspect")
-    group.add_argument("--hflip", type=float, default=0.5)
-    group.add_argument("--vflip", type=float, default=0.0)
-    group.add_argument("--color-jitter", type=float, default=0.4)
+    group.add_argument("--hflip", type=float, default=0.5, help="probability")
+    group.add_argument("--vflip", type=float, default=0.0, help="probability")
+    group.add_argument("--color-jitter", type=float, default=0.4, help="strength")
     group.add_argument("--aa", help='AutoAugment policy, e.g. "rand-m9-mstd0.5", "original"')
     group.add_argument("--reprob", type=float, default=0.0, help="random erasing probability")
-    group.add_argument("--train-interpolation", default="random")
+    group.add_argument("--train-interpolation", default="random", help="random, bilinear, bicubic, ...")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="resnet18", help="name of a timm model, or local-dir:FOLDER, hf-hub:ID")
-    group.add_argument("--pretrained", action="store_true")
+    group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
     group.add_argument("--drop", type=float, default=0.0, help="dropout rate")
     group.add_argument("--drop-path", type=float, help="stochastic depth rate")
 
@@ -75,11 +76,13 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
     group.add_argument("--exits", nargs="+", metavar="EXIT",
                        help="feature_info indices or module names (default: chosen)")
     group.add_argument("--head", default="bottleneck", help=", ".join(HEADS))
-    group.add_argument("--temperature", type=float, default=3.0)
+    group.add_argument("--temperature", type=float, default=3.0, help="of both softmaxes in the distillation")
     group.add_argument("--alpha", type=float, default=0.3, help="weight of the distillation against the labels")
     group.add_argument("--beta", type=float, default=0.03, help="weight of the hint")
-    group.add_argument("--hint", choices=["map", "pooled", "none"], default="map")
-    group.add_argument("--teacher", choices=["deepest", "ensemble"], default="deepest")
+    group.add_argument("--hint", choices=["map", "pooled", "none"], default="map",
+                       help="feature maps, pooled ones or none")
+    group.add_argument("--teacher", choices=["deepest", "ensemble"], default="deepest",
+                       help="classifier, or the mean of all logits")
     group.add_argument("--freeze-backbone", action="store_true", help="only the shallow classifiers learn")
     group.add_argument("--baseline", action="store_true", help="train the plain model in the same loop instead")
 
@@ -95,12 +98,34 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig(**{name: values[name] for name in names}, settings=settings)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default in ("", ()):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parse_exits(exits: list[str] | None) -> list[int | str] | None:
     return None if exits is None else [int(exit) if exit.lstrip("-").isdigit() else exit for exit in exits]
 
 
 _SHORT = {"batch_size": "-b", "workers": "-j"}
 _HELP = {
+    "decay_epochs": "between two steps of the step schedule",
+    "decay_milestones": "epochs of the steps of the multistep schedule",
+    "decay_rate": "factor of a step",
+    "mixup_prob": "of mixup or cutmix on a batch",
+    "mixup_switch_prob": "of cutmix where both are on",
+    "mixup_mode": "batch, pair or elem",
+    "mixup_off_epoch": "epoch from which both are off, 0 is never",
+    "model_ema_warmup": "a faster average at the beginning",
+    "channels_last": "memory format of images and weights",
+    "torchcompile": "compile the model",
+    "validation_batch_size": "(default: the batch size)",
+    "log_interval": "updates between two looks at the losses",
+    "checkpoint_hist": "checkpoints kept",
     "output": "run directory (default: a new one under output/train)",
     "batch_size": "images per process and forward pass",
     "opt": "any of timm's optimizers",
@@ -128,7 +153,8 @@ def _add_config(group: Any) -> None:
         flags = [f"--{field.name.replace('_', '-')}"]
         if field.name in _SHORT:
             flags.insert(0, _SHORT[field.name])
-        options: dict[str, Any] = {"default": field.default, "help": _HELP.get(field.name, " ")}
+        options: dict[str, Any] = {"default": field.default}
+        options["help"] = _HELP.get(field.name, field.name.replace("_", " "))
         if isinstance(field.default, bool):
             options["action"] = "store_true"
         elif isinstance(field.default, tuple):

@@ -11,7 +11,7 @@ import tempfile
 from os import PathLike
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
@@ -24,25 +24,8 @@ from torch import nn
 from .cost import default_input_size, evaluating
 from .version import __version__
 
-if TYPE_CHECKING:
-    from .model import SelfDistillModel
-
 FORMAT_VERSION = 1
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
-
-
-def save(model: "SelfDistillModel", folder: str | PathLike, metrics: dict[str, Any] | None = None) -> None:
-    """Write the three files; see `SelfDistillModel.save_pretrained`."""
-    settings = {
-        "format_version": FORMAT_VERSION,
-        "timm_selfdistill_version": __version__,
-        "exits": [stage.index for stage in model.stages],
-        "head": model.head if isinstance(model.head, str) else None,
-        "head_args": model.head_args,
-    }
-    if metrics is not None:
-        settings["metrics"] = metrics
-    save_timm_model(model.backbone, folder, model_args=model.model_args, heads=model.heads, settings=settings)
 
 
 def save_timm_model(
@@ -53,10 +36,14 @@ def save_timm_model(
         heads: nn.Module | None = None,
         settings: dict[str, Any] | None = None,
 ) -> None:
-    """Write a timm model in timm's layout, all files or none, after seeing that timm rebuilds it from them.
+    """Write a timm model in timm's layout, after seeing that timm rebuilds it from the files.
+
+    Args:
+        heads, settings: of a self-distilled model: its shallow classifiers, and what makes them again ("exits", "head",
+            "head_args") together with anything else to record.
 
     Raises:
-        ValueError: timm does not.
+        ValueError: timm does not rebuild the model.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -115,14 +102,14 @@ def build_backbone(folder: str | PathLike) -> nn.Module:
     return timm.create_model(f"local-dir:{folder}", pretrained=False)
 
 
-def load_weights(model: "SelfDistillModel", folder: str | PathLike) -> None:
-    """Load backbone and heads into a model of the same shape.
+def load_weights(backbone: nn.Module, heads: nn.Module, folder: str | PathLike) -> None:
+    """Load backbone and heads into modules of the same shape.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or holds other tensors than this model's.
     """
-    for module, name in ((model.backbone, BACKBONE), (model.heads, HEADS)):
+    for module, name in ((backbone, BACKBONE), (heads, HEADS)):
         path = Path(folder) / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; the folder is not a complete saved model")
@@ -179,7 +166,8 @@ def _save_config(
     if backbone.pretrained_cfg.get("label_names"):
         model_config["label_names"] = backbone.pretrained_cfg["label_names"]
     if settings is not None:
-        model_config["self_distill"] = settings
+        versions = {"format_version": FORMAT_VERSION, "timm_selfdistill_version": __version__}
+        model_config["self_distill"] = versions | settings
     save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args)
 
 

@@ -185,7 +185,15 @@ class SelfDistillModel(nn.Module):
         Raises:
             ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping.
         """
-        hub.save(self, save_directory, metrics=metrics)
+        settings = {
+            "exits": [stage.index for stage in self.stages],
+            "head": self.head if isinstance(self.head, str) else None,
+            "head_args": self.head_args,
+        }
+        if metrics is not None:
+            settings["metrics"] = metrics
+        hub.save_timm_model(
+            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=settings)
 
     @classmethod
     def from_pretrained(cls, model_id: str | PathLike, *, head: HeadFactory | None = None) -> "SelfDistillModel":
@@ -210,7 +218,7 @@ class SelfDistillModel(nn.Module):
             head_args=settings["head_args"],
             model_args=config.get("model_args"),
         )
-        hub.load_weights(model, model_id)
+        hub.load_weights(model.backbone, model.heads, model_id)
         return model.eval()
 
 
