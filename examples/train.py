@@ -4,6 +4,7 @@
     python examples/train.py --data-dir FOLDER --model resnet50 --pretrained --epochs 30
     torchrun --nproc_per_node 2 examples/train.py               # or: accelerate launch examples/train.py
 """
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def main() -> int:
     torch.manual_seed(config.seed)
     backbone = timm.create_model(
         args.model, pretrained=args.pretrained, num_classes=images.num_classes, in_chans=in_chans,
-        drop_rate=args.drop, drop_path_rate=args.drop_path)
+        drop_rate=args.drop or None, drop_path_rate=args.drop_path)
     own_size = backbone.pretrained_cfg["input_size"][-1]
     img_size = args.img_size
     if img_size is None and not args.pretrained:
@@ -65,7 +66,9 @@ def main() -> int:
     console = Console(quiet=not trainer.accelerator.is_main_process, soft_wrap=True)
     if result.interrupted_by:
         console.print(f"stopped by {result.interrupted_by.name}; go on with the same command and --resume:")
-        console.print(f"  python {shlex.join(sys.argv)} --resume {result.output}", markup=False, highlight=False)
+        processes = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc_per_node {processes}" if processes else "python"
+        console.print(f"  {launcher} {shlex.join(sys.argv)} --resume {result.output}", markup=False, highlight=False)
         return 128 + result.interrupted_by
     print_summary(console, result.summary)
     console.print(next_lines(result.output, args.baseline), markup=False, highlight=False)

@@ -13,7 +13,7 @@ from .training import TrainConfig
 from .training.config import SCHEDULES
 
 DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, AssertionError, ImportError)
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -59,7 +59,8 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) of the images that a timm model was made for."""
     from timm.data import resolve_model_data_config
 
-    height, width = resolve_model_data_config(model)["input_size"][-2:]
+    own_size = getattr(getattr(model, "patch_embed", None), "img_size", None)  # what `img_size=` at creation left
+    height, width = own_size or resolve_model_data_config(model)["input_size"][-2:]
     first_weight = next((p for p in model.parameters() if p.ndim == 4), None)
     channels = getattr(model, "in_chans", None) or (3 if first_weight is None else first_weight.shape[1])
     return channels, height, width

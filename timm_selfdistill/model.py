@@ -171,7 +171,13 @@ class SelfDistillModel(nn.Module):
             rows.append(ExitSummary(exit, stage.name, tuple(feature_map.shape[1:]), params, macs, macs / plain_macs))
         return Summary(rows)
 
-    def save_pretrained(self, save_directory: str | PathLike, *, metrics: dict[str, Any] | None = None) -> None:
+    def save_pretrained(
+            self,
+            save_directory: str | PathLike,
+            *,
+            metrics: dict[str, Any] | None = None,
+            check: bool = True,
+    ) -> None:
         """Save to a folder that both `SelfDistillModel.from_pretrained` and plain timm read.
 
         The folder gets `config.json` and `model.safetensors` (the backbone, in timm's own layout) and
@@ -181,6 +187,7 @@ class SelfDistillModel(nn.Module):
         Args:
             save_directory: made if missing; other files in it stay.
             metrics: recorded in config.json, anything JSON can hold.
+            check: False saves without rebuilding, where this model was seen to be rebuilt before.
 
         Raises:
             ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping.
@@ -193,7 +200,7 @@ class SelfDistillModel(nn.Module):
         if metrics is not None:
             settings["metrics"] = metrics
         hub.save_timm_model(
-            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=settings)
+            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=settings, check=check)
 
     @classmethod
     def from_pretrained(cls, model_id: str | PathLike, *, head: HeadFactory | None = None) -> "SelfDistillModel":

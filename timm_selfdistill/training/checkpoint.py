@@ -50,6 +50,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
     return final
 
 
+def set_newer_aside(checkpoint: Path, folder: Path) -> None:
+    """Rename the checkpoints that follow the resumed one: they belong to a history that this run leaves."""
+    for path in list_checkpoints(folder):
+        if path.name > checkpoint.name:
+            shutil.rmtree(path.with_name(f"left-{path.name}"), ignore_errors=True)
+            os.replace(path, path.with_name(f"left-{path.name}"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not folder.is_dir():
@@ -87,6 +95,6 @@ def _load(model: nn.Module, path: Path) -> None:
     if differing:
         raise ValueError(
             f"{path} is the checkpoint of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
-            " resume with the model, exits, head and number of classes that it was made with"
+            " resume with the model, exits, head, number of classes and model_ema that it was made with"
         )
     model.load_state_dict(saved)

@@ -77,12 +77,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for a value that cannot work, before anything is spent on it."""
         self.report_to, self.decay_milestones = tuple(self.report_to), tuple(self.decay_milestones)
-        for name in ("epochs", "batch_size", "grad_accum_steps", "log_interval", "checkpoint_hist"):
-            if getattr(self, name) < 1:
+        for name in ("epochs", "batch_size", "validation_batch_size", "grad_accum_steps", "log_interval",
+                     "checkpoint_hist"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "workers"):
+        for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",
+                     "mixup", "cutmix", "mixup_off_epoch", "workers"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
+        for name in ("mixup_prob", "mixup_switch_prob", "model_ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.mixup_mode not in ("batch", "pair", "elem"):
+            raise ValueError(f"mixup_mode must be 'batch', 'pair' or 'elem', got {self.mixup_mode!r}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
         if self.clip_grad is not None and not self.clip_grad > 0:
@@ -90,7 +97,7 @@ class TrainConfig:
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {self.batch_size}")
         known = list_optimizers()
-        if self.opt.lower() not in known:
+        if self.opt.lower().removeprefix("lookahead_") not in known:
             raise ValueError(f"unknown optimizer {self.opt!r}; timm has {', '.join(known)}")
         if self.sched not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.sched!r}; choose from {', '.join(SCHEDULES)}")

@@ -38,7 +38,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self.rows[index]
-        return self.transform(_decode(row[self.image_column], index).convert(self.mode)), row[self.label_column]
+        return self.transform(_to_mode(_decode(row[self.image_column], index), self.mode)), row[self.label_column]
 
 
 @dataclass
@@ -128,9 +128,10 @@ def load_images(
         raise ValueError(f"{_named(source)} has no split {val_split!r}; it has {', '.join(map(repr, splits))}")
     train = _encode_labels(train, label_column)
     class_names = train.features[label_column].names
-    if len(class_names) < 2:
-        raise ValueError(f"{_named(source)} has one class only ({class_names}); at least 2 are needed")
-    _check_labels(train, label_column, len(class_names), "training")
+    found = _check_labels(train, label_column, len(class_names), "training")
+    if len(found) < 2:
+        names = [class_names[label] for label in found]
+        raise ValueError(f"the training images of {_named(source)} are of one class only ({names}); 2 are needed")
     if val_split is not None:
         val = _encode_labels(splits[val_split], label_column, class_names)
         _check_labels(val, label_column, len(class_names), "validation")
@@ -163,6 +164,8 @@ def model_data_config(
     """
     if img_size is not None and img_size < 1:
         raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
+    if overrides.get("crop_pct") is not None and not 0 < overrides["crop_pct"] <= 1:
+        raise ValueError(f"crop_pct must lie in (0, 1], got {overrides['crop_pct']}")
     config = resolve_model_data_config(backbone)
     size = (img_size, img_size) if img_size else tuple(config["input_size"][1:])
     if size != tuple(config["input_size"][1:]) and backbone.pretrained_cfg.get("fixed_input_size"):
@@ -234,6 +237,8 @@ def _encode_labels(rows: datasets.Dataset, column: str, class_names: list[str] |
     if feature is None:
         raise ValueError(f"the validation split has no column {column!r}; it has {', '.join(rows.features)}")
     if not isinstance(feature, datasets.ClassLabel):
+        if not isinstance(feature, datasets.Value):
+            raise TypeError(f"column {column!r} must hold one class index or name a row, got {feature}")
         values = rows.unique(column)
         if None in values or any(isinstance(value, float) for value in values):
             raise TypeError(f"column {column!r} must hold class indices or names, got {feature}: {values[:3]}")
@@ -261,14 +266,16 @@ def _split(rows: datasets.Dataset, fraction: float, label_column: str, seed: int
     return parts["train"], parts["test"]
 
 
-def _check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_name: str) -> None:
+def _check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_name: str) -> np.ndarray:
+    """The labels that occur; raise for those that cannot be."""
     if len(rows) == 0:
         raise ValueError(f"the {split_name} split is empty")
     labels = rows.select_columns([column]).with_format("arrow")[:][column]
     if labels.null_count:
         raise ValueError(f"{labels.null_count} of {len(rows)} rows of the {split_name} split have no label")
-    values = labels.to_numpy()
-    _check_range(int(values.min()), int(values.max()), num_classes, column)
+    values = np.unique(labels.to_numpy())
+    _check_range(int(values[0]), int(values[-1]), num_classes, column)
+    return values
 
 
 def _check_range(low: int, high: int, num_classes: int, column: str) -> None:
@@ -286,6 +293,12 @@ def _decode(image: dict[str, Any], index: int) -> Image.Image:
         return decoded
     except (UnidentifiedImageError, OSError, TypeError) as error:
         raise ValueError(f"cannot read image {(image and image['path']) or f'in row {index}'}: {error}") from error
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
 
 
 def _named(source: Any) -> str:

@@ -11,6 +11,12 @@ from accelerate import Accelerator
 AGREE_EVERY = 10
 
 
+def ignore_signals(_: int) -> None:
+    """Let a loading process outlive a signal to the whole group; the training process ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class InterruptRequest:
     """Remembers a signal until the training loop can stop between two updates."""
 
@@ -53,5 +59,6 @@ class InterruptRequest:
             wish = torch.tensor([int(self.received or 0)], device=self.accelerator.device)
             agreed = int(self.accelerator.gather(wish).max())
             self.agreed = agreed > 0
-            self.received = signal.Signals(agreed) if agreed else None
+            if agreed:
+                self.received = signal.Signals(agreed)
         return self.agreed

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
     for row in summary["exits"]:
         table.add_row(
-            str(row["exit"]), row["module"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", _mega(row["macs"]),
-            "" if row["share"] is None else f"{row['share']:.1%}",
-            "" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+            str(row["exit"]), row["module"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{row['macs'] / 1e6:,.1f} M",
+            f"{row['share']:.1%}", f"{row['speedup']:.2f}x",
         )
     console.print(table)
 
@@ -33,12 +33,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
     """history.csv: a row an epoch."""
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
-    os.replace(fresh, path)
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(path, text.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,7 +88,3 @@ def _style(index: int, count: int, name: str) -> dict[str, Any]:
     if name == "ensemble":
         return {"color": "tab:orange", "linestyle": "--"}
     return {"color": "tab:blue", "alpha": 0.35 + 0.65 * index / max(1, count - 2)}
-
-
-def _mega(macs: int | None) -> str:
-    return "" if macs is None else f"{macs / 1e6:,.1f} M"

@@ -7,7 +7,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from .checkpoint import find_checkpoint
+from .checkpoint import find_checkpoint, list_checkpoints
 from .config import TrainConfig
 from .report import write_atomically
 
@@ -34,6 +34,10 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path 
     return answer[0]
 
 
+def write_config(config: TrainConfig, output: Path) -> None:
+    write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
 def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
     checkpoint = find_checkpoint(config.resume, config.output) if config.resume else None
     if config.output:
@@ -44,10 +48,12 @@ def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
         output = Path("output/train") / datetime.now().strftime("%Y%m%d-%H%M%S")
     resumed_here = checkpoint is not None and checkpoint.parent.parent.resolve() == output.resolve()
     if (output / CONFIG_FILE).exists() and not resumed_here:
-        raise FileExistsError(f"{output} holds another run; go on with --resume {output}, or choose another output")
+        go_on = f"go on with --resume {output}" if list_checkpoints(output / "checkpoints") else "remove it"
+        raise FileExistsError(f"{output} holds another run; {go_on}, or choose another output")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        if not resumed_here:  # a resumed run's is replaced once its checkpoint was seen to fit
+            write_config(config, output)
     except OSError as error:
         raise OSError(f"cannot write the run directory {output} ({error.strerror}); choose another output") from error
     return output, checkpoint

@@ -19,6 +19,7 @@ class EpochSampler(Sampler[int]):
     def __init__(self, size: int, global_batch: int, rank: int, world_size: int, seed: int):
         if size < global_batch:
             raise ValueError(f"{size} training images do not fill a batch of {global_batch}; use a smaller batch_size")
+        self.global_batch = global_batch
         self.usable = size // global_batch * global_batch
         self.size, self.rank, self.world_size, self.seed = size, rank, world_size, seed
         self.epoch = self.start = 0

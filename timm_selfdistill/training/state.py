@@ -22,6 +22,10 @@ class TrainResult:
 class TrainState:
     """Where the run stands; travels in checkpoints."""
 
+    global_batch: int
+    """Images of a forward pass, over all processes."""
+    epoch_images: int
+    """Images of an epoch."""
     epoch: int = 0
     images: int = 0
     """Images of this epoch that are behind us, over all processes."""
@@ -35,4 +39,11 @@ class TrainState:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        """Raise ValueError where an epoch that was begun with other batches or data cannot be finished with these."""
+        saved, own = ((place["global_batch"], place["epoch_images"]) for place in (state, vars(self)))
+        if state["images"] and saved != own:
+            raise ValueError(
+                f"the checkpoint stands in the middle of an epoch of {saved[1]} images in batches of {saved[0]}, this run"
+                f" has {own[1]} in batches of {own[0]} (batch_size times processes); resume with the same"
+            )
+        vars(self).update(state, global_batch=own[0], epoch_images=own[1])

@@ -1,12 +1,15 @@
 """The training run around any `timm.task.TrainingTask`."""
+import math
 import os
 import time
 from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers, get_available_trackers
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from timm.optim import create_optimizer_v2
@@ -19,14 +22,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .. import hub
 from ..cost import evaluating
 from ..model import SelfDistillModel
-from .checkpoint import keep_unwrapped_weights, plain, save_checkpoint
+from .checkpoint import keep_unwrapped_weights, plain, save_checkpoint, set_newer_aside
 from .config import TrainConfig
-from .interrupt import InterruptRequest
+from .interrupt import InterruptRequest, ignore_signals
 from .metrics import ExitMeter, ExitMetrics, exit_logits
 from .mixing import TargetMixer
 from .progress import ProgressReporter
 from .report import plot_curves, plot_exits, write_history, write_json
-from .run_directory import open_run
+from .run_directory import open_run, write_config
 from .sampling import EpochSampler
 from .state import TrainResult, TrainState
 from .summary import summarize
@@ -56,13 +59,17 @@ class Trainer:
             raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
         self.config = config = config or TrainConfig()
         self.accelerator = _create_accelerator(config)
+        if not len(train_data):
+            raise ValueError("there are no training images")
         self.input_size = tuple(train_data[0][0].shape)
+        if not len(val_data):
+            raise ValueError("there are no validation images")
         num_classes = _check_classes(task.get_eval_model(), train_data)
         self.mixer = TargetMixer(config, num_classes)
         self._create_loaders(train_data, val_data)
         self._prepare(task)
         self.output, self.checkpoint = open_run(config, self.accelerator)
-        self.state = TrainState()
+        self.state = TrainState(self.sampler.global_batch, self.sampler.usable)
         self.accelerator.register_for_checkpointing(self.state)
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
@@ -70,8 +77,10 @@ class Trainer:
     def _create_loaders(self, train_data: Dataset, val_data: Dataset) -> None:
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
         self.sampler = EpochSampler(len(train_data), config.batch_size * world, rank, world, config.seed)
+        self.loading_seeds = torch.Generator()
         common = {"num_workers": config.workers, "persistent_workers": config.workers > 0,
-                  "pin_memory": self.accelerator.device.type == "cuda"}
+                  "pin_memory": self.accelerator.device.type == "cuda", "worker_init_fn": ignore_signals,
+                  "generator": self.loading_seeds}
         self.train_loader = DataLoader(train_data, config.batch_size, sampler=self.sampler, drop_last=True, **common)
         own_share = Subset(val_data, range(rank, len(val_data), world))
         self.val_loader = DataLoader(own_share, config.validation_batch_size or config.batch_size, **common)
@@ -102,7 +111,7 @@ class Trainer:
     def eval_model(self) -> nn.Module:
         """What is evaluated and saved: the model, or its moving average."""
         model = self.plain_task.get_eval_model(ema=self.config.model_ema)
-        return plain(self.accelerator, model.module if self.config.model_ema else model)
+        return plain(self.accelerator, getattr(model, "module", model))
 
     def fit(self) -> TrainResult:
         """Train, evaluate and save. SIGINT and SIGTERM end it early, with a checkpoint.
@@ -113,9 +122,10 @@ class Trainer:
         """
         state, config = self.state, self.config
         if self.checkpoint:
-            self.accelerator.load_state(str(self.checkpoint))
+            self._resume(self.checkpoint)
         self._start_trackers()
-        self._save_model("last", None)
+        if not self.checkpoint:
+            self._save_model("last", None)
         total = self.updates_per_epoch * config.epochs
         reporter = ProgressReporter(total, state.updates, self.accelerator.is_main_process)
         with reporter as self.progress, self.interrupt.listening():
@@ -132,6 +142,13 @@ class Trainer:
             summary = self._summarize()
         self.accelerator.end_training()
         return TrainResult(self.output, state.history, summary, interrupted_by)
+
+    def _resume(self, checkpoint: Path) -> None:
+        self.accelerator.load_state(str(checkpoint))
+        if self.accelerator.is_main_process:
+            set_newer_aside(checkpoint, self.output / "checkpoints")
+            write_config(self.config, self.output)
+        self.accelerator.wait_for_everyone()
 
     def _start_trackers(self) -> None:
         if not self.config.report_to:
@@ -158,6 +175,7 @@ class Trainer:
         state, config = self.state, self.config
         self.task.train()
         self.sampler.begin(state.epoch, state.images)
+        self.loading_seeds.manual_seed(hash((config.seed, state.epoch, self.accelerator.process_index)))
         images_per_batch = config.batch_size * self.accelerator.num_processes
         began, first_image, pending = time.perf_counter(), state.images, []
         batches = iter(self.train_loader)
@@ -201,14 +219,8 @@ class Trainer:
         state, names = self.state, list(pending[0])
         values = torch.stack([torch.stack([losses[name] for name in names]) for losses in pending])
         values = self.accelerator.reduce(values, "mean").double().cpu()
-        bad = (~values[:, names.index("loss")].isfinite()).nonzero()
-        if len(bad):
-            update = state.updates - len(pending) + int(bad[0]) + 1
-            kept = f"{self.checkpoint} stays" if self.checkpoint else "there was no checkpoint yet"
-            raise FloatingPointError(
-                f"the loss is {float(values[int(bad[0]), names.index('loss')])} at update {update}"
-                f" (epoch {state.epoch + 1}); {kept}; try a lower lr, clip_grad, or bfloat16 instead of float16"
-            )
+        for offset, loss in enumerate(values[:, names.index("loss")].tolist(), start=1):
+            self._check_finite([loss], state.updates - len(pending) + offset, "loss")
         for name, total in zip(names, values.sum(0).tolist()):
             state.losses[name] = state.losses.get(name, 0.0) + total
         state.losses["updates"] = state.losses.get("updates", 0) + len(pending)
@@ -217,12 +229,22 @@ class Trainer:
         if self.config.report_to:
             self.accelerator.log({"train_loss": mean, "lr": self._lr()}, step=state.updates)
 
+    def _check_finite(self, losses: list[float], update: int, what: str) -> None:
+        for loss in losses:
+            if not math.isfinite(loss):
+                kept = f"{self.checkpoint} stays" if self.checkpoint else "there was no checkpoint yet"
+                raise FloatingPointError(
+                    f"the {what} is {loss} at update {update} (epoch {self.state.epoch + 1}); {kept};"
+                    " try a lower lr, clip_grad, or bfloat16 instead of float16"
+                )
+
     def _finish_epoch(self) -> None:
         """Evaluate, record and save."""
         state, accelerator = self.state, self.accelerator
         if accelerator.num_processes > 1:
             distribute_bn(self.eval_model, accelerator.num_processes, reduce=True)
         self.metrics = metrics = self.evaluate()
+        self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
         losses, updates = state.losses, state.losses.pop("updates")
         row: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self._lr(), "images_per_second": round(self.rate, 1)}
         row |= {f"train_{name}": total / updates for name, total in losses.items()}
@@ -263,9 +285,9 @@ class Trainer:
         model, folder = self.eval_model, self.output / name
         if isinstance(model, SelfDistillModel):
             values = None if metrics is None else {"epoch": self.state.epoch, "exits": [m._asdict() for m in metrics]}
-            model.save_pretrained(folder, metrics=values)
+            model.save_pretrained(folder, metrics=values, check=metrics is None)
         elif hasattr(model, "pretrained_cfg"):
-            hub.save_timm_model(model, folder)
+            hub.save_timm_model(model, folder, check=metrics is None)
         else:
             hub.save_weights(model, folder)
 
@@ -290,7 +312,8 @@ def _create_accelerator(config: TrainConfig) -> Accelerator:
     if precision == "fp16" and cpu:
         raise ValueError("fp16 needs a GPU (here it would train in fp32); use amp_dtype bfloat16 or no mixed precision")
     # Accelerate joins the processes that torchrun starts on CPUs only where it is told that there is nothing else.
-    return Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+    AcceleratorState._reset_state()  # which would keep the precision of an earlier run in this process
+    return Accelerator(mixed_precision=precision, cpu=cpu)
 
 
 def _check_classes(model: nn.Module, data: Dataset) -> int:
