@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from timm_selfdistill import SelfDistillModel, load_images, model_data_config, wrap_self_distill
@@ -18,14 +17,6 @@ EMBEDDED = ROOT / "examples/data"
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate keeps the precision of a process's first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def small_backbone(name: str = "test_resnet", num_classes: int = 10, in_chans: int = 3, **kwargs) -> nn.Module:

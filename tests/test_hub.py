@@ -40,6 +40,7 @@ def edit_config(folder, **settings):
     ("test_resnet", {"in_chans": 1}, {"exits": ["layer2"], "head": "linear"}),
     ("test_resnet", {"in_chans": 4}, {"head_args": {"width": 16}}),
     ("test_vit", {}, {}),
+    ("test_vit", {"img_size": 64}, {}),
     ("test_convnext", {}, {"exits": [0, 2]}),
 ])
 def test_two_readers_get_the_same_logits(name, create, wrap, tmp_path):
@@ -48,7 +49,7 @@ def test_two_readers_get_the_same_logits(name, create, wrap, tmp_path):
     model.save_pretrained(tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == FILES
 
-    size = backbone.pretrained_cfg["input_size"][1:]
+    size = (create["img_size"],) * 2 if "img_size" in create else backbone.pretrained_cfg["input_size"][1:]
     x = torch.randn(2, create.get("in_chans", 3), *size)
     plain = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
     loaded = SelfDistillModel.from_pretrained(tmp_path / "model")

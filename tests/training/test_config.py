@@ -16,6 +16,11 @@ from timm_selfdistill import TrainConfig
     ({"mixup": 0.2, "batch_size": 15}, "batch_size must be even, got 15"),
     ({"opt": "sgdd"}, "unknown optimizer 'sgdd'; timm has .*sgd"),
     ({"sched": "plateau"}, "unknown schedule 'plateau'; choose from cosine"),
+    ({"mixup_mode": "foo"}, "mixup_mode must be .*, got 'foo'"),
+    ({"mixup_prob": 7}, r"mixup_prob must lie in \[0, 1\], got 7"),
+    ({"model_ema_decay": 5}, r"model_ema_decay must lie in \[0, 1\], got 5"),
+    ({"validation_batch_size": 0}, "validation_batch_size must be at least 1"),
+    ({"momentum": -1}, "momentum must be a number >= 0"),
     ({"amp_dtype": "fp8"}, "amp_dtype must be 'float16' or 'bfloat16', got 'fp8'"),
 ])
 def test_values_that_cannot_work_are_refused(setting, message):

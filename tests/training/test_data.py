@@ -105,6 +105,16 @@ def test_grey_palette_and_transparent_images_of_any_size(mode, in_chans, expecte
         assert data[0][0].isfinite().all()
 
 
+def test_16_bit_images_keep_their_greys():
+    steps = Image.fromarray(np.repeat(np.array([[0, 64, 128, 255]], dtype=np.uint16) * 257, 4, axis=0))
+    rows = datasets.Dataset.from_dict({"image": [steps] * 4, "label": ["a", "b"] * 2})
+    images = load_images(rows.cast_column("image", datasets.Image()), label_column="label", val_fraction=0.5)
+    config = model_data_config(small_backbone(in_chans=1), 4, 1, mean=[0.0], std=[1.0], crop_pct=1.0,
+                               interpolation="nearest")
+    _, val = images.transformed(config)
+    assert (val[0][0][0, 0] * 255).round().tolist() == [0, 64, 128, 255]
+
+
 def test_augmentation_changes_training_images_alone(fashion):
     config = model_data_config(small_backbone(in_chans=1), 32, 1)
     train, val = fashion.transformed(config, auto_augment="rand-m9", re_prob=1.0)
@@ -135,6 +145,7 @@ def test_small_images_are_trained_at_a_fitting_size(fashion):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"img_size": 0}, "img_size must be at least 1 pixel, got 0"),
+    ({"crop_pct": 0}, r"crop_pct must lie in \(0, 1\], got 0"),
     ({"mean": [0.1, 0.2]}, r"mean has 2 values for images of 3 channels: \(0.1, 0.2\)"),
 ])
 def test_bad_preprocessing_is_refused(arguments, message):
@@ -198,7 +209,9 @@ def test_a_source_of_another_type():
 
 
 @pytest.mark.parametrize(("labels", "arguments", "error", "message"), [
-    (["x"] * 4, {"label_column": "label"}, ValueError, r"one class only \(\['x'\]\)"),
+    (["x"] * 4, {"label_column": "label"}, ValueError, r"of one class only \(\['x'\]\)"),
+    ([3] * 4, {"label_column": "label"}, ValueError, r"of one class only \(\['3'\]\)"),
+    ([[0], [1]], {"label_column": "label"}, TypeError, "one class index or name a row"),
     ([0, -1, 1, 0], {"label_column": "label"}, ValueError, "got -1; -1 marks a split without labels"),
     ([0.5, 1.0, 0.0, 1.0], {"label_column": "label"}, TypeError, "must hold class indices or names"),
     (["x", "y"] * 2, {}, ValueError, r"no label column \(ClassLabel\) among image, label; name one as label_column"),

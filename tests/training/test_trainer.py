@@ -22,7 +22,6 @@ from timm_selfdistill.training.checkpoint import list_checkpoints
 
 from ..conftest import small_backbone, small_model
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 RUN_FILES = {"config.yaml", "history.csv", "summary.json", "curves.png", "exits.png", "checkpoints", "best", "last"}
 
 
@@ -114,18 +113,23 @@ def test_any_timm_task_trains_in_the_same_loop(task, fashion_tensors, tmp_path):
 
 
 def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(fashion_tensors, tmp_path, monkeypatch):
+    def task_with_dropout():
+        task = make_task()
+        task.get_trainable_module().backbone.drop_rate = 0.3
+        return task
+
     changes = {"mixup": 0.2, "smoothing": 0.1, "model_ema": True, "model_ema_decay": 0.9, "grad_accum_steps": 2,
                "clip_grad": 1.0, "opt": "adamw", "lr": 1e-3, "batch_size": 20}
-    undisturbed, task = fit(tmp_path / "a", fashion_tensors, **changes)
+    undisturbed, task = fit(tmp_path / "a", fashion_tensors, task_with_dropout(), **changes)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 13)
-        stopped, _ = fit(tmp_path / "b", fashion_tensors, **changes)
+        stopped, _ = fit(tmp_path / "b", fashion_tensors, task_with_dropout(), **changes)
     assert stopped.interrupted_by == signal.SIGINT
     assert stopped.summary is None
     checkpoints = list_checkpoints(tmp_path / "b" / "checkpoints")
     assert [path.name for path in checkpoints] == ["step-00000010", "step-00000013"]
 
-    resumed, again = fit(tmp_path / "b", fashion_tensors, resume="latest", **changes)
+    resumed, again = fit(tmp_path / "b", fashion_tensors, task_with_dropout(), resume="latest", **changes)
     same_weights(task.get_trainable_module(), again.get_trainable_module(), rtol=0, atol=0)
     same_weights(task.get_trainable_module(ema=True), again.get_trainable_module(ema=True), rtol=0, atol=0)
     for expected, row in zip(undisturbed.history, resumed.history, strict=True):
@@ -271,9 +275,13 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_first_step(fashio
 
 
 def test_an_output_of_another_run_is_refused(fashion_tensors, tmp_path):
+    data = tuple(Subset(part, range(100)) for part in fashion_tensors)
+    fit(tmp_path / "a", data, epochs=1)
+    with pytest.raises(FileExistsError, match=f"a holds another run; go on with --resume {tmp_path}/a, or choose"):
+        fit(tmp_path / "a", data)
     (tmp_path / "config.yaml").write_text("epochs: 3\n")
-    with pytest.raises(FileExistsError, match=f"{tmp_path} holds another run; go on with --resume {tmp_path}"):
-        fit(tmp_path, fashion_tensors)
+    with pytest.raises(FileExistsError, match=f"{tmp_path} holds another run; remove it, or choose another output"):
+        fit(tmp_path, data)
 
 
 def test_an_output_that_cannot_be_written_is_refused(fashion_tensors, tmp_path):
@@ -297,10 +305,54 @@ def test_nothing_to_resume(fashion_tensors, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(change, first, fashion_tensors, tmp_path):
     data = tuple(Subset(part, range(100)) for part in fashion_tensors)
     fit(tmp_path, data, epochs=1)
-    saved = (tmp_path / "last" / "model.safetensors").read_bytes()
+    before = {name: (tmp_path / name).read_bytes() for name in ("last/model.safetensors", "config.yaml")}
     with pytest.raises(ValueError, match=f"checkpoint of another model: .*'{first}' first"):
         fit(tmp_path, data, make_task(**change), epochs=2, resume="latest")
-    assert (tmp_path / "last" / "model.safetensors").read_bytes() == saved
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 16}, {"batch_size": 25}])
+def test_an_epoch_begun_with_other_batches_is_not_gone_on_with(change, fashion_tensors, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        fit(tmp_path, fashion_tensors)
+    with pytest.raises(ValueError, match="middle of an epoch of 400 images in batches of 50 .*; resume with the same"):
+        fit(tmp_path, fashion_tensors, resume="latest", **change)
+
+
+def test_another_batch_size_at_the_start_of_an_epoch_is_fine(fashion_tensors, tmp_path):
+    fit(tmp_path, fashion_tensors, epochs=1)
+    result, _ = fit(tmp_path, fashion_tensors, epochs=2, batch_size=16, resume="latest")
+    assert len(result.history) == 2
+
+
+def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(fashion_tensors, tmp_path, monkeypatch):
+    fit(tmp_path, fashion_tensors, epochs=3)
+    interrupt_after(monkeypatch, 10)
+    fit("", fashion_tensors, epochs=3, resume=str(tmp_path / "checkpoints" / "step-00000008"))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["left-step-00000016", "left-step-00000024", "step-00000008", "step-00000010"]
+
+
+def test_a_second_run_in_the_process_has_its_own_precision(fashion_tensors, tmp_path):
+    data = tuple(Subset(part, range(100)) for part in fashion_tensors)
+    for name, amp in (("a", True), ("b", False), ("c", True)):
+        trainer = Trainer(make_task(), *data, settings(tmp_path / name, amp=amp, amp_dtype="bfloat16"))
+        assert trainer.accelerator.mixed_precision == ("bf16" if amp else "no")
+
+
+def test_weights_that_exploded_in_the_last_update_are_not_saved(fashion_tensors, tmp_path):
+    data = tuple(Subset(part, range(50)) for part in fashion_tensors)
+    with pytest.raises(FloatingPointError, match="the validation loss is nan at update 1"):
+        fit(tmp_path, data, lr=1e30, warmup_epochs=0)
+    assert not list_checkpoints(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_no_images(part, fashion_tensors, tmp_path):
+    sizes = {"training": 100, "validation": 100, part: 0}
+    with pytest.raises(ValueError, match=f"there are no {part} images"):
+        fit(tmp_path, tuple(Subset(data, range(size)) for data, size in zip(fashion_tensors, sizes.values())))
 
 
 def test_a_damaged_checkpoint_is_named(fashion_tensors, tmp_path):

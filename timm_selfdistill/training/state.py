@@ -43,7 +43,7 @@ class TrainState:
         saved, own = ((place["global_batch"], place["epoch_images"]) for place in (state, vars(self)))
         if state["images"] and saved != own:
             raise ValueError(
-                f"the checkpoint stands in the middle of an epoch of {saved[1]} images in batches of {saved[0]}, this run"
-                f" has {own[1]} in batches of {own[0]} (batch_size times processes); resume with the same"
+                f"the checkpoint stands in the middle of an epoch of {saved[1]} images in batches of {saved[0]}"
+                f" (batch_size times processes), this run has {own[1]} in batches of {own[0]}; resume with the same"
             )
         vars(self).update(state, global_batch=own[0], epoch_images=own[1])

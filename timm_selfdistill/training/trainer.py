@@ -1,6 +1,5 @@
 """The training run around any `timm.task.TrainingTask`."""
 import math
-import os
 import time
 from contextlib import nullcontext
 from itertools import islice
@@ -8,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import filter_trackers, get_available_trackers
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask
@@ -22,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .. import hub
 from ..cost import evaluating
 from ..model import SelfDistillModel
+from .accelerator import create_accelerator, start_trackers
 from .checkpoint import keep_unwrapped_weights, plain, save_checkpoint, set_newer_aside
 from .config import TrainConfig
 from .interrupt import InterruptRequest, ignore_signals
@@ -58,7 +55,7 @@ class Trainer:
         if not isinstance(task, TrainingTask):
             raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
         self.config = config = config or TrainConfig()
-        self.accelerator = _create_accelerator(config)
+        self.accelerator = create_accelerator(config)
         if not len(train_data):
             raise ValueError("there are no training images")
         self.input_size = tuple(train_data[0][0].shape)
@@ -123,7 +120,7 @@ class Trainer:
         state, config = self.state, self.config
         if self.checkpoint:
             self._resume(self.checkpoint)
-        self._start_trackers()
+        start_trackers(self.accelerator, config, self.output)
         if not self.checkpoint:
             self._save_model("last", None)
         total = self.updates_per_epoch * config.epochs
@@ -149,16 +146,6 @@ class Trainer:
             set_newer_aside(checkpoint, self.output / "checkpoints")
             write_config(self.config, self.output)
         self.accelerator.wait_for_everyone()
-
-    def _start_trackers(self) -> None:
-        if not self.config.report_to:
-            return
-        accelerator, values = self.accelerator, self.config.to_dict()
-        accelerator.project_configuration.set_directories(str(self.output))
-        accelerator.log_with = filter_trackers(list(self.config.report_to), accelerator.logging_dir)
-        settings = {**values.pop("settings"), **values, "output": str(self.output)}
-        accelerator.init_trackers("timm-selfdistill", config={
-            key: value for key, value in settings.items() if isinstance(value, (str, int, float))})
 
     def evaluate(self) -> list[ExitMetrics]:
         """Accuracy of every exit and of the ensemble on the validation data."""
@@ -301,19 +288,6 @@ class Trainer:
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
         return (x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x), y
-
-
-def _create_accelerator(config: TrainConfig) -> Accelerator:
-    available = {tracker.value for tracker in get_available_trackers()}
-    if unknown := set(config.report_to) - available:
-        raise ValueError(f"no tracker {', '.join(sorted(unknown))}; installed: {', '.join(sorted(available))}")
-    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if precision == "fp16" and cpu:
-        raise ValueError("fp16 needs a GPU (here it would train in fp32); use amp_dtype bfloat16 or no mixed precision")
-    # Accelerate joins the processes that torchrun starts on CPUs only where it is told that there is nothing else.
-    AcceleratorState._reset_state()  # which would keep the precision of an earlier run in this process
-    return Accelerator(mixed_precision=precision, cpu=cpu)
 
 
 def _check_classes(model: nn.Module, data: Dataset) -> int:
