@@ -91,23 +91,23 @@ def test_two_processes_train_one_model(few_images, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(number, code, few_images, tmp_path):
-    flags = fast(few_images, tmp_path / "run", "--epochs", 400, "-j", 0)
+def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, code, few_images, tmp_path):
+    flags = fast(few_images, tmp_path / "run", "--epochs", 400)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=ROOT, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     history = tmp_path / "run" / "history.csv"
     until = time.monotonic() + 120
     while not history.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # the loading processes get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert f"stopped by {number.name}; go on with the same command and --resume" in out
     assert f"--resume {tmp_path}/run" in out
 
     epochs = len(history.read_text().splitlines()) - 1
-    done = run_python(*fast(few_images, tmp_path / "run", "--epochs", epochs + 1, "-j", 0, "--resume"))
+    done = run_python(*fast(few_images, tmp_path / "run", "--epochs", epochs + 1, "--resume"))
     assert re.search(rf"resumed .*step-\d+: epoch {epochs + 1}, update \d+", done.stdout)
     rows = list(csv.DictReader(history.open()))
     assert [int(row["epoch"]) for row in rows] == list(range(1, epochs + 2))
