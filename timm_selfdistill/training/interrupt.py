@@ -1,4 +1,5 @@
 """Ctrl-C and SIGTERM as a polite request, on which all processes agree."""
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ from accelerate import Accelerator
 AGREE_EVERY = 10
 
 
-def ignore_signals(_: int) -> None:
-    """Let a loading process outlive a signal to the whole group; the training process ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def leave_process_group(_: int) -> None:
+    """Keep a signal to the whole group from a loading process, which the training process still needs and will end."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class InterruptRequest:

@@ -21,7 +21,7 @@ from ..model import SelfDistillModel
 from .accelerator import create_accelerator, start_trackers
 from .checkpoint import keep_unwrapped_weights, plain, save_checkpoint, set_newer_aside
 from .config import TrainConfig
-from .interrupt import InterruptRequest, ignore_signals
+from .interrupt import InterruptRequest, leave_process_group
 from .metrics import ExitMeter, ExitMetrics, exit_logits
 from .mixing import TargetMixer
 from .progress import ProgressReporter
@@ -54,15 +54,13 @@ class Trainer:
     def __init__(self, task: TrainingTask, train_data: Dataset, val_data: Dataset, config: TrainConfig | None = None):
         if not isinstance(task, TrainingTask):
             raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
+        for name, data in (("training", train_data), ("validation", val_data)):
+            if not len(data):
+                raise ValueError(f"there are no {name} images")
         self.config = config = config or TrainConfig()
         self.accelerator = create_accelerator(config)
-        if not len(train_data):
-            raise ValueError("there are no training images")
         self.input_size = tuple(train_data[0][0].shape)
-        if not len(val_data):
-            raise ValueError("there are no validation images")
-        num_classes = _check_classes(task.get_eval_model(), train_data)
-        self.mixer = TargetMixer(config, num_classes)
+        self.mixer = TargetMixer(config, _check_classes(task.get_eval_model(), train_data))
         self._create_loaders(train_data, val_data)
         self._prepare(task)
         self.output, self.checkpoint = open_run(config, self.accelerator)
@@ -76,7 +74,7 @@ class Trainer:
         self.sampler = EpochSampler(len(train_data), config.batch_size * world, rank, world, config.seed)
         self.loading_seeds = torch.Generator()
         common = {"num_workers": config.workers, "persistent_workers": config.workers > 0,
-                  "pin_memory": self.accelerator.device.type == "cuda", "worker_init_fn": ignore_signals,
+                  "pin_memory": self.accelerator.device.type == "cuda", "worker_init_fn": leave_process_group,
                   "generator": self.loading_seeds}
         self.train_loader = DataLoader(train_data, config.batch_size, sampler=self.sampler, drop_last=True, **common)
         own_share = Subset(val_data, range(rank, len(val_data), world))
