@@ -1,6 +1,7 @@
 """Data, the training loop, and what it leaves behind."""
 from .config import TrainConfig
-from .data import ImageDataset, ImageSplits, load_images, model_data_config
+from .data import ImageDataset, ImageSplits, load_images
+from .preprocessing import model_data_config
 from .trainer import Trainer, TrainResult
 
 __all__ = [

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor, nn
+from timm.data import create_transform
+from torch import Tensor
 
 VAL_SPLITS = ("validation", "val", "valid", "test")
 
@@ -140,52 +140,6 @@ def load_images(
     first = _decode(train.cast_column(image_column, datasets.Image(decode=False))[0][image_column], 0)
     in_chans = 1 if first.mode in ("1", "L", "I", "F", "I;16") else 3
     return ImageSplits(train, val, image_column, label_column, class_names, in_chans, first.size[::-1])
-
-
-def model_data_config(
-        backbone: nn.Module,
-        img_size: int | None = None,
-        in_chans: int = 3,
-        class_names: list[str] | None = None,
-        **overrides: Any,
-) -> dict[str, Any]:
-    """The preprocessing of a timm model, with what a run changes of it.
-
-    It is written back to `backbone.pretrained_cfg`, with the class names, so that
-    `timm.data.resolve_model_data_config(backbone)` gives the same, also after saving and loading. A model that takes
-    one image size only is moved to `img_size` by its own `set_input_size`.
-
-    Args:
-        img_size: pixels; None is the model's own size.
-        overrides: mean, std, interpolation, crop_pct; None values are the model's own.
-
-    Raises:
-        ValueError: the model takes no other image size than its own, or a value does not fit.
-    """
-    if img_size is not None and img_size < 1:
-        raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
-    if overrides.get("crop_pct") is not None and not 0 < overrides["crop_pct"] <= 1:
-        raise ValueError(f"crop_pct must lie in (0, 1], got {overrides['crop_pct']}")
-    config = resolve_model_data_config(backbone)
-    size = (img_size, img_size) if img_size else tuple(config["input_size"][1:])
-    if size != tuple(config["input_size"][1:]) and backbone.pretrained_cfg.get("fixed_input_size"):
-        if not hasattr(backbone, "set_input_size"):
-            raise ValueError(
-                f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}")
-        backbone.set_input_size(img_size=size)
-    config["input_size"] = (in_chans, *size)
-    config.update({key: value for key, value in overrides.items() if value is not None})
-    for key in ("mean", "std"):
-        values = tuple(config[key])
-        if overrides.get(key) is not None and len(values) not in (1, in_chans):
-            raise ValueError(f"{key} has {len(values)} values for images of {in_chans} channels: {values}")
-        if len(values) != in_chans:
-            config[key] = (sum(values) / len(values),) * in_chans
-    kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    backbone.pretrained_cfg.update({key: config[key] for key in kept if key in config}, test_input_size=None)
-    if class_names is not None:
-        backbone.pretrained_cfg.update(label_names=list(class_names), num_classes=len(class_names))
-    return config
 
 
 def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datasets.Dataset]:
