@@ -1,6 +1,9 @@
-"""What a benchmark ran on, and where its figures go."""
+"""What all benchmarks share: their flags, what they ran on, and where their figures go."""
+import argparse
 import json
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,21 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
-def write_json(path: str | Path, device: str, command: str, rows: list[dict[str, Any]]) -> None:
+def create_parser(description: str, batch_size: int, rounds: int) -> argparse.ArgumentParser:
+    """The flags of every benchmark; the figures go to results/, under the name of the benchmark."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("-b", "--batch-size", type=int, default=batch_size)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--output", default=f"benchmarks/results/{Path(sys.argv[0]).stem}.json")
+    return parser
+
+
+def write_json(path: str | Path, device: str, rows: list[dict[str, Any]]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", *sys.argv])
     path.write_text(json.dumps({"command": command, "hardware": describe(device), "rows": rows}, indent=2) + "\n")
     print(f"wrote {path}")
 

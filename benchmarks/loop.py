@@ -16,7 +16,7 @@ from pathlib import Path
 
 import timm
 import torch
-from hardware import write_json
+from hardware import create_parser, write_json
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import nn
@@ -28,15 +28,10 @@ IMAGES = Path(__file__).parents[1] / "examples/data"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("-b", "--batch-size", type=int, default=64)
+    parser = create_parser(__doc__, batch_size=64, rounds=7)
     parser.add_argument("-j", "--workers", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", default=["test_resnet", "resnet18"])
     parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--output", default="benchmarks/results/loop.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -56,9 +51,7 @@ def main() -> None:
         rows.append({"network": name, "batch_size": args.batch_size, "workers": args.workers,
                      "by_hand_images_per_second": by_hand, "trainer_images_per_second": ours, "ratio": ratio})
         print(f"{name:<16}{by_hand:>15.0f}{ours:>15.0f}{ratio:>8.3f}")
-    command = (f"python benchmarks/loop.py --device {args.device} --threads {args.threads} -b {args.batch_size}"
-               f" -j {args.workers}")
-    write_json(args.output, args.device, command, rows)
+    write_json(args.output, args.device, rows)
 
 
 def create(name: str) -> nn.Module:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import timm
 import torch
-from hardware import write_json
+from hardware import create_parser, write_json
 from timm.task import ClassificationTask
 from torch import nn
 
@@ -39,14 +39,9 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("-b", "--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = create_parser(__doc__, batch_size=32, rounds=9)
     parser.add_argument("--amp-dtype", choices=["float16", "bfloat16"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--output", default="benchmarks/results/step.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -66,9 +61,7 @@ def main() -> None:
         row["time_over_macs"] = row["time_ratio"] / row["macs_ratio"]
         rows.append(row)
         print(f"{name:<28}{plain:>10.1f}{ours:>10.1f}{ratio:>8.3f}{row['macs_ratio']:>8.3f}{row['time_over_macs']:>13.3f}")
-    command = f"python benchmarks/step.py --device {args.device} --threads {args.threads} -b {args.batch_size}" + (
-        f" --amp-dtype {args.amp_dtype}" if args.amp_dtype else "")
-    write_json(args.output, args.device, command, rows)
+    write_json(args.output, args.device, rows)
 
 
 def make_step(task: nn.Module, size: int, args: argparse.Namespace) -> Callable[[], None]:

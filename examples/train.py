@@ -66,9 +66,7 @@ def main() -> int:
     console = Console(quiet=not trainer.accelerator.is_main_process, soft_wrap=True)
     if result.interrupted_by:
         console.print(f"stopped by {result.interrupted_by.name}; go on with the same command and --resume:")
-        processes = os.environ.get("LOCAL_WORLD_SIZE")
-        launcher = f"torchrun --nproc_per_node {processes}" if processes else "python"
-        console.print(f"  {launcher} {shlex.join(sys.argv)} --resume {result.output}", markup=False, highlight=False)
+        console.print(f"  {same_command('--resume', str(result.output))}", markup=False, highlight=False)
         return 128 + result.interrupted_by
     print_summary(console, result.summary)
     console.print(next_lines(result.output, args.baseline), markup=False, highlight=False)
@@ -81,11 +79,16 @@ def next_lines(output: Path, baseline: bool) -> str:
     if not baseline:
         lines += [f"  SelfDistillModel.from_pretrained('{output}/best')               # all exits"]
         if "--resume" not in sys.argv:
-            again = [*sys.argv, "--baseline", "--output", f"{output}-baseline"]
-            if (first := again.index("--output")) < len(sys.argv):
-                del again[first:first + 2]
-            lines += ["or train the plain network, to compare:", f"  python {shlex.join(again)}"]
+            lines += ["or train the plain network, to compare:",
+                      f"  {same_command('--baseline', '--output', f'{output}-baseline')}"]
     return "\n".join(lines)
+
+
+def same_command(*more: str) -> str:
+    """This run's command line with flags added; the last --output counts."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = ["torchrun", "--nproc_per_node", processes] if processes else ["python"]
+    return shlex.join([*launcher, *sys.argv, *more])
 
 
 if __name__ == "__main__":

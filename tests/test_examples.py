@@ -44,7 +44,7 @@ def test_without_a_flag_it_reaches_80_percent_on_real_images(tmp_path):
     assert last_metrics(tmp_path / "run")[3]["top1"] >= 80
     for part in ("resnet18 after 6 epochs", "exit", "top-1 %", "MACs", "share", "speed-up", "ensemble",
                  f"SelfDistillModel.from_pretrained('{tmp_path}/run/best')",
-                 f"python examples/train.py --baseline --output {tmp_path}/run-baseline"):
+                 f"python examples/train.py --output {tmp_path}/run --baseline --output {tmp_path}/run-baseline"):
         assert part in done.stdout
     assert "\x1b" not in done.stdout
 

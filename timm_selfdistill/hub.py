@@ -46,6 +46,7 @@ def save_timm_model(
 
     Raises:
         ValueError: timm does not rebuild the model.
+        FileExistsError: `folder` is a file.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

@@ -372,3 +372,11 @@ def test_too_few_images(fashion_tensors, tmp_path):
 def test_an_unknown_tracker(fashion_tensors, tmp_path):
     with pytest.raises(ValueError, match="no tracker foo; installed: .*tensorboard"):
         fit(tmp_path, fashion_tensors, report_to=("foo",))
+
+
+def test_resuming_into_a_new_output_leaves_a_whole_run_directory_there(fashion_tensors, tmp_path):
+    data = tuple(Subset(part, range(100)) for part in fashion_tensors)
+    fit(tmp_path / "a", data, epochs=1)
+    fit(tmp_path / "b", data, epochs=2, resume=str(tmp_path / "a"))
+    assert {path.name for path in (tmp_path / "b").iterdir()} == RUN_FILES
+    assert SelfDistillModel.from_pretrained(tmp_path / "b" / "best").exits == ("layer1", "layer2", "layer3", "layer4")

@@ -20,11 +20,11 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     available = {tracker.value for tracker in get_available_trackers()}
     if unknown := set(config.report_to) - available:
         raise ValueError(f"no tracker {', '.join(sorted(unknown))}; installed: {', '.join(sorted(available))}")
+    # Accelerate joins the processes that torchrun starts on CPUs only where it is told that there is nothing else.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision == "fp16" and cpu:
         raise ValueError("fp16 needs a GPU (here it would train in fp32); use amp_dtype bfloat16 or no mixed precision")
-    # Accelerate joins the processes that torchrun starts on CPUs only where it is told that there is nothing else.
     AcceleratorState._reset_state()  # which would keep the precision of an earlier run in this process
     return Accelerator(mixed_precision=precision, cpu=cpu)
 

@@ -160,6 +160,7 @@ class Trainer:
         state, config = self.state, self.config
         self.task.train()
         self.sampler.begin(state.epoch, state.images)
+        # Seeds of the loading processes; a tuple of integers has the same hash in every process.
         self.loading_seeds.manual_seed(hash((config.seed, state.epoch, self.accelerator.process_index)))
         images_per_batch = config.batch_size * self.accelerator.num_processes
         began, first_image, pending = time.perf_counter(), state.images, []
@@ -246,7 +247,7 @@ class Trainer:
             accelerator.log({key: value for key, value in row.items() if key != "epoch"}, step=state.updates)
         deepest = next(metric for metric in reversed(metrics) if metric.exit != "ensemble")
         self._save_model("last", metrics)
-        if deepest.top1 > state.best_top1:
+        if deepest.top1 > state.best_top1 or not (self.output / "best").exists():  # as when resumed into a new output
             state.best_top1 = deepest.top1
             self._save_model("best", metrics)
         if accelerator.is_main_process:
