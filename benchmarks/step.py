@@ -40,6 +40,7 @@ CASES = {
 
 def main() -> None:
     parser = create_parser(__doc__, batch_size=32, rounds=9)
+    parser.add_argument("--seconds", type=float, default=60.0, help="a network at least, where rounds are short")
     parser.add_argument("--amp-dtype", choices=["float16", "bfloat16"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
@@ -53,7 +54,7 @@ def main() -> None:
         plain_task = ClassificationTask(create().to(args.device), nn.CrossEntropyLoss(), verbose=False)
         model = wrap_self_distill(create().to(args.device))
         steps = [make_step(task, size, args) for task in (plain_task, SelfDistillTask(model))]
-        plain, ours, ratio = interleaved(steps, args.rounds)
+        plain, ours, ratio = interleaved(steps, args.rounds, args.seconds)
         macs = [count_cost(model.backbone, (3, size, size)).macs,
                 count_cost(model, (3, size, size), lambda m, x: m.forward_exits(x)).macs]
         row = {"network": name, "batch_size": args.batch_size, "amp_dtype": args.amp_dtype, "plain_ms": plain,
@@ -83,15 +84,19 @@ def make_step(task: nn.Module, size: int, args: argparse.Namespace) -> Callable[
     return step
 
 
-def interleaved(steps: list[Callable[[], None]], rounds: int) -> tuple[float, float, float]:
-    """Median milliseconds of each step, and the median of the ratios second / first, pair by pair."""
+def interleaved(steps: list[Callable[[], None]], rounds: int, seconds: float) -> tuple[float, float, float]:
+    """Median milliseconds of each step, and the median of the ratios second / first, pair by pair.
+
+    Two pairs warm up; then come at least `rounds` pairs and `seconds`.
+    """
     times: list[list[float]] = [[], []]
-    for round in range(-2, rounds):
+    began = time.perf_counter()
+    while len(times[0]) < rounds + 2 or time.perf_counter() - began < seconds:
         for step, record in zip(steps, times):
             start = time.perf_counter()
             step()
-            if round >= 0:
-                record.append(1000 * (time.perf_counter() - start))
+            record.append(1000 * (time.perf_counter() - start))
+    times = [record[2:] for record in times]
     return *map(statistics.median, times), statistics.median(b / a for a, b in zip(*times))
 
 
