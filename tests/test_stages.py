@@ -3,7 +3,7 @@ import timm
 from torch import nn
 
 from timm_selfdistill import wrap_self_distill
-from timm_selfdistill.stages import check_timm_classifier, read_stages, select_stages
+from timm_selfdistill.stages import check_timm_classifier, choose_exits, read_stages
 
 from .conftest import small_backbone
 
@@ -17,7 +17,7 @@ from .conftest import small_backbone
 ])
 def test_exits_stand_at_stage_boundaries_by_themselves(name, exits):
     model = timm.create_model(name, num_classes=10)
-    assert tuple(stage.name for stage in select_stages(read_stages(model))) == exits
+    assert tuple(stage.name for stage in choose_exits(model)) == exits
 
 
 def test_a_stage_knows_channels_and_reduction():
@@ -34,9 +34,9 @@ def test_exits_by_index_or_name_the_teacher_named_or_not(exits):
 @pytest.mark.parametrize(("exits", "error", "message"), [
     ([], ValueError, "names no shallow exit"),
     (["layer4"], ValueError, "names no shallow exit"),
-    ([9], ValueError, "exit 9 does not exist"),
-    ([-1], ValueError, "exit -1 does not exist"),
-    (["layer9"], ValueError, r"'layer9' does not exist in this model; choose from 0 \(act1\), 1 \(layer1\)"),
+    ([9], ValueError, "ResNet has no level 9 for an exit"),
+    ([-1], ValueError, "has no level -1"),
+    (["layer9"], ValueError, r"has no level 'layer9' for an exit; choose from 0 \(act1\), 1 \(layer1\)"),
     ([1, 1], ValueError, "ascending without repeats"),
     ([3, 1], ValueError, "ascending without repeats"),
     ("layer1", TypeError, "sequence of feature_info indices or module names"),

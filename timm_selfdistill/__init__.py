@@ -1,4 +1,5 @@
 """Self-distillation for any timm model."""
+from . import models
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel, SelfDistillOutput, wrap_self_distill
 from .task import SelfDistillTask
@@ -16,5 +17,6 @@ __all__ = [
     "__version__",
     "load_images",
     "model_data_config",
+    "models",
     "wrap_self_distill",
 ]

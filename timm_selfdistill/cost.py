@@ -13,36 +13,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
-class ExitSummary(NamedTuple):
-    """One row of `SelfDistillModel.summary()`."""
-
-    exit: int | str
-    """0..C-1, or "ensemble"."""
-    module: str
-    """The module that ends the exit's stage."""
-    feature_shape: tuple[int, int, int]
-    """(channels, height, width) of the stage's feature map."""
-    params: int
-    """Parameters that the exit needs, backbone up to its stage and head."""
-    macs: int
-    """Multiply-adds for one image, convolutions and matrix products."""
-    share: float
-    """`macs` over those of the plain network."""
-
-
-class Summary(tuple[ExitSummary, ...]):
-    """Rows of a summary, printable as a table."""
-
-    def __str__(self) -> str:
-        lines = [f"{'exit':<9}{'module':<18}{'feature':>15}{'params':>11}{'MACs':>11}{'share':>8}"]
-        lines += [
-            f"{row.exit!s:<9}{row.module:<18}{'x'.join(map(str, row.feature_shape)):>15}"
-            f"{row.params / 1e6:>9.2f} M{row.macs / 1e6:>9.1f} M{row.share:>8.1%}"
-            for row in self
-        ]
-        return "\n".join(lines)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; afterwards every module is in the mode it was in."""

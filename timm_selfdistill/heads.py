@@ -5,11 +5,12 @@ teacher's D channels at about the teacher's resolution, which the hint loss comp
 """
 from collections.abc import Callable
 from inspect import signature
-from math import log2
+from itertools import pairwise
+from math import log2, sqrt
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import ConvNormAct
+from timm.layers import ConvNormAct, SeparableConvNormAct
 from torch import Tensor, nn
 
 from .stages import Stage
@@ -42,26 +43,56 @@ class BottleneckHead(nn.Module):
         stage: stage that the head stands on; the input is (B, stage.channels, H, W).
         teacher: last stage; the feature has its channels.
         num_classes: K.
-        width: channels before the last convolution; None is a quarter of the teacher's channels, 128 at most.
+        width: channels before the last convolution; None is a quarter of the teacher's channels, at most twice the
+            stage's and at most 128.
     """
 
     def __init__(self, stage: Stage, teacher: Stage, num_classes: int, width: int | None = None):
         super().__init__()
-        width = min(teacher.channels // 4, 128) if width is None else width
-        if width < 1:
-            raise ValueError(f"width must be at least 1 channel, got {width}")
         halvings = _halvings(stage, teacher)
-        layers, channels = [], stage.channels
-        for remaining in reversed(range(max(halvings, 1))):
-            out_channels = max(width >> remaining, 8)
-            layers.append(HalvingConv(channels, out_channels) if halvings else ConvNormAct(channels, out_channels, 3))
-            channels = out_channels
-        self.bottleneck = nn.Sequential(*layers, ConvNormAct(channels, teacher.channels, 1, apply_act=False))
+        channels = [stage.channels, *_widths(stage, teacher, width)]
+        self.bottleneck = nn.Sequential(
+            *(HalvingConv(chs, out_chs) if halvings else ConvNormAct(chs, out_chs, 3)
+              for chs, out_chs in pairwise(channels)),
+            ConvNormAct(channels[-1], teacher.channels, 1, apply_act=False))
         self.act = nn.ReLU()
         self.fc = nn.Linear(teacher.channels, num_classes)
+        self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         feature = self.bottleneck(x)
+        return self.fc(self.act(feature).mean((2, 3))), feature
+
+
+class AttentionHead(nn.Module):
+    """Attention mask and separable convolutions (the journal version, doi 10.1109/TPAMI.2021.3067100).
+
+    A mask between 0 and 1 for every value of the stage's feature map says what of it this classifier looks at, so that
+    the backbone can keep there what only the later layers need. It is made at half the resolution, by a separable
+    convolution to a quarter of the channels and a 1x1 convolution back, and enlarged bilinearly. Separable 3x3
+    convolutions of stride 2 then lead to the teacher's shape, with the widths of `BottleneckHead`.
+
+    Args:
+        stage, teacher, num_classes, width: as of `BottleneckHead`.
+    """
+
+    def __init__(self, stage: Stage, teacher: Stage, num_classes: int, width: int | None = None):
+        super().__init__()
+        halvings = _halvings(stage, teacher)
+        channels = [stage.channels, *_widths(stage, teacher, width)]
+        squeezed = max(stage.channels // 4, 8)
+        self.attention = nn.Sequential(
+            SeparableConvNormAct(stage.channels, squeezed, 3, stride=2), nn.Conv2d(squeezed, stage.channels, 1))
+        self.convs = nn.Sequential(
+            *(SeparableConvNormAct(chs, out_chs, 3, stride=2 if halvings else 1) for chs, out_chs in pairwise(channels)),
+            ConvNormAct(channels[-1], teacher.channels, 1, apply_act=False))
+        self.act = nn.ReLU()
+        self.fc = nn.Linear(teacher.channels, num_classes)
+        self.apply(_init_weights)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mask = F.interpolate(self.attention(x), x.shape[2:], mode="bilinear").sigmoid()
+        feature = self.convs(x * mask)
         return self.fc(self.act(feature).mean((2, 3))), feature
 
 
@@ -78,13 +109,14 @@ class LinearHead(nn.Module):
         self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
         self.proj = nn.Conv2d(stage.channels, teacher.channels, 1)
         self.fc = nn.Linear(teacher.channels, num_classes)
+        self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         feature = self.proj(self.pool(x))
         return self.fc(feature.mean((2, 3))), feature
 
 
-HEADS: dict[str, HeadFactory] = {"bottleneck": BottleneckHead, "linear": LinearHead}
+HEADS: dict[str, HeadFactory] = {"bottleneck": BottleneckHead, "attention": AttentionHead, "linear": LinearHead}
 
 
 def create_head(
@@ -93,18 +125,20 @@ def create_head(
         teacher: Stage,
         num_classes: int,
         head_args: dict[str, Any] | None = None,
+        model_name: str = "the model",
 ) -> nn.Module:
     """Build the head of one stage.
 
     Args:
         head: a name in `HEADS`, or a callable `(stage, teacher, num_classes, **head_args)` that returns a module which
             maps (B, stage.channels, H, W) to `(logits (B, num_classes), feature (B, teacher.channels, H', W'))`.
+        model_name: for error messages.
 
     Raises:
         ValueError: the name is unknown.
         TypeError: `head` is neither a name nor a callable, or does not take `head_args`.
     """
-    names = ", ".join(sorted(HEADS))
+    names = ", ".join(HEADS)
     if isinstance(head, str) and head not in HEADS:
         raise ValueError(f"unknown head {head!r}; choose from {names}, or pass a callable")
     factory = HEADS[head] if isinstance(head, str) else head
@@ -113,9 +147,30 @@ def create_head(
     try:
         signature(factory).bind(stage, teacher, num_classes, **(head_args or {}))
     except TypeError as error:
-        raise TypeError(f"head {head!r} does not take head_args={head_args}: {error}") from None
+        known = ", ".join(list(signature(factory).parameters)[3:]) or "none"
+        raise TypeError(
+            f"head {head!r} at level {stage.index} ({stage.name}) of {model_name} does not take head_args={head_args}: {error};"
+            f" it takes {known}"
+        ) from None
     return factory(stage, teacher, num_classes, **(head_args or {}))
 
 
 def _halvings(stage: Stage, teacher: Stage) -> int:
     return max(0, round(log2(teacher.reduction / stage.reduction)))
+
+
+def _widths(stage: Stage, teacher: Stage, width: int | None) -> list[int]:
+    """Channels behind each convolution that halves (one where there is nothing to halve), doubling up to `width`."""
+    width = min(teacher.channels // 4, 2 * stage.channels, 128) if width is None else width
+    if width < 1:
+        raise ValueError(f"width must be at least 1 channel, got {width}")
+    return [max(width >> remaining, 8) for remaining in reversed(range(max(_halvings(stage, teacher), 1)))]
+
+
+def _init_weights(module: nn.Module) -> None:
+    """As timm initialises convolutional networks: He's normal distribution over the outputs of each group."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0, sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,5 +1,5 @@
 """One verb turns a timm model into a network that teaches itself."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import hub
-from .cost import ExitSummary, Summary, count_cost, default_input_size
+from .cost import count_cost, default_input_size
 from .heads import HeadFactory, create_head
-from .stages import check_timm_classifier, read_stages, select_stages
+from .stages import Stage, check_timm_classifier, explain_misfit, select_stages
+from .summary import ExitSummary, Summary
 
 
 class SelfDistillOutput(NamedTuple):
@@ -39,7 +40,7 @@ def wrap_self_distill(
     Args:
         model: a timm model with a classifier, `timm.create_model("resnet18", num_classes=10)`.
         exits: where the shallow classifiers stand: `feature_info` indices or module names ("layer1"), ascending. The
-            last level is always the teacher. None chooses up to three, see `stages.select_stages`.
+            last level is always the teacher. None chooses up to three, see `stages.choose_exits`.
         head: "bottleneck" (ICCV 2019), "linear" (deep supervision), or a callable, see `heads.create_head`.
         head_args: further arguments of the head, e.g. `{"width": 64}` for "bottleneck".
         model_args: what `create_model` was given and cannot be read back from the model; needed only for saving, which
@@ -77,14 +78,15 @@ class SelfDistillModel(nn.Module):
     ):
         super().__init__()
         check_timm_classifier(model)
-        *self.stages, self._last_stage = select_stages(read_stages(model), exits)
+        *self.stages, self._last_stage = select_stages(model, exits)
         self.exits = tuple(stage.name for stage in [*self.stages, self._last_stage])
         self.num_classes = model.num_classes
         self.head, self.head_args, self.model_args = head, dict(head_args or {}), dict(model_args or {})
         self.freeze_backbone = freeze_backbone
         self.backbone = model
         self.heads = nn.ModuleList(
-            create_head(head, stage, self._last_stage, self.num_classes, self.head_args) for stage in self.stages)
+            create_head(head, stage, self._last_stage, self.num_classes, self.head_args, type(model).__name__)
+            for stage in self.stages)
 
         like = next(p for p in model.parameters() if p.is_floating_point())
         self.heads.to(device=like.device, dtype=like.dtype)
@@ -107,20 +109,54 @@ class SelfDistillModel(nn.Module):
         Args:
             x: images (B, in_chans, H, W).
         """
-        return self.forward_exits(x) if self.training else self.backbone(x)
+        return self.forward_exits(x) if self.training else self._run(x, self.backbone)
 
     def forward_exits(self, x: Tensor) -> SelfDistillOutput:
         """What every classifier says, in either mode, for images (B, in_chans, H, W)."""
+        indices = [stage.index for stage in [*self.stages, self._last_stage]]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            indices = [stage.index for stage in [*self.stages, self._last_stage]]
-            final, maps = self.backbone.forward_intermediates(x, indices=indices)
+            final, maps = self._run(x, lambda x: self.backbone.forward_intermediates(x, indices=indices))
             deepest = self.backbone.forward_head(final)
+        if not isinstance(deepest, Tensor):
+            raise TypeError(
+                f"{type(self.backbone).__name__} gives {len(deepest)} logits instead of one in training mode; call its"
+                " set_distilled_training(False), which gives their mean")
         teacher = maps[-1]
-        shallow = [head(feature_map) for head, feature_map in zip(self.heads, maps)]
+        shallow = [
+            self._fit(stage, head(feature_map), deepest, teacher)
+            for stage, head, feature_map in zip(self.stages, self.heads, maps)
+        ]
         return SelfDistillOutput(
             logits=(*(logits for logits, _ in shallow), deepest),
-            features=(*(_fit(feature, teacher) for _, feature in shallow), teacher),
+            features=(*(feature for _, feature in shallow), teacher),
         )
+
+    def _run(self, x: Tensor, call: Callable[[Tensor], Any]) -> Any:
+        """Call the backbone; if it fails on images that it cannot take, say so."""
+        try:
+            return call(x)
+        except (AssertionError, RuntimeError) as error:
+            reason = explain_misfit(self.backbone, x)
+            if reason is None:
+                raise
+            raise ValueError(reason) from error
+
+    def _fit(self, stage: Stage, output: Any, deepest: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Check what a head returned; resize its feature to the teacher's height and width where they do not divide."""
+        try:
+            logits, feature = output
+            fits = logits.shape == deepest.shape and feature.ndim == 4 and feature.shape[:2] == teacher.shape[:2]
+        except (TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            got = [tuple(part.shape) for part in output if isinstance(part, Tensor)]
+            raise ValueError(
+                f"the head of {type(self.backbone).__name__} at level {stage.index} ({stage.name}) must return (logits"
+                f" {tuple(deepest.shape)}, feature {tuple(teacher.shape)}), got {type(output).__name__} with the shapes"
+                f" {got}; mend the callable that was given as head")
+        if feature.shape[2:] != teacher.shape[2:]:
+            feature = F.adaptive_avg_pool2d(feature, teacher.shape[2:])
+        return logits, feature
 
     def predict(self, x: Tensor, exit: int | str = -1) -> Tensor:
         """Logits (B, K) of one exit, running no layer behind it. Put the model in eval mode first.
@@ -138,17 +174,21 @@ class SelfDistillModel(nn.Module):
         if isinstance(exit, bool) or not isinstance(exit, int) or not -count <= exit < count:
             raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
         if exit % count == count - 1:
-            return self.backbone(x)
+            return self._run(x, self.backbone)
         stage, head = self.stages[exit % count], self.heads[exit % count]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            (feature_map,) = self.backbone.forward_intermediates(
-                x, indices=[stage.index], stop_early=True, intermediates_only=True)
+            (feature_map,) = self._run(x, lambda x: self.backbone.forward_intermediates(
+                x, indices=[stage.index], stop_early=True, intermediates_only=True))
         return head(feature_map)[0]
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that the backbone exempts from weight decay, for timm's optimizer factory."""
         exempt = getattr(self.backbone, "no_weight_decay", set)()
         return {f"backbone.{name}" for name in exempt}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Save memory in training: the backbone computes activations again in the backward pass, where it can."""
+        self.backbone.set_grad_checkpointing(enable)
 
     def strip(self) -> nn.Module:
         """The plain timm model, for good: the shallow classifiers are not needed at inference."""
@@ -161,15 +201,19 @@ class SelfDistillModel(nn.Module):
             input_size: (channels, height, width) in pixels; None is what the backbone was made for.
         """
         input_size = input_size or default_input_size(self.backbone)
-        plain_macs = count_cost(self.backbone, input_size).macs
         stages = [*self.stages, self._last_stage]
         maps = count_cost(self.backbone, input_size, lambda backbone, x: backbone.forward_intermediates(
             x, indices=[stage.index for stage in stages], intermediates_only=True)).output
-        rows = []
-        for exit, stage, feature_map in [*zip(range(len(stages)), stages, maps), ("ensemble", stages[-1], maps[-1])]:
-            params, macs, _ = count_cost(self, input_size, lambda model, x, exit=exit: model.predict(x, exit))
-            rows.append(ExitSummary(exit, stage.name, tuple(feature_map.shape[1:]), params, macs, macs / plain_macs))
-        return Summary(rows)
+        shapes = [tuple(feature_map.shape[1:]) for feature_map in maps]
+        heads = [count_cost(head, shape)[:2] for head, shape in zip(self.heads, shapes)]
+        head_costs = [*heads, (0, 0), tuple(map(sum, zip(*heads)))]
+        costs = [count_cost(self, input_size, lambda model, x, exit=exit: model.predict(x, exit))[:2]
+                 for exit in [*range(len(stages)), "ensemble"]]
+        plain_macs = costs[-2][1]
+        names = [*enumerate(self.exits), ("ensemble", self.exits[-1])]
+        return Summary(
+            ExitSummary(*name, shape, *head_cost, *cost, cost[1] / plain_macs)
+            for name, shape, head_cost, cost in zip(names, [*shapes, shapes[-1]], head_costs, costs))
 
     def save_pretrained(
             self,
@@ -227,13 +271,6 @@ class SelfDistillModel(nn.Module):
         )
         hub.load_weights(model.backbone, model.heads, model_id)
         return model.eval()
-
-
-def _fit(feature: Tensor, teacher: Tensor) -> Tensor:
-    """Resize to the teacher's height and width, where the sizes do not divide."""
-    if feature.shape[2:] == teacher.shape[2:]:
-        return feature
-    return F.adaptive_avg_pool2d(feature, teacher.shape[2:])
 
 
 def _is_channels_last(weight: Tensor) -> bool:

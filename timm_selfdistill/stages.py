@@ -2,7 +2,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from .cost import default_input_size
 
 
 class Stage(NamedTuple):
@@ -40,6 +42,20 @@ def check_timm_classifier(model: nn.Module) -> None:
         )
 
 
+def explain_misfit(model: nn.Module, x: Tensor) -> str | None:
+    """Why a timm model cannot take images x (B, in_chans, H, W), as far as their shape says; else None."""
+    channels, height, width = default_input_size(model)
+    name = type(model).__name__
+    if x.ndim != 4 or x.shape[1] != channels:
+        return f"{name} takes images of the shape (B, {channels}, H, W), got {tuple(x.shape)}"
+    if model.pretrained_cfg.get("fixed_input_size") and x.shape[2:] != (height, width):
+        return (
+            f"{name} takes images of {height}x{width} pixels only, got {x.shape[2]}x{x.shape[3]}; resize them, or"
+            f" create it with timm.create_model(..., img_size={x.shape[2]}) where it has that argument"
+        )
+    return None
+
+
 def read_stages(model: nn.Module) -> list[Stage]:
     """All stage boundaries of a timm model, shallow to deep."""
     return [
@@ -48,34 +64,49 @@ def read_stages(model: nn.Module) -> list[Stage]:
     ]
 
 
-def select_stages(stages: list[Stage], exits: Sequence[int | str] | None = None) -> list[Stage]:
-    """The stages that carry a classifier, the teacher (always the last stage) included.
+def choose_exits(model: nn.Module) -> list[Stage]:
+    """Where the shallow exits of a timm model stand unless told otherwise; the teacher, its last level, follows them.
+
+    Levels that say nothing new are left out first: of several levels of one module (the branches of a CrossViT) only
+    the last counts, and a level is no exit where no parameters lie between it and the last (VGG's last pooling). Then
+
+    - columns (one resolution throughout, e.g. ViT) get exits at a quarter, half and three quarters of the depth;
+    - pyramids get the three levels before the last; where there are fewer, all of them. Networks with a stem level
+      usually have five levels, so the stem is left out.
+    """
+    stages = list({stage.name: stage for stage in read_stages(model)}.values())
+    last = stages.pop()
+    while stages and _count_params(model, stages[-1].name) >= _count_params(model, last.name) > 0:
+        stages.pop()
+    if stages and stages[0].reduction == last.reduction:
+        levels = len(stages) + 1
+        chosen = sorted({-(-levels * quarter // 4) - 1 for quarter in (1, 2, 3)} - {levels - 1})
+        return [*(stages[index] for index in chosen), last]
+    return [*stages[-3:], last]
+
+
+def select_stages(model: nn.Module, exits: Sequence[int | str] | None = None) -> list[Stage]:
+    """The stages of a timm model that carry a classifier, the teacher (always the last stage) included.
 
     Args:
-        stages: all stages of the model.
-        exits: `feature_info` indices or module names, ascending; the last stage may be named or left out. None chooses:
-
-            - columns (one resolution throughout, e.g. ViT): a quarter, half and three quarters of the depth;
-            - pyramids: the three stages before the last; where there are fewer, all of them. Networks with a stem
-              level usually have five levels, so the stem is left out.
+        exits: `feature_info` indices or module names, ascending; the last stage may be named or left out. None leaves
+            it to `choose_exits`.
 
     Raises:
-        ValueError: `exits` is empty, unknown, out of range, repeated or not ascending.
+        ValueError: the model has no two levels, or `exits` is empty, unknown, out of range, repeated or not ascending.
         TypeError: `exits` holds something else than int and str.
     """
+    stages = read_stages(model)
     last = len(stages) - 1
     if last < 1:
-        raise ValueError(f"the model has {len(stages)} feature level(s), but an exit and the teacher need 2")
+        raise ValueError(
+            f"{type(model).__name__} has {len(stages)} feature level(s), but an exit and the teacher need 2")
     if exits is None:
-        if stages[0].reduction == stages[last].reduction:
-            chosen = sorted({-(-len(stages) * quarter // 4) - 1 for quarter in (1, 2, 3)} - {last})
-        else:
-            chosen = list(range(max(0, last - 3), last))
-        return [stages[index] for index in [*chosen, last]]
+        return choose_exits(model)
 
     if isinstance(exits, (str, bytes)) or not isinstance(exits, Sequence):
         raise TypeError(f"exits must be a sequence of feature_info indices or module names, got {exits!r}")
-    chosen = [_find_stage(stages, exit) for exit in exits]
+    chosen = [_find_stage(model, stages, exit) for exit in exits]
     if chosen and chosen[-1] == last:
         chosen.pop()
     if not chosen:
@@ -86,13 +117,23 @@ def select_stages(stages: list[Stage], exits: Sequence[int | str] | None = None)
     return [stages[index] for index in [*chosen, last]]
 
 
-def _find_stage(stages: list[Stage], exit: int | str) -> int:
+def _count_params(model: nn.Module, name: str) -> int:
+    """Parameter tensors up to the end of a module, in the order of registration; 0 where `name` is no module."""
+    modules = list(model.named_modules())
+    ends = [index for index, (found, _) in enumerate(modules, 1) if f"{found}.".startswith(f"{name}.")]
+    return sum(len(module._parameters) for _, module in modules[:max(ends, default=0)])
+
+
+def _find_stage(model: nn.Module, stages: list[Stage], exit: int | str) -> int:
     if isinstance(exit, bool) or not isinstance(exit, (int, str)):
         raise TypeError(f"an exit is a feature_info index (int) or a module name (str), got {exit!r}")
-    for stage in stages:
-        if exit in (stage.index, stage.name):
-            return stage.index
-    raise ValueError(f"exit {exit!r} does not exist in this model; choose from {_describe(stages[:-1])}")
+    found = [stage.index for stage in stages if exit in (stage.index, stage.name)]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no level {exit!r} for an exit; choose from {_describe(stages[:-1])}")
+    if len(found) > 1:
+        raise ValueError(f"{exit!r} ends the levels {found} of {type(model).__name__}; choose one by its index")
+    return found[0]
 
 
 def _describe(stages: list[Stage]) -> str:

@@ -1,0 +1,69 @@
+"""The table of what each exit costs."""
+from io import StringIO
+from typing import NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+
+class ExitSummary(NamedTuple):
+    """One row of `SelfDistillModel.summary()`."""
+
+    exit: int | str
+    """0..C-1, or "ensemble"."""
+    module: str
+    """The module that ends the exit's stage."""
+    feature_shape: tuple[int, int, int]
+    """(channels, height, width) of the stage's feature map."""
+    head_params: int
+    """Parameters of the shallow classifier; 0 for the deepest, whose classifier is the backbone's; for the ensemble, of
+    all shallow classifiers."""
+    head_macs: int
+    """Multiply-adds of the same for one image."""
+    params: int
+    """Parameters that the exit needs, backbone up to its stage and head."""
+    macs: int
+    """Multiply-adds for one image, convolutions and matrix products."""
+    share: float
+    """`macs` over those of the plain network."""
+
+
+class Summary(tuple[ExitSummary, ...]):
+    """Rows of a summary, shallow to deep, then the ensemble; printable as a table, with rich or without.
+
+    The last row is the total, the one before it the plain network.
+    """
+
+    @property
+    def plain(self) -> ExitSummary:
+        """The deepest exit: the plain network alone."""
+        return self[-2]
+
+    @property
+    def total(self) -> ExitSummary:
+        """Everything: the ensemble, which is also what a training step runs forward."""
+        return self[-1]
+
+    def __rich__(self) -> Table:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in ("exit", "module"):
+            table.add_column(name, overflow="fold")
+        for name in ("feature", "head params", "head MACs", "params", "MACs", "share"):
+            table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+        for row in self:
+            if row is self.total:
+                table.add_section()
+            table.add_row(
+                str(row.exit), row.module, "x".join(map(str, row.feature_shape)), _millions(row.head_params),
+                _millions(row.head_macs), _millions(row.params), _millions(row.macs), f"{row.share:.1%}")
+        return table
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=100, color_system=None).print(self)
+        return text.getvalue().rstrip()
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M" if count else "-"
