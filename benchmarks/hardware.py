@@ -39,7 +39,9 @@ def write_json(path: str | Path, device: str, rows: list[dict[str, Any]]) -> Non
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", *sys.argv])
-    path.write_text(json.dumps({"command": command, "hardware": describe(device), "rows": rows}, indent=2) + "\n")
+    head = json.dumps({"command": command, "hardware": describe(device)}, indent=2).removesuffix("\n}")
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)  # a row a line: there may be a thousand
+    path.write_text(f"{head},\n  \"rows\": [\n{lines}\n  ]\n}}\n")
     print(f"wrote {path}")
 
 

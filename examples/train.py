@@ -2,6 +2,7 @@
 
     python examples/train.py                                    # resnet18 on the images in examples/data
     python examples/train.py --data-dir FOLDER --model resnet50 --pretrained --epochs 30
+    python examples/train.py --config recipes/cifar100_resnet18.yaml
     torchrun --nproc_per_node 2 examples/train.py               # or: accelerate launch examples/train.py
 """
 import os
@@ -23,12 +24,12 @@ from timm_selfdistill import (
     model_data_config,
     wrap_self_distill,
 )
-from timm_selfdistill.cli import parse_exits, run, train_config, train_parser
+from timm_selfdistill.cli import parse_args, parse_exits, run, train_config, train_parser
 from timm_selfdistill.training.report import print_summary
 
 
 def main() -> int:
-    args = train_parser(__doc__.splitlines()[0], default_data=str(Path(__file__).parent / "data")).parse_args()
+    args = parse_args(train_parser(__doc__.splitlines()[0], default_data=str(Path(__file__).parent / "data")))
     config = train_config(args)
 
     images = load_images(
@@ -38,7 +39,9 @@ def main() -> int:
     torch.manual_seed(config.seed)
     backbone = timm.create_model(
         args.model, pretrained=args.pretrained, num_classes=images.num_classes, in_chans=in_chans,
-        drop_rate=args.drop or None, drop_path_rate=args.drop_path)
+        drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if args.grad_checkpointing:
+        backbone.set_grad_checkpointing()
     own_size = backbone.pretrained_cfg["input_size"][-1]
     img_size = args.img_size
     if img_size is None and not args.pretrained:
@@ -46,11 +49,11 @@ def main() -> int:
     data_config = model_data_config(
         backbone, img_size, in_chans, class_names=images.class_names, mean=args.mean, std=args.std,
         interpolation=args.interpolation, crop_pct=args.crop_pct)
-    augmentation = {} if args.no_aug else {
-        "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip, "vflip": args.vflip,
-        "color_jitter": args.color_jitter, "auto_augment": args.aa, "re_prob": args.reprob}
-    train_data, val_data = images.transformed(
-        data_config, no_aug=args.no_aug, interpolation=args.train_interpolation, **augmentation)
+    augmentation = {"no_aug": True} if args.no_aug else {
+        "train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,
+        "vflip": args.vflip, "color_jitter": args.color_jitter, "auto_augment": args.aa, "re_prob": args.reprob,
+        "cutout": args.cutout}
+    train_data, val_data = images.transformed(data_config, interpolation=args.train_interpolation, **augmentation)
 
     if args.baseline:
         task = ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)

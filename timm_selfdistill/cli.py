@@ -1,12 +1,15 @@
-"""The command line: timm's flag names, and errors in one line."""
+"""The command line: timm's flag names, YAML files of them, and errors in one line."""
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 
 from .heads import HEADS
 from .training import TrainConfig
@@ -37,8 +40,9 @@ def run(main: Callable[[], int | None]) -> None:
 def train_parser(description: str, default_data: str) -> argparse.ArgumentParser:
     """Flags of a training run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML with any of the flags below; flags given here win")
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", default=default_data,
+    group.add_argument("--data-dir", metavar="DIR", default=default_data, action=_DataDir,
                        help="folder of images, parquet or arrow files")
     group.add_argument("--dataset", metavar="NAME", help="data set on the Hub, instead of --data-dir")
     group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
@@ -57,20 +61,26 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
 
     group = parser.add_argument_group("augmentation")
     group.add_argument("--no-aug", action="store_true", help="no augmentation")
+    group.add_argument("--train-crop-mode", choices=["rrc", "rkrc", "rkrr", "pad"], default="rrc",
+                       help="random resized crop; resize keeping the ratio and crop; pad and crop")
     group.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.0), help="random resized crop, area")
     group.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="random resized crop, aspect")
     group.add_argument("--hflip", type=float, default=0.5, help="probability")
     group.add_argument("--vflip", type=float, default=0.0, help="probability")
     group.add_argument("--color-jitter", type=float, default=0.4, help="strength")
-    group.add_argument("--aa", help='AutoAugment policy, e.g. "rand-m9-mstd0.5", "original"')
+    group.add_argument("--aa", help='AutoAugment policy, e.g. "rand-m9-mstd0.5", "original", "cifar10"')
+    group.add_argument("--cutout", type=int, default=0, help="side of a square set to zero, pixels")
     group.add_argument("--reprob", type=float, default=0.0, help="random erasing probability")
     group.add_argument("--train-interpolation", default="random", help="random, bilinear, bicubic, ...")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="resnet18", help="name of a timm model, or local-dir:FOLDER, hf-hub:ID")
-    group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
-    group.add_argument("--drop", type=float, default=0.0, help="dropout rate")
-    group.add_argument("--drop-path", type=float, help="stochastic depth rate")
+    group.add_argument("--pretrained", action=_BOOLEAN, default=False,
+                       help="start from the model's pretrained weights")
+    group.add_argument("--drop", type=float, help="dropout rate (default: the model's)")
+    group.add_argument("--drop-path", type=float, help="stochastic depth rate (default: the model's)")
+    group.add_argument("--grad-checkpointing", action=_BOOLEAN, default=False,
+                       help="save memory: compute activations again in the backward pass")
 
     group = parser.add_argument_group("self distillation")
     group.add_argument("--exits", nargs="+", metavar="EXIT",
@@ -83,8 +93,9 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
                        help="feature maps, pooled ones or none")
     group.add_argument("--teacher", choices=["deepest", "ensemble"], default="deepest",
                        help="classifier, or the mean of all logits")
-    group.add_argument("--freeze-backbone", action="store_true", help="only the shallow classifiers learn")
-    group.add_argument("--baseline", action="store_true", help="train the plain model in the same loop instead")
+    group.add_argument("--freeze-backbone", action=_BOOLEAN, default=False, help="only the shallow classifiers learn")
+    group.add_argument("--baseline", action=_BOOLEAN, default=False,
+                       help="train the plain model in the same loop instead")
 
     _add_config(parser.add_argument_group("training"))
     return parser
@@ -94,8 +105,66 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
     names = {field.name for field in fields(TrainConfig)} - {"settings"}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
-    settings = {key: value for key, value in values.items() if key not in names}
+    settings = {key: value for key, value in values.items() if key not in {*names, "config"}}
     return TrainConfig(**{name: values[name] for name in names}, settings=settings)
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, with the flags of its --config file in front, so that those given by hand win.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is no YAML of flags and values, or holds an unknown flag.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    return parser.parse_args([*_read_flags(parser, Path(args.config)), *argv]) if args.config else args
+
+
+def _read_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; --config takes a YAML file, e.g. one of recipes/")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold flags and their values, as in 'lr: 0.1', got {type(values).__name__}")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    flags = []
+    for key, value in values.items():
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None:
+            close = difflib.get_close_matches(str(key).replace("-", "_"), actions, 1)
+            hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""
+            raise ValueError(f"{path}: unknown flag {key!r}{hint}")
+        flags += _as_flag(action, value, f"{path}: {key}")
+    return flags
+
+
+def _as_flag(action: argparse.Action, value: Any, where: str) -> list[str]:
+    """What one would type for a value of a YAML file."""
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, got {value!r}")
+        return action.option_strings[:1] if value else action.option_strings[1:]
+    if isinstance(value, (bool, dict)) or (isinstance(value, list) and action.nargs in (None, "?")):
+        raise ValueError(f"{where} takes {'values' if action.nargs == '+' else 'one value'}, got {value!r}")
+    if isinstance(value, list):
+        return [action.option_strings[-1], *map(str, value)] if value else []
+    return [f"{action.option_strings[-1]}={value}"]
+
+
+_BOOLEAN = argparse.BooleanOptionalAction
+
+
+class _DataDir(argparse.Action):
+    """A folder given later takes the place of a data set on the Hub, as of a --config file."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        namespace.data_dir, namespace.dataset = values, None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -156,7 +225,7 @@ def _add_config(group: Any) -> None:
         options: dict[str, Any] = {"default": field.default}
         options["help"] = _HELP.get(field.name, field.name.replace("_", " "))
         if isinstance(field.default, bool):
-            options["action"] = "store_true"
+            options["action"] = _BOOLEAN
         elif isinstance(field.default, tuple):
             options |= {"nargs": "+", "type": int if field.name == "decay_milestones" else str}
         else:

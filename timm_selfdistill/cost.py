@@ -72,7 +72,7 @@ def count_cost(
 
 def measure_speedups(
         model: nn.Module, plain: Callable[[Tensor], Any], calls: list[Callable[[Tensor], Any]], x: Tensor,
-        rounds: int = 15, seconds: float = 20.0,
+        rounds: int = 15, seconds: float = 5.0,
 ) -> list[float]:
     """Time of `plain(x)` over the time of each call, in eval mode: medians of rounds in which all run in turn.
 

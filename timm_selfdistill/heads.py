@@ -84,7 +84,8 @@ class AttentionHead(nn.Module):
         self.attention = nn.Sequential(
             SeparableConvNormAct(stage.channels, squeezed, 3, stride=2), nn.Conv2d(squeezed, stage.channels, 1))
         self.convs = nn.Sequential(
-            *(SeparableConvNormAct(chs, out_chs, 3, stride=2 if halvings else 1) for chs, out_chs in pairwise(channels)),
+            *(SeparableConvNormAct(chs, out_chs, 3, stride=2 if halvings else 1)
+              for chs, out_chs in pairwise(channels)),
             ConvNormAct(channels[-1], teacher.channels, 1, apply_act=False))
         self.act = nn.ReLU()
         self.fc = nn.Linear(teacher.channels, num_classes)
@@ -149,8 +150,8 @@ def create_head(
     except TypeError as error:
         known = ", ".join(list(signature(factory).parameters)[3:]) or "none"
         raise TypeError(
-            f"head {head!r} at level {stage.index} ({stage.name}) of {model_name} does not take head_args={head_args}: {error};"
-            f" it takes {known}"
+            f"head {head!r} at level {stage.index} ({stage.name}) of {model_name} does not take head_args={head_args}:"
+            f" {error}; it takes {known}"
         ) from None
     return factory(stage, teacher, num_classes, **(head_args or {}))
 

@@ -32,7 +32,7 @@ class TrainConfig:
         log_interval: updates between two looks at the loss.
         checkpoint_hist: checkpoints kept.
         report_to: names of Accelerate's trackers, e.g. ("tensorboard", "wandb").
-        settings: anything else that config.yaml should record, e.g. the model's name.
+        settings: anything else that config.yaml should record, e.g. the model's name, under names of its own.
     """
 
     output: str = ""
@@ -110,4 +110,7 @@ class TrainConfig:
         return {"float16": "fp16", "bfloat16": "bf16"}[self.amp_dtype] if self.amp else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """What config.yaml holds: every field and setting, flat, so that `train.py --config` reads it."""
+        values = asdict(self)
+        values |= values.pop("settings")
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -12,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor
 
+from .augmentation import create_train_transform
+
 VAL_SPLITS = ("validation", "val", "valid", "test")
 
 
@@ -69,17 +71,18 @@ class ImageSplits:
         Args:
             data_config: input_size (channels, height, width), mean, std, interpolation, crop_pct; of
                 `timm.data.resolve_model_data_config` or `model_data_config`.
-            augmentation: further arguments of `timm.data.create_transform` for training, e.g. `auto_augment`.
+            augmentation: for training, arguments of `create_train_transform`, e.g. `auto_augment`, `cutout`, or
+                `no_aug=True`.
 
         Raises:
-            ValueError: input_size has neither one channel nor three, or timm does not know a setting.
+            ValueError: input_size has neither one channel nor three, or a setting is unknown.
         """
         channels = data_config["input_size"][0]
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, but the model takes in_chans={channels}")
-        train_only = {"interpolation": augmentation.pop("interpolation", data_config["interpolation"])}
+        interpolation = augmentation.pop("interpolation", data_config["interpolation"])
         try:
-            train = create_transform(**{**data_config, **train_only}, is_training=True, **augmentation)
+            train = create_train_transform({**data_config, "interpolation": interpolation}, **augmentation)
             val = create_transform(**data_config)
         except (AssertionError, KeyError) as error:  # timm's answer to an unknown policy or interpolation
             raise ValueError(f"timm does not know a setting of the transforms: {error}") from error

@@ -8,6 +8,9 @@ from ..cost import count_cost, measure_speedups
 from ..model import SelfDistillModel
 from .metrics import ExitMetrics
 
+CPU_MACS = 4_000_000_000
+"""Multiply-adds that a timed call may take on a CPU, about a fifth of a second."""
+
 
 def summarize(
         model: nn.Module, metrics: list[ExitMetrics], epochs: int, input_size: tuple[int, int, int]) -> dict[str, Any]:
@@ -27,7 +30,9 @@ def summarize(
         costs, calls = [("", params, macs, 1.0)], [model]
         name = getattr(model, "pretrained_cfg", {}).get("architecture")
     like = next(model.parameters())
-    x = torch.randn(16, *input_size, device=like.device, dtype=like.dtype)
+    most_macs = costs[-1][2]
+    count = 16 if like.is_cuda else max(1, min(16, CPU_MACS // most_macs))
+    x = torch.randn(count, *input_size, device=like.device, dtype=like.dtype)
     plain = model.backbone if isinstance(model, SelfDistillModel) else model
     speedups = measure_speedups(model, plain, calls, x)
     return {

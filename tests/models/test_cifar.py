@@ -1,0 +1,183 @@
+"""The networks for CIFAR behave as every timm model does, and have the published sizes."""
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_selfdistill import wrap_self_distill
+from timm_selfdistill.models.cifar_resnetv2 import _pyramid, _wide
+
+ALL = ["cifar_pyramidnet101_240", "cifar_resnet101", "cifar_resnet152", "cifar_resnet18", "cifar_resnet50",
+       "cifar_resnext29_8x64d", "cifar_vgg19_bn", "cifar_wide_resnet20_8", "cifar_wide_resnet28_12",
+       "cifar_wide_resnet44_8"]
+KINDS = ["cifar_resnet18", "cifar_wide_resnet20_8", "cifar_resnext29_8x64d", "cifar_pyramidnet101_240",
+         "cifar_vgg19_bn"]
+
+
+def create(name: str, **kwargs) -> nn.Module:
+    return timm.create_model(name, **kwargs)
+
+
+def params(model: nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def test_timm_lists_them():
+    assert sorted(timm.list_models("cifar_*")) == ALL
+    assert timm.list_models("cifar_*", pretrained=True) == []
+
+
+@pytest.mark.parametrize(("name", "classes", "millions"), [
+    ("cifar_resnet18", 100, 11.2),           # github.com/weiaicunzai/pytorch-cifar100, as the next three
+    ("cifar_resnet50", 100, 23.7),
+    ("cifar_resnet101", 100, 42.7),
+    ("cifar_resnet152", 100, 58.3),
+    ("cifar_wide_resnet28_12", 10, 52.5),    # arXiv:1605.07146, table 4
+    ("cifar_resnext29_8x64d", 10, 34.4),     # arXiv:1611.05431, table 7
+])
+def test_parameter_counts_are_the_published_ones(name, classes, millions):
+    digits = len(str(millions).split(".")[1])
+    assert round(params(create(name, num_classes=classes)), digits) == millions
+
+
+@pytest.mark.parametrize(("depth", "width", "millions"), [
+    (28, 10, 36.5), (22, 8, 17.2), (16, 8, 11.0), (40, 4, 8.9)])  # arXiv:1605.07146, tables 4 and 5
+def test_the_family_of_wide_resnets_has_the_published_parameter_counts(depth, width, millions):
+    model = _wide("cifar_wide_resnet28_12", False, depth, width, num_classes=10)
+    assert round(params(model), 1) == millions
+
+
+@pytest.mark.parametrize(("depth", "alpha", "millions"), [
+    (164, 270, 27.0), (200, 240, 26.6), (236, 220, 26.8), (272, 200, 26.0)])  # github.com/jhkim89/PyramidNet
+def test_the_family_of_pyramidnets_has_the_published_parameter_counts(depth, alpha, millions):
+    with torch.device("meta"):
+        model = _pyramid("cifar_pyramidnet101_240", False, depth, alpha, num_classes=10)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    assert weights / 1e6 == pytest.approx(millions, abs=0.06)  # published without the norms' parameters
+
+
+def test_vgg_has_the_convolutions_of_configuration_e_and_its_two_hidden_layers():
+    model = create("cifar_vgg19_bn")
+    convs = sum(p.numel() for module in model.features if isinstance(module, nn.Conv2d) for p in module.parameters())
+    torchvision_vgg19 = 143_667_240  # of torchvision's table: 16 convolutions, and 3 layers of 102.76, 16.78 and 4.10 M
+    assert convs == torchvision_vgg19 - (512 * 49 * 4096 + 4096) - (4096 * 4096 + 4096) - (4096 * 1000 + 1000)
+    assert [m.out_channels for m in model.pre_logits.modules() if isinstance(m, nn.Conv2d)] == [4096, 4096]
+
+
+def test_resnet18_has_11_22_million_parameters():
+    assert params(create("cifar_resnet18")) == 11.220132
+
+
+@pytest.mark.parametrize(("name", "sections"), [
+    ("cifar_wide_resnet20_8", [2, 3, 1, 2]), ("cifar_wide_resnet44_8", [6, 7, 2, 5]),
+    ("cifar_wide_resnet28_12", [4, 4, 1, 3]), ("cifar_resnext29_8x64d", [3, 3, 1, 2]),
+    ("cifar_pyramidnet101_240", [11, 11, 3, 8]),
+])
+def test_three_groups_are_cut_into_four_sections(name, sections):
+    with torch.device("meta"):
+        model = create(name)
+    assert [len(stage.blocks) for stage in model.stages] == sections
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_has_four_classifiers_at_the_ends_of_its_sections(name):
+    with torch.device("meta"):
+        model = wrap_self_distill(create(name))
+        output = model.forward_exits(torch.empty(2, 3, 32, 32))
+    by_group = tuple(f"stages.{index}" for index in range(4))
+    names = {"CifarResNet": ("layer1", "layer2", "layer3", "layer4"), "CifarResNetV2": by_group,
+             "CifarVGG": ("features.12", "features.25", "features.38", "features.52")}[type(model.backbone).__name__]
+    assert model.exits == names
+    assert [tuple(logits.shape) for logits in output.logits] == [(2, 100)] * 4
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_forward_and_backward(name):
+    model = create(name, num_classes=42, in_chans=1).train()
+    model(torch.randn(2, 1, 32, 32)).mean().backward()
+    assert not [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 42)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_default_cfg_fits_the_network(name):
+    model = create(name).eval()
+    cfg = model.default_cfg
+    assert (cfg["num_classes"], cfg["input_size"], cfg["crop_pct"]) == (100, (3, 32, 32), 1.0)
+    assert f"{cfg['classifier']}.weight" in model.state_dict()
+    assert f"{cfg['first_conv']}.weight" in model.state_dict()
+    assert model.state_dict()[f"{cfg['classifier']}.weight"].shape[0] == 100
+    with torch.no_grad():
+        features = model.forward_features(torch.randn(1, *cfg["input_size"]))
+    assert tuple(features.shape) == (1, model.num_features, *cfg["pool_size"])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_classifier_can_be_reset_and_dropped(name):
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        model = create(name).eval()
+        assert model.get_classifier().weight.shape[0] == 100
+        features = model.forward_features(x)
+        assert torch.equal(model.forward_head(features), model(x))
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (1, model.head_hidden_size)
+        model.reset_classifier(7)
+        assert model.eval()(x).shape == (1, 7)
+        model.reset_classifier(0)
+        assert torch.equal(model.eval()(x), pooled)
+        model.reset_classifier(0, "")
+        assert model.eval()(x).ndim == 4
+        headless = create(name, num_classes=0).eval()
+        assert headless(x).shape == (1, headless.head_hidden_size)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_features_are_those_of_feature_info(name):
+    x = torch.randn(1, 3, 32, 32)
+    features_only = create(name, features_only=True).eval()
+    info = features_only.feature_info
+    model = create(name).eval()
+    with torch.no_grad():
+        maps = features_only(x)
+        final, intermediates = model.forward_intermediates(x)
+        assert torch.equal(model.forward_head(final), model(x))
+        early = model.forward_intermediates(x, indices=[2], stop_early=True, intermediates_only=True)
+    assert len(maps) == len(intermediates) == len(model.feature_info)
+    for feature_map, intermediate, channels, reduction in zip(maps, intermediates, info.channels(), info.reduction()):
+        assert feature_map.shape == intermediate.shape == (1, channels, 32 // reduction, 32 // reduction)
+    assert torch.equal(early[0], intermediates[2])
+    for level in model.feature_info:
+        model.get_submodule(level["module"])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layers_behind_a_level_can_be_pruned(name):
+    model = create(name).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, indices=[2], intermediates_only=True)[0]
+        model.prune_intermediate_layers([2])
+        assert torch.equal(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], expected)
+    assert params(model) < 0.6 * params(create(name))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet18", "cifar_wide_resnet20_8"])
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    torch.manual_seed(0)
+    model, x = create(name).train(), torch.randn(2, 3, 32, 32)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*grads):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_stochastic_depth_grows_with_the_blocks():
+    model = create("cifar_wide_resnet20_8", drop_path_rate=0.7)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.1 * index for index in range(8)])

@@ -1,0 +1,51 @@
+"""Every recipe trains two steps as it is, on images of the size, columns and number of classes of its data set."""
+import json
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from .conftest import ROOT, run_python
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PAPER = {
+    "cifar100": {"resnet18", "resnet50", "resnet101", "resnet152", "vgg19_bn", "resnext29_8x64d", "wide_resnet20_8",
+                 "wide_resnet44_8", "wide_resnet28_12", "pyramidnet101_240"},
+    "imagenet": {"vgg19_bn", "resnet18", "resnet50"},
+}
+SHAPES = {"uoft-cs/cifar100": ("img", "fine_label", 100, 32), "ILSVRC/imagenet-1k": ("image", "label", 1000, 300)}
+
+
+def images_like(name: str, count: int) -> datasets.Dataset:
+    image, label, classes, size = SHAPES[name]
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    columns = {image: [Image.fromarray(array) for array in pixels], label: list(range(count))}
+    features = {image: datasets.Image(), label: datasets.ClassLabel(names=[f"class {i}" for i in range(classes)])}
+    if name == "uoft-cs/cifar100":
+        columns["coarse_label"] = [0] * count
+        features["coarse_label"] = datasets.ClassLabel(num_classes=20)
+    return datasets.Dataset.from_dict(columns, datasets.Features(features))
+
+
+def test_there_is_a_recipe_for_every_network_of_the_paper():
+    assert {path.stem for path in RECIPES} == {f"{data}_{name}" for data, names in PAPER.items() for name in names}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_two_steps(path, tmp_path):
+    recipe = yaml.safe_load(path.read_text())
+    images_like(recipe["dataset"], 4).to_parquet(tmp_path / "train.parquet")
+    images_like(recipe["dataset"], 2).to_parquet(tmp_path / "test.parquet")
+    run_python("examples/train.py", "--config", path, "--data-dir", tmp_path, "--output", tmp_path / "run",
+               "--epochs", 1, "-b", 2, "-j", 0)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert [row["exit"] for row in summary["exits"]] == [0, 1, 2, 3, "ensemble"]
+    assert summary["model"] == recipe["model"]
+    assert summary["input_size"] == ([3, 32, 32] if "cifar" in path.stem else [3, 224, 224])
+    assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
+    shares = [row["share"] for row in summary["exits"]]
+    assert shares == sorted(shares)
+    assert shares[2] < 0.95
