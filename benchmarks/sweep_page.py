@@ -9,13 +9,13 @@ PAGE = Path("docs/models.md")
 TEXT = """# Networks
 
 `wrap_self_distill` has no code for single networks: it reads `feature_info` and calls `forward_intermediates` and
-`forward_head`, which every timm model has. `benchmarks/sweep.py` tries it on all of them, timm {timm} and torch {torch}:
+`forward_head`, which every timm model has. `benchmarks/sweep.py` tries it on all of timm {timm}, with torch {torch}:
 
-- **shapes**: every name of `timm.list_models()`, on the meta device: wrap, forward in training mode, loss, backward, eval.
-  {meta_passed} of {meta_count} pass.
-- **values**: the smallest network of every class, on real tensors: one step that moves the heads and the backbone, eval
-  logits equal to the plain network's to the last bit, `predict(x, k)` equal to `forward_exits(x).logits[k]`, saved and
-  loaded again, also by plain timm. {real_passed} of {real_count} pass.
+- **shapes**: every name of `timm.list_models()`, on the meta device: wrap, forward in training mode, loss, backward,
+  eval. {meta_passed} of {meta_count} pass.
+- **values**: the smallest network of every class, on real tensors: one step that moves the heads and the backbone,
+  eval logits equal to the plain network's to the last bit, `predict(x, k)` equal to `forward_exits(x).logits[k]`, saved
+  and loaded again, also by plain timm. {real_passed} of {real_count} pass.
 
 ```
 python benchmarks/sweep.py
@@ -31,9 +31,9 @@ The figures are in [sweep_meta.json](../benchmarks/results/sweep_meta.json) and
 
 ## Where the exits stand
 
-The rule is the docstring of `timm_selfdistill.stages.choose_exits`; `exits=[...]` overrides it. The columns *smallest*,
-*exits* and *share of compute* are of the smallest network of the class, *head cost* is the median over its networks: the
-multiply-adds of all three "bottleneck" heads over the plain network's.
+The rule is the docstring of `timm_selfdistill.stages.choose_exits`; `exits=[...]` overrides it. The columns
+*smallest*, *exits* and *share of compute* are of the smallest network of the class, *head cost* is the median over its
+networks: the multiply-adds of all "bottleneck" heads over the plain network's.
 
 | class | shapes | values | smallest | exits | share of compute | head cost |
 |---|---|---|---|---|---|---|

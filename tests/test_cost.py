@@ -29,13 +29,6 @@ def test_the_summary_of_resnet18():
     assert rows[4].params == sum(p.numel() for p in model.parameters())
 
 
-def test_a_summary_prints_a_line_an_exit():
-    lines = str(small_model().summary((3, 64, 64))).splitlines()
-    assert lines[0].split() == ["exit", "module", "feature", "params", "MACs", "share"]
-    assert [line.split()[:2] for line in lines[1:]] == [
-        ["0", "layer1"], ["1", "layer2"], ["2", "layer3"], ["3", "layer4"], ["ensemble", "layer4"]]
-
-
 def test_counting_leaves_no_trace():
     model = small_model().train()
     model.backbone.layer1.eval()

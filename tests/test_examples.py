@@ -116,7 +116,7 @@ def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, 
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--exits", "9"], "exit 9 does not exist in this model; choose from 0 (act1)"),
+    (["--exits", "9"], "ResNet has no level 9 for an exit; choose from 0 (act1)"),
     (["--amp"], "fp16 needs a GPU"),
     (["--opt", "foo"], "unknown optimizer 'foo'"),
     (["--head", "foo"], "unknown head 'foo'"),

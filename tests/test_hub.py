@@ -145,7 +145,7 @@ def test_a_missing_folder_is_named(tmp_path):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"format_version": 2}, "format version 2, this timm-selfdistill .* reads 1"),
     ({"format_version": None}, "format version None"),
-    ({"exits": [9]}, "exit 9 does not exist"),
+    ({"exits": [9]}, "ResNet has no level 9 for an exit"),
     ({"exits": None}, "damaged.*exits=None"),
     ({"head": "foo"}, "unknown head 'foo'"),
     ({"head_args": 3}, "damaged.*head_args=3"),

@@ -82,6 +82,87 @@ def test_the_backbone_is_the_same_object_with_the_same_weights():
     assert list(before) == list(backbone.state_dict())
 
 
+def test_nothing_is_left_on_the_backbone():
+    backbone = small_backbone()
+    before = [(name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+              for name, module in backbone.named_modules()]
+    keys = set(vars(backbone))
+    model = wrap_self_distill(backbone)
+    model.train()(torch.randn(IMAGES)).logits[0].sum().backward()
+    model.eval().predict(torch.randn(IMAGES), 0)
+    assert model.strip() is backbone
+    assert set(vars(backbone)) == keys
+    assert [(name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in backbone.named_modules()] == before
+
+
+def test_wrapping_runs_nothing(monkeypatch):
+    backbone = small_backbone()
+    monkeypatch.setattr(nn.Module, "__call__", lambda *_: pytest.fail("wrapping ran a module"))
+    wrap_self_distill(backbone)
+
+
+def test_weights_loaded_before_wrapping_stay():
+    weights = {key: torch.randn_like(value) if value.is_floating_point() else value
+               for key, value in small_backbone().state_dict().items()}
+    backbone = small_backbone()
+    backbone.load_state_dict(weights)
+    model = wrap_self_distill(backbone)
+    assert all(torch.equal(model.state_dict()[f"backbone.{key}"], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_channels_last_model_of_any_dtype_trains(dtype):
+    backbone = small_backbone().to(dtype).to(memory_format=torch.channels_last)
+    model = wrap_self_distill(backbone).train()
+    output = model(torch.randn(IMAGES, dtype=dtype).to(memory_format=torch.channels_last))
+    assert {logits.dtype for logits in output.logits} == {dtype}
+    assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in output.features)
+    loss = SelfDistillLoss()(output, torch.tensor([0, 1]))
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert {p.grad.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_gradient_checkpointing_saves_activations_and_gives_the_same_gradients(name):
+    def step(enable: bool) -> tuple[int, list[torch.Tensor]]:
+        saved = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved.append(tensor.nbytes)
+            return tensor
+
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = SelfDistillLoss()(model(x), torch.tensor([0, 1]))
+        loss.backward()
+        return sum(saved), [p.grad.clone() for p in model.parameters()]
+
+    backbone, x = family(name)
+    model = wrap_self_distill(backbone).train()
+    memory, gradients = step(False)
+    less_memory, same_gradients = step(True)
+    assert less_memory < 0.7 * memory
+    for first, second in zip(gradients, same_gradients):
+        torch.testing.assert_close(first, second)
+
+
+def test_frozen_parts_of_the_backbone_stay_frozen():
+    backbone = small_backbone()
+    backbone.layer1.requires_grad_(False)
+    before = copy.deepcopy(backbone.state_dict())
+    model = wrap_self_distill(backbone).train()
+    SelfDistillLoss()(model(torch.randn(IMAGES)), torch.tensor([0, 1])).backward()
+    torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1).step()
+    after, frozen = backbone.state_dict(), ("layer1.0.conv1.weight", "layer1.0.bn1.bias")
+    assert all(torch.equal(before[key], after[key]) for key in frozen)
+    assert all(backbone.get_parameter(key).grad is None for key in frozen)
+    assert not torch.equal(before["layer2.0.conv1.weight"], after["layer2.0.conv1.weight"])
+
+
 def test_heads_follow_dtype_memory_format_and_mode():
     backbone = small_backbone().to(torch.bfloat16).to(memory_format=torch.channels_last).eval()
     model = wrap_self_distill(backbone)
@@ -165,3 +246,55 @@ def test_a_seed_makes_the_heads_repeatable():
 
     first, second = heads(), heads()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(("name", "shape", "message"), [
+    ("vit_tiny_patch16_224", (2, 3, 96, 96), "VisionTransformer takes images of 224x224 pixels only, got 96x96;"),
+    ("test_resnet", (2, 1, 64, 64), r"ResNet takes images of the shape \(B, 3, H, W\), got \(2, 1, 64, 64\)"),
+    ("test_resnet", (3, 64, 64), r"ResNet takes images of the shape \(B, 3, H, W\), got \(3, 64, 64\)"),
+])
+def test_images_of_a_wrong_shape_are_refused(name, shape, message):
+    model = small_model(name)
+    x = torch.randn(shape)
+    for call in (model.train(), model.eval(), lambda x: model.predict(x, 0), lambda x: model.predict(x, -1)):
+        with pytest.raises(ValueError, match=message):
+            call(x)
+
+
+def test_errors_that_are_not_the_images_fault_stay_what_they_are():
+    model = small_model()
+    model.backbone.layer2.register_forward_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        model(torch.randn(IMAGES))
+
+
+def test_a_model_that_gives_two_logits_in_training_is_refused():
+    backbone = small_backbone("deit_tiny_distilled_patch16_224")
+    model = wrap_self_distill(backbone)
+    x = torch.randn(2, 3, 224, 224)
+    assert model.train()(x).logits[-1].shape == (2, 10)
+    backbone.set_distilled_training(True)
+    with pytest.raises(TypeError, match=r"VisionTransformerDistilled gives 2 logits.*set_distilled_training\(False\)"):
+        model(x)
+
+
+class OwnHead(nn.Module):
+    """Returns logits and feature of given shapes."""
+
+    def __init__(self, stage, teacher, num_classes, logits, feature):
+        super().__init__()
+        self.shapes = logits, feature
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        logits, feature = (shape and self.scale * torch.zeros(shape) for shape in self.shapes)
+        return (logits, feature) if feature is not None else logits
+
+
+@pytest.mark.parametrize(("logits", "feature"), [
+    ((2, 7), (2, 96, 2, 2)), ((2, 10), (2, 95, 2, 2)), ((2, 10), (2, 96)), ((2, 10), None), ((1, 10), (2, 96, 2, 2))])
+def test_a_head_of_another_shape_than_the_teachers_is_refused(logits, feature):
+    model = small_model(head=OwnHead, head_args={"logits": logits, "feature": feature})
+    with pytest.raises(ValueError, match=r"head of ResNet at level 1 \(layer1\) must return logits \(2, 10\) and a feature"
+                                         r" \(2, 96, \d, \d\), got .*mend the callable"):
+        model.train()(torch.randn(IMAGES))

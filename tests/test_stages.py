@@ -1,5 +1,6 @@
 import pytest
 import timm
+import torch
 from torch import nn
 
 from timm_selfdistill import wrap_self_distill
@@ -14,9 +15,17 @@ from .conftest import small_backbone
     ("efficientnet_b0", ("blocks.1", "blocks.2", "blocks.4", "blocks.6")),
     ("vit_tiny_patch16_224", ("blocks.2", "blocks.5", "blocks.8", "blocks.11")),
     ("test_vit", ("blocks.1", "blocks.2", "blocks.4", "blocks.5")),
+    ("cait_xxs24_224", ("blocks.5", "blocks.11", "blocks.17", "blocks.23")),
+    ("vgg11", ("features.4", "features.9", "features.14", "features.20")),  # 20 is but the pooling behind 19
+    ("crossvit_tiny_240", ("blocks.0", "blocks.1", "blocks.2")),  # six levels, two of each block
+    ("coat_tiny", ("serial_blocks1", "parallel_blocks")),  # three levels of one module
+    ("mvitv2_tiny", ("block.0", "block.1", "block.2", "block.3")),  # no names of modules
+    ("efficientvit_m0", ("stages.0", "stages.1", "stages.2")),
+    ("deit_tiny_distilled_patch16_224", ("blocks.2", "blocks.5", "blocks.8", "blocks.11")),
 ])
 def test_exits_stand_at_stage_boundaries_by_themselves(name, exits):
-    model = timm.create_model(name, num_classes=10)
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
     assert tuple(stage.name for stage in choose_exits(model)) == exits
 
 
@@ -47,6 +56,21 @@ def test_exits_by_index_or_name_the_teacher_named_or_not(exits):
 def test_bad_exits_are_refused(exits, error, message):
     with pytest.raises(error, match=message):
         wrap_self_distill(small_backbone(), exits=exits)
+
+
+def test_a_name_of_several_levels_is_refused():
+    with torch.device("meta"):
+        model = timm.create_model("crossvit_tiny_240", num_classes=10)
+    with pytest.raises(ValueError, match=r"'blocks.1' ends the levels \[1, 4\] of CrossVit; choose one by its index"):
+        wrap_self_distill(model, exits=["blocks.1"])
+    assert wrap_self_distill(model, exits=[1, 4]).exits == ("blocks.1", "blocks.1", "blocks.2")
+
+
+def test_encoders_are_refused():
+    with torch.device("meta"):
+        model = timm.create_model("mobilenetv5_300m_enc")
+    with pytest.raises(ValueError, match="MobileNetV5Encoder has no classifier.*encoders without a head cannot"):
+        wrap_self_distill(model)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), "resnet18", None])

@@ -151,7 +151,7 @@ def _as_flag(action: argparse.Action, value: Any, where: str) -> list[str]:
             raise ValueError(f"{where} must be true or false, got {value!r}")
         return action.option_strings[:1] if value else action.option_strings[1:]
     if isinstance(value, (bool, dict)) or (isinstance(value, list) and action.nargs in (None, "?")):
-        raise ValueError(f"{where} takes {'values' if action.nargs == '+' else 'one value'}, got {value!r}")
+        raise ValueError(f"{where} takes {'one value' if action.nargs in (None, '?') else 'values'}, got {value!r}")
     if isinstance(value, list):
         return [action.option_strings[-1], *map(str, value)] if value else []
     return [f"{action.option_strings[-1]}={value}"]

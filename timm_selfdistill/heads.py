@@ -150,10 +150,35 @@ def create_head(
     except TypeError as error:
         known = ", ".join(list(signature(factory).parameters)[3:]) or "none"
         raise TypeError(
-            f"head {head!r} at level {stage.index} ({stage.name}) of {model_name} does not take head_args={head_args}:"
+            f"head {head!r} of {model_name} at {stage} does not take head_args={head_args}:"
             f" {error}; it takes {known}"
         ) from None
     return factory(stage, teacher, num_classes, **(head_args or {}))
+
+
+def fit_output(output: Any, deepest: Tensor, teacher: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Check what a head returned, and resize its feature to the teacher's height and width where they do not divide.
+
+    Args:
+        output: of the head.
+        deepest: logits of the deepest classifier (B, K).
+        teacher: its feature (B, D, H, W).
+        where: model and level, for the error message.
+
+    Raises:
+        ValueError: it is no pair of tensors (B, K) and (B, D, H', W').
+    """
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    wanted = [tuple(deepest.shape), tuple(teacher.shape)]
+    if [shape[:2] for shape in shapes] != [shape[:2] for shape in wanted] or [*map(len, shapes)] != [2, 4]:
+        raise ValueError(
+            f"the head of {where} must return logits {wanted[0]} and a feature {wanted[1]}, got {shapes}; mend the"
+            " callable that was given as head")
+    logits, feature = output
+    if feature.shape[2:] != teacher.shape[2:]:
+        feature = F.adaptive_avg_pool2d(feature, teacher.shape[2:])
+    return logits, feature
 
 
 def _halvings(stage: Stage, teacher: Stage) -> int:

@@ -4,13 +4,12 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import hub
 from .cost import count_cost, default_input_size
-from .heads import HeadFactory, create_head
-from .stages import Stage, check_timm_classifier, explain_misfit, select_stages
+from .heads import HeadFactory, create_head, fit_output
+from .stages import check_timm_classifier, explain_misfit, select_stages
 from .summary import ExitSummary, Summary
 
 
@@ -123,7 +122,7 @@ class SelfDistillModel(nn.Module):
                 " set_distilled_training(False), which gives their mean")
         teacher = maps[-1]
         shallow = [
-            self._fit(stage, head(feature_map), deepest, teacher)
+            fit_output(head(feature_map), deepest, teacher, f"{type(self.backbone).__name__} at {stage}")
             for stage, head, feature_map in zip(self.stages, self.heads, maps)
         ]
         return SelfDistillOutput(
@@ -135,28 +134,11 @@ class SelfDistillModel(nn.Module):
         """Call the backbone; if it fails on images that it cannot take, say so."""
         try:
             return call(x)
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError, ValueError) as error:
             reason = explain_misfit(self.backbone, x)
             if reason is None:
                 raise
             raise ValueError(reason) from error
-
-    def _fit(self, stage: Stage, output: Any, deepest: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Check what a head returned; resize its feature to the teacher's height and width where they do not divide."""
-        try:
-            logits, feature = output
-            fits = logits.shape == deepest.shape and feature.ndim == 4 and feature.shape[:2] == teacher.shape[:2]
-        except (TypeError, ValueError, AttributeError):
-            fits = False
-        if not fits:
-            got = [tuple(part.shape) for part in output if isinstance(part, Tensor)]
-            raise ValueError(
-                f"the head of {type(self.backbone).__name__} at level {stage.index} ({stage.name}) must return (logits"
-                f" {tuple(deepest.shape)}, feature {tuple(teacher.shape)}), got {type(output).__name__} with the shapes"
-                f" {got}; mend the callable that was given as head")
-        if feature.shape[2:] != teacher.shape[2:]:
-            feature = F.adaptive_avg_pool2d(feature, teacher.shape[2:])
-        return logits, feature
 
     def predict(self, x: Tensor, exit: int | str = -1) -> Tensor:
         """Logits (B, K) of one exit, running no layer behind it. Put the model in eval mode first.

@@ -19,6 +19,9 @@ class Stage(NamedTuple):
     reduction: int
     """Input pixels per feature pixel along one side."""
 
+    def __str__(self) -> str:
+        return f"level {self.index} ({self.name})"
+
 
 def check_timm_classifier(model: nn.Module) -> None:
     """Raise unless `model` is a timm model that classifies.

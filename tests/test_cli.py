@@ -1,0 +1,97 @@
+import pytest
+import yaml
+
+from timm_selfdistill.cli import parse_args, train_config, train_parser
+
+from .conftest import ROOT, run_python
+
+
+def parse(tmp_path, text: str, *argv: str):
+    (tmp_path / "config.yaml").write_text(text)
+    return parse_args(train_parser("", "images"), ["--config", str(tmp_path / "config.yaml"), *argv])
+
+
+def test_a_config_file_holds_flags_with_dashes_or_underscores(tmp_path):
+    args = parse(tmp_path, """
+        model: resnet50
+        batch-size: 32
+        weight_decay: 1e-4
+        scale: [0.2, 1.0]
+        exits: [layer1, 3]
+        decay-milestones: [83, 166]
+        amp: true
+        no-aug: true
+        resume: null
+        mean: -0.5
+    """)
+    assert (args.model, args.batch_size, args.weight_decay, args.scale) == ("resnet50", 32, 1e-4, [0.2, 1.0])
+    assert (args.exits, args.decay_milestones, args.amp, args.no_aug) == (["layer1", "3"], [83, 166], True, True)
+    assert (args.resume, args.mean) == (None, [-0.5])
+
+
+def test_flags_of_the_command_line_win_wherever_they_stand(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 0.5\namp: true\nmodel: resnet50\nexits: [1, 2]\n")
+    parser = train_parser("", "images")
+    for argv in (["-c", str(tmp_path / "c.yaml"), "--lr", "0.1", "--no-amp", "--exits", "3"],
+                 ["--lr", "0.1", "--no-amp", "--exits", "3", "--conf", str(tmp_path / "c.yaml")]):
+        args = parse_args(parser, argv)
+        assert (args.lr, args.amp, args.model, args.exits) == (0.1, False, "resnet50", ["3"])
+
+
+def test_a_folder_on_the_command_line_takes_the_place_of_the_files_data_set(tmp_path):
+    assert parse(tmp_path, "dataset: uoft-cs/cifar100").dataset == "uoft-cs/cifar100"
+    args = parse(tmp_path, "dataset: uoft-cs/cifar100", "--data-dir", "mine")
+    assert (args.data_dir, args.dataset) == ("mine", None)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("learning-rate: 0.1", "unknown flag 'learning-rate'"),
+    ("weight-dcay: 0.1", "unknown flag 'weight-dcay'; did you mean weight-decay?"),
+    ("config: other.yaml", "unknown flag 'config'"),
+    ("help: true", "unknown flag 'help'"),
+    ("b: 3", "unknown flag 'b'"),
+    ("no-amp: true", "unknown flag 'no-amp'; did you mean"),
+    ("3: 4", "unknown flag 3"),
+    ("amp: 1", "amp must be true or false, got 1"),
+    ("lr: true", "lr takes one value, got True"),
+    ("lr: [0.1, 0.2]", r"lr takes one value, got \[0.1, 0.2\]"),
+    ("scale: {a: 1}", "scale takes values, got"),
+    ("- lr", "must hold flags and their values, as in 'lr: 0.1', got list"),
+    ("", "must hold flags and their values"),
+    ("lr: [", "is no valid YAML: while parsing"),
+])
+def test_a_bad_config_file_is_refused(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, text)
+
+
+def test_a_config_file_that_does_not_exist_is_refused():
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml does not exist; --config takes a YAML file"):
+        parse_args(train_parser("", "images"), ["--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("lr: fast", "argument --lr: invalid float value: 'fast'"),
+    ("hint: foo", "argument --hint: invalid choice: 'foo'"),
+    ("scale: 0.1", "argument --scale: expected 2 arguments"),
+    ("lrr: 0.1", "unknown flag 'lrr'; did you mean lr?"),
+    ("aa: cifar11", "timm does not know a setting of the transforms"),
+    ("cutout: -1", "cutout must be at least 0 pixels, got -1"),
+])
+def test_a_bad_value_ends_in_one_line_and_exit_code_2(text, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    done = run_python("examples/train.py", "--config", tmp_path / "c.yaml", "--output", tmp_path / "run", check=False)
+    assert done.returncode == 2
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_can_be_repeated_from_its_config_yaml(tmp_path):
+    parser = train_parser("", str(ROOT / "examples/data"))
+    argv = ["--model", "test_resnet", "--scale", "0.3", "1.0", "--exits", "layer1", "--report-to", "csv", "--amp"]
+    config = train_config(parse_args(parser, argv))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    again = train_config(parse_args(parser, ["-c", str(tmp_path / "config.yaml"), "--output", "other"]))
+    assert again.output == "other"
+    again.output = config.output
+    assert again == config
