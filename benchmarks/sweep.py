@@ -72,7 +72,8 @@ def smallest_of_every_class() -> list[str]:
     if not path.exists():
         sys.exit(f"{path} is missing, which knows the sizes: run this without --real first")
     smallest: dict[str, dict[str, Any]] = {}
-    for row in sorted(json.loads(path.read_text())["rows"], key=lambda row: (bool(row["error"]), row["params"])):
+    rows = [row for row in json.loads(path.read_text())["rows"] if "class" in row]
+    for row in sorted(rows, key=lambda row: (bool(row["error"]), row["params"])):
         smallest.setdefault(row["class"], row)
     return [row["name"] for row in smallest.values()]
 
@@ -103,7 +104,7 @@ def check(kind: str, seconds: int, name: str) -> dict[str, Any]:
     try:
         CHECKS[kind](name, row)
     except Exception as error:  # the reason is the result
-        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     finally:
         signal.alarm(0)
     row["seconds"] = round(time.perf_counter() - began, 1)

@@ -44,6 +44,7 @@ def check_real(name: str, row: dict[str, Any]) -> None:
     row |= describe(backbone)
     model = wrap_self_distill(backbone)
     row["exits"] = model.exits
+    row["input_size"] = small_input_size(backbone)
     x, y = torch.randn(2, *row["input_size"]), torch.tensor([0, 1])
 
     before = copy.deepcopy(model.state_dict())
@@ -74,6 +75,15 @@ def check_real(name: str, row: dict[str, Any]) -> None:
 def describe(backbone: nn.Module) -> dict[str, Any]:
     return {"class": type(backbone).__name__, "params": sum(p.numel() for p in backbone.parameters()),
             "levels": len(backbone.feature_info), "input_size": default_input_size(backbone)}
+
+
+def small_input_size(backbone: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width): the smallest that the model names, else 224 pixels at most, where it is free."""
+    channels, *size = default_input_size(backbone)
+    cfg = backbone.pretrained_cfg
+    if cfg.get("fixed_input_size"):
+        return channels, *size
+    return channels, *(min(pair) for pair in zip(size, (cfg.get("min_input_size") or (3, 224, 224))[1:]))
 
 
 def same(first: Tensor, second: Tensor) -> bool:

@@ -17,12 +17,7 @@ TEXT = """# Networks
   eval logits equal to the plain network's to the last bit, `predict(x, k)` equal to `forward_exits(x).logits[k]`, saved
   and loaded again, also by plain timm. {real_passed} of {real_count} pass.
 
-```
-python benchmarks/sweep.py
-python benchmarks/sweep.py --real
-```
-
-The figures are in [sweep_meta.json](../benchmarks/results/sweep_meta.json) and
+The commands are `python benchmarks/sweep.py` and then `python benchmarks/sweep.py --real`, the figures are in [sweep_meta.json](../benchmarks/results/sweep_meta.json) and
 [sweep_real.json](../benchmarks/results/sweep_real.json).
 
 ## What does not pass

@@ -42,10 +42,9 @@ def main() -> int:
         drop_rate=args.drop, drop_path_rate=args.drop_path)
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
-    own_size = backbone.pretrained_cfg["input_size"][-1]
     img_size = args.img_size
     if img_size is None and not args.pretrained:
-        img_size = images.fitting_size(own_size)
+        img_size = images.fitting_size(backbone)
     data_config = model_data_config(
         backbone, img_size, in_chans, class_names=images.class_names, mean=args.mean, std=args.std,
         interpolation=args.interpolation, crop_pct=args.crop_pct)

@@ -1,5 +1,6 @@
 import timm
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_selfdistill import cost, wrap_self_distill
@@ -58,3 +59,20 @@ def test_speed_ups_are_ratios_of_medians_to_the_plain_call(monkeypatch):
 
     plain, x = lasting(4.0), torch.zeros(1)
     assert measure_speedups(torch.nn.Identity(), plain, [plain, lasting(1.0), lasting(8.0)], x) == [1, 4, 0.5]
+
+
+def test_counting_gives_back_tensors_that_modules_share():
+    model = timm.create_model("coat_tiny", num_classes=10)  # its three mlps of a block are one module with three names
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cost = count_cost(model, (3, 224, 224))
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert cost.params == sum(p.numel() for p in model.parameters())
+
+
+def test_a_tensor_that_two_modules_share_counts_once():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Flatten(1), nn.Linear(8, 8, bias=False))
+    model[2].weight = model[0].weight
+    cost = count_cost(model, (1, 1, 8))
+    assert (cost.params, cost.macs) == (64, 128)
+    assert model[2].weight is model[0].weight

@@ -295,6 +295,6 @@ class OwnHead(nn.Module):
     ((2, 7), (2, 96, 2, 2)), ((2, 10), (2, 95, 2, 2)), ((2, 10), (2, 96)), ((2, 10), None), ((1, 10), (2, 96, 2, 2))])
 def test_a_head_of_another_shape_than_the_teachers_is_refused(logits, feature):
     model = small_model(head=OwnHead, head_args={"logits": logits, "feature": feature})
-    with pytest.raises(ValueError, match=r"head of ResNet at level 1 \(layer1\) must return logits \(2, 10\) and a feature"
-                                         r" \(2, 96, \d, \d\), got .*mend the callable"):
+    with pytest.raises(ValueError, match=r"head of ResNet at level 1 \(layer1\) must return logits \(2, 10\) and a"
+                                         r" feature \(2, 96, \d, \d\), got .*mend the callable"):
         model.train()(torch.randn(IMAGES))

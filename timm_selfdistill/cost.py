@@ -59,14 +59,14 @@ def count_cost(
         input_size: (channels, height, width) in pixels.
     """
     caller = _Caller(model, call)
-    params = {name: torch.empty_like(p, device="meta") for name, p in caller.named_parameters()}
-    buffers = {name: torch.empty_like(b, device="meta") for name, b in caller.named_buffers()}
-    dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
+    shadows = _shadow_tensors(caller)
+    params = [p for p in dict.fromkeys(shadows.values()) if isinstance(p, nn.Parameter)]
+    dtype = next((p.dtype for p in params if p.is_floating_point()), torch.float32)
     x = torch.empty(1, *input_size, device="meta", dtype=dtype)
     seen = _SeenTensors()
     with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as flops, seen:
-        output = functional_call(caller, params | buffers, (x,))
-    used = sum(p.numel() for p in params.values() if id(p) in seen.ids)
+        output = functional_call(caller, shadows, (x,), tie_weights=False)
+    used = sum(p.numel() for p in params if id(p) in seen.ids)
     return Cost(used, flops.get_total_flops() // 2, output)
 
 
@@ -95,6 +95,26 @@ def measure_speedups(
             elif time.perf_counter() - began > seconds:
                 break
     return [median(first / second for first, second in zip(times[0], record)) for record in times[1:]]
+
+
+def _shadow_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of every module on the meta device, a tensor that two modules share only once.
+
+    Every module counts once, whatever the number of its names: `functional_call` would put the second name's tensor
+    back as it found it under the first, which is the shadow.
+    """
+    shadows: dict[int, Tensor] = {}
+    named = {}
+    for prefix, part in module.named_modules():
+        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
+            if tensor is None:
+                continue
+            if id(tensor) not in shadows:
+                shadow = torch.empty_like(tensor, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                shadows[id(tensor)] = nn.Parameter(shadow, requires_grad=False) if is_parameter else shadow
+            named[f"{prefix}.{name}"] = shadows[id(tensor)]
+    return named
 
 
 class _Caller(nn.Module):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from timm.models._pretrained import filter_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from .cost import default_input_size, evaluating
 from .version import __version__
@@ -159,8 +159,23 @@ def save_weights(module: nn.Module, folder: str | PathLike) -> None:
     os.replace(folder / f".{BACKBONE}.new", folder / BACKBONE)
 
 
+def unshared_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a module, contiguous, those that it holds under several names (as CoaT does) copied for each.
+
+    safetensors refuses to write a tensor under two names, and timm reads only files with every name.
+    """
+    tensors, storages = {}, set()
+    for key, value in module.state_dict().items():
+        value = value.contiguous()
+        if value.untyped_storage().data_ptr() in storages:
+            value = value.clone()
+        storages.add(value.untyped_storage().data_ptr())
+        tensors[key] = value
+    return tensors
+
+
 def _save_tensors(module: nn.Module, path: Path) -> None:
-    save_file({key: value.contiguous() for key, value in module.state_dict().items()}, path, metadata={"format": "pt"})
+    save_file(unshared_state_dict(module), path, metadata={"format": "pt"})
 
 
 def _save_config(

@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..hub import unshared_state_dict
+
 MODEL_FILE = "model.safetensors"
 
 
@@ -17,7 +19,7 @@ def keep_unwrapped_weights(accelerator: Accelerator) -> None:
 
     def on_save(models: list[nn.Module], weights: list[dict], output_dir: str) -> None:
         for index, model in enumerate(models):
-            weights[index] = plain(accelerator, model).state_dict()
+            weights[index] = unshared_state_dict(plain(accelerator, model))
 
     def on_load(models: list[nn.Module], input_dir: str) -> None:
         for model in models:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
-from torch import Tensor
+from torch import Tensor, nn
 
 from .augmentation import create_train_transform
+from .preprocessing import takes_other_sizes
 
 VAL_SPLITS = ("validation", "val", "valid", "test")
 
@@ -61,9 +62,11 @@ class ImageSplits:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def fitting_size(self, model_size: int) -> int:
-        """Pixels to train at: the model's own size, or where images are smaller, the multiple of 32 that holds them."""
-        return min(model_size, -(-max(self.size) // 32) * 32)
+    def fitting_size(self, backbone: nn.Module) -> int:
+        """Pixels to train a timm model at: its own size, or where the images are smaller and the model takes other
+        sizes, the multiple of 32 that holds them."""
+        own_size = backbone.pretrained_cfg["input_size"][-1]
+        return min(own_size, -(-max(self.size) // 32) * 32) if takes_other_sizes(backbone) else own_size
 
     def transformed(self, data_config: dict[str, Any], **augmentation: Any) -> tuple[ImageDataset, ImageDataset]:
         """Training and validation data as tensors.

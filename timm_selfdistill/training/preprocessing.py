@@ -5,6 +5,11 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 
+def takes_other_sizes(backbone: nn.Module) -> bool:
+    """Whether a timm model can be moved to another image size than the one it was created with."""
+    return not backbone.pretrained_cfg.get("fixed_input_size") or hasattr(backbone, "set_input_size")
+
+
 def model_data_config(
         backbone: nn.Module,
         img_size: int | None = None,
@@ -32,7 +37,7 @@ def model_data_config(
     config = resolve_model_data_config(backbone)
     size = (img_size, img_size) if img_size else tuple(config["input_size"][1:])
     if size != tuple(config["input_size"][1:]) and backbone.pretrained_cfg.get("fixed_input_size"):
-        if not hasattr(backbone, "set_input_size"):
+        if not takes_other_sizes(backbone):
             raise ValueError(
                 f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}")
         backbone.set_input_size(img_size=size)

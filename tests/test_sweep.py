@@ -1,0 +1,57 @@
+"""The sweep's checks on real tensors, for small networks of many families; `benchmarks/sweep.py --real` does the rest."""
+import json
+import sys
+
+import pytest
+
+from .conftest import ROOT, run_python
+
+SMALL = [  # a network of each of 30 classes
+    "test_mambaout", "lcnet_035", "test_byobnet", "test_convnext", "test_vit", "ghostnet_050", "repghostnet_050",
+    "test_efficientnet", "efficientvit_m0", "test_coatnet", "starnet_s050", "test_vit_relpos", "efficientvit_b0",
+    "test_resnet", "cpubone_nano", "regnetx_002", "efficientvim_m1", "shvit_s1", "edgenext_xx_small", "test_nfnet",
+    "levit_128s", "fasternet_t0", "cspnext_tiny", "rexnet_100", "pit_ti_224", "deit_tiny_distilled_patch16_224",
+    "crossvit_tiny_240", "coat_tiny", "swin_s3_tiny_224", "vgg11",
+]
+
+
+def test_small_networks_of_30_classes_pass_on_real_tensors(tmp_path):
+    done = run_python("benchmarks/sweep.py", "--real", "--progress", tmp_path / "real.jsonl", "--models", *SMALL)
+    rows = [json.loads(line) for line in (tmp_path / "real.jsonl").read_text().splitlines()]
+    assert {row["name"]: row["error"] for row in rows} == dict.fromkeys(SMALL)
+    assert len({row["class"] for row in rows}) == 30
+    assert "30 of 30 passed" in done.stdout
+    assert not any((ROOT / "benchmarks/results").glob("sweep_test*"))
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_names_what_fails(tmp_path):
+    progress = tmp_path / "meta.jsonl"
+    progress.write_text(json.dumps({"name": "test_resnet", "seconds": 1.0, "error": None}) + "\n")
+    names = ("test_resnet", "test_vit", "qwen3_vit_88m_enc")
+    done = run_python("benchmarks/sweep.py", "--progress", progress, "--models", *names, "--workers", 1, check=False)
+    assert done.returncode == 1
+    assert f"3 networks, 1 of them done before ({progress})" in done.stdout
+    assert "2 of 3 passed" in done.stdout
+    rows = {row["name"]: row for row in map(json.loads, progress.read_text().splitlines())}
+    assert "Qwen3VitEncoder has no classifier" in rows["qwen3_vit_88m_enc"]["error"]
+    assert rows["test_vit"]["exits"] == ["blocks.1", "blocks.2", "blocks.4", "blocks.5"]
+    assert len(rows["test_vit"]["shares"]) == 3
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sweep_checks
+
+    yield sweep_checks
+    sys.modules.pop("sweep_checks")
+
+
+def test_the_checks_notice_what_is_wrong(checks, monkeypatch):
+    predict = checks.SelfDistillModel.predict
+    monkeypatch.setattr(checks.SelfDistillModel, "predict", lambda model, x, exit: predict(model, x, exit) + 1)
+    with pytest.raises(ValueError, match=r"predict\(x, 0\) differs from forward_exits"):
+        checks.check_real("test_resnet", {})
+    monkeypatch.setattr(checks.SelfDistillLoss, "forward", lambda self, output, target: output.logits[0].sum())
+    with pytest.raises(ValueError, match="head parameter 1.* got no gradient"):
+        checks.check_meta("test_resnet", {})
