@@ -4,12 +4,12 @@ Without a flag, every name of `timm.list_models()` on the meta device: wrap, tra
 With --real, the smallest network of every class on real tensors: a training step, eval and every exit to the last bit,
 save and load.
 
-    python benchmarks/sweep.py                      # all names, about 40 minutes on two cores
-    python benchmarks/sweep.py --real               # one of every class, with the figures of the line above
+    python benchmarks/sweep.py                      # all names, half an hour on two cores
+    python benchmarks/sweep.py --real               # one of every class, 8 minutes; needs the figures above
     python benchmarks/sweep.py --real --models resnet18 vit_tiny_patch16_224
 
 Finished rows are kept in --progress: a sweep that was stopped goes on where it was. At the end the figures go to
-benchmarks/results and a table to docs/models.md (not with --models).
+benchmarks/results and a table to docs/models.md (not with --models). deepseek_vit_412m needs --workers 1 --gigabytes 20.
 """
 import argparse
 import json

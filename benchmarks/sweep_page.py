@@ -17,8 +17,8 @@ TEXT = """# Networks
   eval logits equal to the plain network's to the last bit, `predict(x, k)` equal to `forward_exits(x).logits[k]`, saved
   and loaded again, also by plain timm. {real_passed} of {real_count} pass.
 
-The commands are `python benchmarks/sweep.py` and then `python benchmarks/sweep.py --real`, the figures are in [sweep_meta.json](../benchmarks/results/sweep_meta.json) and
-[sweep_real.json](../benchmarks/results/sweep_real.json).
+The commands are `python benchmarks/sweep.py` and then `python benchmarks/sweep.py --real`, the figures are in
+[sweep_meta.json](../benchmarks/results/sweep_meta.json) and [sweep_real.json](../benchmarks/results/sweep_real.json).
 
 ## What does not pass
 
@@ -47,11 +47,11 @@ def write_page(results: Path) -> None:
         classes[row["class"]].append(row)
     values = {row["class"]: row for row in real["rows"]}
     failures = [
-        f"- `{row['name']}` ({kind}): {row['error']}"
+        f"- `{row['name']}` ({kind}): {row['error'].split(';')[0]}"
         for kind, rows in (("shapes", meta["rows"]), ("values", real["rows"])) for row in rows if row["error"]
     ]
     text = TEXT.format(
-        timm=meta["hardware"]["timm"], torch=meta["hardware"]["torch"],
+        timm=meta["hardware"]["timm"], torch=meta["hardware"]["torch"].split("+")[0],
         meta_passed=passed(meta["rows"]), meta_count=len(meta["rows"]),
         real_passed=passed(real["rows"]), real_count=len(real["rows"]),
         failures="\n".join(failures) or "Nothing.",
@@ -66,7 +66,8 @@ def class_row(name: str, rows: list[dict[str, Any]], real: dict[str, Any] | None
     checked = "-" if real is None else "failed" if real["error"] else "passed"
     start = f"| {name} | {len(good)} of {len(rows)} | {checked} "
     if not good:
-        return start + "| | | | |"
+        known = f"{real['name']} | {', '.join(real['exits'])}" if checked == "passed" else " | "
+        return f"{start}| {known} | | |"
     smallest = good[0]
     exits = ", ".join(smallest["exits"])
     shares = " / ".join(f"{share:.0%}" for share in smallest["shares"])
