@@ -9,7 +9,8 @@ save and load.
     python benchmarks/sweep.py --real --models resnet18 vit_tiny_patch16_224
 
 Finished rows are kept in --progress: a sweep that was stopped goes on where it was. At the end the figures go to
-benchmarks/results and a table to docs/models.md (not with --models). deepseek_vit_412m needs --workers 1 --gigabytes 20.
+benchmarks/results and a table to docs/models.md (not with --models). deepseek_vit_412m needs --workers 1 and
+--gigabytes 20.
 """
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The sweep's checks on real tensors, for small networks of many families; `benchmarks/sweep.py --real` does the rest."""
+"""The sweep's checks on real tensors for small networks of many families; `benchmarks/sweep.py` does them all."""
 import json
 import sys
 

@@ -139,8 +139,12 @@ def test_a_model_of_one_image_size_is_moved_to_another():
 
 
 def test_small_images_are_trained_at_a_fitting_size(fashion):
-    assert fashion.fitting_size(224) == 32
-    assert fashion.fitting_size(24) == 24
+    assert fashion.fitting_size(small_backbone("resnet10t")) == 32
+    assert fashion.fitting_size(small_backbone("test_vit")) == 32
+    smaller = small_backbone()
+    smaller.pretrained_cfg["input_size"] = (3, 24, 24)
+    assert fashion.fitting_size(smaller) == 24
+    assert fashion.fitting_size(timm.create_model("coat_tiny")) == 224  # which takes nothing else
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
