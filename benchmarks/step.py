@@ -7,6 +7,7 @@ medians; beside it the ratio of their multiply-adds.
     python benchmarks/step.py --device cuda --amp-dtype bfloat16 --batch-size 128
 """
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -19,28 +20,21 @@ from torch import nn
 
 from timm_selfdistill import SelfDistillTask, wrap_self_distill
 from timm_selfdistill.cost import count_cost
-
-
-def cifar_resnet18() -> nn.Module:
-    """ResNet18 as the paper trains it on CIFAR: 3x3 stem, no max pooling."""
-    model = timm.create_model("resnet18", num_classes=100)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
-
+from timm_selfdistill.heads import HEADS
 
 CASES = {
-    "ResNet18 for CIFAR, 32 px": (cifar_resnet18, 32),
-    "resnet18, 32 px": (lambda: timm.create_model("resnet18", num_classes=100), 32),
-    "resnet18, 224 px": (lambda: timm.create_model("resnet18", num_classes=100), 224),
-    "resnet50, 32 px": (lambda: timm.create_model("resnet50", num_classes=100), 32),
-    "resnet50, 224 px": (lambda: timm.create_model("resnet50", num_classes=100), 224),
+    "cifar_resnet18, 32 px": ("cifar_resnet18", 32),
+    "resnet18, 32 px": ("resnet18", 32),
+    "resnet18, 224 px": ("resnet18", 224),
+    "resnet50, 32 px": ("resnet50", 32),
+    "resnet50, 224 px": ("resnet50", 224),
 }
 
 
 def main() -> None:
     parser = create_parser(__doc__, batch_size=32, rounds=9)
     parser.add_argument("--seconds", type=float, default=60.0, help="a network at least, where rounds are short")
+    parser.add_argument("--head", default="bottleneck", choices=HEADS)
     parser.add_argument("--amp-dtype", choices=["float16", "bfloat16"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
@@ -49,16 +43,17 @@ def main() -> None:
     rows = []
     print(f"{'network':<28}{'plain ms':>10}{'ours ms':>10}{'time':>8}{'MACs':>8}{'time / MACs':>13}")
     for name in args.cases:
-        create, size = CASES[name]
+        network, size = CASES[name]
         torch.manual_seed(0)
-        plain_task = ClassificationTask(create().to(args.device), nn.CrossEntropyLoss(), verbose=False)
-        model = wrap_self_distill(create().to(args.device))
+        backbone = timm.create_model(network, num_classes=100).to(args.device)
+        plain_task = ClassificationTask(copy.deepcopy(backbone), nn.CrossEntropyLoss(), verbose=False)
+        model = wrap_self_distill(backbone, head=args.head)
         steps = [make_step(task, size, args) for task in (plain_task, SelfDistillTask(model))]
         plain, ours, ratio = interleaved(steps, args.rounds, args.seconds)
         macs = [count_cost(model.backbone, (3, size, size)).macs,
                 count_cost(model, (3, size, size), lambda m, x: m.forward_exits(x)).macs]
-        row = {"network": name, "batch_size": args.batch_size, "amp_dtype": args.amp_dtype, "plain_ms": plain,
-               "ours_ms": ours, "time_ratio": ratio, "macs_ratio": macs[1] / macs[0]}
+        row = {"network": name, "head": args.head, "batch_size": args.batch_size, "amp_dtype": args.amp_dtype,
+               "plain_ms": plain, "ours_ms": ours, "time_ratio": ratio, "macs_ratio": macs[1] / macs[0]}
         row["time_over_macs"] = row["time_ratio"] / row["macs_ratio"]
         rows.append(row)
         print(f"{name:<28}{plain:>10.1f}{ours:>10.1f}{ratio:>8.3f}{row['macs_ratio']:>8.3f}{row['time_over_macs']:>13.3f}")

@@ -87,3 +87,10 @@ def test_feature_only_models_are_refused():
 def test_models_without_classifier_are_refused():
     with pytest.raises(ValueError, match=r"ResNet has no classifier \(num_classes=0\).*num_classes=K"):
         check_timm_classifier(timm.create_model("resnet10t", num_classes=0))
+
+
+def test_a_model_without_a_level_before_its_last_is_refused():
+    model = small_backbone()
+    model.feature_info = [dict(info, module="layer4") for info in model.feature_info]
+    with pytest.raises(ValueError, match=r"ResNet has no level for an exit before its last, level 4 \(layer4\)"):
+        wrap_self_distill(model)

@@ -76,12 +76,17 @@ def choose_exits(model: nn.Module) -> list[Stage]:
     - columns (one resolution throughout, e.g. ViT) get exits at a quarter, half and three quarters of the depth;
     - pyramids get the three levels before the last; where there are fewer, all of them. Networks with a stem level
       usually have five levels, so the stem is left out.
+
+    Raises:
+        ValueError: nothing is left.
     """
     stages = list({stage.name: stage for stage in read_stages(model)}.values())
     last = stages.pop()
     while stages and _count_params(model, stages[-1].name) >= _count_params(model, last.name) > 0:
         stages.pop()
-    if stages and stages[0].reduction == last.reduction:
+    if not stages:
+        raise ValueError(f"{type(model).__name__} has no level for an exit before its last, {last}; name exits=[...]")
+    if stages[0].reduction == last.reduction:
         levels = len(stages) + 1
         chosen = sorted({-(-levels * quarter // 4) - 1 for quarter in (1, 2, 3)} - {levels - 1})
         return [*(stages[index] for index in chosen), last]
