@@ -10,7 +10,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import timm
 import torch
 from rich.console import Console
 from timm.task import ClassificationTask
@@ -25,6 +24,7 @@ from timm_selfdistill import (
     wrap_self_distill,
 )
 from timm_selfdistill.cli import parse_args, parse_exits, run, train_config, train_parser
+from timm_selfdistill.training.preprocessing import create_backbone
 from timm_selfdistill.training.report import print_summary
 
 
@@ -37,8 +37,8 @@ def main() -> int:
         val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key, seed=args.seed)
     in_chans = args.in_chans or images.in_chans
     torch.manual_seed(config.seed)
-    backbone = timm.create_model(
-        args.model, pretrained=args.pretrained, num_classes=images.num_classes, in_chans=in_chans,
+    backbone = create_backbone(
+        args.model, args.img_size, pretrained=args.pretrained, num_classes=images.num_classes, in_chans=in_chans,
         drop_rate=args.drop, drop_path_rate=args.drop_path)
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()

@@ -1,20 +1,22 @@
 """The command line: timm's flag names, YAML files of them, and errors in one line."""
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
-import yaml
 
+from .config_file import read_flags
 from .heads import HEADS
 from .training import TrainConfig
+from .training.augmentation import CROP_MODES
 from .training.config import SCHEDULES
 
+_BOOLEAN = argparse.BooleanOptionalAction
+SOURCE_FLAGS = ("data_dir", "dataset", "dataset_config", "train_split", "val_split", "input_key", "target_key")
 DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, AssertionError, ImportError)
 
@@ -39,10 +41,18 @@ def run(main: Callable[[], int | None]) -> None:
 
 def train_parser(description: str, default_data: str) -> argparse.ArgumentParser:
     """Flags of a training run."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
+    parser = _Parser(description=description, formatter_class=_HelpFormatter)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML with any of the flags below; flags given here win")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", default=default_data, action=_DataDir,
+    _add_data(parser.add_argument_group("data"), default_data)
+    _add_augmentation(parser.add_argument_group("augmentation"))
+    _add_model(parser.add_argument_group("model"))
+    _add_distillation(parser.add_argument_group("self distillation"))
+    _add_config(parser.add_argument_group("training"))
+    return parser
+
+
+def _add_data(group: Any, default_data: str) -> None:
+    group.add_argument("--data-dir", metavar="DIR", default=default_data,
                        help="folder of images, parquet or arrow files")
     group.add_argument("--dataset", metavar="NAME", help="data set on the Hub, instead of --data-dir")
     group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
@@ -59,10 +69,13 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
     group.add_argument("--interpolation", help="bicubic, bilinear, ... (default: the model's)")
     group.add_argument("--crop-pct", type=float, help="centre crop for validation (default: the model's)")
 
-    group = parser.add_argument_group("augmentation")
+
+def _add_augmentation(group: Any) -> None:
     group.add_argument("--no-aug", action="store_true", help="no augmentation")
-    group.add_argument("--train-crop-mode", choices=["rrc", "rkrc", "rkrr", "pad"], default="rrc",
-                       help="random resized crop; resize keeping the ratio and crop; pad and crop")
+    group.add_argument("--aug", action="store_false", dest="no_aug", help="with augmentation, as by default")
+    group.add_argument("--train-crop-mode", choices=CROP_MODES, default="rrc",
+                       help="random resized crop; resize keeping the ratio and crop in the centre or anywhere; pad and"
+                            " crop anywhere")
     group.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.0), help="random resized crop, area")
     group.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="random resized crop, aspect")
     group.add_argument("--hflip", type=float, default=0.5, help="probability")
@@ -73,7 +86,8 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
     group.add_argument("--reprob", type=float, default=0.0, help="random erasing probability")
     group.add_argument("--train-interpolation", default="random", help="random, bilinear, bicubic, ...")
 
-    group = parser.add_argument_group("model")
+
+def _add_model(group: Any) -> None:
     group.add_argument("--model", default="resnet18", help="name of a timm model, or local-dir:FOLDER, hf-hub:ID")
     group.add_argument("--pretrained", action=_BOOLEAN, default=False,
                        help="start from the model's pretrained weights")
@@ -82,7 +96,8 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
     group.add_argument("--grad-checkpointing", action=_BOOLEAN, default=False,
                        help="save memory: compute activations again in the backward pass")
 
-    group = parser.add_argument_group("self distillation")
+
+def _add_distillation(group: Any) -> None:
     group.add_argument("--exits", nargs="+", metavar="EXIT",
                        help="feature_info indices or module names (default: chosen)")
     group.add_argument("--head", default="bottleneck", help=", ".join(HEADS))
@@ -97,9 +112,6 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
     group.add_argument("--baseline", action=_BOOLEAN, default=False,
                        help="train the plain model in the same loop instead")
 
-    _add_config(parser.add_argument_group("training"))
-    return parser
-
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
@@ -112,59 +124,25 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, with the flags of its --config file in front, so that those given by hand win.
 
+    Images named by hand (--data-dir, --dataset) take the place of the file's, with all that says how to read those.
+
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is no YAML of flags and values, or holds an unknown flag.
+        ValueError: a flag or value is wrong, by hand or in the file.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    return parser.parse_args([*_read_flags(parser, Path(args.config)), *argv]) if args.config else args
+    by_hand = parser.parse_args(argv, argparse.Namespace(data_dir=None))
+    if by_hand.config is None:
+        return parser.parse_args(argv)
+    leave_out = SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()
+    return parser.parse_args([*read_flags(parser, Path(by_hand.config), leave_out), *argv])
 
 
-def _read_flags(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; --config takes a YAML file, e.g. one of recipes/")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold flags and their values, as in 'lr: 0.1', got {type(values).__name__}")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    flags = []
-    for key, value in values.items():
-        action = actions.get(str(key).replace("-", "_"))
-        if action is None:
-            close = difflib.get_close_matches(str(key).replace("-", "_"), actions, 1)
-            hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""
-            raise ValueError(f"{path}: unknown flag {key!r}{hint}")
-        flags += _as_flag(action, value, f"{path}: {key}")
-    return flags
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing forty lines of usage."""
 
-
-def _as_flag(action: argparse.Action, value: Any, where: str) -> list[str]:
-    """What one would type for a value of a YAML file."""
-    if value is None:
-        return []
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f"{where} must be true or false, got {value!r}")
-        return action.option_strings[:1] if value else action.option_strings[1:]
-    if isinstance(value, (bool, dict)) or (isinstance(value, list) and action.nargs in (None, "?")):
-        raise ValueError(f"{where} takes {'one value' if action.nargs in (None, '?') else 'values'}, got {value!r}")
-    if isinstance(value, list):
-        return [action.option_strings[-1], *map(str, value)] if value else []
-    return [f"{action.option_strings[-1]}={value}"]
-
-
-_BOOLEAN = argparse.BooleanOptionalAction
-
-
-class _DataDir(argparse.Action):
-    """A folder given later takes the place of a data set on the Hub, as of a --config file."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        namespace.data_dir, namespace.dataset = values, None
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the flags")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -6,8 +6,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,12 +28,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a timm model was made for."""
-    from timm.data import resolve_model_data_config
+def default_input_size(model: nn.Module, model_args: dict[str, Any] | None = None) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a timm model was made for.
 
-    own_size = getattr(getattr(model, "patch_embed", None), "img_size", None)  # what `img_size=` at creation left
-    height, width = own_size or resolve_model_data_config(model)["input_size"][-2:]
+    Args:
+        model_args: what `create_model` was given; not every model remembers its `img_size`.
+    """
+    own_size = (model_args or {}).get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = to_2tuple(own_size or resolve_model_data_config(model)["input_size"][-2:])
     first_weight = next((p for p in model.parameters() if p.ndim == 4), None)
     channels = getattr(model, "in_chans", None) or (3 if first_weight is None else first_weight.shape[1])
     return channels, height, width
@@ -42,7 +47,7 @@ class Cost(NamedTuple):
     macs: int
     """Multiply-adds for one image."""
     output: Any
-    """What the call returned, on the meta device: shapes without values."""
+    """What the call returned: shapes, mostly on the meta device without values."""
 
 
 def count_cost(
@@ -52,20 +57,32 @@ def count_cost(
 ) -> Cost:
     """Parameters used and multiply-adds of `call(model, x)` in eval mode, for one image.
 
-    Runs on the meta device: no memory, no arithmetic, no random numbers. Multiply-adds are half of what torch's
-    `FlopCounterMode` counts.
+    Runs on the meta device: no memory, no arithmetic, no random numbers; models that look at values, which cannot run
+    there, run on their own device. Multiply-adds are half of what torch's `FlopCounterMode` counts.
 
     Args:
         input_size: (channels, height, width) in pixels.
     """
     caller = _Caller(model, call)
     shadows = _shadow_tensors(caller)
-    params = [p for p in dict.fromkeys(shadows.values()) if isinstance(p, nn.Parameter)]
+    try:
+        return _run_counted(caller, shadows, torch.device("meta"), input_size)
+    except RuntimeError as error:
+        if "meta tensors" not in str(error):
+            raise
+    own = dict([*caller.named_parameters(), *caller.named_buffers()])
+    return _run_counted(caller, own, next(model.parameters()).device, input_size)
+
+
+def _run_counted(
+        caller: "_Caller", tensors: dict[str, Tensor], device: torch.device, input_size: tuple[int, int, int]) -> Cost:
+    params = [p for p in dict.fromkeys(tensors.values()) if isinstance(p, nn.Parameter)]
     dtype = next((p.dtype for p in params if p.is_floating_point()), torch.float32)
-    x = torch.empty(1, *input_size, device="meta", dtype=dtype)
+    x = torch.zeros(1, *input_size, device=device, dtype=dtype)
     seen = _SeenTensors()
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as flops, seen:
-        output = functional_call(caller, shadows, (x,), tie_weights=False)
+    with evaluating(caller.model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels are not counted
+        with FlopCounterMode(display=False) as flops, seen:
+            output = functional_call(caller, tensors, (x,), tie_weights=False)
     used = sum(p.numel() for p in params if id(p) in seen.ids)
     return Cost(used, flops.get_total_flops() // 2, output)
 

@@ -136,48 +136,46 @@ def create_head(
         model_name: for error messages.
 
     Raises:
-        ValueError: the name is unknown.
-        TypeError: `head` is neither a name nor a callable, or does not take `head_args`.
+        ValueError: the name is unknown, or a value in `head_args` does not fit.
+        TypeError: `head` is neither a name nor a callable that makes a module, or does not take `head_args`.
     """
     names = ", ".join(HEADS)
     if isinstance(head, str) and head not in HEADS:
         raise ValueError(f"unknown head {head!r}; choose from {names}, or pass a callable")
     factory = HEADS[head] if isinstance(head, str) else head
-    if not callable(factory):
-        raise TypeError(f"head must be one of {names} or a callable, got {head!r}")
-    try:
-        signature(factory).bind(stage, teacher, num_classes, **(head_args or {}))
-    except TypeError as error:
-        known = ", ".join(list(signature(factory).parameters)[3:]) or "none"
+    if not callable(factory) or isinstance(factory, nn.Module):
         raise TypeError(
-            f"head {head!r} of {model_name} at {stage} does not take head_args={head_args}:"
-            f" {error}; it takes {known}"
+            f"head must be one of {names} or a callable that makes a module for each stage, got {type(head).__name__}")
+    where, head_args = f"head {head!r} of {model_name} at {stage}", head_args or {}
+    try:
+        parameters = signature(factory)
+        parameters.bind(stage, teacher, num_classes, **head_args)
+    except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
+        known = ", ".join(list(parameters.parameters)[3:]) if isinstance(error, TypeError) else ""
+        raise TypeError(
+            f"{where} does not take (stage, teacher, num_classes) and head_args={head_args}: {error};"
+            f" its further arguments are {known or 'none'}"
         ) from None
-    return factory(stage, teacher, num_classes, **(head_args or {}))
+    made = factory(stage, teacher, num_classes, **head_args)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"{where} must be a module, but the callable returned {type(made).__name__}")
+    return made
 
 
-def fit_output(output: Any, deepest: Tensor, teacher: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    """Check what a head returned, and resize its feature to the teacher's height and width where they do not divide.
-
-    Args:
-        output: of the head.
-        deepest: logits of the deepest classifier (B, K).
-        teacher: its feature (B, D, H, W).
-        where: model and level, for the error message.
+def check_output(output: Any, batch: int, num_classes: int, channels: int, where: str) -> tuple[Tensor, Tensor]:
+    """The logits and the feature that a head returned.
 
     Raises:
-        ValueError: it is no pair of tensors (B, K) and (B, D, H', W').
+        ValueError: they are no pair of tensors (batch, num_classes) and (batch, channels, H', W').
     """
     parts = output if isinstance(output, (tuple, list)) else (output,)
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    wanted = [tuple(deepest.shape), tuple(teacher.shape)]
-    if [shape[:2] for shape in shapes] != [shape[:2] for shape in wanted] or [*map(len, shapes)] != [2, 4]:
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else (type(part).__name__,) for part in parts]
+    fits = len(shapes) == 2 and shapes[0] == (batch, num_classes)
+    if not fits or len(shapes[1]) != 4 or shapes[1][:2] != (batch, channels):
         raise ValueError(
-            f"the head of {where} must return logits {wanted[0]} and a feature {wanted[1]}, got {shapes}; mend the"
-            " callable that was given as head")
-    logits, feature = output
-    if feature.shape[2:] != teacher.shape[2:]:
-        feature = F.adaptive_avg_pool2d(feature, teacher.shape[2:])
+            f"the head of {where} must return logits {(batch, num_classes)} and a feature ({batch}, {channels}, H, W),"
+            f" got {shapes}; mend the callable that was given as head")
+    logits, feature = parts
     return logits, feature
 
 
@@ -188,8 +186,8 @@ def _halvings(stage: Stage, teacher: Stage) -> int:
 def _widths(stage: Stage, teacher: Stage, width: int | None) -> list[int]:
     """Channels behind each convolution that halves (one where there is nothing to halve), doubling up to `width`."""
     width = min(teacher.channels // 4, 2 * stage.channels, 128) if width is None else width
-    if width < 1:
-        raise ValueError(f"width must be at least 1 channel, got {width}")
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"width must be a whole number of channels, at least 1, got {width!r} ({stage})")
     return [max(width >> remaining, 8) for remaining in reversed(range(max(_halvings(stage, teacher), 1)))]
 
 

@@ -54,12 +54,13 @@ def save_timm_model(
     folder.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        _save_config(backbone, fresh / CONFIG, model_args or {}, settings)
+        input_size = default_input_size(backbone, model_args)
+        _save_config(backbone, fresh / CONFIG, input_size, model_args or {}, settings)
         _save_tensors(backbone, fresh / BACKBONE)
         if heads is not None:
             _save_tensors(heads, fresh / HEADS)
         if check:
-            check_rebuilds(backbone, fresh)
+            check_rebuilds(backbone, fresh, input_size)
         for path in fresh.iterdir():
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
             os.replace(path, folder / path.name)
@@ -125,7 +126,7 @@ def load_weights(backbone: nn.Module, heads: nn.Module, folder: str | PathLike) 
         module.load_state_dict(tensors)
 
 
-def check_rebuilds(backbone: nn.Module, folder: Path) -> None:
+def check_rebuilds(backbone: nn.Module, folder: Path, input_size: tuple[int, int, int]) -> None:
     """Raise unless plain timm rebuilds `backbone` from the files in `folder`, to the same logits."""
     advice = (
         "timm does not rebuild this backbone from what is known of it: {reason}. Pass what create_model was given:"
@@ -140,7 +141,7 @@ def check_rebuilds(backbone: nn.Module, folder: Path) -> None:
     like = next(p for p in backbone.parameters() if p.is_floating_point())
     rebuilt = rebuilt.to(device=like.device, dtype=like.dtype).eval()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, *default_input_size(backbone), generator=generator).to(like)
+    x = torch.randn(2, *input_size, generator=generator).to(like)
     with evaluating(backbone), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         try:
             expected, got = backbone(x), rebuilt(x)
@@ -179,9 +180,14 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
 
 
 def _save_config(
-        backbone: nn.Module, path: Path, model_args: dict[str, Any], settings: dict[str, Any] | None) -> None:
+        backbone: nn.Module,
+        path: Path,
+        input_size: tuple[int, int, int],
+        model_args: dict[str, Any],
+        settings: dict[str, Any] | None,
+) -> None:
     pretrained_cfg = filter_pretrained_cfg(backbone.pretrained_cfg, remove_source=True) | {
-        "input_size": default_input_size(backbone), "num_classes": backbone.num_classes, "first_conv": None}
+        "input_size": input_size, "num_classes": backbone.num_classes, "first_conv": None}
     model_config: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
     if backbone.pretrained_cfg.get("label_names"):
         model_config["label_names"] = backbone.pretrained_cfg["label_names"]

@@ -4,11 +4,12 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import hub
 from .cost import count_cost, default_input_size
-from .heads import HeadFactory, create_head, fit_output
+from .heads import HeadFactory, check_output, create_head
 from .stages import check_timm_classifier, explain_misfit, select_stages
 from .summary import ExitSummary, Summary
 
@@ -40,10 +41,11 @@ def wrap_self_distill(
         model: a timm model with a classifier, `timm.create_model("resnet18", num_classes=10)`.
         exits: where the shallow classifiers stand: `feature_info` indices or module names ("layer1"), ascending. The
             last level is always the teacher. None chooses up to three, see `stages.choose_exits`.
-        head: "bottleneck" (ICCV 2019), "linear" (deep supervision), or a callable, see `heads.create_head`.
-        head_args: further arguments of the head, e.g. `{"width": 64}` for "bottleneck".
-        model_args: what `create_model` was given and cannot be read back from the model; needed only for saving, which
-            says so.
+        head: "bottleneck" (ICCV 2019), "attention" (TPAMI 2021), "linear" (deep supervision), or a callable, see
+            `heads.create_head`.
+        head_args: further arguments of the head, e.g. `{"width": 64}` for "bottleneck" and "attention".
+        model_args: what `create_model` was given and cannot be read back from the model, e.g. `{"img_size": 96}`;
+            needed for saving, which says so, and where the image size is.
         freeze_backbone: only the heads learn; the backbone stays in eval mode, without gradients.
 
     Raises:
@@ -77,6 +79,9 @@ class SelfDistillModel(nn.Module):
     ):
         super().__init__()
         check_timm_classifier(model)
+        for name, value in (("head_args", head_args), ("model_args", model_args)):
+            if value is not None and not isinstance(value, dict):
+                raise TypeError(f"{name} must be a dict, got {value!r}")
         *self.stages, self._last_stage = select_stages(model, exits)
         self.exits = tuple(stage.name for stage in [*self.stages, self._last_stage])
         self.num_classes = model.num_classes
@@ -116,32 +121,45 @@ class SelfDistillModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             final, maps = self._run(x, lambda x: self.backbone.forward_intermediates(x, indices=indices))
             deepest = self.backbone.forward_head(final)
-        if not isinstance(deepest, Tensor):
-            raise TypeError(
-                f"{type(self.backbone).__name__} gives {len(deepest)} logits instead of one in training mode; call its"
-                " set_distilled_training(False), which gives their mean")
+        self._check_deepest(deepest, len(x))
         teacher = maps[-1]
-        shallow = [
-            fit_output(head(feature_map), deepest, teacher, f"{type(self.backbone).__name__} at {stage}")
-            for stage, head, feature_map in zip(self.stages, self.heads, maps)
-        ]
+        shallow = [self._run_head(exit, feature_map) for exit, feature_map in enumerate(maps[:-1])]
         return SelfDistillOutput(
             logits=(*(logits for logits, _ in shallow), deepest),
-            features=(*(feature for _, feature in shallow), teacher),
+            features=(*(_resize(feature, teacher) for _, feature in shallow), teacher),
         )
+
+    def _run_head(self, exit: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        stage = self.stages[exit]
+        where = f"{type(self.backbone).__name__} at {stage}"
+        return check_output(
+            self.heads[exit](feature_map), len(feature_map), self.num_classes, self._last_stage.channels, where)
+
+    def _check_deepest(self, logits: Any, batch: int) -> None:
+        name = type(self.backbone).__name__
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"{name} gives {len(logits)} logits instead of one in training mode; call its"
+                " set_distilled_training(False), which gives their mean")
+        if logits.shape != (batch, self.num_classes):
+            raise ValueError(
+                f"{name} gives logits {tuple(logits.shape)}, expected {(batch, self.num_classes)}; it must pool its"
+                " features (global_pool), and be wrapped again after reset_classifier")
 
     def _run(self, x: Tensor, call: Callable[[Tensor], Any]) -> Any:
         """Call the backbone; if it fails on images that it cannot take, say so."""
         try:
             return call(x)
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = explain_misfit(self.backbone, x)
+            reason = explain_misfit(self.backbone, x, self.model_args)
             if reason is None:
                 raise
             raise ValueError(reason) from error
 
     def predict(self, x: Tensor, exit: int | str = -1) -> Tensor:
         """Logits (B, K) of one exit, running no layer behind it. Put the model in eval mode first.
+
+        A few of timm's models, such as HRNet, make all their levels in the last layers; `summary()` shows it.
 
         Args:
             x: images (B, in_chans, H, W).
@@ -157,11 +175,11 @@ class SelfDistillModel(nn.Module):
             raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
         if exit % count == count - 1:
             return self._run(x, self.backbone)
-        stage, head = self.stages[exit % count], self.heads[exit % count]
+        stage = self.stages[exit % count]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             (feature_map,) = self._run(x, lambda x: self.backbone.forward_intermediates(
                 x, indices=[stage.index], stop_early=True, intermediates_only=True))
-        return head(feature_map)[0]
+        return self._run_head(exit % count, feature_map)[0]
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that the backbone exempts from weight decay, for timm's optimizer factory."""
@@ -182,7 +200,10 @@ class SelfDistillModel(nn.Module):
         Args:
             input_size: (channels, height, width) in pixels; None is what the backbone was made for.
         """
-        input_size = input_size or default_input_size(self.backbone)
+        expected = default_input_size(self.backbone, self.model_args)
+        input_size = tuple(input_size or expected) if isinstance(input_size, (tuple, list, type(None))) else ()
+        if len(input_size) != 3 or input_size[0] != expected[0]:
+            raise ValueError(f"input_size must be ({expected[0]}, height, width), got {input_size!r}")
         stages = [*self.stages, self._last_stage]
         maps = count_cost(self.backbone, input_size, lambda backbone, x: backbone.forward_intermediates(
             x, indices=[stage.index for stage in stages], intermediates_only=True)).output
@@ -253,6 +274,11 @@ class SelfDistillModel(nn.Module):
         )
         hub.load_weights(model.backbone, model.heads, model_id)
         return model.eval()
+
+
+def _resize(feature: Tensor, teacher: Tensor) -> Tensor:
+    """To the teacher's height and width, where the sizes do not divide."""
+    return feature if feature.shape[2:] == teacher.shape[2:] else F.adaptive_avg_pool2d(feature, teacher.shape[2:])
 
 
 def _is_channels_last(weight: Tensor) -> bool:

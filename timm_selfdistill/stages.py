@@ -1,6 +1,6 @@
 """Where the exits stand: the stage boundaries that timm's `feature_info` describes."""
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -45,16 +45,17 @@ def check_timm_classifier(model: nn.Module) -> None:
         )
 
 
-def explain_misfit(model: nn.Module, x: Tensor) -> str | None:
+def explain_misfit(model: nn.Module, x: Tensor, model_args: dict[str, Any] | None = None) -> str | None:
     """Why a timm model cannot take images x (B, in_chans, H, W), as far as their shape says; else None."""
-    channels, height, width = default_input_size(model)
+    channels, *size = default_input_size(model, model_args)
     name = type(model).__name__
     if x.ndim != 4 or x.shape[1] != channels:
         return f"{name} takes images of the shape (B, {channels}, H, W), got {tuple(x.shape)}"
-    if model.pretrained_cfg.get("fixed_input_size") and x.shape[2:] != (height, width):
+    is_fixed = getattr(getattr(model, "patch_embed", None), "strict_img_size", True)
+    if is_fixed and model.pretrained_cfg.get("fixed_input_size") and [*x.shape[2:]] != size:
         return (
-            f"{name} takes images of {height}x{width} pixels only, got {x.shape[2]}x{x.shape[3]}; resize them, or"
-            f" create it with timm.create_model(..., img_size={x.shape[2]}) where it has that argument"
+            f"{name} takes images of {size[0]}x{size[1]} pixels only, got {x.shape[2]}x{x.shape[3]}; resize them, or"
+            f" create it with timm.create_model(..., img_size={tuple(x.shape[2:])}) where it has that argument"
         )
     return None
 

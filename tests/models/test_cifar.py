@@ -62,6 +62,7 @@ def test_vgg_has_the_convolutions_of_configuration_e_and_its_two_hidden_layers()
     torchvision_vgg19 = 143_667_240  # of torchvision's table: 16 convolutions, and 3 layers of 102.76, 16.78 and 4.10 M
     assert convs == torchvision_vgg19 - (512 * 49 * 4096 + 4096) - (4096 * 4096 + 4096) - (4096 * 1000 + 1000)
     assert [m.out_channels for m in model.pre_logits.modules() if isinstance(m, nn.Conv2d)] == [4096, 4096]
+    assert round(params(model), 2) == 39.33
 
 
 def test_resnet18_has_11_22_million_parameters():
@@ -98,6 +99,45 @@ def test_forward_and_backward(name):
     assert not [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 42)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layers_can_be_chosen_as_in_timms_models(name):
+    norm = nn.InstanceNorm2d if name in ("cifar_resnet18", "cifar_vgg19_bn") else "layernorm2d"
+    model = create(name, act_layer=nn.SiLU, norm_layer=norm)
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "SiLU" in kinds
+    assert not kinds & {"ReLU", "BatchNorm2d", "BatchNormAct2d"}
+
+
+def test_images_are_normalised_as_cifar100s():
+    cfg = create("cifar_resnet18").default_cfg
+    assert (cfg["mean"], cfg["std"]) == ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))  # of its training images
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_convolutions_start_with_hes_distribution(name):
+    for module in create(name).modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 3000 and module.bias is None:
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.15)
+    stem = create("cifar_resnet18").conv1.weight
+    assert stem.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.15)
+
+
+def test_the_dropout_of_vgg_is_its_papers_unless_told_otherwise():
+    def rates(**kwargs) -> set[float]:
+        return {module.p for module in create("cifar_vgg19_bn", **kwargs).modules() if isinstance(module, nn.Dropout)}
+
+    assert rates() == {0.5}
+    assert rates(drop_rate=0.0) == {0.0}
+
+
+def test_pyramidnets_stem_has_a_norm_and_no_activation():
+    stem = create("cifar_pyramidnet101_240").stem
+    assert [type(module).__name__ for module in stem] == ["Conv2d", "BatchNormAct2d"]
+    x = torch.randn(1, 3, 32, 32)
+    assert stem.eval()(x).min() < 0
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -9,12 +9,21 @@ The depth of a WideResNet is 4 + 2 * blocks (arXiv:1605.07146 counts the stem an
 length. 20 and 44 leave 8 and 20 blocks, which three does not divide; they are read as groups of 2, 3, 3 and 6, 7, 7
 blocks: the depth is the one in the name, and the longer groups are the cheaper ones.
 """
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, DropPath, calculate_drop_path_rates, create_conv2d
+from timm.layers import (
+    BatchNormAct2d,
+    DropPath,
+    LayerType,
+    calculate_drop_path_rates,
+    create_conv2d,
+    get_act_layer,
+    get_norm_act_layer,
+)
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnetv2 import Bottleneck, DownsampleConv, PreActBasic, ResNetV2
 from torch import Tensor, nn
@@ -32,18 +41,18 @@ default_cfgs = generate_default_cfgs({
     "cifar_pyramidnet101_240.untrained": _CFG,
 })
 
-LAYERS = {"conv_layer": create_conv2d, "norm_layer": BatchNormAct2d}
-
-
 class CifarResNetV2(ResNetV2):
     """`timm.models.resnetv2.ResNetV2` with a 3x3 stem, and its blocks in three groups and four sections.
 
     Args:
-        block: `(in_chs, out_chs, stride=, drop_path_rate=, device=, dtype=)` to a residual block.
+        block: `(in_chs, out_chs, stride=, drop_path_rate=, act_layer=, norm_layer=, device=, dtype=)` to a residual
+            block.
         depths: blocks of each of the three groups.
         channels: of every block's output, one after the other.
         stem_chs: channels of the stem.
-        preact: norm and ReLU stand at the head of the blocks, and once more behind the last.
+        stem_norm: a norm without activation follows the stem's convolution.
+        preact: norm and activation stand at the head of the blocks, and once more behind the last.
+        act_layer, norm_layer: of all blocks, as in timm's models.
     """
 
     def __init__(
@@ -52,28 +61,35 @@ class CifarResNetV2(ResNetV2):
             depths: Sequence[int],
             channels: Sequence[int],
             stem_chs: int = 16,
+            stem_norm: bool = False,
             preact: bool = True,
             num_classes: int = 100,
             in_chans: int = 3,
             global_pool: str = "avg",
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = BatchNormAct2d,
             drop_rate: float = 0.0,
             drop_path_rate: float = 0.0,
             device: Any = None,
             dtype: Any = None,
     ):
         dd = {"device": device, "dtype": dtype}
+        norm_layer, act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer), get_act_layer(act_layer)
         total, before_last = sum(depths), sum(depths[:2])
         ends = (depths[0], before_last, max(round(total * 3 / 4), before_last + 1), total)
         super().__init__(
             layers=(0, 0, 0, 0), channels=[channels[end - 1] for end in ends], num_classes=num_classes,
             in_chans=in_chans, global_pool=global_pool, stem_chs=stem_chs, preact=preact, basic=preact,
-            drop_rate=drop_rate, **LAYERS, **dd)
-        self.stem.conv = create_conv2d(in_chans, stem_chs, 3, **dd)
-        self.stem.pool = nn.Identity()
+            act_layer=act_layer, norm_layer=norm_layer, conv_layer=create_conv2d, drop_rate=drop_rate, **dd)
+        stem = OrderedDict(conv=create_conv2d(in_chans, stem_chs, 3, **dd))
+        if stem_norm or not preact:
+            stem["norm"] = norm_layer(stem_chs, apply_act=not preact, **dd)
+        self.stem = nn.Sequential(stem)
 
         group_starts = (depths[0], before_last)
+        layers = {"act_layer": act_layer, "norm_layer": norm_layer, **dd}
         blocks = [
-            block(in_chs, out_chs, stride=2 if index in group_starts else 1, drop_path_rate=rate, **dd)
+            block(in_chs, out_chs, stride=2 if index in group_starts else 1, drop_path_rate=rate, **layers)
             for index, ((in_chs, out_chs), rate) in enumerate(
                 zip(pairwise([stem_chs, *channels]), calculate_drop_path_rates(drop_path_rate, total)))
         ]
@@ -85,19 +101,28 @@ class CifarResNetV2(ResNetV2):
 
 
 class PyramidBottleneck(nn.Module):
-    """Bottleneck of PyramidNet (arXiv:1610.02915, figure 6 d): one norm more, one ReLU less, and a shortcut without
-    parameters, which is average-pooled and padded with zero channels to the block's shape."""
+    """Bottleneck of PyramidNet (arXiv:1610.02915, figure 6 d): one norm more, one activation less, and a shortcut
+    without parameters, which is average-pooled and padded with zero channels to the block's shape."""
 
-    def __init__(self, in_chs: int, out_chs: int, stride: int = 1, drop_path_rate: float = 0.0, **dd: Any):
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            stride: int = 1,
+            drop_path_rate: float = 0.0,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = BatchNormAct2d,
+            **dd: Any,
+    ):
         super().__init__()
         mid_chs = out_chs // 4
-        self.norm1 = BatchNormAct2d(in_chs, apply_act=False, **dd)
+        self.norm1 = norm_layer(in_chs, apply_act=False, **dd)
         self.conv1 = create_conv2d(in_chs, mid_chs, 1, **dd)
-        self.norm2 = BatchNormAct2d(mid_chs, **dd)
+        self.norm2 = norm_layer(mid_chs, **dd)
         self.conv2 = create_conv2d(mid_chs, mid_chs, 3, stride=stride, **dd)
-        self.norm3 = BatchNormAct2d(mid_chs, **dd)
+        self.norm3 = norm_layer(mid_chs, **dd)
         self.conv3 = create_conv2d(mid_chs, out_chs, 1, **dd)
-        self.norm4 = BatchNormAct2d(out_chs, apply_act=False, **dd)
+        self.norm4 = norm_layer(out_chs, apply_act=False, **dd)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
         self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
         self.new_chs = out_chs - in_chs
@@ -111,13 +136,14 @@ class PyramidBottleneck(nn.Module):
 
 
 def _wide_block(in_chs: int, out_chs: int, **kwargs: Any) -> nn.Module:
-    return PreActBasic(in_chs, out_chs, proj_layer=DownsampleConv, **LAYERS, **kwargs)
+    return PreActBasic(in_chs, out_chs, proj_layer=DownsampleConv, conv_layer=create_conv2d, **kwargs)
 
 
 def _resnext_block(in_chs: int, out_chs: int, **kwargs: Any) -> nn.Module:
     """8 groups of 64 channels where the output has 256, and so on."""
     projection = DownsampleConv if in_chs != out_chs else None
-    return Bottleneck(in_chs, out_chs, bottle_ratio=2.0, groups=8, proj_layer=projection, **LAYERS, **kwargs)
+    return Bottleneck(
+        in_chs, out_chs, bottle_ratio=2.0, groups=8, proj_layer=projection, conv_layer=create_conv2d, **kwargs)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNetV2:
@@ -137,7 +163,8 @@ def _pyramid(variant: str, pretrained: bool, depth: int, alpha: int, **kwargs: A
     blocks = (depth - 2) // 3
     channels = [4 * round(16 + alpha * (index + 1) / blocks) for index in range(blocks)]
     return _create(
-        variant, pretrained, block=PyramidBottleneck, depths=[blocks // 3] * 3, channels=channels, **kwargs)
+        variant, pretrained, block=PyramidBottleneck, depths=[blocks // 3] * 3, channels=channels, stem_norm=True,
+        **kwargs)
 
 
 @register_model

@@ -26,8 +26,8 @@ class CifarVGG(VGG):
     def __init__(self, cfg: list[Any], num_classes: int = 100, drop_rate: float = 0.5, **kwargs: Any):
         # One hidden unit is enough of the 7x7 layer, which is replaced.
         super().__init__(cfg, num_classes, mlp_ratio=1 / HIDDEN, drop_rate=drop_rate, **kwargs)
-        dd = {key: kwargs.get(key) for key in ("device", "dtype")}
-        self.pre_logits = ConvMlp(self.num_features, HIDDEN, 1, drop_rate=drop_rate, **dd)
+        layers = {key: kwargs[key] for key in ("act_layer", "conv_layer", "device", "dtype") if key in kwargs}
+        self.pre_logits = ConvMlp(self.num_features, HIDDEN, 1, drop_rate=drop_rate, **layers)
         self._initialize_weights()
 
 
@@ -35,5 +35,6 @@ class CifarVGG(VGG):
 def cifar_vgg19_bn(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
     """VGG19 (configuration E of arXiv:1409.1556) with batch norm for 32x32 images."""
     return build_model_with_cfg(
-        CifarVGG, "cifar_vgg19_bn", pretrained, model_cfg=cfgs["vgg19"], norm_layer=nn.BatchNorm2d,
-        feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2, 3, 4, 5)}, **kwargs)
+        CifarVGG, "cifar_vgg19_bn", pretrained, model_cfg=cfgs["vgg19"],
+        feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2, 3, 4, 5)},
+        **{"norm_layer": nn.BatchNorm2d, **kwargs})

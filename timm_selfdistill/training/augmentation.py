@@ -3,10 +3,11 @@ from typing import Any
 
 import torch
 from timm.data import create_transform
-from timm.data.transforms import MaybeToTensor
+from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from torch import Tensor, nn
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop, Resize
 
+CROP_MODES = ("rrc", "rkrc", "rkrr", "pad")
 GREY = 128
 
 
@@ -36,6 +37,7 @@ class Cutout(nn.Module):
 def create_train_transform(
         data_config: dict[str, Any],
         *,
+        no_aug: bool = False,
         train_crop_mode: str = "rrc",
         auto_augment: str | None = None,
         cutout: int = 0,
@@ -45,31 +47,38 @@ def create_train_transform(
 
     Args:
         data_config: as `timm.data.resolve_model_data_config` gives it.
-        train_crop_mode: timm's "rrc", "rkrc" and "rkrr"; "pad" pads an eighth of the image size (4 pixels of 32) with
-            grey on each side and crops anywhere, without resizing.
+        no_aug: resize and normalise only.
+        train_crop_mode: timm's "rrc", "rkrc" and "rkrr"; "pad" resizes an image to the image size if it has another,
+            pads an eighth of it (4 pixels of 32) with grey on each side, and crops anywhere.
         auto_augment: timm's policies, or "cifar10", the policy that AutoAugment found on CIFAR-10 (arXiv:1805.09501).
         cutout: side in pixels, see `Cutout`; 0 is off.
         augmentation: further arguments of `timm.data.create_transform`.
 
     Raises:
-        ValueError: `cutout` is negative.
+        ValueError: `train_crop_mode` or `cutout` is none of these.
         AssertionError, KeyError: timm does not know a setting.
     """
-    if cutout < 0:
-        raise ValueError(f"cutout must be at least 0 pixels, got {cutout}")
-    cifar_policy = auto_augment == "cifar10"
+    if train_crop_mode not in CROP_MODES:
+        raise ValueError(f"train_crop_mode must be one of {', '.join(CROP_MODES)}, got {train_crop_mode!r}")
+    if isinstance(cutout, bool) or not isinstance(cutout, int) or cutout < 0:
+        raise ValueError(f"cutout must be a number of pixels, at least 0, got {cutout!r}")
+    if no_aug:
+        return create_transform(**data_config, is_training=True, no_aug=True)
+    pad, cifar_policy = train_crop_mode == "pad", auto_augment == "cifar10"
     if cifar_policy:
         auto_augment, augmentation = None, {**augmentation, "color_jitter": None}
-    timm_crop = None if train_crop_mode == "pad" else train_crop_mode
     transform = create_transform(
-        **data_config, is_training=True, train_crop_mode=timm_crop, auto_augment=auto_augment, **augmentation)
+        **data_config, is_training=True, train_crop_mode=None if pad else train_crop_mode, auto_augment=auto_augment,
+        **augmentation)
+    channels, *size = data_config["input_size"]
     steps = transform.transforms
-    if train_crop_mode == "pad":
-        size = data_config["input_size"][-2:]
-        steps[0] = RandomCrop(size, padding=(size[1] // 8, size[0] // 8), fill=GREY)
     to_tensor = next(index for index, step in enumerate(steps) if isinstance(step, MaybeToTensor))
     if cutout:
         steps.insert(to_tensor + 1, Cutout(cutout))
     if cifar_policy:
-        steps.insert(to_tensor, AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[GREY] * data_config["input_size"][0]))
+        steps.insert(to_tensor, AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[GREY] * channels))
+    if pad:
+        interpolation = data_config["interpolation"]
+        mode = str_to_interp_mode("bilinear" if interpolation == "random" else interpolation)
+        steps[:1] = [Resize(size, mode), RandomCrop(size, padding=(size[1] // 8, size[0] // 8), fill=GREY)]
     return transform

@@ -1,6 +1,7 @@
 """The preprocessing that a model was made for, and what a run changes of it."""
 from typing import Any
 
+import timm
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -8,6 +9,26 @@ from torch import nn
 def takes_other_sizes(backbone: nn.Module) -> bool:
     """Whether a timm model can be moved to another image size than the one it was created with."""
     return not backbone.pretrained_cfg.get("fixed_input_size") or hasattr(backbone, "set_input_size")
+
+
+def create_backbone(name: str, img_size: int | None = None, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
+
+    Args:
+        kwargs: further arguments of `timm.create_model`.
+    """
+    model = timm.create_model(name, **kwargs)
+    channels, *size = model.pretrained_cfg["input_size"]
+    if img_size is None or size == [img_size, img_size] or takes_other_sizes(model):
+        return model
+    try:
+        model = timm.create_model(name, img_size=img_size, **kwargs)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return model  # `model_data_config` says that it takes no other size
+    model.pretrained_cfg["input_size"] = (channels, img_size, img_size)
+    return model
 
 
 def model_data_config(

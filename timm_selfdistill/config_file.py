@@ -1,0 +1,67 @@
+"""A YAML file of flags, as if they had been typed."""
+import argparse
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collection[str] = ()) -> list[str]:
+    """The flags of a YAML file, ready to be put in front of the command line.
+
+    Args:
+        parser: knows the flags; a key of the file is a flag's long name, with dashes or underscores.
+        leave_out: names (with underscores) that are passed over.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is no YAML of flags and values, holds an unknown flag or one twice, or a value does not fit.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; --config takes a YAML file, e.g. one of recipes/")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold flags and their values, as in 'lr: 0.1', got {type(values).__name__}")
+    actions: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, action)  # a switch's own flag comes before the one that turns it off
+    known = actions.keys() - {"help", "config"}
+    flags, seen = [], set()
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""
+            raise ValueError(f"{path}: unknown flag {key!r}{hint}")
+        if name in seen:
+            raise ValueError(f"{path}: {key} stands there twice, with a dash and with an underscore")
+        seen.add(name)
+        if name not in leave_out:
+            flags += _as_flag(actions[name], value, f"{path}: {key}")
+    try:
+        parser.parse_args(flags)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return flags
+
+
+def _as_flag(action: argparse.Action, value: Any, where: str) -> list[str]:
+    """What one would type for a value of the file."""
+    if value is None or value == []:
+        if action.default:
+            raise ValueError(f"{where} must have a value, got {value!r}; leave it out for its default {action.default}")
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, got {value!r}")
+        return action.option_strings[:1] if value else action.option_strings[1:]
+    single = action.nargs in (None, "?")
+    if isinstance(value, (bool, dict)) or (isinstance(value, list) and single):
+        raise ValueError(f"{where} takes {'one value' if single else 'values'}, got {value!r}")
+    flag = action.option_strings[-1]
+    return [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
