@@ -5,12 +5,12 @@ With --real, the smallest network of every class on real tensors: a training ste
 save and load.
 
     python benchmarks/sweep.py                      # all names, half an hour on two cores
-    python benchmarks/sweep.py --real               # one of every class, 8 minutes; needs the figures above
+    python benchmarks/sweep.py --real --workers 1 --gigabytes 20    # one of every class, 15 minutes
     python benchmarks/sweep.py --real --models resnet18 vit_tiny_patch16_224
 
 Finished rows are kept in --progress: a sweep that was stopped goes on where it was. At the end the figures go to
-benchmarks/results and a table to docs/models.md (not with --models). deepseek_vit_412m needs --workers 1 and
---gigabytes 20.
+benchmarks/results and a table to docs/models.md (not with --models). --real needs the figures of the first line, and
+20 GB for deepseek_vit_412m.
 """
 import argparse
 import json
@@ -80,15 +80,22 @@ def smallest_of_every_class() -> list[str]:
 
 
 def read_progress(path: Path) -> dict[str, dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {row["name"]: row for row in rows}
+    """Rows of networks that passed; what failed is tried again, and so is the row that was cut off in mid-line."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {row["name"]: row for row in rows if not row["error"]}
 
 
 def sweep(kind: str, names: list[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for every name, as they are finished; workers are replaced after 20 networks, so that memory stays low."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.workers, prepare_worker, (args.gigabytes,), maxtasksperchild=20) as pool:
-        yield from pool.imap_unordered(partial(check, kind, args.seconds), names)
+        rows = pool.imap_unordered(partial(check, kind, args.seconds), names)
+        for _ in names:
+            try:
+                yield rows.next(timeout=args.seconds + 60)
+            except multiprocessing.TimeoutError:
+                sys.exit("a worker was killed, perhaps for its memory; run this again, with --workers 1")
 
 
 def prepare_worker(gigabytes: int) -> None:

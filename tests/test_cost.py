@@ -76,3 +76,19 @@ def test_a_tensor_that_two_modules_share_counts_once():
     cost = count_cost(model, (1, 1, 8))
     assert (cost.params, cost.macs) == (64, 128)
     assert model[2].weight is model[0].weight
+
+
+class LooksAtValues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum().item() == 0 else x
+
+
+def test_a_model_that_cannot_run_on_the_meta_device_is_counted_where_it_is():
+    model = LooksAtValues()
+    weight = model.fc.weight
+    assert count_cost(model, (1, 1, 8))[:2] == (64, 64)
+    assert model.fc.weight is weight

@@ -14,7 +14,7 @@ from .conftest import EMBEDDED, ROOT
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page != "docs/models.md"]  # which is a table of results
-SMALL = "--model test_resnet --epochs 1 --data-dir {images} --input-key image --target-key label -b 32 -j 0"
+SMALL = "--model test_resnet --epochs 1 --data-dir {images} -b 32 -j 0"
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_selfdistill import SelfDistillLoss, SelfDistillOutput, wrap_self_distill
+from timm_selfdistill import SelfDistillLoss, SelfDistillModel, SelfDistillOutput, wrap_self_distill
 
 from .conftest import small_backbone, small_model
 
@@ -295,6 +295,37 @@ class OwnHead(nn.Module):
     ((2, 7), (2, 96, 2, 2)), ((2, 10), (2, 95, 2, 2)), ((2, 10), (2, 96)), ((2, 10), None), ((1, 10), (2, 96, 2, 2))])
 def test_a_head_of_another_shape_than_the_teachers_is_refused(logits, feature):
     model = small_model(head=OwnHead, head_args={"logits": logits, "feature": feature})
-    with pytest.raises(ValueError, match=r"head of ResNet at level 1 \(layer1\) must return logits \(2, 10\) and a"
-                                         r" feature \(2, 96, \d, \d\), got .*mend the callable"):
-        model.train()(torch.randn(IMAGES))
+    x = torch.randn(IMAGES)
+    for call in (lambda x: model.train()(x), model.forward_exits, lambda x: model.predict(x, 0)):
+        with pytest.raises(ValueError, match=r"head of ResNet at level 1 \(layer1\) must return logits \(2, 10\) and a"
+                                             r" feature \(2, 96, H, W\), got .*mend the callable"):
+            call(x)
+
+
+def test_a_backbone_whose_logits_changed_is_named_instead_of_the_head():
+    model = small_model().train()
+    model.backbone.reset_classifier(5)
+    with pytest.raises(ValueError, match=r"ResNet gives logits \(2, 5\), expected \(2, 10\); .* be wrapped again"):
+        model(torch.randn(IMAGES))
+
+
+@pytest.mark.parametrize("argument", ["head_args", "model_args"])
+def test_arguments_that_must_be_dicts(argument):
+    with pytest.raises(TypeError, match=rf"{argument} must be a dict, got \[1\]"):
+        small_model(**{argument: [1]})
+
+
+@pytest.mark.parametrize(("name", "size"), [("coat_tiny", 64), ("visformer_tiny", (64, 96))])
+def test_a_model_made_for_another_image_size(name, size, tmp_path):
+    backbone = timm.create_model(name, num_classes=10, img_size=size)
+    model = wrap_self_distill(backbone, model_args={"img_size": size}).eval()
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.randn(1, 3, height, width)
+    model.summary()
+    model.save_pretrained(tmp_path)
+    loaded = SelfDistillModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    assert loaded.summary() == model.summary()
+    with pytest.raises(ValueError, match=f"takes images of {height}x{width} pixels only, got 33x33"):
+        loaded(torch.randn(1, 3, 33, 33))

@@ -34,12 +34,39 @@ def test_there_is_a_recipe_for_every_network_of_the_paper():
     assert {path.stem for path in RECIPES} == {f"{data}_{name}" for data, names in PAPER.items() for name in names}
 
 
+def test_the_recipes_for_cifar_have_the_hyperparameters_of_the_authors_code():
+    expected = {
+        "dataset": "uoft-cs/cifar100", "train-crop-mode": "pad", "hflip": 0.5, "aa": "cifar10", "cutout": 16,
+        "epochs": 250, "batch-size": 128, "opt": "momentum", "lr": 0.1, "momentum": 0.9, "weight-decay": 5e-4,
+        "sched": "multistep", "decay-milestones": [250 // 3, 250 * 2 // 3, 250 - 10], "decay-rate": 0.1,
+        "warmup-epochs": 0, "temperature": 3, "alpha": 0.3, "beta": 0.03,
+    }
+    for path in RECIPES:
+        recipe = yaml.safe_load(path.read_text())
+        if path.stem.startswith("cifar100"):
+            assert {key: recipe[key] for key in expected} == expected
+            assert recipe["model"] == path.stem.replace("cifar100", "cifar")
+
+
+def test_the_recipes_for_imagenet_are_the_baseline_of_90_epochs():
+    expected = {
+        "dataset": "ILSVRC/imagenet-1k", "img-size": 224, "scale": [0.08, 1.0], "crop-pct": 0.875, "epochs": 90,
+        "batch-size": 256, "opt": "momentum", "momentum": 0.9, "weight-decay": 1e-4, "sched": "step",
+        "decay-epochs": 30, "decay-rate": 0.1, "warmup-epochs": 0,
+    }
+    for name, lr in (("resnet18", 0.1), ("resnet50", 0.1), ("vgg19_bn", 0.01)):
+        recipe = yaml.safe_load((ROOT / f"recipes/imagenet_{name}.yaml").read_text())
+        assert {key: recipe[key] for key in expected} == expected
+        assert (recipe["model"], recipe["lr"]) == (name, lr)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains_two_steps(path, tmp_path):
     recipe = yaml.safe_load(path.read_text())
     images_like(recipe["dataset"], 4).to_parquet(tmp_path / "train.parquet")
     images_like(recipe["dataset"], 2).to_parquet(tmp_path / "test.parquet")
-    run_python("examples/train.py", "--config", path, "--data-dir", tmp_path, "--output", tmp_path / "run",
+    columns = [flag for key in ("input-key", "target-key") if key in recipe for flag in (f"--{key}", recipe[key])]
+    run_python("examples/train.py", "--config", path, "--data-dir", tmp_path, *columns, "--output", tmp_path / "run",
                "--epochs", 1, "-b", 2, "-j", 0)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert [row["exit"] for row in summary["exits"]] == [0, 1, 2, 3, "ensemble"]

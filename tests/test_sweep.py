@@ -16,23 +16,26 @@ SMALL = [  # a network of each of 30 classes
 
 
 def test_small_networks_of_30_classes_pass_on_real_tensors(tmp_path):
+    files = [*(ROOT / "benchmarks/results").glob("sweep_*.json"), ROOT / "docs/models.md"]
+    before = [path.read_bytes() for path in files]
     done = run_python("benchmarks/sweep.py", "--real", "--progress", tmp_path / "real.jsonl", "--models", *SMALL)
     rows = [json.loads(line) for line in (tmp_path / "real.jsonl").read_text().splitlines()]
     assert {row["name"]: row["error"] for row in rows} == dict.fromkeys(SMALL)
     assert len({row["class"] for row in rows}) == 30
     assert "30 of 30 passed" in done.stdout
-    assert not any((ROOT / "benchmarks/results").glob("sweep_test*"))
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_names_what_fails(tmp_path):
     progress = tmp_path / "meta.jsonl"
-    progress.write_text(json.dumps({"name": "test_resnet", "seconds": 1.0, "error": None}) + "\n")
+    rows = [{"name": "test_resnet", "error": None}, {"name": "test_vit", "error": "TimeoutError: took too long"}]
+    progress.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"name": "test_vi\n')  # cut off
     names = ("test_resnet", "test_vit", "qwen3_vit_88m_enc")
     done = run_python("benchmarks/sweep.py", "--progress", progress, "--models", *names, "--workers", 1, check=False)
     assert done.returncode == 1
     assert f"3 networks, 1 of them done before ({progress})" in done.stdout
     assert "2 of 3 passed" in done.stdout
-    rows = {row["name"]: row for row in map(json.loads, progress.read_text().splitlines())}
+    rows = {row["name"]: row for row in map(json.loads, progress.read_text().splitlines()[3:])}
     assert "Qwen3VitEncoder has no classifier" in rows["qwen3_vit_88m_enc"]["error"]
     assert rows["test_vit"]["exits"] == ["blocks.1", "blocks.2", "blocks.4", "blocks.5"]
     assert len(rows["test_vit"]["shares"]) == 3
@@ -55,3 +58,14 @@ def test_the_checks_notice_what_is_wrong(checks, monkeypatch):
     monkeypatch.setattr(checks.SelfDistillLoss, "forward", lambda self, output, target: output.logits[0].sum())
     with pytest.raises(ValueError, match="head parameter 1.* got no gradient"):
         checks.check_meta("test_resnet", {})
+
+
+def test_the_page_holds_what_the_results_say(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sweep_page
+
+    monkeypatch.setattr(sweep_page, "PAGE", tmp_path / "models.md")
+    sweep_page.write_page(ROOT / "benchmarks/results")
+    assert (tmp_path / "models.md").read_text() == (ROOT / "docs/models.md").read_text()
+    rows = json.loads((ROOT / "benchmarks/results/sweep_meta.json").read_text())["rows"]
+    assert sum(not row["error"] for row in rows) >= 1362

@@ -34,8 +34,9 @@ def test_cutout_leaves_its_input_alone():
 def test_the_cifar_recipe_is_crop_flip_policy_and_cutout_in_this_order():
     transform = create_train_transform(CONFIG, train_crop_mode="pad", auto_augment="cifar10", cutout=16)
     kinds = [type(step).__name__ for step in transform.transforms]
-    assert kinds == ["RandomCrop", "RandomHorizontalFlip", "AutoAugment", "MaybeToTensor", "Cutout", "Normalize"]
-    crop, flip, policy = transform.transforms[:3]
+    assert kinds == [
+        "Resize", "RandomCrop", "RandomHorizontalFlip", "AutoAugment", "MaybeToTensor", "Cutout", "Normalize"]
+    crop, flip, policy = transform.transforms[1:4]
     assert isinstance(crop, RandomCrop)
     assert (crop.size, crop.padding) == ((32, 32), (4, 4))
     assert isinstance(flip, RandomHorizontalFlip)
@@ -65,11 +66,24 @@ def test_every_augmentation_at_once_gives_a_tensor_of_the_size(channels):
 
 
 def test_without_augmentation_nothing_is_random():
-    transform = create_train_transform(CONFIG, no_aug=True)
+    transform = create_train_transform(CONFIG, no_aug=True, train_crop_mode="pad", auto_augment="cifar10", cutout=8)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     assert torch.equal(transform(image), transform(image))
 
 
-def test_a_negative_cutout_is_refused():
-    with pytest.raises(ValueError, match="cutout must be at least 0 pixels, got -1"):
-        create_train_transform(CONFIG, cutout=-1)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"cutout": -1}, "cutout must be a number of pixels, at least 0, got -1"),
+    ({"cutout": 1.5}, "cutout must be a number of pixels, at least 0, got 1.5"),
+    ({"train_crop_mode": "padd"}, "train_crop_mode must be one of rrc, rkrc, rkrr, pad, got 'padd'"),
+])
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_train_transform(CONFIG, **arguments)
+
+
+def test_pad_and_crop_resizes_larger_images_and_fills_with_grey():
+    transform = create_train_transform(CONFIG, train_crop_mode="pad", hflip=0.0, color_jitter=None)
+    image = Image.new("RGB", (500, 375), (255, 255, 255))
+    seen = torch.stack([transform(image) for _ in range(30)]).unique()
+    grey, white = (128 / 255 - 0.5) / 0.25, 2.0
+    torch.testing.assert_close(seen, torch.tensor([grey, white]), atol=1e-4, rtol=0)

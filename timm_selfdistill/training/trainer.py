@@ -121,16 +121,15 @@ class Trainer:
         start_trackers(self.accelerator, config, self.output)
         if not self.checkpoint:
             self._save_model("last", None)
-        total = self.updates_per_epoch * config.epochs
-        reporter = ProgressReporter(total, state.updates, self.accelerator.is_main_process)
+        reporter = ProgressReporter(
+            self.updates_per_epoch * config.epochs, state.updates, self.accelerator.is_main_process)
         with reporter as self.progress, self.interrupt.listening():
             if self.checkpoint:
                 self.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
             while state.epoch < config.epochs and not self.interrupt.agreed:
                 if self._train_epoch():
                     self._finish_epoch()
-        interrupted_by = self.interrupt.received if state.epoch < config.epochs else None
-        summary = None
+        interrupted_by, summary = self.interrupt.received if state.epoch < config.epochs else None, None
         if interrupted_by:
             self._save_checkpoint()
         else:
