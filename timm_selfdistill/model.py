@@ -199,10 +199,13 @@ class SelfDistillModel(nn.Module):
 
         Args:
             input_size: (channels, height, width) in pixels; None is what the backbone was made for.
+
+        Raises:
+            ValueError: `input_size` is nothing of the kind.
         """
         expected = default_input_size(self.backbone, self.model_args)
-        input_size = tuple(input_size or expected) if isinstance(input_size, (tuple, list, type(None))) else ()
-        if len(input_size) != 3 or input_size[0] != expected[0]:
+        input_size = expected if input_size is None else input_size
+        if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or input_size[0] != expected[0]:
             raise ValueError(f"input_size must be ({expected[0]}, height, width), got {input_size!r}")
         stages = [*self.stages, self._last_stage]
         maps = count_cost(self.backbone, input_size, lambda backbone, x: backbone.forward_intermediates(
