@@ -35,7 +35,6 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, output: Path) 
         return
     accelerator.project_configuration.set_directories(str(output))
     accelerator.log_with = filter_trackers(list(config.report_to), accelerator.logging_dir)
-    values = config.to_dict()
-    settings = {**values.pop("settings"), **values, "output": str(output)}
+    settings = {**config.to_dict(), "output": str(output)}
     accelerator.init_trackers("timm-selfdistill", config={
         key: value for key, value in settings.items() if isinstance(value, (str, int, float))})
