@@ -1,15 +1,14 @@
 """One verb turns a timm model into a network that teaches itself."""
 from collections.abc import Callable, Sequence
-from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import hub
 from .cost import count_cost, default_input_size
 from .heads import HeadFactory, check_output, create_head
+from .hub import HubMixin
 from .stages import check_timm_classifier, explain_misfit, select_stages
 from .summary import ExitSummary, Summary
 
@@ -56,7 +55,14 @@ def wrap_self_distill(
         model, exits=exits, head=head, head_args=head_args, model_args=model_args, freeze_backbone=freeze_backbone)
 
 
-class SelfDistillModel(nn.Module):
+class SelfDistillModel(
+    nn.Module,
+    HubMixin,
+    library_name="timm",
+    pipeline_tag="image-classification",
+    tags=["timm", "image-classification", "self-distillation", "timm-selfdistill"],
+    paper_url="https://arxiv.org/abs/1905.08094",
+):
     """A timm model with shallow classifiers; made by `wrap_self_distill`.
 
     Attributes:
@@ -220,63 +226,6 @@ class SelfDistillModel(nn.Module):
         return Summary(
             ExitSummary(*name, shape, *head_cost, *cost, cost[1] / plain_macs)
             for name, shape, head_cost, cost in zip(names, [*shapes, shapes[-1]], head_costs, costs))
-
-    def save_pretrained(
-            self,
-            save_directory: str | PathLike,
-            *,
-            metrics: dict[str, Any] | None = None,
-            check: bool = True,
-    ) -> None:
-        """Save to a folder that both `SelfDistillModel.from_pretrained` and plain timm read.
-
-        The folder gets `config.json` and `model.safetensors` (the backbone, in timm's own layout) and
-        `self_distill.safetensors` (the heads). Files are written beside and moved into place only after timm was seen
-        to rebuild the same model from them.
-
-        Args:
-            save_directory: made if missing; other files in it stay.
-            metrics: recorded in config.json, anything JSON can hold.
-            check: False saves without rebuilding, where this model was seen to be rebuilt before.
-
-        Raises:
-            ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping.
-        """
-        settings = {
-            "exits": [stage.index for stage in self.stages],
-            "head": self.head if isinstance(self.head, str) else None,
-            "head_args": self.head_args,
-        }
-        if metrics is not None:
-            settings["metrics"] = metrics
-        hub.save_timm_model(
-            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=settings, check=check)
-
-    @classmethod
-    def from_pretrained(cls, model_id: str | PathLike, *, head: HeadFactory | None = None) -> "SelfDistillModel":
-        """Load a saved model, in eval mode on the CPU.
-
-        Args:
-            model_id: a folder that `save_pretrained` wrote.
-            head: the callable that the model was wrapped with, if it was one: code is never loaded from a folder.
-
-        Raises:
-            FileNotFoundError: the folder or a file in it is missing.
-            ValueError: a file is damaged, foreign, or of another format version.
-        """
-        config = hub.read_config(model_id)
-        settings = config["self_distill"]
-        if settings["head"] is None and head is None:
-            raise ValueError(f"{model_id} was saved with a head of its own; pass it: from_pretrained(..., head=...)")
-        model = cls(
-            hub.build_backbone(model_id),
-            exits=settings["exits"],
-            head=head or settings["head"],
-            head_args=settings["head_args"],
-            model_args=config.get("model_args"),
-        )
-        hub.load_weights(model.backbone, model.heads, model_id)
-        return model.eval()
 
 
 def _resize(feature: Tensor, teacher: Tensor) -> Tensor:

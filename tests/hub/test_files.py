@@ -10,7 +10,7 @@ from torch import nn
 from timm_selfdistill import SelfDistillModel, wrap_self_distill
 from timm_selfdistill.heads import LinearHead
 
-from .conftest import small_backbone, small_model
+from ..conftest import small_backbone, small_model
 
 FILES = {"config.json", "model.safetensors", "self_distill.safetensors"}
 
@@ -138,7 +138,7 @@ def test_missing_files_are_named(copied, file):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere/config.json does not exist"):
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder here, and no id of a repository on the Hub"):
         SelfDistillModel.from_pretrained(tmp_path / "nowhere")
 
 

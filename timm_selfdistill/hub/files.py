@@ -21,8 +21,8 @@ from timm.models._hub import save_config_for_hf
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
-from .cost import default_input_size, evaluating
-from .version import __version__
+from ..cost import default_input_size, evaluating
+from ..version import __version__
 
 FORMAT_VERSION = 1
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"

@@ -1,0 +1,100 @@
+"""The real huggingface_hub client and a Hub on loopback: pushing, and loading in another process."""
+import pytest
+
+from ..conftest import small_model
+
+MODEL = """
+import timm, torch
+from timm_selfdistill import SelfDistillModel, wrap_self_distill
+torch.manual_seed(0)
+model = wrap_self_distill(timm.create_model("test_resnet", num_classes=7)).eval()
+"""
+LOAD = """
+import sys
+from timm_selfdistill import SelfDistillModel
+try:
+    print(SelfDistillModel.from_pretrained("user/model"{arguments}).exits)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.fixture
+def pushed(hub, tmp_path):
+    """A repository with a model in it."""
+    small_model().save_pretrained(tmp_path / "pushed")
+    hub.add("user/model", {path.name: path.read_bytes() for path in (tmp_path / "pushed").iterdir()})
+    return hub.repositories["user/model"]
+
+
+def test_what_one_process_pushes_both_readers_load_in_another(hub, client):
+    done = client(MODEL + """
+x = torch.linspace(-1, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
+print(model.push_to_hub("user/model", private=True, commit_message="First"))
+torch.save([logits.detach() for logits in model.forward_exits(x).logits], "logits.pt")
+""")
+    assert done.stdout.strip().startswith(f"{hub.url}/user/model/commit/")
+    repository = hub.repositories["user/model"]
+    assert repository.private
+    assert set(repository.files("main")) == {"config.json", "model.safetensors", "self_distill.safetensors"}
+
+    client("""
+import timm, torch
+from timm_selfdistill import SelfDistillModel
+x = torch.linspace(-1, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
+expected = torch.load("logits.pt")
+for got, logits in zip(SelfDistillModel.from_pretrained("user/model").forward_exits(x).logits, expected, strict=True):
+    assert torch.equal(got, logits)
+""")
+    plain = """
+import sys, timm, torch
+x = torch.linspace(-1, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
+assert torch.equal(timm.create_model("hf-hub:user/model", pretrained=True).eval()(x), torch.load("logits.pt")[-1])
+assert "timm_selfdistill" not in sys.modules
+"""
+    client(plain)
+
+
+def test_loading_asks_for_the_files_of_a_model_only(hub, client, pushed):
+    hub.add("user/model", {"pytorch_model.bin": b"\x80\x04", "evil.py": b"raise SystemExit", "README.md": b"hello"})
+    assert "layer1" in client(LOAD.format(arguments="")).stdout
+    assert hub.count("GET .*resolve") > 0
+    assert hub.count("pytorch_model.bin|evil.py|README.md") == 0
+
+
+def test_branches_and_pull_requests(hub, client, pushed):
+    first = pushed.revisions["main"]
+    client(MODEL + "model.push_to_hub('user/model', revision='main', create_pr=True)")
+    assert pushed.revisions["main"] == first
+    assert "refs/pr/1" in pushed.revisions
+    hub.add("user/model", {"config.json": b"{}"})
+    assert "layer1" in client(LOAD.format(arguments=f", revision={first!r}")).stdout
+    assert "FileNotFoundError user/model has no revision 'nope'" in client(
+        LOAD.format(arguments=", revision='nope'")).stdout
+
+
+def test_offline_a_cached_model_loads_and_another_says_so(client, pushed):
+    missing = client(LOAD.format(arguments=""), HF_HUB_OFFLINE="1").stdout
+    assert missing.startswith("FileNotFoundError user/model is no folder here and not in the cache, and the Hub may")
+    assert "not be asked (offline)" in missing
+    client(LOAD.format(arguments=""))
+    assert "layer1" in client(LOAD.format(arguments=""), HF_HUB_OFFLINE="1").stdout
+    assert "layer1" in client(LOAD.format(arguments=", local_files_only=True")).stdout
+
+
+@pytest.mark.parametrize(("status", "headers", "message"), [
+    (401, {"X_Error_Code": "RepoNotFound"}, "FileNotFoundError user/model is no folder here, and no repository on the"),
+    (403, {"X_Error_Code": "GatedRepo"}, "PermissionError user/model is gated"),
+    (403, {}, "OSError the Hub answers 403 for user/model"),
+])
+def test_a_refusal_is_one_clear_error(hub, client, pushed, status, headers, message):
+    hub.fail("GET /api/models/user/model", status, times=9, **headers)
+    assert message in client(LOAD.format(arguments="")).stdout
+
+
+def test_pushing_without_a_right_to_changes_nothing(hub, client, pushed):
+    before = dict(pushed.revisions)
+    done = client(MODEL + "model.push_to_hub('user/model')", check=False, HF_TOKEN="hf_" + "x" * 32)
+    assert done.returncode == 1
+    assert "401" in done.stderr
+    assert pushed.revisions == before

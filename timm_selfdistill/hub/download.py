@@ -1,0 +1,72 @@
+"""A model's files from the Hub."""
+from os import PathLike
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .files import BACKBONE, CONFIG, HEADS
+
+
+def fetch_model(
+        model_id: str | PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+) -> Path:
+    """The folder of a saved model: `model_id` itself where it is one, else the files of that repository, cached.
+
+    Only the three files of a model are asked for, whatever else is in the repository.
+
+    Args:
+        model_id: a folder, or the id of a repository on the Hub ("user/name").
+        revision, token, cache_dir, local_files_only, force_download: of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, repository or revision, or it is not cached and there is no way to
+            the Hub.
+        PermissionError: the repository is private or gated, and the token does not open it.
+        OSError: the Hub answers with another error.
+    """
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    name = str(model_id)
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        folder = snapshot_download(
+            name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
+            force_download=force_download, allow_patterns=[CONFIG, BACKBONE, HEADS])
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name} is no folder here, and no id of a repository on the Hub: {error}") from error
+    except GatedRepoError as error:
+        raise PermissionError(f"{name} is gated: ask for access on its page, then log in: `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} is no folder here, and no repository on the Hub that this token may read; log in with"
+            " `hf auth login`, or pass token=..., if it is private") from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{name} has no revision {revision!r}") from error
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise OSError(_answered(error.__cause__, name + at)) from error
+        offline = local_files_only or constants.HF_HUB_OFFLINE
+        why = "the Hub may not be asked (offline)" if offline else "the Hub cannot be reached"
+        raise FileNotFoundError(f"{name}{at} is no folder here and not in the cache, and {why}") from error
+    except HfHubHTTPError as error:
+        raise OSError(_answered(error, name + at)) from error
+    return Path(folder)
+
+
+def _answered(error: HfHubHTTPError, name: str) -> str:
+    status = error.response.status_code if error.response is not None else "nothing"
+    return f"the Hub answers {status} for {name}; try again later, or check the token and its rights"

@@ -1,0 +1,129 @@
+"""Saving, loading and pushing, as methods of a model."""
+from collections.abc import Callable
+from os import PathLike
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, ModelHubMixin
+from torch import nn
+
+from .download import fetch_model
+from .files import build_backbone, load_weights, read_config, save_timm_model
+
+T = TypeVar("T", bound="HubMixin")
+
+
+class HubMixin(ModelHubMixin):
+    """huggingface_hub's mixin with the two-reader layout of `files.py`; `SelfDistillModel` has it."""
+
+    def save_pretrained(
+            self,
+            save_directory: str | PathLike,
+            *,
+            metrics: dict[str, Any] | None = None,
+            check: bool = True,
+    ) -> None:
+        """Save to a folder that both `SelfDistillModel.from_pretrained` and plain timm read.
+
+        The folder gets `config.json` and `model.safetensors` (the backbone, in timm's own layout) and
+        `self_distill.safetensors` (the heads). Files are written beside and moved into place only after timm was seen
+        to rebuild the same model from them.
+
+        Args:
+            save_directory: made if missing; other files in it stay.
+            metrics: recorded in config.json, anything JSON can hold.
+            check: False saves without rebuilding, where this model was seen to be rebuilt before.
+
+        Raises:
+            ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping.
+        """
+        settings = {
+            "exits": [stage.index for stage in self.stages],
+            "head": self.head if isinstance(self.head, str) else None,
+            "head_args": self.head_args,
+        }
+        if metrics is not None:
+            settings["metrics"] = metrics
+        save_timm_model(
+            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=settings, check=check)
+
+    @classmethod
+    def from_pretrained(
+            cls: type[T],
+            pretrained_model_name_or_path: str | PathLike,
+            *,
+            head: Callable[..., nn.Module] | None = None,
+            revision: str | None = None,
+            token: str | bool | None = None,
+            cache_dir: str | PathLike | None = None,
+            local_files_only: bool = False,
+            force_download: bool = False,
+    ) -> T:
+        """Load a saved model, in eval mode on the CPU.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or the id of a repository on the Hub.
+            head: the callable that the model was wrapped with, if it was one: code is never loaded from a folder.
+            revision: branch, tag or commit.
+            token: None is the one of `hf auth login`; False sends none.
+            cache_dir, local_files_only, force_download: as everywhere in huggingface_hub.
+
+        Raises:
+            FileNotFoundError: the folder, the repository, the revision or a file in it is missing.
+            PermissionError: the repository is not open to this token.
+            ValueError: a file is damaged, foreign, or of another format version.
+        """
+        folder = fetch_model(
+            pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only, force_download=force_download)
+        config = read_config(folder)
+        settings = config["self_distill"]
+        if settings["head"] is None and head is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} was saved with a head of its own; pass it:"
+                " from_pretrained(..., head=...)")
+        model = cls(
+            build_backbone(folder),
+            exits=settings["exits"],
+            head=head or settings["head"],
+            head_args=settings["head_args"],
+            model_args=config.get("model_args"),
+        )
+        load_weights(model.backbone, model.heads, folder)
+        return model.eval()
+
+    def push_to_hub(
+            self,
+            repo_id: str,
+            *,
+            commit_message: str = "Upload self-distilled model",
+            private: bool | None = None,
+            token: str | None = None,
+            revision: str | None = None,
+            create_pr: bool | None = None,
+            metrics: dict[str, Any] | None = None,
+    ) -> str:
+        """Save the model and upload it to the Hub, where both readers load it by `repo_id`.
+
+        Args:
+            repo_id: "user/name"; made if missing.
+            private: of a repository that is made; None is the organisation's default.
+            token: None is the one of `hf auth login`.
+            revision: branch to commit to; None is "main".
+            create_pr: open a pull request instead of committing to the branch.
+            metrics: see `save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: the model cannot be saved.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses; nothing of the repository was changed then.
+        """
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, metrics=metrics)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
+                create_pr=create_pr).commit_url
