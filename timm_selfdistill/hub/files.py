@@ -4,7 +4,6 @@
 pretrained=True)` without this package. Our key "self_distill" in config.json and `self_distill.safetensors`, the
 heads, ride along.
 """
-import json
 import os
 import shutil
 import tempfile
@@ -15,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from timm.models._pretrained import filter_pretrained_cfg
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from ..cost import default_input_size, evaluating
 from ..version import __version__
+from .trust import check_config, check_tensors, read_json
 
 FORMAT_VERSION = 1
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
@@ -73,15 +72,12 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: it is no JSON, not one of ours, or of another format version.
+        ValueError: it is no JSON, not one of ours, of another format version, or asks for what `trust.py` refuses.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    config = read_json(path)
     settings = config.get("self_distill") if isinstance(config, dict) else None
     if not isinstance(settings, dict) or "architecture" not in config:
         raise ValueError(
@@ -99,6 +95,7 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
     for key, kind in expected.items():
         if key not in settings or not isinstance(settings[key], kind):
             raise ValueError(f'{path} is damaged: "self_distill" has {key}={settings.get(key)!r}; save the model again')
+    check_config(config, path)
     return config
 
 
@@ -107,23 +104,21 @@ def build_backbone(folder: str | PathLike) -> nn.Module:
     return timm.create_model(f"local-dir:{folder}", pretrained=False)
 
 
-def load_weights(backbone: nn.Module, heads: nn.Module, folder: str | PathLike) -> None:
-    """Load backbone and heads into modules of the same shape.
+def check_model_files(folder: str | PathLike, backbone: nn.Module, heads: nn.Module) -> None:
+    """Raise unless the files hold just the tensors of these modules, which may be on the meta device.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or holds other tensors than this model's.
+        ValueError: a file is damaged, or holds tensors of other names, shapes or kinds.
     """
     for module, name in ((backbone, BACKBONE), (heads, HEADS)):
-        path = Path(folder) / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; the folder is not a complete saved model")
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch or save it again") from error
-        _check_tensors(tensors, module.state_dict(), path)
-        module.load_state_dict(tensors)
+        check_tensors(Path(folder) / name, module)
+
+
+def load_weights(backbone: nn.Module, heads: nn.Module, folder: str | PathLike) -> None:
+    """Load backbone and heads from files that `check_model_files` found to fit."""
+    for module, name in ((backbone, BACKBONE), (heads, HEADS)):
+        module.load_state_dict(load_file(Path(folder) / name))
 
 
 def check_rebuilds(backbone: nn.Module, folder: Path, input_size: tuple[int, int, int]) -> None:
@@ -195,16 +190,3 @@ def _save_config(
         versions = {"format_version": FORMAT_VERSION, "timm_selfdistill_version": __version__}
         model_config["self_distill"] = versions | settings
     save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args)
-
-
-def _check_tensors(tensors: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    missing = sorted(expected.keys() - tensors.keys())
-    foreign = sorted(tensors.keys() - expected.keys())
-    if missing or foreign:
-        raise ValueError(
-            f"{path} does not hold this model's tensors: {len(missing)} missing {missing[:3]},"
-            f" {len(foreign)} foreign {foreign[:3]}"
-        )
-    for key, value in tensors.items():
-        if value.shape != expected[key].shape:
-            raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}")

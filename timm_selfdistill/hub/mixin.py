@@ -4,11 +4,12 @@ from os import PathLike
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import torch
 from huggingface_hub import HfApi, ModelHubMixin
 from torch import nn
 
 from .download import fetch_model
-from .files import build_backbone, load_weights, read_config, save_timm_model
+from .files import build_backbone, check_model_files, load_weights, read_config, save_timm_model
 
 T = TypeVar("T", bound="HubMixin")
 
@@ -82,13 +83,16 @@ class HubMixin(ModelHubMixin):
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved with a head of its own; pass it:"
                 " from_pretrained(..., head=...)")
-        model = cls(
-            build_backbone(folder),
-            exits=settings["exits"],
-            head=head or settings["head"],
-            head_args=settings["head_args"],
-            model_args=config.get("model_args"),
-        )
+
+        def build() -> T:
+            return cls(
+                build_backbone(folder), exits=settings["exits"], head=head or settings["head"],
+                head_args=settings["head_args"], model_args=config.get("model_args"))
+
+        with torch.device("meta"):  # takes no memory: a file of another model is refused before any is taken
+            sketch = build()
+        check_model_files(folder, sketch.backbone, sketch.heads)
+        model = build()
         load_weights(model.backbone, model.heads, folder)
         return model.eval()
 

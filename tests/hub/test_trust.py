@@ -1,0 +1,151 @@
+"""Repositories that a stranger has damaged or made to harm: one clear error, and nothing built from them."""
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from timm_selfdistill import SelfDistillModel
+
+from ..conftest import small_model
+
+BACKBONE, HEADS = "model.safetensors", "self_distill.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    small_model().eval().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def config(**changes) -> Callable[[Path], None]:
+    """Change config.json; names with dots reach into it."""
+    def damage(folder: Path) -> None:
+        value = json.loads((folder / "config.json").read_text())
+        for name, change in changes.items():
+            place, *rest = name.split("__")
+            target = value
+            for step in rest:
+                target, place = target.setdefault(place, {}), step
+            target[place] = change
+        (folder / "config.json").write_text(json.dumps(value))
+    return damage
+
+
+def text(content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(content)
+
+
+def raw(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def tensors(name: str, change: Callable[[dict], dict]) -> Callable[[Path], None]:
+    return lambda folder: save_file(change(load_file(folder / name)), folder / name)
+
+
+def header(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Change the JSON header of a safetensors file."""
+    def damage(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        values = json.loads(data[8:8 + length])
+        change(values)
+        fresh = json.dumps(values).encode()
+        (folder / name).write_bytes(struct.pack("<Q", len(fresh)) + fresh + data[8 + length:])
+    return damage
+
+
+HOSTILE = {
+    "a path as architecture": (config(architecture="/etc/passwd"), "architecture must be the name of a timm model"),
+    "a folder as architecture": (config(architecture="local-dir:/tmp"), "architecture must be the name of a timm"),
+    "the Hub as architecture": (config(architecture="hf-hub:evil/model"), "architecture must be the name of a timm"),
+    "an address as architecture": (config(architecture="https://evil.example"), "architecture must be the name of"),
+    "a module as architecture": (config(architecture="os.system"), "architecture must be the name of a timm model"),
+    "no word as architecture": (config(architecture=["resnet18"]), "architecture must be the name of a timm model"),
+    "another architecture": (config(architecture="resnet10t"), "does not hold this model's tensors"),
+    "a giant architecture": (config(architecture="vit_giant_patch14_224"), "has no level|does not hold this model's"),
+    "no classes": (config(num_classes=0), "num_classes must be 1 to 100000, got 0"),
+    "a billion classes": (config(num_classes=10**9), "num_classes must be 1 to 100000, got 1000000000"),
+    "half a class": (config(num_classes=2.5), "num_classes must be 1 to 100000, got 2.5"),
+    "true classes": (config(num_classes=True), "num_classes must be 1 to 100000, got True"),
+    "other classes": (config(num_classes=11), "has 11 classes, but 10 in model_args"),
+    "a checkpoint to load": (config(model_args__checkpoint_path="evil.pth"), "not set checkpoint_path"),
+    "pretrained weights to load": (config(model_args__pretrained=True), "not set pretrained"),
+    "features only": (config(model_args__features_only=True), "not set features_only"),
+    "a device": (config(model_args__device="cuda"), "not set device"),
+    "objects as arguments": (config(model_args__act_layer={"_target_": "os.system"}), "may hold plain values only"),
+    "a path as argument": (config(model_args__act_layer="../../evil"), "act_layer.* must be a plain word"),
+    "a huge width": (config(model_args__stem_width=10**12), "must be at most 65536"),
+    "NaN as argument": (config(model_args__drop_rate=float("nan")), "must be at most 65536, got nan"),
+    "infinity as argument": (config(model_args__drop_rate=float("inf")), "must be at most 65536, got inf"),
+    "a thousand layers": (config(model_args__layers=[1000, 1000, 1000, 1000]), "asks for 4000 blocks or layers"),
+    "a thousand values": (config(model_args__layers=[0] * 1000), "has 100[0-9] values"),
+    "deep lists": (config(model_args__layers=[[[[[[1]]]]]]), "may hold plain values only"),
+    "no object as arguments": (config(model_args=[1]), "model_args must be an object"),
+    "a huge head": (config(self_distill__head_args={"width": 10**9}), "must be at most 65536"),
+    "a head that is code": (config(self_distill__head="os.system"), "unknown head 'os.system'"),
+    "unknown head arguments": (config(self_distill__head_args={"a": 1}), "does not take"),
+    "a thousand exits": (config(self_distill__exits=list(range(1000))), "1000 exits are more than 256"),
+    "exits that are no levels": (config(self_distill__exits=[{"a": 1}]), "an exit is a feature_info index"),
+    "deep JSON": (text("[" * 200_000), "nested too deeply|not valid JSON"),
+    "a list as config": (text("[1, 2]"), "no \"self_distill\" entry"),
+    "an empty config": (text(""), "not valid JSON"),
+    "binary config": (raw("config.json", lambda data: b"\xff\xfe\x00" * 100), "not valid JSON"),
+    "a huge config": (text(json.dumps({"a": "x" * 2**24})), "more than the .* that are read"),
+    "a pickle as weights": (raw(BACKBONE, lambda data: b"\x80\x04\x95" + data[3:]), "is damaged or no safetensors"),
+    "a giant header": (raw(HEADS, lambda data: struct.pack("<Q", 2**62) + data[8:]), "is damaged or no safetensors"),
+    "flipped bytes in the header": (
+        raw(HEADS, lambda data: data[:20] + bytes(b ^ 255 for b in data[20:60]) + data[60:]), "is damaged or no safe"),
+    "a cut file": (raw(BACKBONE, lambda data: data[:-100]), "is damaged or no safetensors file"),
+    "a longer file": (raw(BACKBONE, lambda data: data + b"0" * 100), "is damaged or no safetensors file"),
+    "overlapping tensors": (header(HEADS, lambda h: [v.update(data_offsets=[0, 4]) for k, v in h.items()
+                                                     if k != "__metadata__"]), "is damaged or no safetensors file"),
+    "a shape that its data do not fill": (
+        header(HEADS, lambda h: h["0.fc.bias"].update(shape=[10**9])), "is damaged or no safetensors file"),
+    "a tensor less": (tensors(HEADS, lambda t: {k: v for k, v in t.items() if k != "0.fc.bias"}), "1 missing"),
+    "a tensor more": (tensors(HEADS, lambda t: {**t, "../../evil": torch.zeros(2)}), "1 foreign"),
+    "integers as weights": (tensors(BACKBONE, lambda t: {k: v.to(torch.int8) if v.ndim == 4 else v
+                                                         for k, v in t.items()}), "holds int8, expected torch.float32"),
+    "transposed weights": (tensors(HEADS, lambda t: {**t, "0.fc.weight": t["0.fc.weight"].T.contiguous()}),
+                           "0.fc.weight has shape"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_it_is_refused_before_anything_is_built(damage, message, folder, monkeypatch):
+    damage(folder)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("something was unpickled"))
+    monkeypatch.setattr("timm_selfdistill.hub.mixin.load_weights", lambda *_: pytest.fail("tensors were read"))
+    with pytest.raises((ValueError, TypeError), match=message):
+        SelfDistillModel.from_pretrained(folder)
+
+
+def test_there_are_forty():
+    assert len(HOSTILE) >= 40
+
+
+def test_a_pickle_beside_is_never_opened(folder, monkeypatch):
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04evil")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("something was unpickled"))
+    assert SelfDistillModel.from_pretrained(folder).exits
+    (folder / BACKBONE).unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors does not exist"):
+        SelfDistillModel.from_pretrained(folder)
+
+
+def test_half_precision_weights_load(folder):
+    tensors(BACKBONE, lambda t: {k: v.half() if v.is_floating_point() else v for k, v in t.items()})(folder)
+    model = SelfDistillModel.from_pretrained(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

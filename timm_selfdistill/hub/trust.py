@@ -1,0 +1,135 @@
+"""A repository from a stranger is data: what is checked before anything is built from it, and before memory is taken.
+
+Nothing is unpickled, imported or executed that a repository names. A config may ask only for a network that timm itself
+registers, with plain values as arguments, and within the limits below.
+"""
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+MAX_CONFIG_BYTES = 16 * 2**20
+MAX_CLASSES = 100_000
+MAX_NUMBER = 65_536
+"""Highest number among the arguments of model and heads: widths, image sizes, ..."""
+MAX_DEPTH = 512
+"""Highest sum of the arguments that say how many blocks or layers a network has."""
+MAX_ITEMS = 256
+"""Most values among the arguments of a model or a head."""
+
+# Arguments of `timm.create_model` that load, name files or change what is built, instead of describing a network.
+FORBIDDEN_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+                  "scriptable", "exportable", "no_jit", "features_only", "out_indices", "feature_cls", "device",
+                  "dtype"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+          "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of bounded size and depth.
+
+    Raises:
+        ValueError: it is too large or too deep, or no JSON.
+    """
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {size} bytes, more than the {MAX_CONFIG_BYTES} that are read")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Refuse a config that asks for anything but a timm network of bounded size.
+
+    Raises:
+        ValueError: it does.
+    """
+    architecture = config["architecture"]
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ValueError(f"{path}: architecture must be the name of a timm model, got {_short(architecture)}")
+    classes = config.get("num_classes")
+    if isinstance(classes, bool) or not isinstance(classes, int) or not 1 <= classes <= MAX_CLASSES:
+        raise ValueError(f"{path}: num_classes must be 1 to {MAX_CLASSES}, got {_short(classes)}")
+    settings = config["self_distill"]
+    if len(settings["exits"]) > MAX_ITEMS:
+        raise ValueError(f"{path}: {len(settings['exits'])} exits are more than {MAX_ITEMS}")
+    model_args = config.get("model_args") or {}
+    if not isinstance(model_args, dict):
+        raise ValueError(f"{path}: model_args must be an object, got {_short(model_args)}")
+    forbidden = sorted(FORBIDDEN_ARGS & model_args.keys())
+    if forbidden:
+        raise ValueError(f"{path}: model_args may describe the network only, not set {', '.join(forbidden)}")
+    if model_args.get("num_classes", classes) != classes:
+        raise ValueError(f"{path} has {classes} classes, but {_short(model_args['num_classes'])} in model_args")
+    network = {key: value for key, value in model_args.items() if key != "num_classes"}
+    for name, values in (("model_args", network), ("head_args", settings["head_args"])):
+        _check_values(values, f"{path}: {name}")
+
+
+def _check_values(values: dict[str, Any], where: str) -> None:
+    """Plain values only: null, booleans, bounded numbers, short strings, and lists of them."""
+    depth, items = 0, 0
+    for key, value in values.items():
+        for item in _flatten(value, where):
+            items += 1
+            number = isinstance(item, (int, float)) and not isinstance(item, bool)
+            if number and not (math.isfinite(item) and abs(item) <= MAX_NUMBER):
+                raise ValueError(f"{where}: {_short(key)} must be at most {MAX_NUMBER}, got {_short(item)}")
+            if isinstance(item, str) and (len(item) > 100 or "/" in item or "\\" in item or ":" in item):
+                raise ValueError(f"{where}: {_short(key)} must be a plain word, got {_short(item)}")
+            if number and any(word in key for word in ("depth", "layer", "block", "repeat")):
+                depth += item
+    if items > MAX_ITEMS or depth > MAX_DEPTH:
+        raise ValueError(
+            f"{where} has {items} values and asks for {depth} blocks or layers; at most {MAX_ITEMS} and {MAX_DEPTH}")
+
+
+def _flatten(value: Any, where: str, level: int = 0) -> list[Any]:
+    if isinstance(value, list) and level < 3:
+        return [item for part in value for item in _flatten(part, where, level + 1)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return [value]
+    raise ValueError(f"{where} may hold plain values only, got {_short(value)}")
+
+
+def check_tensors(path: Path, module: nn.Module) -> None:
+    """Compare a safetensors file's header with a module, which may be on the meta device; no tensor is read.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is damaged, or holds tensors of other names, shapes or kinds.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; the folder is not a complete saved model")
+    expected = {key: (tuple(value.shape), value.dtype) for key, value in module.state_dict().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found = {key: (tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for key, part in found.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch or save it again") from error
+    missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or foreign:
+        raise ValueError(
+            f"{path} does not hold this model's tensors: {len(missing)} missing {missing[:3]},"
+            f" {len(foreign)} foreign {_short(foreign[:3])}")
+    for key, (shape, dtype) in found.items():
+        wanted_shape, wanted_dtype = expected[key]
+        if shape != wanted_shape:
+            raise ValueError(f"{path}: {key} has shape {shape}, expected {wanted_shape}")
+        is_float = dtype is not None and "float" in dtype
+        if dtype is None or is_float != wanted_dtype.is_floating_point:
+            raise ValueError(f"{path}: {key} holds {dtype or 'numbers of an unknown kind'}, expected {wanted_dtype}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
