@@ -55,7 +55,7 @@ def test_an_attention_head_sees_the_feature_through_a_mask():
     head = AttentionHead(STAGE, TEACHER, 10).eval()
     x = torch.randn(2, 64, 15, 14)
     seen = []
-    head.convs.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    head.bottleneck.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     logits, feature = head(x)
     assert (logits.shape, feature.shape) == ((2, 10), (2, 512, 2, 2))
     mask = seen[0] / x

@@ -49,52 +49,48 @@ class BottleneckHead(nn.Module):
 
     def __init__(self, stage: Stage, teacher: Stage, num_classes: int, width: int | None = None):
         super().__init__()
-        halvings = _halvings(stage, teacher)
         channels = [stage.channels, *_widths(stage, teacher, width)]
+        stride = 2 if _halvings(stage, teacher) else 1
         self.bottleneck = nn.Sequential(
-            *(HalvingConv(chs, out_chs) if halvings else ConvNormAct(chs, out_chs, 3)
-              for chs, out_chs in pairwise(channels)),
+            *(self._conv(chs, out_chs, stride) for chs, out_chs in pairwise(channels)),
             ConvNormAct(channels[-1], teacher.channels, 1, apply_act=False))
         self.act = nn.ReLU()
         self.fc = nn.Linear(teacher.channels, num_classes)
         self.apply(_init_weights)
+
+    def _conv(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        return HalvingConv(in_channels, out_channels) if stride == 2 else ConvNormAct(in_channels, out_channels, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         feature = self.bottleneck(x)
         return self.fc(self.act(feature).mean((2, 3))), feature
 
 
-class AttentionHead(nn.Module):
+class AttentionHead(BottleneckHead):
     """Attention mask and separable convolutions (the journal version, doi 10.1109/TPAMI.2021.3067100).
 
     A mask between 0 and 1 for every value of the stage's feature map says what of it this classifier looks at, so that
     the backbone can keep there what only the later layers need. It is made at half the resolution, by a separable
-    convolution to a quarter of the channels and a 1x1 convolution back, and enlarged bilinearly. Separable 3x3
-    convolutions of stride 2 then lead to the teacher's shape, with the widths of `BottleneckHead`.
+    convolution to a quarter of the channels and a 1x1 convolution back, and enlarged bilinearly. What is left goes
+    through a bottleneck whose convolutions are separable, 3x3.
 
     Args:
         stage, teacher, num_classes, width: as of `BottleneckHead`.
     """
 
     def __init__(self, stage: Stage, teacher: Stage, num_classes: int, width: int | None = None):
-        super().__init__()
-        halvings = _halvings(stage, teacher)
-        channels = [stage.channels, *_widths(stage, teacher, width)]
+        super().__init__(stage, teacher, num_classes, width)
         squeezed = max(stage.channels // 4, 8)
         self.attention = nn.Sequential(
             SeparableConvNormAct(stage.channels, squeezed, 3, stride=2), nn.Conv2d(squeezed, stage.channels, 1))
-        self.convs = nn.Sequential(
-            *(SeparableConvNormAct(chs, out_chs, 3, stride=2 if halvings else 1)
-              for chs, out_chs in pairwise(channels)),
-            ConvNormAct(channels[-1], teacher.channels, 1, apply_act=False))
-        self.act = nn.ReLU()
-        self.fc = nn.Linear(teacher.channels, num_classes)
-        self.apply(_init_weights)
+        self.attention.apply(_init_weights)
+
+    def _conv(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        return SeparableConvNormAct(in_channels, out_channels, 3, stride=stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mask = F.interpolate(self.attention(x), x.shape[2:], mode="bilinear").sigmoid()
-        feature = self.convs(x * mask)
-        return self.fc(self.act(feature).mean((2, 3))), feature
+        return super().forward(x * mask)
 
 
 class LinearHead(nn.Module):

@@ -1,11 +1,13 @@
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
-from ..conftest import ROOT
+from ..conftest import ROOT, small_model
 from .server import TOKEN, HubServer
 
 
@@ -30,3 +32,16 @@ def client(hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         return done
 
     return run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    small_model().eval().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")

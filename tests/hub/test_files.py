@@ -15,19 +15,6 @@ from ..conftest import small_backbone, small_model
 FILES = {"config.json", "model.safetensors", "self_distill.safetensors"}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    small_model().eval().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "copy")
-
-
 def edit_config(folder, **settings):
     path = folder / "config.json"
     config = json.loads(path.read_text())

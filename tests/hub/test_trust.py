@@ -1,6 +1,5 @@
 """Repositories that a stranger has damaged or made to harm: one clear error, and nothing built from them."""
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +13,6 @@ from timm_selfdistill import SelfDistillModel
 from ..conftest import small_model
 
 BACKBONE, HEADS = "model.safetensors", "self_distill.safetensors"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    small_model().eval().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "copy")
 
 
 def config(**changes) -> Callable[[Path], None]:
@@ -124,28 +110,38 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("damage", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_it_is_refused_before_anything_is_built(damage, message, folder, monkeypatch):
-    damage(folder)
+def test_it_is_refused_before_anything_is_built(damage, message, copied, monkeypatch):
+    damage(copied)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("something was unpickled"))
     monkeypatch.setattr("timm_selfdistill.hub.mixin.load_weights", lambda *_: pytest.fail("tensors were read"))
     with pytest.raises((ValueError, TypeError), match=message):
-        SelfDistillModel.from_pretrained(folder)
+        SelfDistillModel.from_pretrained(copied)
 
 
 def test_there_are_forty():
     assert len(HOSTILE) >= 40
 
 
-def test_a_pickle_beside_is_never_opened(folder, monkeypatch):
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04evil")
+def test_a_pickle_beside_is_never_opened(copied, monkeypatch):
+    (copied / "pytorch_model.bin").write_bytes(b"\x80\x04evil")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("something was unpickled"))
-    assert SelfDistillModel.from_pretrained(folder).exits
-    (folder / BACKBONE).unlink()
+    assert SelfDistillModel.from_pretrained(copied).exits
+    (copied / BACKBONE).unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors does not exist"):
-        SelfDistillModel.from_pretrained(folder)
+        SelfDistillModel.from_pretrained(copied)
 
 
-def test_half_precision_weights_load(folder):
-    tensors(BACKBONE, lambda t: {k: v.half() if v.is_floating_point() else v for k, v in t.items()})(folder)
-    model = SelfDistillModel.from_pretrained(folder)
+def test_half_precision_weights_load(copied):
+    tensors(BACKBONE, lambda t: {k: v.half() if v.is_floating_point() else v for k, v in t.items()})(copied)
+    model = SelfDistillModel.from_pretrained(copied)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("arguments", [{"head_args": {"width": 10**6}}, {"model_args": {"act_layer": "a/b"}}])
+def test_what_could_not_be_loaded_again_is_not_saved(arguments, copied):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    model = small_model(**{key: value for key, value in arguments.items() if key == "model_args"})
+    model.head_args = arguments.get("head_args", {})
+    with pytest.raises(ValueError, match="must be at most 65536|must be a plain word"):
+        model.save_pretrained(copied)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before

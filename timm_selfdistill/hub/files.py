@@ -44,7 +44,7 @@ def save_timm_model(
         check: False saves without rebuilding, where the same model was seen to be rebuilt before.
 
     Raises:
-        ValueError: timm does not rebuild the model.
+        ValueError: timm does not rebuild the model, or it is beyond the limits of `trust.py`.
         FileExistsError: `folder` is a file.
     """
     folder = Path(folder)
@@ -57,6 +57,7 @@ def save_timm_model(
         _save_config(backbone, fresh / CONFIG, input_size, model_args or {}, settings)
         _save_tensors(backbone, fresh / BACKBONE)
         if heads is not None:
+            read_config(fresh)  # a model that could not be loaded again is refused while the old files are in place
             _save_tensors(heads, fresh / HEADS)
         if check:
             check_rebuilds(backbone, fresh, input_size)

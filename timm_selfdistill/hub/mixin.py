@@ -36,7 +36,8 @@ class HubMixin(ModelHubMixin):
             check: False saves without rebuilding, where this model was seen to be rebuilt before.
 
         Raises:
-            ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping.
+            ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping. Or
+                the model is beyond the limits within which models are loaded (`hub/trust.py`).
         """
         settings = {
             "exits": [stage.index for stage in self.stages],
@@ -122,7 +123,7 @@ class HubMixin(ModelHubMixin):
 
         Raises:
             ValueError: the model cannot be saved.
-            huggingface_hub.errors.HfHubHTTPError: the Hub refuses; nothing of the repository was changed then.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses; there is no commit then.
         """
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:

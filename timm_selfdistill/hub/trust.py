@@ -112,7 +112,8 @@ def check_tensors(path: Path, module: nn.Module) -> None:
     expected = {key: (tuple(value.shape), value.dtype) for key, value in module.state_dict().items()}
     try:
         with safe_open(path, "pt") as file:
-            found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            found = {key: file.get_slice(key) for key in names}
             found = {key: (tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for key, part in found.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch or save it again") from error
