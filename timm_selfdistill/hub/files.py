@@ -6,7 +6,6 @@ heads, ride along.
 """
 import os
 import shutil
-import tempfile
 from os import PathLike
 from pathlib import Path
 from textwrap import shorten
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ..cost import default_input_size, evaluating
 from ..version import __version__
+from .replace import finish_replacing, replacing_files
 from .trust import check_config, check_tensors, read_json
 
 FORMAT_VERSION = 1
@@ -47,12 +47,7 @@ def save_timm_model(
         ValueError: timm does not rebuild the model, or it is beyond the limits of `trust.py`.
         FileExistsError: `folder` is a file.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; a model is saved to a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
+    with replacing_files(Path(folder)) as fresh:
         input_size = default_input_size(backbone, model_args)
         _save_config(backbone, fresh / CONFIG, input_size, model_args or {}, settings)
         _save_tensors(backbone, fresh / BACKBONE)
@@ -63,9 +58,6 @@ def save_timm_model(
             check_rebuilds(backbone, fresh, input_size)
         for path in fresh.iterdir():
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def read_config(folder: str | PathLike) -> dict[str, Any]:
@@ -76,6 +68,7 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
         ValueError: it is no JSON, not one of ours, of another format version, or asks for what `trust.py` refuses.
     """
     path = Path(folder) / CONFIG
+    finish_replacing(Path(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained")
     config = read_json(path)
@@ -117,9 +110,15 @@ def check_model_files(folder: str | PathLike, backbone: nn.Module, heads: nn.Mod
 
 
 def load_weights(backbone: nn.Module, heads: nn.Module, folder: str | PathLike) -> None:
-    """Load backbone and heads from files that `check_model_files` found to fit."""
+    """Give backbone and heads, whose parameters may be on the meta device, the tensors of files that fit.
+
+    Fit they must: `check_model_files` sees to it. Tensors are copied from the files in the modules' own types.
+    """
     for module, name in ((backbone, BACKBONE), (heads, HEADS)):
-        module.load_state_dict(load_file(Path(folder) / name))
+        dtypes = {key: value.dtype for key, value in module.state_dict().items()}
+        tensors = load_file(Path(folder) / name)
+        module.load_state_dict(
+            {key: value.to(dtypes[key], copy=True) for key, value in tensors.items()}, assign=True)
 
 
 def check_rebuilds(backbone: nn.Module, folder: Path, input_size: tuple[int, int, int]) -> None:

@@ -5,6 +5,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import HfApi, ModelHubMixin
 from torch import nn
 
@@ -93,7 +94,8 @@ class HubMixin(ModelHubMixin):
         with torch.device("meta"):  # takes no memory: a file of another model is refused before any is taken
             sketch = build()
         check_model_files(folder, sketch.backbone, sketch.heads)
-        model = build()
+        with init_empty_weights(include_buffers=False):  # no time for first values that are thrown away
+            model = build()
         load_weights(model.backbone, model.heads, folder)
         return model.eval()
 

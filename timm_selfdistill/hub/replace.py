@@ -1,0 +1,48 @@
+"""Several files of a folder replaced as one."""
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+COMPLETE, UNFINISHED = ".saved", ".saving-"
+STALE_SECONDS = 3600
+
+
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """A fresh folder, whose files take the place of those of the same name in `folder` when the block ends well.
+
+    Whenever the process dies, `folder` holds all the old files or all the new ones: the fresh folder gets its final
+    name in one step, and from then on `finish_replacing` can do what is left.
+
+    Raises:
+        FileExistsError: `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; a model is saved to a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{UNFINISHED}*"):
+        if time.time() - left.stat().st_mtime > STALE_SECONDS:  # younger ones may be another process's
+            shutil.rmtree(left, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+    try:
+        yield fresh
+        finish_replacing(folder)
+        os.rename(fresh, folder / COMPLETE)
+        finish_replacing(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Move the files that a killed process had saved, but not yet moved, to their places."""
+    complete = folder / COMPLETE
+    if not complete.is_dir():
+        return
+    with suppress(FileNotFoundError):  # another process is doing the same
+        for path in complete.iterdir():
+            os.replace(path, folder / path.name)
+        complete.rmdir()
