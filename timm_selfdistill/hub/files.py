@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from ..cost import default_input_size, evaluating
 from ..version import __version__
@@ -93,6 +95,23 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
     return config
 
 
+class NoRandomInit(TorchFunctionMode):
+    """Within it random first values are not drawn, which takes most of the time of making a network.
+
+    For networks whose parameters are all loaded afterwards.
+    """
+
+    SKIPPED = frozenset({
+        Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_, init.kaiming_normal_,
+        init.kaiming_uniform_, init.xavier_normal_, init.xavier_uniform_})
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def build_backbone(folder: str | PathLike) -> nn.Module:
     """The timm model that config.json describes, with fresh weights."""
     return timm.create_model(f"local-dir:{folder}", pretrained=False)
@@ -110,15 +129,9 @@ def check_model_files(folder: str | PathLike, backbone: nn.Module, heads: nn.Mod
 
 
 def load_weights(backbone: nn.Module, heads: nn.Module, folder: str | PathLike) -> None:
-    """Give backbone and heads, whose parameters may be on the meta device, the tensors of files that fit.
-
-    Fit they must: `check_model_files` sees to it. Tensors are copied from the files in the modules' own types.
-    """
+    """Load backbone and heads from files that `check_model_files` found to fit."""
     for module, name in ((backbone, BACKBONE), (heads, HEADS)):
-        dtypes = {key: value.dtype for key, value in module.state_dict().items()}
-        tensors = load_file(Path(folder) / name)
-        module.load_state_dict(
-            {key: value.to(dtypes[key], copy=True) for key, value in tensors.items()}, assign=True)
+        module.load_state_dict(load_file(Path(folder) / name))
 
 
 def check_rebuilds(backbone: nn.Module, folder: Path, input_size: tuple[int, int, int]) -> None:

@@ -5,12 +5,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import HfApi, ModelHubMixin
 from torch import nn
 
 from .download import fetch_model
-from .files import build_backbone, check_model_files, load_weights, read_config, save_timm_model
+from .files import NoRandomInit, build_backbone, check_model_files, load_weights, read_config, save_timm_model
 
 T = TypeVar("T", bound="HubMixin")
 
@@ -91,10 +90,10 @@ class HubMixin(ModelHubMixin):
                 build_backbone(folder), exits=settings["exits"], head=head or settings["head"],
                 head_args=settings["head_args"], model_args=config.get("model_args"))
 
-        with torch.device("meta"):  # takes no memory: a file of another model is refused before any is taken
-            sketch = build()
-        check_model_files(folder, sketch.backbone, sketch.heads)
-        with init_empty_weights(include_buffers=False):  # no time for first values that are thrown away
+        with NoRandomInit():
+            with torch.device("meta"):  # takes no memory: a file of another model is refused before any is taken
+                sketch = build()
+            check_model_files(folder, sketch.backbone, sketch.heads)
             model = build()
         load_weights(model.backbone, model.heads, folder)
         return model.eval()
