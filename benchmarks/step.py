@@ -8,13 +8,12 @@ medians; beside it the ratio of their multiply-adds.
 """
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable
 
 import timm
 import torch
 from hardware import create_parser, write_json
+from timing import interleaved
 from timm.task import ClassificationTask
 from torch import nn
 
@@ -77,22 +76,6 @@ def make_step(task: nn.Module, size: int, args: argparse.Namespace) -> Callable[
             torch.cuda.synchronize()
 
     return step
-
-
-def interleaved(steps: list[Callable[[], None]], rounds: int, seconds: float) -> tuple[float, float, float]:
-    """Median milliseconds of each step, and the median of the ratios second / first, pair by pair.
-
-    Two pairs warm up; then come at least `rounds` pairs and `seconds`.
-    """
-    times: list[list[float]] = [[], []]
-    began = time.perf_counter()
-    while len(times[0]) < rounds + 2 or time.perf_counter() - began < seconds:
-        for step, record in zip(steps, times):
-            start = time.perf_counter()
-            step()
-            record.append(1000 * (time.perf_counter() - start))
-    times = [record[2:] for record in times]
-    return *map(statistics.median, times), statistics.median(b / a for a, b in zip(*times))
 
 
 if __name__ == "__main__":
