@@ -56,10 +56,16 @@ assert "timm_selfdistill" not in sys.modules
 
 
 def test_loading_asks_for_the_files_of_a_model_only(hub, client, pushed):
-    hub.add("user/model", {"pytorch_model.bin": b"\x80\x04", "evil.py": b"raise SystemExit", "README.md": b"hello"})
+    hub.add("user/model", {"evil.py": b"raise SystemExit", "README.md": b"hello"})
     assert "layer1" in client(LOAD.format(arguments="")).stdout
     assert hub.count("GET .*resolve") > 0
-    assert hub.count("pytorch_model.bin|evil.py|README.md") == 0
+    assert hub.count("evil.py|README.md") == 0
+
+
+def test_a_repository_with_a_pickle_is_refused_before_anything_is_fetched(hub, client, pushed):
+    hub.add("user/model", {"pytorch_model.bin": b"\x80\x04"})
+    assert "ValueError user/model holds 'pytorch_model.bin'" in client(LOAD.format(arguments="")).stdout
+    assert hub.count("resolve") == 0
 
 
 def test_branches_and_pull_requests(hub, client, pushed):

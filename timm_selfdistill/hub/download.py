@@ -2,7 +2,7 @@
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
 )
 
 from .files import BACKBONE, CONFIG, HEADS
+from .trust import check_names
 
 
 def fetch_model(
@@ -37,12 +38,16 @@ def fetch_model(
             the Hub.
         PermissionError: the repository is private or gated, and the token does not open it.
         OSError: the Hub answers with another error.
+        ValueError: the repository holds a file that could only be unpickled.
     """
     if Path(model_id).is_dir():
         return Path(model_id)
     name = str(model_id)
     at = f" at revision {revision!r}" if revision else ""
+    offline = local_files_only or constants.HF_HUB_OFFLINE
     try:
+        if not offline:
+            check_names(_list_files(name, revision, token), name)
         folder = snapshot_download(
             name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
             force_download=force_download, allow_patterns=[CONFIG, BACKBONE, HEADS])
@@ -59,12 +64,22 @@ def fetch_model(
     except LocalEntryNotFoundError as error:
         if isinstance(error.__cause__, HfHubHTTPError):
             raise OSError(_answered(error.__cause__, name + at)) from error
-        offline = local_files_only or constants.HF_HUB_OFFLINE
         why = "the Hub may not be asked (offline)" if offline else "the Hub cannot be reached"
         raise FileNotFoundError(f"{name}{at} is no folder here and not in the cache, and {why}") from error
     except HfHubHTTPError as error:
         raise OSError(_answered(error, name + at)) from error
     return Path(folder)
+
+
+def _list_files(name: str, revision: str | None, token: str | bool | None) -> list[str]:
+    """The repository's files; none where they cannot be listed.
+
+    Whatever stands in the way then, `snapshot_download` meets it again: it raises, or finds the model in the cache.
+    """
+    try:
+        return HfApi(token=token).list_repo_files(name, revision=revision)
+    except Exception:
+        return []
 
 
 def _answered(error: HfHubHTTPError, name: str) -> str:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..cost import default_input_size, evaluating
 from ..version import __version__
 from .replace import finish_replacing, replacing_files
-from .trust import check_config, check_tensors, read_json
+from .trust import check_config, check_links, check_names, check_tensors, read_json
 
 FORMAT_VERSION = 1
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
@@ -73,6 +73,8 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
     finish_replacing(Path(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained")
+    check_names((entry.name for entry in Path(folder).iterdir()), folder)
+    check_links(Path(folder), (CONFIG, BACKBONE, HEADS))
     config = read_json(path)
     settings = config.get("self_distill") if isinstance(config, dict) else None
     if not isinstance(settings, dict) or "architecture" not in config:

@@ -5,6 +5,8 @@ registers, with plain values as arguments, and within the limits below.
 """
 import json
 import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ MAX_DEPTH = 512
 MAX_ITEMS = 256
 """Most values among the arguments of a model or a head."""
 
+PICKLES = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".pth.tar")
+"""Ends of the names of files that are unpickled to be read."""
+
 # Arguments of `timm.create_model` that load, name files or change what is built, instead of describing a network.
 FORBIDDEN_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
                   "scriptable", "exportable", "no_jit", "features_only", "out_indices", "feature_cls", "device",
@@ -29,8 +34,35 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
           "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 
 
+def check_names(names: Iterable[str], where: str | Path) -> None:
+    """Refuse a folder or repository with files in it that could only be unpickled.
+
+    Raises:
+        ValueError: it has one.
+    """
+    pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
+    if pickles:
+        raise ValueError(
+            f"{where} holds {_short(pickles[0])}, which may run code when it is read; a model is safetensors files"
+            " only: remove it, or save the model with save_pretrained")
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuse files that are links out of the folder; those of the Hub's cache lead to its blobs.
+
+    Raises:
+        ValueError: one does.
+    """
+    inside = folder.resolve()
+    cache = inside.parents[1] / "blobs" if inside.parent.name == "snapshots" else inside
+    for name in names:
+        target = Path(os.path.realpath(folder / name))
+        if inside not in target.parents and cache not in target.parents:
+            raise ValueError(f"{folder / name} is a link that leads out of its folder, to {target}; put the file there")
+
+
 def read_json(path: Path) -> Any:
-    """A JSON file of bounded size and depth.
+    """A JSON file of bounded size and depth, strictly read: no NaN, no infinity, no key twice.
 
     Raises:
         ValueError: it is too large or too deep, or no JSON.
@@ -39,11 +71,23 @@ def read_json(path: Path) -> Any:
     if size > MAX_CONFIG_BYTES:
         raise ValueError(f"{path} has {size} bytes, more than the {MAX_CONFIG_BYTES} that are read")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {_short(next(key for key in keys if keys.count(key) > 1))} occurs twice")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
@@ -69,9 +113,28 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: model_args may describe the network only, not set {', '.join(forbidden)}")
     if model_args.get("num_classes", classes) != classes:
         raise ValueError(f"{path} has {classes} classes, but {_short(model_args['num_classes'])} in model_args")
+    _check_preprocessing(config, classes, path)
     network = {key: value for key, value in model_args.items() if key != "num_classes"}
     for name, values in (("model_args", network), ("head_args", settings["head_args"])):
         _check_values(values, f"{path}: {name}")
+
+
+def _check_preprocessing(config: dict[str, Any], classes: int, path: Path) -> None:
+    """What timm calls pretrained_cfg describes images and classes; here it must, and nothing else."""
+    values = config.get("pretrained_cfg")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: pretrained_cfg must be an object, got {_short(values)}")
+    kinds = {"input_size": (3, int), "mean": (None, (int, float)), "std": (None, (int, float))}
+    for key, (length, kind) in kinds.items():
+        value = values.get(key)
+        if (not isinstance(value, list) or length not in (None, len(value)) or not 1 <= len(value) <= MAX_ITEMS
+                or not all(isinstance(item, kind) and not isinstance(item, bool) and 0 <= item <= MAX_NUMBER
+                           for item in value)):
+            raise ValueError(f"{path}: pretrained_cfg has {key}={_short(value)}, expected a list of numbers")
+    for names in (config.get("label_names"), values.get("label_names")):
+        fits = names is None or (isinstance(names, list) and len(names) == classes) or isinstance(names, dict)
+        if not fits or not all(isinstance(name, str) for name in (names or ())):
+            raise ValueError(f"{path}: label_names must hold {classes} names, got {_short(names)}")
 
 
 def _check_values(values: dict[str, Any], where: str) -> None:
