@@ -6,6 +6,7 @@ import resource
 import signal
 import struct
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,9 +142,10 @@ HOSTILE = {
     "a link to itself": (link(HEADS, HEADS), "is a link that leads|does not exist|oop"),
     "a pipe as weights": (pipe(BACKBONE), "model.safetensors does not exist"),
     "a folder as config": (folder_instead("config.json"), "config.json does not exist"),
-    "no preprocessing": (config(pretrained_cfg=None), "pretrained_cfg must be an object, got None"),
+    "no preprocessing": (config(pretrained_cfg=None), "pretrained_cfg must be an object with an input_size, got N"),
+    "a number as network": (config(model_args__layers=5), "timm does not make a network of its model_args"),
     "a word as mean": (config(pretrained_cfg__mean="grey"), "mean='grey', expected a list of numbers"),
-    "a huge image": (config(pretrained_cfg__input_size=[3, 10**9, 10**9]), "input_size=.*, expected a list of numbers"),
+    "a huge image": (config(pretrained_cfg__input_size=[3, 10**9, 10**9]), "expected channels, height, width"),
     "too few names": (config(label_names=["shoe"]), "label_names must hold 10 names"),
     "names that are none": (config(label_names=[["shoe"]] * 10), "label_names must hold 10 names"),
     "a tensor twice": (twice(HEADS), "is damaged or no safetensors file"),
@@ -181,6 +183,8 @@ def within_limits(work: Callable[[], str]) -> str:
         signal.alarm(60)  # a hang; not 5, for a machine that is busy
         try:
             os.write(writer, work().encode())
+        except BaseException:
+            os.write(writer, traceback.format_exc()[-4000:].encode())
         finally:
             os._exit(0)
     os.close(writer)

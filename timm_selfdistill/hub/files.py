@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..cost import default_input_size, evaluating
 from ..version import __version__
 from .replace import finish_replacing, replacing_files
-from .trust import check_config, check_links, check_names, check_tensors, read_json
+from .trust import check_config, check_links, check_names, check_tensors, preprocessing, read_json
 
 FORMAT_VERSION = 1
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
@@ -114,9 +114,19 @@ class NoRandomInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_backbone(folder: str | PathLike) -> nn.Module:
-    """The timm model that config.json describes, with fresh weights."""
-    return timm.create_model(f"local-dir:{folder}", pretrained=False)
+def build_backbone(config: dict[str, Any], folder: str | PathLike) -> nn.Module:
+    """The timm model that a config of `read_config` describes, with fresh weights.
+
+    Raises:
+        ValueError: timm makes no network of it.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        return timm.create_model(
+            config["architecture"], pretrained_cfg=preprocessing(config, path), **(config.get("model_args") or {}))
+    except Exception as error:  # whatever timm's code does with arguments that it was not written for
+        reason = shorten(repr(error), 200)
+        raise ValueError(f"{path}: timm does not make a network of its model_args: {reason}") from error
 
 
 def check_model_files(folder: str | PathLike, backbone: nn.Module, heads: nn.Module) -> None:

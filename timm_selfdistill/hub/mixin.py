@@ -87,7 +87,7 @@ class HubMixin(ModelHubMixin):
 
         def build() -> T:
             return cls(
-                build_backbone(folder), exits=settings["exits"], head=head or settings["head"],
+                build_backbone(config, folder), exits=settings["exits"], head=head or settings["head"],
                 head_args=settings["head_args"], model_args=config.get("model_args"))
 
         with NoRandomInit():

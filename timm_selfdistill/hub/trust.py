@@ -6,7 +6,7 @@ registers, with plain values as arguments, and within the limits below.
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ MAX_DEPTH = 512
 """Highest sum of the arguments that say how many blocks or layers a network has."""
 MAX_ITEMS = 256
 """Most values among the arguments of a model or a head."""
+MAX_TEXT = 10_000
+"""Most characters of a text."""
 
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".pth.tar")
 """Ends of the names of files that are unpickled to be read."""
 
 # Arguments of `timm.create_model` that load, name files or change what is built, instead of describing a network.
-FORBIDDEN_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
-                  "scriptable", "exportable", "no_jit", "features_only", "out_indices", "feature_cls", "device",
-                  "dtype"}
+FORBIDDEN_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict",
+                  "pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir", "model_name",
+                  "scriptable", "exportable", "no_jit", "features_only", "out_indices", "feature_cls", "feature_cfg",
+                  "model_cfg", "cfg", "kwargs_filter", "device", "dtype"}
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
           "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 
@@ -113,28 +116,63 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: model_args may describe the network only, not set {', '.join(forbidden)}")
     if model_args.get("num_classes", classes) != classes:
         raise ValueError(f"{path} has {classes} classes, but {_short(model_args['num_classes'])} in model_args")
-    _check_preprocessing(config, classes, path)
+    preprocessing(config, path)
     network = {key: value for key, value in model_args.items() if key != "num_classes"}
     for name, values in (("model_args", network), ("head_args", settings["head_args"])):
         _check_values(values, f"{path}: {name}")
 
 
-def _check_preprocessing(config: dict[str, Any], classes: int, path: Path) -> None:
-    """What timm calls pretrained_cfg describes images and classes; here it must, and nothing else."""
-    values = config.get("pretrained_cfg")
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: pretrained_cfg must be an object, got {_short(values)}")
-    kinds = {"input_size": (3, int), "mean": (None, (int, float)), "std": (None, (int, float))}
-    for key, (length, kind) in kinds.items():
-        value = values.get(key)
-        if (not isinstance(value, list) or length not in (None, len(value)) or not 1 <= len(value) <= MAX_ITEMS
-                or not all(isinstance(item, kind) and not isinstance(item, bool) and 0 <= item <= MAX_NUMBER
-                           for item in value)):
-            raise ValueError(f"{path}: pretrained_cfg has {key}={_short(value)}, expected a list of numbers")
-    for names in (config.get("label_names"), values.get("label_names")):
-        fits = names is None or (isinstance(names, list) and len(names) == classes) or isinstance(names, dict)
-        if not fits or not all(isinstance(name, str) for name in (names or ())):
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 3 and all(type(item) is int and _is_number(item) for item in value)
+
+
+def _are_words(value: Any) -> bool:
+    return _is_word(value) or (isinstance(value, list) and len(value) <= MAX_ITEMS and all(map(_is_word, value)))
+
+
+PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("input_size", "test_input_size", "min_input_size"),
+                    (lambda value: _is_size(value) and len(value) == 3 and min(value) > 0, "channels, height, width")),
+    **dict.fromkeys(("pool_size", "test_pool_size"), (_is_size, "height and width")),
+    **dict.fromkeys(("mean", "std"), (lambda value: isinstance(value, list) and 0 < len(value) <= MAX_ITEMS
+                                      and all(map(_is_number, value)), "a list of numbers")),
+    **dict.fromkeys(("crop_pct", "test_crop_pct"), (lambda value: _is_number(value) and value > 0, "a number above 0")),
+    "fixed_input_size": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("interpolation", "crop_mode", "tag", "license", "description", "origin_url", "paper_name"),
+                    (_is_word, "a text")),
+    **dict.fromkeys(("first_conv", "classifier", "paper_ids", "notes"), (_are_words, "a text or a list of them")),
+}
+"""What timm's PretrainedCfg holds, but for where weights come from: when a value is right, and in words."""
+
+
+def preprocessing(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """timm's pretrained_cfg of a config: images and class names, nothing that names weights or files.
+
+    Raises:
+        ValueError: a value is of another kind than timm's.
+    """
+    values, classes = config.get("pretrained_cfg"), config["num_classes"]
+    if not isinstance(values, dict) or "input_size" not in values:
+        raise ValueError(f"{path}: pretrained_cfg must be an object with an input_size, got {_short(values)}")
+    known = {key: values[key] for key in PREPROCESSING if values.get(key) is not None}
+    for key, value in known.items():
+        fits, words = PREPROCESSING[key]
+        if not fits(value):
+            raise ValueError(f"{path}: pretrained_cfg has {key}={_short(value)}, expected {words}")
+    names = config.get("label_names", values.get("label_names"))
+    if names is not None:
+        if not isinstance(names, list) or len(names) != classes or not all(map(_is_word, names)):
             raise ValueError(f"{path}: label_names must hold {classes} names, got {_short(names)}")
+        known["label_names"] = names
+    return known | {"num_classes": classes, "architecture": config["architecture"]}
 
 
 def _check_values(values: dict[str, Any], where: str) -> None:
