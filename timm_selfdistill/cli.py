@@ -13,7 +13,7 @@ from .config_file import read_flags
 from .heads import HEADS
 from .training import TrainConfig
 from .training.augmentation import CROP_MODES
-from .training.config import SCHEDULES
+from .training.config import HUB_STRATEGIES, SCHEDULES
 
 _BOOLEAN = argparse.BooleanOptionalAction
 SOURCE_FLAGS = ("data_dir", "dataset", "dataset_config", "train_split", "val_split", "input_key", "target_key")
@@ -158,6 +158,7 @@ def parse_exits(exits: list[str] | None) -> list[int | str] | None:
     return None if exits is None else [int(exit) if exit.lstrip("-").isdigit() else exit for exit in exits]
 
 
+_OPTIONAL = {"validation_batch_size": int, "clip_grad": float, "hub_model_id": str}
 _SHORT = {"batch_size": "-b", "workers": "-j"}
 _HELP = {
     "decay_epochs": "between two steps of the step schedule",
@@ -186,6 +187,10 @@ _HELP = {
     "grad_accum_steps": "forward passes per update",
     "clip_grad": "highest gradient norm",
     "workers": "data-loading processes per training process",
+    "push_to_hub": "upload the best model at the end, in the background",
+    "hub_model_id": "repository, user/name (default: name of the run directory)",
+    "hub_private": "make a private repository",
+    "hub_strategy": "also during the run: every new best model, or the last one every epoch",
     "report_to": "trackers, e.g. tensorboard wandb",
 }
 
@@ -204,8 +209,10 @@ def _add_config(group: Any) -> None:
         options["help"] = _HELP.get(field.name, field.name.replace("_", " "))
         if isinstance(field.default, bool):
             options["action"] = _BOOLEAN
+        elif field.name == "hub_strategy":
+            options["choices"] = HUB_STRATEGIES
         elif isinstance(field.default, tuple):
             options |= {"nargs": "+", "type": int if field.name == "decay_milestones" else str}
         else:
-            options["type"] = {"validation_batch_size": int, "clip_grad": float}.get(field.name, type(field.default))
+            options["type"] = _OPTIONAL.get(field.name, type(field.default))
         group.add_argument(*flags, **options)

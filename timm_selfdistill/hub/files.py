@@ -2,8 +2,9 @@
 
 `config.json` and `model.safetensors` are timm's own layout, read by `timm.create_model("local-dir:FOLDER",
 pretrained=True)` without this package. Our key "self_distill" in config.json and `self_distill.safetensors`, the
-heads, ride along.
+heads, ride along; README.md is the model card, with exits.png.
 """
+import json
 import os
 import shutil
 from os import PathLike
@@ -22,11 +23,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..cost import default_input_size, evaluating
 from ..version import __version__
+from .card import create_card, may_replace
+from .picture import plot_exits
 from .replace import finish_replacing, replacing_files
 from .trust import check_config, check_links, check_names, check_tensors, preprocessing, read_json
 
 FORMAT_VERSION = 1
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
+CARD, PICTURE = "README.md", "exits.png"
 
 
 def save_timm_model(
@@ -36,13 +40,18 @@ def save_timm_model(
         model_args: dict[str, Any] | None = None,
         heads: nn.Module | None = None,
         settings: dict[str, Any] | None = None,
+        metrics: dict[str, Any] | None = None,
+        rows: list[dict[str, Any]] | None = None,
         check: bool = True,
+        card_data: dict[str, Any] | None = None,
 ) -> None:
-    """Write a timm model in timm's layout, after seeing that timm rebuilds it from the files.
+    """Write a timm model in timm's layout with its card, after seeing that timm rebuilds it from the files.
 
     Args:
         heads, settings: of a self-distilled model: its shallow classifiers, and what makes them again ("exits", "head",
-            "head_args") together with anything else to record.
+            "head_args").
+        metrics: what to record in config.json.
+        rows, card_data: see `create_card`.
         check: False saves without rebuilding, where the same model was seen to be rebuilt before.
 
     Raises:
@@ -51,15 +60,51 @@ def save_timm_model(
     """
     with replacing_files(Path(folder)) as fresh:
         input_size = default_input_size(backbone, model_args)
-        _save_config(backbone, fresh / CONFIG, input_size, model_args or {}, settings)
+        _save_config(backbone, fresh / CONFIG, input_size, model_args or {}, settings, metrics)
         _save_tensors(backbone, fresh / BACKBONE)
         if heads is not None:
             read_config(fresh)  # a model that could not be loaded again is refused while the old files are in place
             _save_tensors(heads, fresh / HEADS)
         if check:
             check_rebuilds(backbone, fresh, input_size)
+        _save_card(fresh, Path(folder), rows or [], metrics, card_data)
         for path in fresh.iterdir():
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
+
+
+def read_metrics(folder: str | PathLike) -> dict[str, Any] | None:
+    """What is recorded of a saved model, self-distilled or plain; None where nothing is, or there is no model."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    return config.get("self_distill", config).get("metrics")
+
+
+def save_metrics(folder: str | PathLike, metrics: dict[str, Any], card_data: dict[str, Any] | None = None) -> None:
+    """Record other metrics of a saved model, in config.json, card and picture; its weights stay as they are.
+
+    Args:
+        metrics: with "exits", the rows of the card.
+        card_data: see `create_card`.
+    """
+    with replacing_files(Path(folder)) as fresh:
+        config = read_json(Path(folder) / CONFIG)
+        config.get("self_distill", config)["metrics"] = metrics
+        (fresh / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        _save_card(fresh, Path(folder), metrics["exits"], metrics, card_data)
+
+
+def _save_card(
+        fresh: Path, folder: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None,
+        card_data: dict[str, Any] | None,
+) -> None:
+    config = read_json(fresh / CONFIG)
+    picture = bool(rows) and all("top1" in row and "macs" in row for row in rows)
+    if picture:
+        plot_exits(fresh / PICTURE, config["architecture"], rows)
+    if may_replace(folder / CARD):
+        create_card(config, rows, metrics, picture=picture, **(card_data or {})).save(fresh / CARD)
 
 
 def read_config(folder: str | PathLike) -> dict[str, Any]:
@@ -205,6 +250,7 @@ def _save_config(
         input_size: tuple[int, int, int],
         model_args: dict[str, Any],
         settings: dict[str, Any] | None,
+        metrics: dict[str, Any] | None,
 ) -> None:
     pretrained_cfg = filter_pretrained_cfg(backbone.pretrained_cfg, remove_source=True) | {
         "input_size": input_size, "num_classes": backbone.num_classes, "first_conv": None}
@@ -214,4 +260,6 @@ def _save_config(
     if settings is not None:
         versions = {"format_version": FORMAT_VERSION, "timm_selfdistill_version": __version__}
         model_config["self_distill"] = versions | settings
+    if metrics is not None:
+        model_config.get("self_distill", model_config)["metrics"] = metrics
     save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args)

@@ -1,15 +1,25 @@
 """Saving, loading and pushing, as methods of a model."""
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi, ModelHubMixin
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 
 from .download import fetch_model
-from .files import NoRandomInit, build_backbone, check_model_files, load_weights, read_config, save_timm_model
+from .files import (
+    CARD,
+    NoRandomInit,
+    build_backbone,
+    check_model_files,
+    load_weights,
+    read_config,
+    save_timm_model,
+)
+from .push import push_folder
 
 T = TypeVar("T", bound="HubMixin")
 
@@ -23,17 +33,29 @@ class HubMixin(ModelHubMixin):
             *,
             metrics: dict[str, Any] | None = None,
             check: bool = True,
-    ) -> None:
+            push_to_hub: bool = False,
+            repo_id: str | None = None,
+            model_card_kwargs: dict[str, Any] | None = None,
+            **push_to_hub_kwargs: Any,
+    ) -> str | None:
         """Save to a folder that both `SelfDistillModel.from_pretrained` and plain timm read.
 
-        The folder gets `config.json` and `model.safetensors` (the backbone, in timm's own layout) and
-        `self_distill.safetensors` (the heads). Files are written beside and moved into place only after timm was seen
-        to rebuild the same model from them.
+        The folder gets `config.json` and `model.safetensors` (the backbone, in timm's own layout),
+        `self_distill.safetensors` (the heads) and `README.md`, the model card. Files are written beside and take the
+        old ones' places together, after timm was seen to rebuild the same model from them.
 
         Args:
-            save_directory: made if missing; other files in it stay.
-            metrics: recorded in config.json, anything JSON can hold.
+            save_directory: made if missing; other files in it stay, also a card that somebody edited.
+            metrics: recorded in config.json, anything JSON can hold. The card shows those of a `Trainer`: "exits" (a
+                dict with exit, top1, top5 in per cent for each), "dataset" (name, type, split, images), "epoch",
+                "settings", "versions", "hardware".
             check: False saves without rebuilding, where this model was seen to be rebuilt before.
+            push_to_hub: upload it, too, to `repo_id`, by default the folder's name.
+            model_card_kwargs: metadata of the card, e.g. `{"license": "mit"}`.
+            push_to_hub_kwargs: further arguments of `push_to_hub`.
+
+        Returns:
+            The address of the commit, if there is one.
 
         Raises:
             ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping. Or
@@ -44,10 +66,21 @@ class HubMixin(ModelHubMixin):
             "head": self.head if isinstance(self.head, str) else None,
             "head_args": self.head_args,
         }
-        if metrics is not None:
-            settings["metrics"] = metrics
         save_timm_model(
-            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=settings, check=check)
+            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=settings,
+            metrics=metrics, rows=self._card_rows(metrics), check=check, card_data=model_card_kwargs)
+        if not push_to_hub:
+            return None
+        return push_folder(save_directory, repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)
+
+    def _card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """What is known of each exit: its cost, and what is measured of it."""
+        measured = (metrics or {}).get("exits", [])
+        if measured and all("macs" in row for row in measured):
+            return measured
+        costs = [{"exit": row.exit, "module": row.module, "macs": row.macs, "share": row.share}
+                 for row in self.summary()]
+        return [cost | next((row for row in measured if row["exit"] == cost["exit"]), {}) for cost in costs]
 
     @classmethod
     def from_pretrained(
@@ -107,17 +140,22 @@ class HubMixin(ModelHubMixin):
             token: str | None = None,
             revision: str | None = None,
             create_pr: bool | None = None,
+            allow_patterns: list[str] | str | None = None,
+            ignore_patterns: list[str] | str | None = None,
+            delete_patterns: list[str] | str | None = None,
+            model_card_kwargs: dict[str, Any] | None = None,
             metrics: dict[str, Any] | None = None,
     ) -> str:
         """Save the model and upload it to the Hub, where both readers load it by `repo_id`.
 
         Args:
-            repo_id: "user/name"; made if missing.
+            repo_id: "user/name", or "name" for the user whose token it is; made if missing.
             private: of a repository that is made; None is the organisation's default.
             token: None is the one of `hf auth login`.
             revision: branch to commit to; None is "main".
             create_pr: open a pull request instead of committing to the branch.
-            metrics: see `save_pretrained`.
+            allow_patterns, ignore_patterns, delete_patterns: of `huggingface_hub.HfApi.upload_folder`.
+            model_card_kwargs, metrics: see `save_pretrained`.
 
         Returns:
             The address of the commit.
@@ -126,10 +164,15 @@ class HubMixin(ModelHubMixin):
             ValueError: the model cannot be saved.
             huggingface_hub.errors.HfHubHTTPError: the Hub refuses; there is no commit then.
         """
-        api = HfApi(token=token)
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, metrics=metrics)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
-                create_pr=create_pr).commit_url
+            self.save_pretrained(folder, metrics=metrics, model_card_kwargs=model_card_kwargs)
+            return push_folder(
+                folder, repo_id, commit_message=commit_message, private=private, token=token, revision=revision,
+                create_pr=create_pr, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns,
+                delete_patterns=delete_patterns)
+
+    def generate_model_card(self, *, metrics: dict[str, Any] | None = None, **card_data: Any) -> ModelCard:
+        """The card that `save_pretrained` would write; see there."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, metrics=metrics, check=False, model_card_kwargs=card_data)
+            return ModelCard.load(Path(folder) / CARD)

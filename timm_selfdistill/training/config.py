@@ -2,8 +2,11 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from timm.optim import list_optimizers
 
+HUB_STRATEGIES = ("end", "best", "epoch")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
 
 
@@ -32,6 +35,10 @@ class TrainConfig:
         log_interval: updates between two looks at the loss.
         checkpoint_hist: checkpoints kept.
         report_to: names of Accelerate's trackers, e.g. ("tensorboard", "wandb").
+        push_to_hub: upload the best model at the end of the run, and with the hub_strategy "best" every new best
+            one, with "epoch" the last one after every epoch, too, in the background.
+        hub_model_id: repository, "user/name" or "name"; None is the name of the run directory.
+        hub_private: make a private repository.
         settings: anything else that config.yaml should record, e.g. the model's name, under names of its own.
     """
 
@@ -72,6 +79,10 @@ class TrainConfig:
     log_interval: int = 50
     checkpoint_hist: int = 3
     report_to: tuple[str, ...] = ()
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private: bool = False
+    hub_strategy: str = "end"
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,6 +112,10 @@ class TrainConfig:
             raise ValueError(f"unknown optimizer {self.opt!r}; timm has {', '.join(known)}")
         if self.sched not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.sched!r}; choose from {', '.join(SCHEDULES)}")
+        if self.hub_strategy not in HUB_STRATEGIES:
+            raise ValueError(f"hub_strategy must be one of {', '.join(HUB_STRATEGIES)}, got {self.hub_strategy!r}")
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id)
         if self.amp_dtype not in ("float16", "bfloat16"):
             raise ValueError(f"amp_dtype must be 'float16' or 'bfloat16', got {self.amp_dtype!r}")
 
@@ -114,3 +129,11 @@ class TrainConfig:
         values = asdict(self)
         values |= values.pop("settings")
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError for what cannot be the id of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"hub_model_id must be 'user/name' or 'name', got {repo_id!r}") from error

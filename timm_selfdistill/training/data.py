@@ -25,16 +25,18 @@ class ImageDataset(torch.utils.data.Dataset):
         rows: with an image column and a column of class indices.
         transform: PIL image -> tensor, e.g. of `timm.data.create_transform`.
         mode: PIL mode that images are converted to: "L" (one channel) or "RGB".
+        source: see `ImageSplits`.
     """
 
     def __init__(self, rows: datasets.Dataset, image_column: str, label_column: str, transform: Any, mode: str,
-                 num_classes: int):
+                 num_classes: int, source: dict[str, Any] | None = None):
         self.rows = rows.select_columns([image_column, label_column])
         self.rows = self.rows.cast_column(image_column, datasets.Image(decode=False))
         self.image_column, self.label_column = image_column, label_column
         self.transform = transform
         self.mode = mode
         self.num_classes = num_classes
+        self.source = source
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,6 +59,8 @@ class ImageSplits:
     """1 where the first image is grey, else 3."""
     size: tuple[int, int]
     """(height, width) of the first image."""
+    source: dict[str, Any]
+    """Where the validation images come from, in the Hub's terms: name, type, config, split, hub_id."""
 
     @property
     def num_classes(self) -> int:
@@ -91,7 +95,7 @@ class ImageSplits:
             raise ValueError(f"timm does not know a setting of the transforms: {error}") from error
         mode = "L" if channels == 1 else "RGB"
         return tuple(
-            ImageDataset(rows, self.image_column, self.label_column, transform, mode, self.num_classes)
+            ImageDataset(rows, self.image_column, self.label_column, transform, mode, self.num_classes, self.source)
             for rows, transform in ((self.train, train), (self.val, val))
         )
 
@@ -145,7 +149,9 @@ def load_images(
         train, val = _split(train, val_fraction, label_column, seed)
     first = _decode(train.cast_column(image_column, datasets.Image(decode=False))[0][image_column], 0)
     in_chans = 1 if first.mode in ("1", "L", "I", "F", "I;16") else 3
-    return ImageSplits(train, val, image_column, label_column, class_names, in_chans, first.size[::-1])
+    return ImageSplits(
+        train, val, image_column, label_column, class_names, in_chans, first.size[::-1],
+        _describe(source, name, val_split or f"{val_fraction:g} of {train_split}"))
 
 
 def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datasets.Dataset]:
@@ -171,6 +177,14 @@ def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datas
                 f"{path} holds no images; expected one subfolder per class, or parquet or arrow files") from error
         raise FileNotFoundError(f"{source} is no folder or file here, and no data set on the Hub: {error}") from error
     return {train_split: loaded} if isinstance(loaded, datasets.Dataset) else loaded
+
+
+def _describe(source: Any, name: str | None, split: str) -> dict[str, Any]:
+    if not isinstance(source, (str, Path)):
+        return {"name": "images", "type": "imagefolder", "split": split}
+    if Path(source).exists():
+        return {"name": Path(source).resolve().name, "type": "imagefolder", "split": split}
+    return {"name": str(source), "type": str(source), "config": name, "split": split, "hub_id": str(source)}
 
 
 def _find_column(rows: datasets.Dataset, column: str | None, feature: type, what: str, source: Any) -> str:

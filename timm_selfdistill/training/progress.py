@@ -1,5 +1,7 @@
 """What a run tells while it goes: a live bar on a terminal, plain lines elsewhere, from the main process only."""
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -57,9 +59,25 @@ class ProgressReporter:
         self.last_line = time.perf_counter()
         self.console.print(line, highlight=False, markup=False)
 
+    def wait(self, what: str, is_done: Callable[[float], bool]) -> None:
+        """Show that something is waited for, with the time that it has taken.
+
+        Args:
+            is_done: waits up to the given seconds and says whether it is done.
+        """
+        began = time.perf_counter()
+        with self.console.status(what) if self.live else nullcontext() as status:
+            while not is_done(0.5 if self.live else PLAIN_LINE_SECONDS):
+                text = f"{what}, {_clock(time.perf_counter() - began)}"
+                status.update(text) if self.live else self.say(text)
+
     def time_left(self) -> str:
         done = max(1, self.done_updates - self.first_update)
         seconds = (time.perf_counter() - self.began) / done * (self.total_updates - self.done_updates)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d}"
+        return _clock(seconds)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -11,6 +11,8 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from ..hub import exit_style
+
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up."""
@@ -54,37 +56,11 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     keys = [key for key in history[0] if key.startswith("top1_")]
     for index, key in enumerate(keys):
         name = key.removeprefix("top1_").replace("_", " ")
-        accuracy.plot(epochs, [row[key] for row in history], marker=".", label=name, **_style(index, len(keys), name))
+        style = exit_style(index, len(keys), name)
+        accuracy.plot(epochs, [row[key] for row in history], marker=".", label=name, **style)
     accuracy.set(xlabel="epoch", ylabel="top-1 %", title="validation accuracy")
     accuracy.legend()
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
-
-
-def plot_exits(path: Path, summary: dict[str, Any]) -> None:
-    """exits.png: accuracy over multiply-adds, an exit a point."""
-    rows = summary["exits"]
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.subplots()
-    line = [row for row in rows if row["exit"] != "ensemble"]
-    axes.plot([row["macs"] / 1e6 for row in line], [row["top1"] for row in line], color="tab:blue", alpha=0.4, zorder=1)
-    for index, row in enumerate(rows):
-        ensemble = row["exit"] == "ensemble"
-        style = _style(index, len(rows), str(row["exit"]))
-        label = "ensemble" if ensemble else f"exit {row['exit']} ({row['module']})" if row["module"] else "plain"
-        axes.scatter(row["macs"] / 1e6, row["top1"], s=120 if ensemble else 60, color=style["color"],
-                     alpha=style.get("alpha"), marker="*" if ensemble else "o", zorder=2,
-                     label=f"{label}: {row['top1']:.2f} %, {row['share']:.0%} of the compute")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), fontsize=9, frameon=False)
-    axes.set(xlabel="multiply-adds per image, millions", ylabel="top-1 %", xlim=(0, None),
-             title=f"{summary['model']}: accuracy over compute")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def _style(index: int, count: int, name: str) -> dict[str, Any]:
-    if name == "ensemble":
-        return {"color": "tab:orange", "linestyle": "--"}
-    return {"color": "tab:blue", "alpha": 0.35 + 0.65 * index / max(1, count - 2)}

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .upload import UploadResult
+
 
 @dataclass
 class TrainResult:
@@ -16,6 +18,8 @@ class TrainResult:
     summary: dict[str, Any] | None = None
     """As in summary.json; None where the run was interrupted."""
     interrupted_by: signal.Signals | None = None
+    upload: UploadResult | None = None
+    """Of the main process, where the run pushes to the Hub."""
 
 
 @dataclass

@@ -12,35 +12,35 @@ CPU_MACS = 4_000_000_000
 """Multiply-adds that a timed call may take on a CPU, about a fifth of a second."""
 
 
-def summarize(
-        model: nn.Module, metrics: list[ExitMetrics], epochs: int, input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """The content of summary.json: model, epochs, and per exit accuracy, loss, cost and measured speed-up.
-
-    The speed-up is the time of the plain network over the exit's, on the model's device in eval mode.
+def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """Module, parameters, multiply-adds and share of the plain network's for each exit, or for a plain model alone.
 
     Args:
         input_size: (channels, height, width) of the images.
     """
     if isinstance(model, SelfDistillModel):
-        costs = [(row.module, row.params, row.macs, row.share) for row in model.summary(input_size)]
-        calls = [lambda x, exit=row.exit: model.predict(x, exit) for row in metrics]
-        name = model.backbone.pretrained_cfg.get("architecture")
-    else:
-        params, macs, _ = count_cost(model, input_size)
-        costs, calls = [("", params, macs, 1.0)], [model]
-        name = getattr(model, "pretrained_cfg", {}).get("architecture")
+        return [{"module": row.module, "params": row.params, "macs": row.macs, "share": row.share}
+                for row in model.summary(input_size)]
+    params, macs, _ = count_cost(model, input_size)
+    return [{"module": "", "params": params, "macs": macs, "share": 1.0}]
+
+
+def merge_rows(metrics: list[ExitMetrics], costs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per exit: its accuracy and its cost."""
+    return [metric._asdict() | cost for metric, cost in zip(metrics, costs, strict=True)]
+
+
+def exit_speedups(model: nn.Module, rows: list[dict[str, Any]], input_size: tuple[int, int, int]) -> list[float]:
+    """Measured time of the plain network over that of each row's exit, on the model's device in eval mode."""
     like = next(model.parameters())
-    most_macs = costs[-1][2]
-    count = 16 if like.is_cuda else max(1, min(16, CPU_MACS // most_macs))
+    count = 16 if like.is_cuda else max(1, min(16, CPU_MACS // rows[-1]["macs"]))
     x = torch.randn(count, *input_size, device=like.device, dtype=like.dtype)
-    plain = model.backbone if isinstance(model, SelfDistillModel) else model
-    speedups = measure_speedups(model, plain, calls, x)
-    return {
-        "model": name or type(plain).__name__,
-        "epochs": epochs,
-        "input_size": list(input_size),
-        "exits": [
-            {**row._asdict(), "module": module, "params": params, "macs": macs, "share": share, "speedup": speedup}
-            for row, (module, params, macs, share), speedup in zip(metrics, costs, speedups)
-        ],
-    }
+    if isinstance(model, SelfDistillModel):
+        calls = [lambda x, exit=row["exit"]: model.predict(x, exit) for row in rows]
+        return measure_speedups(model, model.backbone, calls, x)
+    return measure_speedups(model, model, [model], x)
+
+
+def model_name(model: nn.Module) -> str:
+    backbone = model.backbone if isinstance(model, SelfDistillModel) else model
+    return getattr(backbone, "pretrained_cfg", {}).get("architecture") or type(backbone).__name__

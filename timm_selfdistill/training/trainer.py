@@ -15,7 +15,6 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .. import hub
 from ..cost import evaluating
 from ..model import SelfDistillModel
 from .accelerator import create_accelerator, start_trackers
@@ -25,11 +24,12 @@ from .interrupt import InterruptRequest, leave_process_group
 from .metrics import ExitMeter, ExitMetrics, exit_logits
 from .mixing import TargetMixer
 from .progress import ProgressReporter
-from .report import plot_curves, plot_exits, write_history, write_json
+from .report import plot_curves, write_history
 from .run_directory import open_run, write_config
 from .sampling import EpochSampler
+from .saved_models import SavedModels
 from .state import TrainResult, TrainState
-from .summary import summarize
+from .upload import create_uploader
 
 
 class Trainer:
@@ -68,6 +68,8 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self.state)
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
+        self.saved = SavedModels(self.output, config, self.accelerator, val_data, self.input_size)
+        self.uploader = create_uploader(config, self.output, self.accelerator, self.eval_model)
 
     def _create_loaders(self, train_data: Dataset, val_data: Dataset) -> None:
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
@@ -134,8 +136,11 @@ class Trainer:
             self._save_checkpoint()
         else:
             summary = self._summarize()
+            if self.uploader:
+                self.uploader.push("best", f"Best model of {config.epochs} epochs")
         self.accelerator.end_training()
-        return TrainResult(self.output, state.history, summary, interrupted_by)
+        upload = self.uploader and self.uploader.finish(self.progress)
+        return TrainResult(self.output, state.history, summary, interrupted_by, upload)
 
     def _resume(self, checkpoint: Path) -> None:
         self.accelerator.load_state(str(checkpoint))
@@ -246,35 +251,28 @@ class Trainer:
             accelerator.log({key: value for key, value in row.items() if key != "epoch"}, step=state.updates)
         deepest = next(metric for metric in reversed(metrics) if metric.exit != "ensemble")
         self._save_model("last", metrics)
-        if deepest.top1 > state.best_top1 or not (self.output / "best").exists():  # as when resumed into a new output
+        is_best = deepest.top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
+        if is_best:
             state.best_top1 = deepest.top1
             self._save_model("best", metrics)
         if accelerator.is_main_process:
             write_history(self.output / "history.csv", state.history)
             plot_curves(self.output / "curves.png", state.history)
         self._save_checkpoint()
+        if self.uploader:
+            self.uploader.finish_epoch(state.epoch, is_best, self.progress)
 
     def _summarize(self) -> dict[str, Any]:
         """Write summary.json and exits.png; the same answer on every process, one of which measures the speed-ups."""
         metrics = self.metrics or self.evaluate()
-        answer = [None]
+        answer: list[Any] = [None]
         if self.accelerator.is_main_process:
-            answer = [summarize(self.eval_model, metrics, self.state.epoch, self.input_size)]
-            write_json(self.output / "summary.json", answer[0])
-            plot_exits(self.output / "exits.png", answer[0])
+            answer = [self.saved.summarize(self.eval_model, metrics, self.state.epoch)]
         return broadcast_object_list(answer)[0]
 
     def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        model, folder = self.eval_model, self.output / name
-        if isinstance(model, SelfDistillModel):
-            values = None if metrics is None else {"epoch": self.state.epoch, "exits": [m._asdict() for m in metrics]}
-            model.save_pretrained(folder, metrics=values, check=metrics is None)
-        elif hasattr(model, "pretrained_cfg"):
-            hub.save_timm_model(model, folder, check=metrics is None)
-        else:
-            hub.save_weights(model, folder)
+        if self.accelerator.is_main_process:
+            self.saved.save(name, self.eval_model, self.state.epoch, metrics)
 
     def _save_checkpoint(self) -> None:
         self.checkpoint = save_checkpoint(

@@ -1,0 +1,105 @@
+"""The model card: what a model is, how good each exit is, how to load it, and how it was made."""
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+PLACEHOLDER = "user/name"
+"""Stands for the repository's id in the card of a model that has none yet."""
+MARK = "Written by timm-selfdistill. Remove this line to keep your edits when the model is saved here again."
+TAGS = ("timm", "image-classification")
+SELF_DISTILL_TAGS = ("self-distillation", "timm-selfdistill")
+HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-ascl", "apple-amlr", "gemma",
+                "unknown"}
+"""Those that timm names and the Hub knows."""
+PRIVATE_SETTINGS = {"output", "resume", "data_dir"}
+"""Settings that are paths on the author's machine."""
+
+
+def create_card(
+        config: dict[str, Any],
+        rows: list[dict[str, Any]],
+        metrics: dict[str, Any] | None = None,
+        *,
+        repo_id: str = PLACEHOLDER,
+        picture: bool = False,
+        **card_data: Any,
+) -> ModelCard:
+    """A card from a model's config.json and what is known of its training.
+
+    Args:
+        config: content of config.json.
+        rows: of every classifier and the ensemble: exit, module, and any of top1, top5, macs, share, speedup.
+        metrics: as `Trainer` records them: epoch, dataset, settings, versions, hardware, base_model; all optional.
+        picture: exits.png lies beside the card.
+        card_data: further metadata, or other than what is found, e.g. `license="mit"`.
+    """
+    metrics = metrics or {}
+    settings = config.get("self_distill")
+    dataset, training = metrics.get("dataset"), metrics.get("settings")
+    name = config["architecture"] + ("-self-distilled" if settings else "")
+    results = _eval_results(rows, dataset) if dataset else []
+    data = ModelCardData(**{
+        **_license(config["pretrained_cfg"].get("license")),
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": [*TAGS, *(SELF_DISTILL_TAGS if settings else ())],
+        "datasets": [dataset["hub_id"]] if dataset and dataset.get("hub_id") else None,
+        "base_model": metrics.get("base_model"),
+        "metrics": ["accuracy"] if results else None,
+        "model_name": name,
+        "eval_results": results or None,
+        **card_data,
+    })
+    shown = {key: value for key, value in (training or {}).items() if key not in PRIVATE_SETTINGS}
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(cell=_cell, fixed=_fixed, thousands="{:,}".format)
+    template = environment.from_string((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
+    columns = ("exit", "module", "top1", "top5", "macs", "share", "speedup")
+    return ModelCard(template.render(
+        card_data=data.to_yaml(), mark=MARK, model_name=name, repo_id=repo_id, architecture=config["architecture"],
+        exits=len(settings["exits"]) + 1 if settings else 0, own_head=bool(settings) and settings["head"] is None,
+        num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
+        rows=[{key: row.get(key) for key in columns} for row in rows],
+        has_speedup=any("speedup" in row for row in rows), picture=picture, dataset=dataset, epoch=metrics.get("epoch"),
+        training=training, training_yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(),
+        hardware=metrics.get("hardware"), versions=metrics.get("versions", {})))
+
+
+def may_replace(path: Path) -> bool:
+    """Whether a README.md may be written over: there is none, or it is one of ours that nobody took for their own."""
+    return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _eval_results(rows: list[dict[str, Any]], dataset: dict[str, Any]) -> list[EvalResult]:
+    """The Hub's entries, accuracies as fractions: first the deepest exit, which is what plain timm loads."""
+    measured = [row for row in rows if "top1" in row]
+    deepest = next((row for row in reversed(measured) if row["exit"] != "ensemble"), None)
+    measured.sort(key=lambda row: row is not deepest)
+    results = []
+    for row in measured:
+        which = "" if row is deepest else ", ensemble" if row["exit"] == "ensemble" else f", exit {row['exit']}"
+        for key, name in (("top1", "Top-1 accuracy"), ("top5", "Top-5 accuracy")):
+            results.append(EvalResult(
+                task_type="image-classification", task_name="Image Classification", dataset_type=dataset["type"],
+                dataset_name=dataset["name"], dataset_config=dataset.get("config"), dataset_split=dataset["split"],
+                metric_type="accuracy" if key == "top1" else "top_5_accuracy", metric_name=name + which,
+                metric_value=round(row[key] / 100, 6)))
+    return results
+
+
+def _license(name: str | None) -> dict[str, str]:
+    """That of the weights that the training began with, else timm's own, under the Hub's name or as another one."""
+    name = name or "apache-2.0"
+    return {"license": name} if name in HUB_LICENSES else {"license": "other", "license_name": name}
+
+
+def _cell(text: str) -> str:
+    """A text from outside for a line or table of Markdown."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("`", "'")
+
+
+def _fixed(value: float | None, form: str, factor: float = 1) -> str:
+    return "" if value is None else form.format(value * factor)

@@ -1,0 +1,90 @@
+"""best/ and last/ of a run: saved models, with a record of how they were made."""
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import Dataset
+
+from .. import hub
+from ..model import SelfDistillModel
+from ..version import __version__
+from .config import TrainConfig
+from .metrics import ExitMetrics
+from .report import write_json
+from .summary import exit_costs, exit_speedups, merge_rows, model_name
+
+PACKAGES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub")
+
+
+class SavedModels:
+    """Saves the models of a run, from its main process.
+
+    Args:
+        val_data: a data set whose `source`, if it has one, says where it comes from, see `ImageSplits`.
+        input_size: (channels, height, width) of the images.
+    """
+
+    def __init__(
+            self, output: Path, config: TrainConfig, accelerator: Accelerator, val_data: Dataset,
+            input_size: tuple[int, int, int]):
+        self.output, self.input_size = output, input_size
+        self.costs: list[dict[str, Any]] = []
+        source = getattr(val_data, "source", None)
+        self.facts = {
+            "dataset": source and {**source, "images": len(val_data)},
+            "settings": config.to_dict(),
+            "versions": {"timm-selfdistill": __version__, "Python": platform.python_version(),
+                         **{name: version(name) for name in PACKAGES}},
+            "hardware": describe_hardware(accelerator),
+        }
+
+    def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
+        """Save a model under its name; the first time, without metrics, after seeing that it can be loaded again."""
+        folder, record, first = self.output / name, None, metrics is None
+        self.costs = self.costs or exit_costs(model, self.input_size)
+        if metrics is not None:
+            record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._base_model(model), **self.facts}
+        if isinstance(model, SelfDistillModel):
+            model.save_pretrained(folder, metrics=record, check=first)
+        elif hasattr(model, "pretrained_cfg"):
+            hub.save_timm_model(model, folder, metrics=record, rows=record and record["exits"], check=first)
+        else:
+            hub.save_weights(model, folder)
+
+    def summarize(self, model: nn.Module, metrics: list[ExitMetrics], epochs: int) -> dict[str, Any]:
+        """Measure the speed-up of every exit at the end of the run; write summary.json and exits.png, and record it in
+        the saved models, whose exits are as fast."""
+        rows = merge_rows(metrics, self.costs or exit_costs(model, self.input_size))
+        speedups = exit_speedups(model, rows, self.input_size)
+        summary = {"model": model_name(model), "epochs": epochs, "input_size": list(self.input_size),
+                   "exits": _with_speedups(rows, speedups)}
+        write_json(self.output / "summary.json", summary)
+        hub.plot_exits(self.output / "exits.png", summary["model"], summary["exits"])
+        for folder in (self.output / "best", self.output / "last"):
+            record = hub.read_metrics(folder)
+            if record:
+                hub.save_metrics(folder, record | {"exits": _with_speedups(record["exits"], speedups)})
+        return summary
+
+    def _base_model(self, model: nn.Module) -> dict[str, str]:
+        backbone = model.backbone if isinstance(model, SelfDistillModel) else model
+        base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id")
+        return {"base_model": base_model} if self.facts["settings"].get("pretrained") and base_model else {}
+
+
+def _with_speedups(rows: list[dict[str, Any]], speedups: list[float]) -> list[dict[str, Any]]:
+    return [row | {"speedup": speedup} for row, speedup in zip(rows, speedups, strict=True)]
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    """Names and number of the devices that a run trains on."""
+    if accelerator.device.type == "cuda":
+        name = torch.cuda.get_device_name(accelerator.device)
+    else:
+        name = f"{platform.processor() or platform.machine()} {accelerator.device.type} with {os.cpu_count()} cores"
+    return f"{accelerator.num_processes} x {name}"
