@@ -1,7 +1,6 @@
 """What all benchmarks share: their flags, what they ran on, and where their figures go."""
 import argparse
 import json
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -11,12 +10,13 @@ import timm
 import torch
 
 import timm_selfdistill
+from timm_selfdistill.training.hardware import device_name
 
 
 def describe(device: str) -> dict[str, Any]:
     """Name of the processor or GPU, threads, and versions."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "timm": timm.__version__,
@@ -43,9 +43,3 @@ def write_json(path: str | Path, device: str, rows: list[dict[str, Any]]) -> Non
     lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)  # a row a line: there may be a thousand
     path.write_text(f"{head},\n  \"rows\": [\n{lines}\n  ]\n}}\n")
     print(f"wrote {path}")
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -23,7 +23,15 @@ from timm_selfdistill import (
     model_data_config,
     wrap_self_distill,
 )
-from timm_selfdistill.cli import parse_args, parse_exits, run, train_config, train_parser
+from timm_selfdistill.cli import (
+    NOT_UPLOADED,
+    parse_args,
+    parse_exits,
+    run,
+    train_config,
+    train_parser,
+    upload_lines,
+)
 from timm_selfdistill.training.preprocessing import create_backbone
 from timm_selfdistill.training.report import print_summary
 
@@ -69,10 +77,14 @@ def main() -> int:
     if result.interrupted_by:
         console.print(f"stopped by {result.interrupted_by.name}; go on with the same command and --resume:")
         console.print(f"  {same_command('--resume', str(result.output))}", markup=False, highlight=False)
+    else:
+        print_summary(console, result.summary)
+        console.print(next_lines(result.output, args.baseline), markup=False, highlight=False)
+    if result.upload:
+        console.print(upload_lines(result.upload, config.hub_private), markup=False, highlight=False)
+    if result.interrupted_by:
         return 128 + result.interrupted_by
-    print_summary(console, result.summary)
-    console.print(next_lines(result.output, args.baseline), markup=False, highlight=False)
-    return 0
+    return NOT_UPLOADED if result.upload and result.upload.failure else 0
 
 
 def next_lines(output: Path, baseline: bool) -> str:
@@ -81,8 +93,9 @@ def next_lines(output: Path, baseline: bool) -> str:
     if not baseline:
         lines += [f"  SelfDistillModel.from_pretrained('{output}/best')               # all exits"]
         if "--resume" not in sys.argv:
+            no_push = ["--no-push-to-hub"] if "--push-to-hub" in sys.argv else []  # it would take the model's place
             lines += ["or train the plain network, to compare:",
-                      f"  {same_command('--baseline', '--output', f'{output}-baseline')}"]
+                      f"  {same_command('--baseline', '--output', f'{output}-baseline', *no_push)}"]
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,12 +41,17 @@ class Repository:
 
 @dataclass
 class Failure:
-    """How the next `times` requests whose "METHOD /path" matches `pattern` fail."""
+    """How the next `times` requests whose "METHOD /path" matches `pattern` fail.
+
+    `status` None drops the connection, in the middle of the file where there is one. With `seconds` there is first no
+    answer for so long.
+    """
 
     pattern: str
     status: int | None
     headers: dict[str, str]
     times: int
+    seconds: float
 
 
 class HubServer:
@@ -57,7 +63,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.failures: list[Failure] = []
-        self.lock = threading.Lock()
+        self.lock, self.stopped = threading.Lock(), threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -68,12 +74,15 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
 
-    def fail(self, pattern: str, status: int | None, times: int = 1, **headers: str) -> None:
-        """Let the next requests whose "METHOD /path" matches fail with `status`; None drops the connection."""
-        self.failures.append(Failure(pattern, status, {k.replace("_", "-"): v for k, v in headers.items()}, times))
+    def fail(
+            self, pattern: str, status: int | None, times: int = 1, seconds: float = 0.0, **headers: str) -> None:
+        """Let the next requests whose "METHOD /path" matches fail, see `Failure`."""
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.failures.append(Failure(pattern, status, names, times, seconds))
 
     def add(self, repo_id: str, files: dict[str, bytes], revision: str = "main") -> str:
         """Put files into a repository, as somebody else has pushed them; the commit's id."""
@@ -112,15 +121,20 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         request = f"{self.command} {url.path}"
         with self.hub.lock:
             self.hub.requests.append(request)
             failure = next((f for f in self.hub.failures if f.times and re.search(f.pattern, request)), None)
             if failure:
                 failure.times -= 1
+        length = int(self.headers.get("Content-Length") or 0)
+        if failure and failure.status is None:
+            self._drop(length // 2)
+            return
+        self.body = self.rfile.read(length)
         if failure:
-            self._fail(failure)
+            self.hub.stopped.wait(failure.seconds)
+            self.reply(failure.status, {"error": f"told to fail with {failure.status}"}, failure.headers)
             return
         for method, pattern, name in ROUTES:
             match = re.fullmatch(pattern, url.path)
@@ -131,12 +145,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
-    def _fail(self, failure: Failure) -> None:
-        if failure.status is None:
-            self.close_connection = True
-            self.connection.close()
-        else:
-            self.reply(failure.status, {"error": f"told to fail with {failure.status}"}, failure.headers)
+    def _drop(self, count: int) -> None:
+        """Take some bytes of what is sent and hang up; of what is fetched, send the beginning."""
+        self.rfile.read(count)
+        if self.command == "GET":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write(b"0" * 1000)
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def reply(self, status: int, value: object = None, headers: dict[str, str] | None = None) -> None:
         data = value if isinstance(value, bytes) else b"" if value is None else json.dumps(value).encode()

@@ -1,6 +1,7 @@
 """A saved model on disk and on the Hub."""
-from .download import fetch_model
+from .download import fetch_model, file_sizes
 from .files import (
+    NoRandomInit,
     build_backbone,
     load_weights,
     read_config,
@@ -16,10 +17,12 @@ from .push import explain_failure, push_folder, stage_model
 
 __all__ = [
     "HubMixin",
+    "NoRandomInit",
     "build_backbone",
     "exit_style",
     "explain_failure",
     "fetch_model",
+    "file_sizes",
     "load_weights",
     "plot_exits",
     "push_folder",

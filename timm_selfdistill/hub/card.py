@@ -14,8 +14,6 @@ SELF_DISTILL_TAGS = ("self-distillation", "timm-selfdistill")
 HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-ascl", "apple-amlr", "gemma",
                 "unknown"}
 """Those that timm names and the Hub knows."""
-PRIVATE_SETTINGS = {"output", "resume", "data_dir"}
-"""Settings that are paths on the author's machine."""
 
 
 def create_card(
@@ -53,7 +51,6 @@ def create_card(
         "eval_results": results or None,
         **card_data,
     })
-    shown = {key: value for key, value in (training or {}).items() if key not in PRIVATE_SETTINGS}
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(cell=_cell, fixed=_fixed, thousands="{:,}".format)
     template = environment.from_string((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
@@ -64,7 +61,7 @@ def create_card(
         num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
         rows=[{key: row.get(key) for key in columns} for row in rows],
         has_speedup=any("speedup" in row for row in rows), picture=picture, dataset=dataset, epoch=metrics.get("epoch"),
-        training=training, training_yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(),
+        training=training, training_yaml=yaml.safe_dump(training or {}, sort_keys=False, allow_unicode=True).strip(),
         hardware=metrics.get("hardware"), versions=metrics.get("versions", {})))
 
 

@@ -11,8 +11,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 
-from .files import BACKBONE, CONFIG, HEADS
+from .files import BACKBONE, CARD, CONFIG, HEADS, PICTURE
 from .trust import check_names
 
 
@@ -24,6 +25,7 @@ def fetch_model(
         cache_dir: str | PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        only_config: bool = False,
 ) -> Path:
     """The folder of a saved model: `model_id` itself where it is one, else the files of that repository, cached.
 
@@ -32,6 +34,7 @@ def fetch_model(
     Args:
         model_id: a folder, or the id of a repository on the Hub ("user/name").
         revision, token, cache_dir, local_files_only, force_download: of `huggingface_hub.snapshot_download`.
+        only_config: config.json alone, without the weights.
 
     Raises:
         FileNotFoundError: there is no such folder, repository or revision, or it is not cached and there is no way to
@@ -47,10 +50,10 @@ def fetch_model(
     offline = local_files_only or constants.HF_HUB_OFFLINE
     try:
         if not offline:
-            check_names(_list_files(name, revision, token), name)
+            check_names(_list_sizes(name, revision, token), name)
         folder = snapshot_download(
             name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
-            force_download=force_download, allow_patterns=[CONFIG, BACKBONE, HEADS])
+            force_download=force_download, allow_patterns=[CONFIG] if only_config else [CONFIG, BACKBONE, HEADS])
     except HFValidationError as error:
         raise FileNotFoundError(f"{name} is no folder here, and no id of a repository on the Hub: {error}") from error
     except GatedRepoError as error:
@@ -71,15 +74,25 @@ def fetch_model(
     return Path(folder)
 
 
-def _list_files(name: str, revision: str | None, token: str | bool | None) -> list[str]:
+def file_sizes(model_id: str | PathLike, revision: str | None = None) -> dict[str, int]:
+    """Bytes of each file of a saved model, in a folder or on the Hub; none where the Hub does not say."""
+    if Path(model_id).is_dir():
+        sizes = {path.name: path.stat().st_size for path in Path(model_id).iterdir() if path.is_file()}
+    else:
+        sizes = _list_sizes(str(model_id), revision, None)
+    return {name: sizes[name] for name in (CONFIG, BACKBONE, HEADS, CARD, PICTURE) if name in sizes}
+
+
+def _list_sizes(name: str, revision: str | None, token: str | bool | None) -> dict[str, int]:
     """The repository's files; none where they cannot be listed.
 
     Whatever stands in the way then, `snapshot_download` meets it again: it raises, or finds the model in the cache.
     """
     try:
-        return HfApi(token=token).list_repo_files(name, revision=revision)
+        tree = list(HfApi(token=token).list_repo_tree(name, revision=revision, recursive=True))
     except Exception:
-        return []
+        return {}
+    return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
 
 
 def _answered(error: HfHubHTTPError, name: str) -> str:

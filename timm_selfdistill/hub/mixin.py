@@ -68,19 +68,20 @@ class HubMixin(ModelHubMixin):
         }
         save_timm_model(
             self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=settings,
-            metrics=metrics, rows=self._card_rows(metrics), check=check, card_data=model_card_kwargs)
+            metrics=metrics, rows=self.card_rows(metrics), check=check, card_data=model_card_kwargs)
         if not push_to_hub:
             return None
         return push_folder(save_directory, repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)
 
-    def _card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
         """What is known of each exit: its cost, and what is measured of it."""
-        measured = (metrics or {}).get("exits", [])
+        measured = (metrics or {}).get("exits")
+        measured = [row for row in measured if isinstance(row, dict)] if isinstance(measured, list) else []
         if measured and all("macs" in row for row in measured):
             return measured
         costs = [{"exit": row.exit, "module": row.module, "macs": row.macs, "share": row.share}
                  for row in self.summary()]
-        return [cost | next((row for row in measured if row["exit"] == cost["exit"]), {}) for cost in costs]
+        return [cost | next((row for row in measured if row.get("exit") == cost["exit"]), {}) for cost in costs]
 
     @classmethod
     def from_pretrained(
@@ -118,18 +119,26 @@ class HubMixin(ModelHubMixin):
                 f"{pretrained_model_name_or_path} was saved with a head of its own; pass it:"
                 " from_pretrained(..., head=...)")
 
-        def build() -> T:
-            return cls(
-                build_backbone(config, folder), exits=settings["exits"], head=head or settings["head"],
-                head_args=settings["head_args"], model_args=config.get("model_args"))
-
         with NoRandomInit():
             with torch.device("meta"):  # takes no memory: a file of another model is refused before any is taken
-                sketch = build()
+                sketch = cls.from_config(config, folder, head)
             check_model_files(folder, sketch.backbone, sketch.heads)
-            model = build()
+            model = cls.from_config(config, folder, head)
         load_weights(model.backbone, model.heads, folder)
         return model.eval()
+
+    @classmethod
+    def from_config(
+            cls: type[T],
+            config: dict[str, Any],
+            folder: str | PathLike,
+            head: Callable[..., nn.Module] | None = None,
+    ) -> T:
+        """The model that the config.json of a folder describes, as `read_config` read it, with fresh weights."""
+        settings = config["self_distill"]
+        return cls(
+            build_backbone(config, folder), exits=settings["exits"], head=head or settings["head"],
+            head_args=settings["head_args"], model_args=config.get("model_args"))
 
     def push_to_hub(
             self,

@@ -1,18 +1,17 @@
 """Images and labels from anything that `datasets` reads, as tensors that timm's transforms made."""
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor, nn
 
 from .augmentation import create_train_transform
+from .images import decode_image, to_mode
 from .preprocessing import takes_other_sizes
 
 VAL_SPLITS = ("validation", "val", "valid", "test")
@@ -43,7 +42,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self.rows[index]
-        return self.transform(_to_mode(_decode(row[self.image_column], index), self.mode)), row[self.label_column]
+        return self.transform(to_mode(decode_image(row[self.image_column], index), self.mode)), row[self.label_column]
 
 
 @dataclass
@@ -147,7 +146,7 @@ def load_images(
         _check_labels(val, label_column, len(class_names), "validation")
     else:
         train, val = _split(train, val_fraction, label_column, seed)
-    first = _decode(train.cast_column(image_column, datasets.Image(decode=False))[0][image_column], 0)
+    first = decode_image(train.cast_column(image_column, datasets.Image(decode=False))[0][image_column], 0)
     in_chans = 1 if first.mode in ("1", "L", "I", "F", "I;16") else 3
     return ImageSplits(
         train, val, image_column, label_column, class_names, in_chans, first.size[::-1],
@@ -258,21 +257,6 @@ def _check_range(low: int, high: int, num_classes: int, column: str) -> None:
             f"labels in column {column!r} must lie in 0..{num_classes - 1}, got {low if low < 0 else high}"
             + ("; -1 marks a split without labels: choose another" if low == -1 else "")
         )
-
-
-def _decode(image: dict[str, Any], index: int) -> Image.Image:
-    try:
-        decoded = Image.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
-        decoded.load()
-        return decoded
-    except (UnidentifiedImageError, OSError, TypeError) as error:
-        raise ValueError(f"cannot read image {(image and image['path']) or f'in row {index}'}: {error}") from error
-
-
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 8
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    return image.convert(mode)
 
 
 def _named(source: Any) -> str:

@@ -1,11 +1,9 @@
 """best/ and last/ of a run: saved models, with a record of how they were made."""
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
@@ -14,10 +12,13 @@ from .. import hub
 from ..model import SelfDistillModel
 from ..version import __version__
 from .config import TrainConfig
+from .hardware import device_name
 from .metrics import ExitMetrics
 from .report import write_json
 from .summary import exit_costs, exit_speedups, merge_rows, model_name
 
+PRIVATE_SETTINGS = {"output", "resume", "data_dir"}
+"""Paths on this machine, which no published file tells."""
 PACKAGES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub")
 
 
@@ -37,10 +38,10 @@ class SavedModels:
         source = getattr(val_data, "source", None)
         self.facts = {
             "dataset": source and {**source, "images": len(val_data)},
-            "settings": config.to_dict(),
+            "settings": {key: value for key, value in config.to_dict().items() if key not in PRIVATE_SETTINGS},
             "versions": {"timm-selfdistill": __version__, "Python": platform.python_version(),
                          **{name: version(name) for name in PACKAGES}},
-            "hardware": describe_hardware(accelerator),
+            "hardware": f"{accelerator.num_processes} x {device_name(accelerator.device)}",
         }
 
     def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
@@ -79,12 +80,3 @@ class SavedModels:
 
 def _with_speedups(rows: list[dict[str, Any]], speedups: list[float]) -> list[dict[str, Any]]:
     return [row | {"speedup": speedup} for row, speedup in zip(rows, speedups, strict=True)]
-
-
-def describe_hardware(accelerator: Accelerator) -> str:
-    """Names and number of the devices that a run trains on."""
-    if accelerator.device.type == "cuda":
-        name = torch.cuda.get_device_name(accelerator.device)
-    else:
-        name = f"{platform.processor() or platform.machine()} {accelerator.device.type} with {os.cpu_count()} cores"
-    return f"{accelerator.num_processes} x {name}"

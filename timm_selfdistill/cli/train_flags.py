@@ -1,47 +1,24 @@
-"""The command line: timm's flag names, YAML files of them, and errors in one line."""
+"""Flags of a training run: timm's names, and YAML files of them."""
 import argparse
-import os
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import datasets
-
+from ..heads import HEADS
+from ..training import TrainConfig
+from ..training.augmentation import CROP_MODES
+from ..training.config import HUB_STRATEGIES, SCHEDULES
 from .config_file import read_flags
-from .heads import HEADS
-from .training import TrainConfig
-from .training.augmentation import CROP_MODES
-from .training.config import HUB_STRATEGIES, SCHEDULES
+from .program import Parser
 
 _BOOLEAN = argparse.BooleanOptionalAction
 SOURCE_FLAGS = ("data_dir", "dataset", "dataset_config", "train_split", "val_split", "input_key", "target_key")
-DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, AssertionError, ImportError)
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback."""
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-        datasets.disable_progress_bars()
-    try:
-        sys.exit(main())
-    except USER_ERRORS as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        # An error from a data-loading process carries that process's traceback; its last line is the message.
-        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-        line = lines[-1].removeprefix(f"{type(error).__name__}: ") if "Traceback" in str(error) else lines[0]
-        expected = isinstance(error, (ValueError, OSError, FloatingPointError))
-        more = "" if expected else f" ({DEBUG_VARIABLE}=1 shows where)"
-        print(f"{os.path.basename(sys.argv[0])}: error: {line}{more}", file=sys.stderr)
-        sys.exit(2)
 
 
 def train_parser(description: str, default_data: str) -> argparse.ArgumentParser:
     """Flags of a training run."""
-    parser = _Parser(description=description, formatter_class=_HelpFormatter)
+    parser = Parser(description=description, formatter_class=_HelpFormatter)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML with any of the flags below; flags given here win")
     _add_data(parser.add_argument_group("data"), default_data)
     _add_augmentation(parser.add_argument_group("augmentation"))
@@ -136,13 +113,6 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         return parser.parse_args(argv)
     leave_out = SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()
     return parser.parse_args([*read_flags(parser, Path(by_hand.config), leave_out), *argv])
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing forty lines of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists the flags")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

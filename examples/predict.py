@@ -1,0 +1,40 @@
+"""The classes that a self-distilled model sees in a picture, at any exit.
+
+    python examples/predict.py image.jpg --model user/name
+    python examples/predict.py image.jpg --model runs/first/best --exit 0     # the first exit: the fastest
+    python examples/predict.py image.jpg --model runs/first/best --exit ensemble
+"""
+import torch
+from timm.data import create_transform, resolve_model_data_config
+
+from timm_selfdistill import SelfDistillModel
+from timm_selfdistill.cli import Parser, run
+from timm_selfdistill.training.images import open_image
+
+
+def main() -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("image", help="a picture in any format that Pillow reads")
+    parser.add_argument("--model", required=True, metavar="ID", help="repository on the Hub, or a saved model")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the deepest; ensemble is the mean of all")
+    parser.add_argument("--topk", type=int, default=5, help="classes to print")
+    args = parser.parse_args()
+    if args.topk < 1:
+        raise ValueError(f"--topk must be at least 1, got {args.topk}")
+
+    model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
+    config = resolve_model_data_config(model.backbone)
+    image = open_image(args.image, "L" if config["input_size"][0] == 1 else "RGB")
+    exit = int(args.exit) if args.exit.lstrip("-").isdigit() else args.exit
+    with torch.no_grad():
+        probabilities = model.predict(create_transform(**config)(image)[None], exit)[0].softmax(0)
+
+    names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
+    for probability, index in zip(*probabilities.topk(min(args.topk, model.num_classes))):
+        print(f"{probability:7.2%}  {names[index]}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,38 @@
+"""What every program of the package does: errors in one line, and exit codes."""
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import datasets
+
+DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, AssertionError, ImportError)
+NOT_UPLOADED = 3
+"""Exit code of a run that trained to its end, but whose model is not on the Hub."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        datasets.disable_progress_bars()
+    try:
+        sys.exit(main())
+    except USER_ERRORS as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        # An error from a data-loading process carries that process's traceback; its last line is the message.
+        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+        line = lines[-1].removeprefix(f"{type(error).__name__}: ") if "Traceback" in str(error) else lines[0]
+        expected = isinstance(error, (ValueError, OSError, FloatingPointError))
+        more = "" if expected else f" ({DEBUG_VARIABLE}=1 shows where)"
+        print(f"{os.path.basename(sys.argv[0])}: error: {line}{more}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of printing forty lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the flags")
