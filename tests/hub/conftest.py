@@ -2,7 +2,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,20 +20,66 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def client(hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs Python code in a process of its own, whose Hub is the one on loopback; its cache lasts for the test."""
+def environment(hub, tmp_path) -> dict[str, str]:
+    """Of a process whose Hub is the one on loopback; its cache lasts for the test."""
+    return {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
-    def run(code: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": TOKEN,
-               "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-               **environment}
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True,
-                              timeout=120)
+
+@pytest.fixture
+def command(environment, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a program in that environment; its output never shows the token."""
+
+    def run(*args: object, check: bool = True, **more: str) -> subprocess.CompletedProcess:
+        done = subprocess.run([*map(str, args)], cwd=tmp_path, env={**environment, **more}, capture_output=True,
+                              text=True, timeout=300)
         assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert TOKEN not in done.stdout + done.stderr
         return done
 
     return run
+
+
+@pytest.fixture
+def client(command) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs Python code in a process of its own."""
+    return lambda code, **more: command(sys.executable, "-c", code, **more)
+
+
+READER = """
+import sys, traceback
+for line in sys.stdin:
+    try:
+        exec(eval(line), {})
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+    print("\\0", flush=True)
+"""
+
+
+@pytest.fixture
+def interpreter(environment, tmp_path) -> Iterator[Callable[[str], str]]:
+    """Runs pieces of Python code one after the other in one process, and gives what each printed."""
+    process = subprocess.Popen([sys.executable, "-c", READER], cwd=tmp_path, env=environment, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    timer = threading.Timer(240, process.kill)
+    timer.start()
+
+    def run(code: str) -> str:
+        process.stdin.write(repr(code) + "\n")
+        process.stdin.flush()
+        lines = []
+        while (line := process.stdout.readline()) != "\0\n":
+            assert line, "the process died"
+            lines.append(line)
+        assert TOKEN not in "".join(lines)
+        return "".join(lines).strip()
+
+    yield run
+    process.stdin.close()
+    process.wait(60)
+    timer.cancel()
 
 
 @pytest.fixture(scope="module")

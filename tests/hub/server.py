@@ -11,9 +11,13 @@ import json
 import re
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 TOKEN = "hf_" + "loopback" * 4
 LFS_SUFFIXES = (".safetensors", ".png", ".bin")
@@ -63,6 +67,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.failures: list[Failure] = []
+        self.held: list[tuple[str, threading.Event]] = []
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -74,7 +79,8 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stopped.set()
+        for event in [self.stopped, *(event for _, event in self.held)]:
+            event.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -84,6 +90,12 @@ class HubServer:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         self.failures.append(Failure(pattern, status, names, times, seconds))
 
+    def hold(self, pattern: str) -> threading.Event:
+        """Let the requests whose "METHOD /path" matches wait until the event is set."""
+        event = threading.Event()
+        self.held.append((pattern, event))
+        return event
+
     def add(self, repo_id: str, files: dict[str, bytes], revision: str = "main") -> str:
         """Put files into a repository, as somebody else has pushed them; the commit's id."""
         return self.repositories.setdefault(repo_id, Repository()).commit(revision, files)
@@ -92,6 +104,8 @@ class HubServer:
         return sum(bool(re.search(pattern, request)) for request in self.requests)
 
 
+METADATA = {"license": str, "library_name": str, "pipeline_tag": str, "tags": list, "datasets": list, "metrics": list,
+            "base_model": str, "model-index": list}
 REPOSITORY = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
@@ -127,6 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             failure = next((f for f in self.hub.failures if f.times and re.search(f.pattern, request)), None)
             if failure:
                 failure.times -= 1
+            waiting = [event for pattern, event in self.hub.held if re.search(pattern, request)]
+        for event in waiting:
+            event.wait()
         length = int(self.headers.get("Content-Length") or 0)
         if failure and failure.status is None:
             self._drop(length // 2)
@@ -163,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, header)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # the client has given up
+                self.wfile.write(data)
 
     def _allowed(self, write: bool = False, repo: str | None = None) -> bool:
         """Whether the request's token may do this; replies if not."""
@@ -203,7 +221,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo})
 
     def validate_yaml(self) -> None:
-        self.reply(200, {"errors": [], "warnings": []})
+        try:
+            data = ModelCard(json.loads(self.body)["content"]).data.to_dict()
+            errors = [f"{key} must be {kind.__name__}" for key, kind in METADATA.items()
+                      if key in data and not isinstance(data[key], kind)]
+        except (ValueError, KeyError, TypeError, YAMLError) as error:
+            errors = [str(error)]
+        self.reply(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
 
     def preupload(self, repo: str, revision: str) -> None:
         if not self._allowed(write=True) or self._find(repo) is None:

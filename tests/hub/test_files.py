@@ -12,7 +12,8 @@ from timm_selfdistill.heads import LinearHead
 
 from ..conftest import small_backbone, small_model
 
-FILES = {"config.json", "model.safetensors", "self_distill.safetensors"}
+MODEL_FILES = {"config.json", "model.safetensors", "self_distill.safetensors"}
+FILES = MODEL_FILES | {"README.md"}
 
 
 def edit_config(folder, **settings):
@@ -118,7 +119,7 @@ def test_tensors_of_another_shape_are_refused(copied, tmp_path):
         SelfDistillModel.from_pretrained(copied)
 
 
-@pytest.mark.parametrize("file", sorted(FILES))
+@pytest.mark.parametrize("file", sorted(MODEL_FILES))
 def test_missing_files_are_named(copied, file):
     (copied / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"{file} does not exist"):

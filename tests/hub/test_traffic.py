@@ -36,7 +36,9 @@ torch.save([logits.detach() for logits in model.forward_exits(x).logits], "logit
     assert done.stdout.strip().startswith(f"{hub.url}/user/model/commit/")
     repository = hub.repositories["user/model"]
     assert repository.private
-    assert set(repository.files("main")) == {"config.json", "model.safetensors", "self_distill.safetensors"}
+    assert set(repository.files("main")) == {
+        "config.json", "model.safetensors", "self_distill.safetensors", "README.md"}
+    assert b'SelfDistillModel.from_pretrained("user/model")' in repository.files("main")["README.md"]
 
     client("""
 import timm, torch
@@ -62,21 +64,21 @@ def test_loading_asks_for_the_files_of_a_model_only(hub, client, pushed):
     assert hub.count("evil.py|README.md") == 0
 
 
-def test_a_repository_with_a_pickle_is_refused_before_anything_is_fetched(hub, client, pushed):
-    hub.add("user/model", {"pytorch_model.bin": b"\x80\x04"})
-    assert "ValueError user/model holds 'pytorch_model.bin'" in client(LOAD.format(arguments="")).stdout
-    assert hub.count("resolve") == 0
-
-
-def test_branches_and_pull_requests(hub, client, pushed):
+def test_branches_pull_requests_and_what_stands_in_the_way(hub, interpreter, pushed):
     first = pushed.revisions["main"]
-    client(MODEL + "model.push_to_hub('user/model', revision='main', create_pr=True)")
+    interpreter(MODEL + "model.push_to_hub('user/model', revision='main', create_pr=True)")
     assert pushed.revisions["main"] == first
     assert "refs/pr/1" in pushed.revisions
+
     hub.add("user/model", {"config.json": b"{}"})
-    assert "layer1" in client(LOAD.format(arguments=f", revision={first!r}")).stdout
-    assert "FileNotFoundError user/model has no revision 'nope'" in client(
-        LOAD.format(arguments=", revision='nope'")).stdout
+    assert "layer1" in interpreter(LOAD.format(arguments=f", revision={first!r}"))
+    assert "FileNotFoundError user/model has no revision 'nope'" in interpreter(
+        LOAD.format(arguments=", revision='nope'"))
+
+    before = len(hub.requests)
+    hub.add("user/model", {"pytorch_model.bin": b"\x80\x04"})
+    assert "ValueError user/model holds 'pytorch_model.bin'" in interpreter(LOAD.format(arguments=""))
+    assert not any("resolve" in request for request in hub.requests[before:])
 
 
 def test_offline_a_cached_model_loads_and_another_says_so(client, pushed):
@@ -85,17 +87,25 @@ def test_offline_a_cached_model_loads_and_another_says_so(client, pushed):
     assert "not be asked (offline)" in missing
     client(LOAD.format(arguments=""))
     assert "layer1" in client(LOAD.format(arguments=""), HF_HUB_OFFLINE="1").stdout
-    assert "layer1" in client(LOAD.format(arguments=", local_files_only=True")).stdout
 
 
-@pytest.mark.parametrize(("status", "headers", "message"), [
+REFUSALS = [
     (401, {"X_Error_Code": "RepoNotFound"}, "FileNotFoundError user/model is no folder here, and no repository on the"),
     (403, {"X_Error_Code": "GatedRepo"}, "PermissionError user/model is gated"),
     (403, {}, "OSError the Hub answers 403 for user/model"),
-])
-def test_a_refusal_is_one_clear_error(hub, client, pushed, status, headers, message):
-    hub.fail("GET /api/models/user/model", status, times=9, **headers)
-    assert message in client(LOAD.format(arguments="")).stdout
+]
+
+
+def test_a_refusal_is_one_clear_error_until_the_model_is_in_the_cache(hub, interpreter, pushed):
+    for status, headers, message in REFUSALS:
+        hub.failures.clear()
+        hub.fail("GET /api/models/user/model", status, times=9, **headers)
+        assert message in interpreter(LOAD.format(arguments=""))
+    hub.failures.clear()
+    assert "layer1" in interpreter(LOAD.format(arguments=""))
+    assert "layer1" in interpreter(LOAD.format(arguments=", local_files_only=True"))
+    hub.fail("GET /api/models/user/model", 403, times=99)
+    assert "layer1" in interpreter(LOAD.format(arguments=""))
 
 
 def test_pushing_without_a_right_to_changes_nothing(hub, client, pushed):

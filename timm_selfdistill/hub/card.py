@@ -52,14 +52,13 @@ def create_card(
         **card_data,
     })
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(cell=_cell, fixed=_fixed, thousands="{:,}".format)
+    environment.filters["cell"] = _cell
     template = environment.from_string((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
-    columns = ("exit", "module", "top1", "top5", "macs", "share", "speedup")
     return ModelCard(template.render(
         card_data=data.to_yaml(), mark=MARK, model_name=name, repo_id=repo_id, architecture=config["architecture"],
         exits=len(settings["exits"]) + 1 if settings else 0, own_head=bool(settings) and settings["head"] is None,
         num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
-        rows=[{key: row.get(key) for key in columns} for row in rows],
+        rows=[_table_row(row) for row in rows],
         has_speedup=any("speedup" in row for row in rows), picture=picture, dataset=dataset, epoch=metrics.get("epoch"),
         training=training, training_yaml=yaml.safe_dump(training or {}, sort_keys=False, allow_unicode=True).strip(),
         hardware=metrics.get("hardware"), versions=metrics.get("versions", {})))
@@ -98,5 +97,8 @@ def _cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|").replace("`", "'")
 
 
-def _fixed(value: float | None, form: str, factor: float = 1) -> str:
-    return "" if value is None else form.format(value * factor)
+def _table_row(row: dict[str, Any]) -> list[str]:
+    forms = {"top1": "{:.2f}", "top5": "{:.2f}", "macs": "{:,.1f} M", "share": "{:.1%}", "speedup": "{:.2f}x"}
+    numbers = row | {"macs": row["macs"] / 1e6} if "macs" in row else row
+    return [str(row["exit"]), row["module"],
+            *(form.format(numbers[key]) if key in numbers else "" for key, form in forms.items())]

@@ -90,6 +90,7 @@ def stage_model(folder: str | PathLike, target: str | PathLike) -> None:
 
 def explain_failure(error: BaseException, repo_id: str) -> str:
     """Why a push failed and what to do about it, in one line."""
+    error = _cause(error)
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token: log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, _transport_error()):
@@ -112,7 +113,8 @@ def _persistently(push: Callable[[], T]) -> T:
     for wait in RETRY_SECONDS:
         try:
             return push()
-        except Exception as error:
+        except Exception as outer:
+            error = _cause(outer)
             if _status(error) not in TRANSIENT and not isinstance(error, _transport_error()):
                 raise
             wait = float(_header(error) or wait)
@@ -129,6 +131,14 @@ def _name_repository(folder: Path, repo_id: str) -> None:
         text = card.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
         card.unlink()  # it may be another folder's file, too
         card.write_text(text, encoding="utf-8")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What lies behind an error: huggingface_hub wraps those of a file's upload."""
+    known = (HfHubHTTPError, LocalTokenNotFoundError, _transport_error())
+    while not isinstance(error, known) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _status(error: BaseException) -> int | None:

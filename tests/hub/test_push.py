@@ -1,0 +1,69 @@
+"""Everything that can go wrong on the way to the Hub."""
+import pytest
+
+PUSH = """
+from timm_selfdistill import hub
+from timm_selfdistill.hub import push
+push.RETRY_SECONDS, push.SILENCE_SECONDS = {waits}, 1.0
+try:
+    print(hub.push_folder({folder!r}, "user/model"{arguments}))
+except Exception as error:
+    print("failed:", hub.explain_failure(error, "user/model"))
+"""
+CREATE, PREUPLOAD, PUT, COMMIT = "POST /api/repos/create", "POST .*/preupload/", "PUT /lfs/", "POST .*/commit/"
+TWICE, ONCE = (0.1, 0.1), ()
+
+# What fails and how; seconds waited before further attempts; what is said, and how many attempts there were.
+FAILURES = {
+    "no token": ({}, ONCE, ", token=False", "answers 401: the token is missing or not valid: log in with `hf auth", 1),
+    "401": ({"pattern": CREATE, "status": 401}, TWICE, "", "answers 401: the token is missing or not valid", 1),
+    "403": ({"pattern": COMMIT, "status": 403}, TWICE, "", "answers 403: this token may not write to user/model", 1),
+    "404": ({"pattern": PREUPLOAD, "status": 404}, TWICE, "", "answers 404: there is no user/model that this", 1),
+    "409": ({"pattern": COMMIT, "status": 409}, TWICE, "", "answers 409: another commit came in between", 3),
+    "429": ({"pattern": CREATE, "status": 429, "Retry_After": "1"}, TWICE, "",
+            "answers 429: too many requests; it asks to wait 1 s", 3),
+    "429 for an hour": ({"pattern": CREATE, "status": 429, "Retry_After": "3600"}, TWICE, "", "asks to wait 3600 s", 1),
+    "500": ({"pattern": COMMIT, "status": 500}, TWICE, "", "the Hub answers 500: an error of the server", 3),
+    "a time-out": ({"pattern": COMMIT, "status": 500, "seconds": 30}, ONCE, "", "the Hub does not answer in time", 1),
+    "a lost connection": ({"pattern": COMMIT, "status": None}, TWICE, "", "the connection to the Hub is lost", 3),
+    "a connection lost in the middle of a file": (
+        {"pattern": PUT, "status": None}, ONCE, "", "the connection to the Hub is lost", 1),
+}
+
+
+def test_whatever_fails_is_said_in_one_line_and_there_is_no_commit(hub, interpreter, saved):
+    for name, (failure, waits, arguments, message, attempts) in FAILURES.items():
+        hub.repositories.clear()
+        hub.objects.clear()
+        hub.requests.clear()
+        hub.failures.clear()
+        if failure:
+            hub.fail(**failure, times=99)
+        said = interpreter(PUSH.format(folder=str(saved), waits=waits, arguments=arguments))
+        assert said.startswith("failed: "), name
+        assert "\n" not in said, name
+        assert message in said, name
+        assert hub.count(CREATE) == attempts, name
+        assert not any(repository.commits for repository in hub.repositories.values()), name
+
+
+def test_what_passes_by_itself_is_tried_again(hub, interpreter, saved):
+    hub.fail(CREATE, 429, Retry_After="1")
+    hub.fail(COMMIT, 503)
+    hub.fail(PUT, None)
+    said = interpreter(PUSH.format(folder=str(saved), waits=TWICE, arguments=", commit_message='Third time'"))
+    assert said.startswith(f"{hub.url}/user/model/commit/")
+    files = hub.repositories["user/model"].files("main")
+    assert {name: files[name] for name in ("config.json", "model.safetensors", "self_distill.safetensors")} == {
+        name: (saved / name).read_bytes() for name in ("config.json", "model.safetensors", "self_distill.safetensors")}
+    assert b"user/model" in files["README.md"]
+    assert b"user/name" not in files["README.md"]
+    assert "user/name" in (saved / "README.md").read_text()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_half_a_model_is_not_pushed(missing, copied):
+    from timm_selfdistill.hub import push_folder
+    (copied / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"holds no saved model: {missing} does not exist"):
+        push_folder(copied, "user/model")
