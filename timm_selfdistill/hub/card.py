@@ -100,5 +100,5 @@ def _cell(text: str) -> str:
 def _table_row(row: dict[str, Any]) -> list[str]:
     forms = {"top1": "{:.2f}", "top5": "{:.2f}", "macs": "{:,.1f} M", "share": "{:.1%}", "speedup": "{:.2f}x"}
     numbers = row | {"macs": row["macs"] / 1e6} if "macs" in row else row
-    return [str(row["exit"]), row["module"],
+    return [str(row["exit"]), row.get("module", ""),
             *(form.format(numbers[key]) if key in numbers else "" for key, form in forms.items())]

@@ -1,0 +1,131 @@
+"""Training runs that push, as a user starts them, and what others load."""
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from huggingface_hub import ModelCard
+
+from timm_selfdistill import load_images
+
+from ..conftest import EMBEDDED, ROOT
+from .server import TOKEN
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641")
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """Of a short run on few images."""
+    images = load_images(EMBEDDED)
+    images.train.select(range(256)).to_parquet(tmp_path / "images/train.parquet")
+    images.val.select(range(64)).to_parquet(tmp_path / "images/test.parquet")
+    images.val[0]["image"].save(tmp_path / "boot.png")
+    return [str(ROOT / "examples/train.py"), "--data-dir", tmp_path / "images", "--output", tmp_path / "run", "--model",
+            "test_resnet", "-b", 32, "-j", 0, "--push-to-hub", "--hub-model-id", "user/model"]
+
+
+LOGITS = """
+import torch
+x = torch.linspace(-1, 1, 2 * 32 * 32).reshape(2, 1, 32, 32)
+"""
+
+
+def test_pushed_every_epoch_without_waiting_and_loaded_by_both_readers(hub, environment, command, flags, tmp_path):
+    hub_answers = hub.hold("POST /api/repos/create")
+    run = subprocess.Popen(
+        [sys.executable, *TORCHRUN, *map(str, flags), "--epochs", "3", "--hub-strategy", "epoch", "--hub-private"],
+        cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until = time.monotonic() + 200
+
+    def waits_for_the_last_upload() -> bool:
+        return any("speedup" in path.read_text() for path in (tmp_path / "run").glob(".upload-*/config.json"))
+
+    while not waits_for_the_last_upload() and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    assert (tmp_path / "run/summary.json").exists()  # trained to the end while the Hub has not said a word
+    assert not hub.repositories
+    hub_answers.set()
+    out, err = run.communicate(timeout=100)
+    assert run.returncode == 0, err
+
+    repository = hub.repositories["user/model"]
+    assert repository.private
+    assert len(repository.commits) == 2  # the first epoch's, and the best: the second's was left out while it waited
+    assert hub.count("POST /api/repos/create") == 2  # from one of the two processes
+    assert re.search(rf"on the Hub: {hub.url}/user/model/commit/\w{{40}}\n$", out)
+    assert not list((tmp_path / "run").glob(".upload-*"))
+    files = repository.files("main")
+    for name in ("config.json", "model.safetensors", "self_distill.safetensors", "exits.png"):
+        assert files[name] == (tmp_path / "run/best" / name).read_bytes()
+
+    card = ModelCard(files["README.md"].decode())
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert len(card.data.eval_results) == 2 * len(summary["exits"])
+    assert "hf-hub:user/model" in card.text
+    assert all(f"{row['speedup']:.2f}x" in card.text for row in summary["exits"])
+    assert "On 64 images of images (split `test`), 32 x 32 pixels" in card.text
+    published = b"".join(files.values())
+    written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert TOKEN.encode() not in published + written + (out + err).encode()
+    assert str(tmp_path).encode() not in published
+
+    command(sys.executable, "-c", LOGITS + """
+from timm_selfdistill import SelfDistillModel
+model = SelfDistillModel.from_pretrained("user/model")
+torch.save(model(x), "logits.pt")
+""")
+    command(sys.executable, "-c", LOGITS + """
+import sys, timm
+model = timm.create_model("hf-hub:user/model", pretrained=True).eval()
+assert torch.equal(model(x), torch.load("logits.pt"))
+assert timm.data.resolve_model_data_config(model)["input_size"] == (1, 32, 32)
+assert model.pretrained_cfg["label_names"][9] == "Ankle boot"
+assert "timm_selfdistill" not in sys.modules
+""")
+    predict = [sys.executable, ROOT / "examples/predict.py", tmp_path / "boot.png", "--model", "user/model"]
+    lines = command(*predict, "--exit", 0).stdout.splitlines()
+    assert len(lines) == 5
+    assert all(re.fullmatch(r" *\d+\.\d\d%  [\w/ -]+", line) for line in lines)
+
+
+def test_a_run_that_cannot_push_trains_to_its_end_and_says_how_to_upload(hub, command, flags, tmp_path):
+    hub.fail("POST .*/commit/", 403, times=99)
+    done = command(sys.executable, *flags, "--epochs", 2, "--hub-strategy", "best", check=False)
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run/best/self_distill.safetensors").exists()
+    *_, failure, place, line = done.stdout.splitlines()
+    assert failure == "the model is not on the Hub: the Hub answers 403: this token may not write to user/model"
+    assert place == f"it is in {tmp_path}/run/best; upload it with:"
+    assert "--baseline" in done.stdout
+    assert "--no-push-to-hub" in done.stdout
+
+    hub.failures.clear()
+    assert line == f"  timm-selfdistill push {tmp_path}/run/best user/model"
+    assert command(*line.split()).stdout.startswith(f"{hub.url}/user/model/commit/")
+    info = command("timm-selfdistill", "info", "user/model").stdout
+    for part in ("user/model: test_resnet, 10 classes, 32 x 32 pixels, bottleneck heads",
+                 "accuracy on images, split test", "ensemble", "MB  self_distill.safetensors"):
+        assert part in info
+
+
+def test_an_interrupted_run_waits_for_its_upload(hub, environment, flags, tmp_path):
+    hub_answers = hub.hold("POST /api/repos/create")
+    run = subprocess.Popen([sys.executable, *map(str, flags), "--epochs", "400", "--hub-strategy", "epoch"],
+                           cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until = time.monotonic() + 100
+    while not hub.requests and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    run.terminate()
+    while not list((tmp_path / "run/checkpoints").glob("step-*")) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert run.poll() is None
+    hub_answers.set()
+    out, err = run.communicate(timeout=100)
+    assert run.returncode == 143, err
+    assert "on the Hub: " in out
+    assert "--resume" in out
+    assert hub.repositories["user/model"].files("main")["self_distill.safetensors"]
