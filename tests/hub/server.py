@@ -293,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(200, {
             "_id": "0" * 24, "id": repo, "modelId": repo, "private": repository.private,
             "sha": repository.revisions.get(revision, revision), "tags": [], "downloads": 0, "likes": 0,
-            "siblings": [{"rfilename": path} for path in files],
+            "siblings": [{"rfilename": path, "size": len(data)} for path, data in files.items()],
         })
 
     def tree(self, repo: str, revision: str) -> None:

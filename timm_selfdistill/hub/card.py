@@ -64,6 +64,14 @@ def create_card(
         hardware=metrics.get("hardware"), versions=metrics.get("versions", {})))
 
 
+def measured_rows(metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The rows in a record of metrics, whoever wrote it: exit, module, and of the rest what are numbers."""
+    rows = (metrics or {}).get("exits")
+    return [
+        {key: value for key, value in row.items() if key in ("exit", "module") or type(value) in (int, float)}
+        for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict) and "exit" in row]
+
+
 def may_replace(path: Path) -> bool:
     """Whether a README.md may be written over: there is none, or it is one of ours that nobody took for their own."""
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
@@ -78,6 +86,8 @@ def _eval_results(rows: list[dict[str, Any]], dataset: dict[str, Any]) -> list[E
     for row in measured:
         which = "" if row is deepest else ", ensemble" if row["exit"] == "ensemble" else f", exit {row['exit']}"
         for key, name in (("top1", "Top-1 accuracy"), ("top5", "Top-5 accuracy")):
+            if key not in row:
+                continue
             results.append(EvalResult(
                 task_type="image-classification", task_name="Image Classification", dataset_type=dataset["type"],
                 dataset_name=dataset["name"], dataset_config=dataset.get("config"), dataset_split=dataset["split"],

@@ -11,7 +11,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
 
 from .files import BACKBONE, CARD, CONFIG, HEADS, PICTURE
 from .trust import check_names
@@ -89,10 +88,10 @@ def _list_sizes(name: str, revision: str | None, token: str | bool | None) -> di
     Whatever stands in the way then, `snapshot_download` meets it again: it raises, or finds the model in the cache.
     """
     try:
-        tree = list(HfApi(token=token).list_repo_tree(name, revision=revision, recursive=True))
+        info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
     except Exception:
         return {}
-    return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    return {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 
 def _answered(error: HfHubHTTPError, name: str) -> str:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..cost import default_input_size, evaluating
 from ..version import __version__
-from .card import create_card, may_replace
+from .card import create_card, may_replace, measured_rows
 from .picture import plot_exits
 from .replace import finish_replacing, replacing_files
 from .trust import check_config, check_links, check_names, check_tensors, preprocessing, read_json
@@ -92,7 +92,7 @@ def save_metrics(folder: str | PathLike, metrics: dict[str, Any], card_data: dic
         config = read_json(Path(folder) / CONFIG)
         config.get("self_distill", config)["metrics"] = metrics
         (fresh / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        _save_card(fresh, Path(folder), metrics["exits"], metrics, card_data)
+        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, card_data)
 
 
 def _save_card(
@@ -100,7 +100,7 @@ def _save_card(
         card_data: dict[str, Any] | None,
 ) -> None:
     config = read_json(fresh / CONFIG)
-    picture = bool(rows) and all("top1" in row and "macs" in row for row in rows)
+    picture = bool(rows) and all({"top1", "macs", "share"} <= row.keys() for row in rows)
     if picture:
         plot_exits(fresh / PICTURE, config["architecture"], rows)
     if may_replace(folder / CARD):

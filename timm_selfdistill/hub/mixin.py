@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 
+from .card import measured_rows
 from .download import fetch_model
 from .files import (
     CARD,
@@ -75,13 +76,12 @@ class HubMixin(ModelHubMixin):
 
     def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
         """What is known of each exit: its cost, and what is measured of it."""
-        measured = (metrics or {}).get("exits")
-        measured = [row for row in measured if isinstance(row, dict)] if isinstance(measured, list) else []
-        if measured and all("macs" in row for row in measured):
+        measured = measured_rows(metrics)
+        if measured and all({"module", "macs", "share"} <= row.keys() for row in measured):
             return measured
         costs = [{"exit": row.exit, "module": row.module, "macs": row.macs, "share": row.share}
                  for row in self.summary()]
-        return [cost | next((row for row in measured if row.get("exit") == cost["exit"]), {}) for cost in costs]
+        return [cost | next((row for row in measured if row["exit"] == cost["exit"]), {}) for cost in costs]
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,99 @@
+"""`timm-selfdistill` and `examples/predict.py`, called as programs with right and wrong arguments."""
+import json
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from timm_selfdistill.cli.main import main
+
+from .conftest import ROOT, small_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands") / "model"
+    model = small_model(in_chans=1)
+    model.backbone.pretrained_cfg.update(label_names=[f"class {i}" for i in range(10)], input_size=(1, 32, 32))
+    model.save_pretrained(folder, metrics={"exits": [{"exit": 0, "top1": 12.34}, {"exit": 1, "top1": "evil"}]})
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.effect_noise((40, 30), 90).convert("RGBA").save(tmp_path / "noise.png")
+    return tmp_path / "noise.png"
+
+
+def call(program, monkeypatch, *arguments: object) -> int:
+    """Its exit code."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        program()
+    return end.value.code
+
+
+def predict() -> None:
+    runpy.run_path(str(ROOT / "examples/predict.py"), run_name="__main__")
+
+
+def test_info_shows_exits_metrics_and_sizes(saved, monkeypatch, capsys):
+    assert call(main, monkeypatch, "info", saved) == 0
+    out = capsys.readouterr().out
+    assert f"{saved}: test_resnet, 10 classes, 32 x 32 pixels, bottleneck heads" in out
+    assert "12.34" in out
+    assert "evil" not in out
+    assert "1.5 MB  model.safetensors" in out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "the following arguments are required"),
+    (["fetch"], "invalid choice: 'fetch'"),
+    (["info", "nobody/nothing"], "nobody/nothing is no folder here and not in the cache, and the Hub may not be asked"),
+    (["info", "a/b/c"], "a/b/c is no folder here, and no id of a repository on the Hub"),
+    (["push", "nowhere", "user/name"], "nowhere is not on the Hub: nowhere holds no saved model: config.json does not"),
+    (["push", "{saved}", "a/b/c"], "hub_model_id must be 'user/name' or 'name', got 'a/b/c'"),
+    (["push", "{saved}", "user/name"], "is not on the Hub: Cannot reach .*: offline mode is enabled"),
+])
+def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, saved, monkeypatch, capsys):
+    assert call(main, monkeypatch, *(argument.format(saved=saved) for argument in arguments)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+
+
+@pytest.mark.parametrize("exit", ["0", "-1", "ensemble"])
+def test_predict_prints_the_classes_of_an_exit(exit, saved, picture, monkeypatch, capsys):
+    assert call(predict, monkeypatch, picture, "--model", saved, "--exit", exit, "--topk", "99") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split("  ")[-1] for line in lines} == {f"class {i}" for i in range(10)}
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.1)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["{tmp}/none.jpg"], "none.jpg does not exist; expected an image file"),
+    (["{tmp}"], "does not exist; expected an image file"),
+    (["{saved}/config.json"], "cannot read image .*config.json"),
+    (["{picture}", "--exit", "4"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got 4"),
+    (["{picture}", "--exit", "first"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got 'first'"),
+    (["{picture}", "--topk", "0"], "--topk must be at least 1, got 0"),
+])
+def test_predict_refuses(arguments, message, saved, picture, tmp_path, monkeypatch, capsys):
+    arguments = [argument.format(tmp=tmp_path, saved=saved, picture=picture) for argument in arguments]
+    assert call(predict, monkeypatch, *arguments, "--model", saved) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+
+
+def test_a_model_without_class_names_prints_numbers(picture, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    small_model().save_pretrained(tmp_path / "model")
+    assert "label_names" not in json.loads((tmp_path / "model/config.json").read_text())
+    assert call(predict, monkeypatch, picture, "--model", tmp_path / "model", "--topk", 1) == 0
+    assert "class " in capsys.readouterr().out
