@@ -1,5 +1,6 @@
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from timm_selfdistill.training import progress
@@ -36,3 +37,14 @@ def test_the_other_processes_are_silent(capsys):
         reporter.advance()
         reporter.say("a line")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_waiting_shows_how_long_it_takes(terminal, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
+    answers, out = [False, False, True], StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120)
+    ProgressReporter(1, 0, enabled=True, console=console).wait("uploading, 5.0 MB", lambda seconds: answers.pop(0))
+    assert not answers
+    assert "uploading, 5.0 MB" in out.getvalue()
+    assert terminal or out.getvalue().splitlines() == ["uploading, 5.0 MB, 0:00:00"] * 2

@@ -4,107 +4,24 @@
 pretrained=True)` without this package. Our key "self_distill" in config.json and `self_distill.safetensors`, the
 heads, ride along; README.md is the model card, with exits.png.
 """
-import json
-import os
-import shutil
 from os import PathLike
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import timm
-import torch
-from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf
-from timm.models._pretrained import filter_pretrained_cfg
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from ..cost import default_input_size, evaluating
 from ..version import __version__
-from .card import create_card, may_replace, measured_rows
-from .picture import plot_exits
-from .replace import finish_replacing, replacing_files
+from .replace import finish_replacing
 from .trust import check_config, check_links, check_names, check_tensors, preprocessing, read_json
 
 FORMAT_VERSION = 1
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
 CARD, PICTURE = "README.md", "exits.png"
-
-
-def save_timm_model(
-        backbone: nn.Module,
-        folder: str | PathLike,
-        *,
-        model_args: dict[str, Any] | None = None,
-        heads: nn.Module | None = None,
-        settings: dict[str, Any] | None = None,
-        metrics: dict[str, Any] | None = None,
-        rows: list[dict[str, Any]] | None = None,
-        check: bool = True,
-        card_data: dict[str, Any] | None = None,
-) -> None:
-    """Write a timm model in timm's layout with its card, after seeing that timm rebuilds it from the files.
-
-    Args:
-        heads, settings: of a self-distilled model: its shallow classifiers, and what makes them again ("exits", "head",
-            "head_args").
-        metrics: what to record in config.json.
-        rows, card_data: see `create_card`.
-        check: False saves without rebuilding, where the same model was seen to be rebuilt before.
-
-    Raises:
-        ValueError: timm does not rebuild the model, or it is beyond the limits of `trust.py`.
-        FileExistsError: `folder` is a file.
-    """
-    with replacing_files(Path(folder)) as fresh:
-        input_size = default_input_size(backbone, model_args)
-        _save_config(backbone, fresh / CONFIG, input_size, model_args or {}, settings, metrics)
-        _save_tensors(backbone, fresh / BACKBONE)
-        if heads is not None:
-            read_config(fresh)  # a model that could not be loaded again is refused while the old files are in place
-            _save_tensors(heads, fresh / HEADS)
-        if check:
-            check_rebuilds(backbone, fresh, input_size)
-        _save_card(fresh, Path(folder), rows or [], metrics, card_data)
-        for path in fresh.iterdir():
-            shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
-
-
-def read_metrics(folder: str | PathLike) -> dict[str, Any] | None:
-    """What is recorded of a saved model, self-distilled or plain; None where nothing is, or there is no model."""
-    path = Path(folder) / CONFIG
-    if not path.is_file():
-        return None
-    config = read_json(path)
-    return config.get("self_distill", config).get("metrics")
-
-
-def save_metrics(folder: str | PathLike, metrics: dict[str, Any], card_data: dict[str, Any] | None = None) -> None:
-    """Record other metrics of a saved model, in config.json, card and picture; its weights stay as they are.
-
-    Args:
-        metrics: with "exits", the rows of the card.
-        card_data: see `create_card`.
-    """
-    with replacing_files(Path(folder)) as fresh:
-        config = read_json(Path(folder) / CONFIG)
-        config.get("self_distill", config)["metrics"] = metrics
-        (fresh / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, card_data)
-
-
-def _save_card(
-        fresh: Path, folder: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None,
-        card_data: dict[str, Any] | None,
-) -> None:
-    config = read_json(fresh / CONFIG)
-    picture = bool(rows) and all({"top1", "macs", "share"} <= row.keys() for row in rows)
-    if picture:
-        plot_exits(fresh / PICTURE, config["architecture"], rows)
-    if may_replace(folder / CARD):
-        create_card(config, rows, metrics, picture=picture, **(card_data or {})).save(fresh / CARD)
 
 
 def read_config(folder: str | PathLike) -> dict[str, Any]:
@@ -191,75 +108,15 @@ def load_weights(backbone: nn.Module, heads: nn.Module, folder: str | PathLike) 
         module.load_state_dict(load_file(Path(folder) / name))
 
 
-def check_rebuilds(backbone: nn.Module, folder: Path, input_size: tuple[int, int, int]) -> None:
-    """Raise unless plain timm rebuilds `backbone` from the files in `folder`, to the same logits."""
-    advice = (
-        "timm does not rebuild this backbone from what is known of it: {reason}. Pass what create_model was given:"
-        ' wrap_self_distill(model, model_args={{"in_chans": 1, ...}})'
-    )
-    devices = list({p.device.index for p in backbone.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        except (RuntimeError, TypeError, KeyError) as error:
-            raise ValueError(advice.format(reason=shorten(str(error), 300))) from error
-    like = next(p for p in backbone.parameters() if p.is_floating_point())
-    rebuilt = rebuilt.to(device=like.device, dtype=like.dtype).eval()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, *input_size, generator=generator).to(like)
-    with evaluating(backbone), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-        try:
-            expected, got = backbone(x), rebuilt(x)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(advice.format(reason=shorten(str(error), 300))) from error
-    largest = float(expected.nan_to_num(0, 0, 0).abs().max())
-    if not torch.allclose(expected, got, rtol=1e-2, atol=1e-3 * largest, equal_nan=True):
-        raise ValueError(advice.format(reason=f"its logits differ by {float((expected - got).abs().max()):.2g}"))
+def read_metrics(folder: str | PathLike) -> dict[str, Any] | None:
+    """What is recorded of a saved model, self-distilled or plain; None where nothing is, or there is no model."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    return facts(config).get("metrics")
 
 
-def save_weights(module: nn.Module, folder: str | PathLike) -> None:
-    """Write the weights of a model that is not timm's."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_tensors(module, folder / f".{BACKBONE}.new")
-    os.replace(folder / f".{BACKBONE}.new", folder / BACKBONE)
-
-
-def unshared_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """All tensors of a module, contiguous, those that it holds under several names (as CoaT does) copied for each.
-
-    safetensors refuses to write a tensor under two names, and timm reads only files with every name.
-    """
-    tensors, storages = {}, set()
-    for key, value in module.state_dict().items():
-        value = value.contiguous()
-        if value.untyped_storage().data_ptr() in storages:
-            value = value.clone()
-        storages.add(value.untyped_storage().data_ptr())
-        tensors[key] = value
-    return tensors
-
-
-def _save_tensors(module: nn.Module, path: Path) -> None:
-    save_file(unshared_state_dict(module), path, metadata={"format": "pt"})
-
-
-def _save_config(
-        backbone: nn.Module,
-        path: Path,
-        input_size: tuple[int, int, int],
-        model_args: dict[str, Any],
-        settings: dict[str, Any] | None,
-        metrics: dict[str, Any] | None,
-) -> None:
-    pretrained_cfg = filter_pretrained_cfg(backbone.pretrained_cfg, remove_source=True) | {
-        "input_size": input_size, "num_classes": backbone.num_classes, "first_conv": None}
-    model_config: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
-    if backbone.pretrained_cfg.get("label_names"):
-        model_config["label_names"] = backbone.pretrained_cfg["label_names"]
-    if settings is not None:
-        versions = {"format_version": FORMAT_VERSION, "timm_selfdistill_version": __version__}
-        model_config["self_distill"] = versions | settings
-    if metrics is not None:
-        model_config.get("self_distill", model_config)["metrics"] = metrics
-    save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args)
+def facts(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that timm does not read."""
+    return config.get("self_distill", config)

@@ -11,16 +11,9 @@ from torch import nn
 
 from .card import measured_rows
 from .download import fetch_model
-from .files import (
-    CARD,
-    NoRandomInit,
-    build_backbone,
-    check_model_files,
-    load_weights,
-    read_config,
-    save_timm_model,
-)
+from .files import CARD, NoRandomInit, build_backbone, check_model_files, load_weights, read_config
 from .push import push_folder
+from .saving import save_timm_model
 
 T = TypeVar("T", bound="HubMixin")
 

@@ -58,15 +58,20 @@ def push_folder(
         stage_model(folder, staged)
 
         def push() -> str:
-            if get_session().timeout.read is None:
-                get_session().timeout = SILENCE_SECONDS
-            full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            full_id = create_repository(repo_id, private=private, token=token)
             _name_repository(Path(staged), full_id)
             return api.upload_folder(
                 repo_id=full_id, folder_path=staged, commit_message=commit_message, revision=revision,
                 create_pr=create_pr, **upload_args).commit_url
 
         return _persistently(push)
+
+
+def create_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make the repository if it is missing; its full id, with the user's name."""
+    if get_session().timeout.read is None:
+        get_session().timeout = SILENCE_SECONDS
+    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def stage_model(folder: str | PathLike, target: str | PathLike) -> None:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
-from ..hub import explain_failure, push_folder, stage_model
+from ..hub import create_repository, explain_failure, push_folder, stage_model
 from ..model import SelfDistillModel
 from .config import TrainConfig, check_repo_id
 from .progress import ProgressReporter
@@ -59,7 +59,8 @@ def create_uploader(
 class HubUploader:
     """Pushes saved models to one repository, one after the other, in a thread of its own.
 
-    A model that still waits when the next comes is left out. No failure reaches the training; the last one is told.
+    A model that still waits when the next comes is left out. No failure reaches the training; the last one is told. The
+    repository is made at the beginning, so that a missing token is told then.
 
     Args:
         repo_id: "user/name", or "name" for the user whose token it is.
@@ -74,7 +75,8 @@ class HubUploader:
         self.repo_id, self.private, self.output = repo_id, private, output
         self.strategy, self.epochs = strategy, epochs
         self.result: UploadResult | None = None
-        self.told: UploadResult | None = None
+        self.news: list[str] = []
+        """What is to be said about the uploads."""
         self.waiting: _Upload | None = None
         self.running: _Upload | None = None
         self.changed = threading.Condition()
@@ -97,11 +99,9 @@ class HubUploader:
             self.push("last" if self.strategy == "epoch" else "best", f"Epoch {epoch}")
 
     def report(self, progress: ProgressReporter) -> None:
-        """Say how the last upload ended, once."""
-        if self.result is not self.told:
-            self.told = self.result
-            outcome = f"failed: {self.told.failure}" if self.told.failure else f"done: {self.told.url}"
-            progress.say(f"upload to {self.repo_id} {outcome}")
+        """Say what came of the uploads since the last time."""
+        while self.news:
+            progress.say(self.news.pop(0))
 
     def finish(self, progress: ProgressReporter) -> UploadResult | None:
         """Wait for what is not uploaded yet; Ctrl-C ends the waiting."""
@@ -120,6 +120,10 @@ class HubUploader:
             return self.changed.wait_for(lambda: not (self.waiting or self.running), seconds)
 
     def _work(self) -> None:
+        try:
+            create_repository(self.repo_id, private=self.private)
+        except Exception as error:
+            self.news.append(f"models may not reach {self.repo_id}: {explain_failure(error, self.repo_id)}")
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting)
@@ -130,6 +134,8 @@ class HubUploader:
                     self.running.staged, self.repo_id, commit_message=self.running.message, private=self.private)
             except Exception as error:  # the training goes on, whatever it is
                 result.failure = explain_failure(error, self.repo_id)
+            outcome = f"failed: {result.failure}" if result.failure else f"done: {result.url}"
+            self.news.append(f"upload to {self.repo_id} {outcome}")
             shutil.rmtree(self.running.staged, ignore_errors=True)
             with self.changed:
                 self.result, self.running = result, None
