@@ -27,41 +27,27 @@ def pushed(hub, tmp_path):
     return hub.repositories["user/model"]
 
 
-def test_what_one_process_pushes_both_readers_load_in_another(hub, client):
-    done = client(MODEL + """
-x = torch.linspace(-1, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
-print(model.push_to_hub("user/model", private=True, commit_message="First"))
-torch.save([logits.detach() for logits in model.forward_exits(x).logits], "logits.pt")
-""")
-    assert done.stdout.strip().startswith(f"{hub.url}/user/model/commit/")
+def test_a_pushed_model_loads_and_only_its_files_are_fetched(hub, interpreter):
+    url = interpreter(MODEL + "print(model.push_to_hub('user/model', private=True))")
+    assert url.startswith(f"{hub.url}/user/model/commit/")
     repository = hub.repositories["user/model"]
     assert repository.private
     assert set(repository.files("main")) == {
         "config.json", "model.safetensors", "self_distill.safetensors", "README.md"}
     assert b'SelfDistillModel.from_pretrained("user/model")' in repository.files("main")["README.md"]
 
-    client("""
-import timm, torch
-from timm_selfdistill import SelfDistillModel
-x = torch.linspace(-1, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
-expected = torch.load("logits.pt")
-for got, logits in zip(SelfDistillModel.from_pretrained("user/model").forward_exits(x).logits, expected, strict=True):
-    assert torch.equal(got, logits)
-""")
-    plain = """
-import sys, timm, torch
-x = torch.linspace(-1, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
-assert torch.equal(timm.create_model("hf-hub:user/model", pretrained=True).eval()(x), torch.load("logits.pt")[-1])
-assert "timm_selfdistill" not in sys.modules
-"""
-    client(plain)
-
-
-def test_loading_asks_for_the_files_of_a_model_only(hub, client, pushed):
-    hub.add("user/model", {"evil.py": b"raise SystemExit", "README.md": b"hello"})
-    assert "layer1" in client(LOAD.format(arguments="")).stdout
+    hub.add("user/model", {"evil.py": b"raise SystemExit"})
+    assert interpreter(MODEL + """
+loaded = SelfDistillModel.from_pretrained("user/model")
+for got, expected in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
+    assert torch.equal(got, expected)
+print("equal")
+""").endswith("equal")
     assert hub.count("GET .*resolve") > 0
-    assert hub.count("evil.py|README.md") == 0
+    assert hub.count("resolve/.*(evil.py|README.md)") == 0
+
+    interpreter(MODEL + "model.save_pretrained('saved', push_to_hub=True, commit_message='Again')")
+    assert "user/saved" in hub.repositories
 
 
 def test_branches_pull_requests_and_what_stands_in_the_way(hub, interpreter, pushed):
@@ -106,11 +92,3 @@ def test_a_refusal_is_one_clear_error_until_the_model_is_in_the_cache(hub, inter
     assert "layer1" in interpreter(LOAD.format(arguments=", local_files_only=True"))
     hub.fail("GET /api/models/user/model", 403, times=99)
     assert "layer1" in interpreter(LOAD.format(arguments=""))
-
-
-def test_pushing_without_a_right_to_changes_nothing(hub, client, pushed):
-    before = dict(pushed.revisions)
-    done = client(MODEL + "model.push_to_hub('user/model')", check=False, HF_TOKEN="hf_" + "x" * 32)
-    assert done.returncode == 1
-    assert "401" in done.stderr
-    assert pushed.revisions == before
