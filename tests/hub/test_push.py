@@ -3,8 +3,8 @@ import pytest
 
 PUSH = """
 from timm_selfdistill import hub
-from timm_selfdistill.hub import push
-push.RETRY_SECONDS, push.SILENCE_SECONDS = {waits}, 1.0
+from timm_selfdistill.hub import client, push
+push.RETRY_SECONDS, client.SILENCE_SECONDS = {waits}, 1.0
 try:
     print(hub.push_folder({folder!r}, "user/model"{arguments}))
 except Exception as error:

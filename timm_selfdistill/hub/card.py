@@ -34,17 +34,19 @@ def create_card(
         picture: exits.png lies beside the card.
         card_data: further metadata, or other than what is found, e.g. `license="mit"`.
     """
-    metrics = metrics or {}
+    metrics = metrics if isinstance(metrics, dict) else {}
     settings = config.get("self_distill")
-    dataset, training = metrics.get("dataset"), metrics.get("settings")
+    dataset, training, versions = (_dict(metrics.get(key)) for key in ("dataset", "settings", "versions"))
+    if not {"name", "type", "split", "images"} <= dataset.keys():
+        dataset = {}
     name = config["architecture"] + ("-self-distilled" if settings else "")
     results = _eval_results(rows, dataset) if dataset else []
     data = ModelCardData(**{
-        **_license(config["pretrained_cfg"].get("license")),
+        **_license(metrics.get("license") or config["pretrained_cfg"].get("license")),
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": [*TAGS, *(SELF_DISTILL_TAGS if settings else ())],
-        "datasets": [dataset["hub_id"]] if dataset and dataset.get("hub_id") else None,
+        "datasets": [dataset["hub_id"]] if dataset.get("hub_id") else None,
         "base_model": metrics.get("base_model"),
         "metrics": ["accuracy"] if results else None,
         "model_name": name,
@@ -60,16 +62,25 @@ def create_card(
         num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
         rows=[_table_row(row) for row in rows],
         has_speedup=any("speedup" in row for row in rows), picture=picture, dataset=dataset, epoch=metrics.get("epoch"),
-        training=training, training_yaml=yaml.safe_dump(training or {}, sort_keys=False, allow_unicode=True).strip(),
-        hardware=metrics.get("hardware"), versions=metrics.get("versions", {})))
+        epochs=training.get("epochs"),
+        training_yaml=yaml.safe_dump(training, sort_keys=False).strip() if training else "",
+        hardware=metrics.get("hardware"), versions=versions))
 
 
 def measured_rows(metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The rows in a record of metrics, whoever wrote it: exit, module, and of the rest what are numbers."""
-    rows = (metrics or {}).get("exits")
+    rows = _dict(metrics).get("exits")
     return [
-        {key: value for key, value in row.items() if key in ("exit", "module") or type(value) in (int, float)}
+        {key: value for key, value in row.items() if key in ("exit", "module") or _is_finite(value)}
         for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict) and "exit" in row]
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def may_replace(path: Path) -> bool:

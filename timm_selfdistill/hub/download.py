@@ -1,4 +1,5 @@
 """A model's files from the Hub."""
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
@@ -8,11 +9,13 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from .files import BACKBONE, CARD, CONFIG, HEADS, PICTURE
+from .client import explain_failure, limit_silence, transport_error
+from .files import BACKBONE, CONFIG, FILES, HEADS
 from .trust import check_names
 
 
@@ -25,6 +28,7 @@ def fetch_model(
         local_files_only: bool = False,
         force_download: bool = False,
         only_config: bool = False,
+        check_sizes: Callable[[dict[str, int]], None] | None = None,
 ) -> Path:
     """The folder of a saved model: `model_id` itself where it is one, else the files of that repository, cached.
 
@@ -34,6 +38,7 @@ def fetch_model(
         model_id: a folder, or the id of a repository on the Hub ("user/name").
         revision, token, cache_dir, local_files_only, force_download: of `huggingface_hub.snapshot_download`.
         only_config: config.json alone, without the weights.
+        check_sizes: is given the bytes of each file on the Hub before any is fetched; raises where they cannot be.
 
     Raises:
         FileNotFoundError: there is no such folder, repository or revision, or it is not cached and there is no way to
@@ -42,19 +47,24 @@ def fetch_model(
         OSError: the Hub answers with another error.
         ValueError: the repository holds a file that could only be unpickled.
     """
-    if Path(model_id).is_dir():
+    if str(model_id) and Path(model_id).is_dir():
         return Path(model_id)
     name = str(model_id)
     at = f" at revision {revision!r}" if revision else ""
+    limit_silence()
     offline = local_files_only or constants.HF_HUB_OFFLINE
     try:
         if not offline:
-            check_names(_list_sizes(name, revision, token), name)
+            sizes = _list_sizes(name, revision, token)
+            check_names(sizes, name)
+            if check_sizes:
+                check_sizes(sizes)
         folder = snapshot_download(
             name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
             force_download=force_download, allow_patterns=[CONFIG] if only_config else [CONFIG, BACKBONE, HEADS])
     except HFValidationError as error:
-        raise FileNotFoundError(f"{name} is no folder here, and no id of a repository on the Hub: {error}") from error
+        raise FileNotFoundError(f"{name} is no folder here, and no id of a repository on the Hub"
+                                " (user/name, without a prefix)") from error
     except GatedRepoError as error:
         raise PermissionError(f"{name} is gated: ask for access on its page, then log in: `hf auth login`") from error
     except RepositoryNotFoundError as error:
@@ -70,6 +80,8 @@ def fetch_model(
         raise FileNotFoundError(f"{name}{at} is no folder here and not in the cache, and {why}") from error
     except HfHubHTTPError as error:
         raise OSError(_answered(error, name + at)) from error
+    except transport_error() as error:
+        raise OSError(f"{name}{at} cannot be fetched: {explain_failure(error, name)}") from error
     return Path(folder)
 
 
@@ -79,7 +91,7 @@ def file_sizes(model_id: str | PathLike, revision: str | None = None) -> dict[st
         sizes = {path.name: path.stat().st_size for path in Path(model_id).iterdir() if path.is_file()}
     else:
         sizes = _list_sizes(str(model_id), revision, None)
-    return {name: sizes[name] for name in (CONFIG, BACKBONE, HEADS, CARD, PICTURE) if name in sizes}
+    return {name: sizes[name] for name in FILES if name in sizes}
 
 
 def _list_sizes(name: str, revision: str | None, token: str | bool | None) -> dict[str, int]:
@@ -89,7 +101,7 @@ def _list_sizes(name: str, revision: str | None, token: str | bool | None) -> di
     """
     try:
         info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
-    except Exception:
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, transport_error()):
         return {}
     return {file.rfilename: file.size or 0 for file in info.siblings or []}
 

@@ -6,22 +6,19 @@ heads, ride along; README.md is the model card, with exits.png.
 """
 from os import PathLike
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
-import timm
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn import init
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from ..version import __version__
 from .replace import finish_replacing
-from .trust import check_config, check_links, check_names, check_tensors, preprocessing, read_json
+from .trust import MAX_HEADER_BYTES, check_config, check_links, check_names, check_tensors, read_json, short
 
 FORMAT_VERSION = 1
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
 CARD, PICTURE = "README.md", "exits.png"
+FILES = (CONFIG, BACKBONE, HEADS, CARD, PICTURE)
 
 
 def read_config(folder: str | PathLike) -> dict[str, Any]:
@@ -47,48 +44,17 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
     version = settings.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version!r}, this timm-selfdistill {__version__} reads {FORMAT_VERSION};"
+            f"{path} has format version {short(version)}, this timm-selfdistill {__version__} reads {FORMAT_VERSION};"
             " it was written by another version of timm-selfdistill"
-            f" ({settings.get('timm_selfdistill_version', 'unknown')}): install that one"
+            f" ({short(settings.get('timm_selfdistill_version', 'unknown'))}): install that one"
         )
     expected = {"exits": list, "head": (str, type(None)), "head_args": dict}
     for key, kind in expected.items():
         if key not in settings or not isinstance(settings[key], kind):
-            raise ValueError(f'{path} is damaged: "self_distill" has {key}={settings.get(key)!r}; save the model again')
+            raise ValueError(
+                f'{path} is damaged: "self_distill" has {key}={short(settings.get(key))}; save the model again')
     check_config(config, path)
     return config
-
-
-class NoRandomInit(TorchFunctionMode):
-    """Within it random first values are not drawn, which takes most of the time of making a network.
-
-    For networks whose parameters are all loaded afterwards.
-    """
-
-    SKIPPED = frozenset({
-        Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_, init.kaiming_normal_,
-        init.kaiming_uniform_, init.xavier_normal_, init.xavier_uniform_})
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.SKIPPED:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def build_backbone(config: dict[str, Any], folder: str | PathLike) -> nn.Module:
-    """The timm model that a config of `read_config` describes, with fresh weights.
-
-    Raises:
-        ValueError: timm makes no network of it.
-    """
-    path = Path(folder) / CONFIG
-    try:
-        return timm.create_model(
-            config["architecture"], pretrained_cfg=preprocessing(config, path), **(config.get("model_args") or {}))
-    except Exception as error:  # whatever timm's code does with arguments that it was not written for
-        reason = shorten(repr(error), 200)
-        raise ValueError(f"{path}: timm does not make a network of its model_args: {reason}") from error
 
 
 def check_model_files(folder: str | PathLike, backbone: nn.Module, heads: nn.Module) -> None:
@@ -102,6 +68,22 @@ def check_model_files(folder: str | PathLike, backbone: nn.Module, heads: nn.Mod
         check_tensors(Path(folder) / name, module)
 
 
+def check_sizes(sizes: dict[str, int], backbone: nn.Module, heads: nn.Module) -> None:
+    """Refuse files that are larger than these modules, which may be on the meta device, could fill.
+
+    Args:
+        sizes: bytes of each file.
+
+    Raises:
+        ValueError: one is.
+    """
+    for module, name in ((backbone, BACKBONE), (heads, HEADS)):
+        tensors = module.state_dict().values()
+        most = MAX_HEADER_BYTES + sum(8 * tensor.numel() for tensor in tensors)
+        if sizes.get(name, 0) > most:
+            raise ValueError(f"{name} has {sizes[name]} bytes; this network's tensors fill {most} at most")
+
+
 def load_weights(backbone: nn.Module, heads: nn.Module, folder: str | PathLike) -> None:
     """Load backbone and heads from files that `check_model_files` found to fit."""
     for module, name in ((backbone, BACKBONE), (heads, HEADS)):
@@ -111,6 +93,7 @@ def load_weights(backbone: nn.Module, heads: nn.Module, folder: str | PathLike) 
 def read_metrics(folder: str | PathLike) -> dict[str, Any] | None:
     """What is recorded of a saved model, self-distilled or plain; None where nothing is, or there is no model."""
     path = Path(folder) / CONFIG
+    finish_replacing(Path(folder))
     if not path.is_file():
         return None
     config = read_json(path)

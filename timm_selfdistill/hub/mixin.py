@@ -1,5 +1,7 @@
 """Saving, loading and pushing, as methods of a model."""
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,11 +11,12 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 
+from .building import BoundedBuild, NoRandomInit, build_backbone, check_buffers
 from .card import measured_rows
 from .download import fetch_model
-from .files import CARD, NoRandomInit, build_backbone, check_model_files, load_weights, read_config
+from .files import check_model_files, check_sizes, load_weights, read_config
 from .push import push_folder
-from .saving import save_timm_model
+from .saving import create_model_card, save_timm_model
 
 T = TypeVar("T", bound="HubMixin")
 
@@ -55,13 +58,8 @@ class HubMixin(ModelHubMixin):
             ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping. Or
                 the model is beyond the limits within which models are loaded (`hub/trust.py`).
         """
-        settings = {
-            "exits": [stage.index for stage in self.stages],
-            "head": self.head if isinstance(self.head, str) else None,
-            "head_args": self.head_args,
-        }
         save_timm_model(
-            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=settings,
+            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=self._settings(),
             metrics=metrics, rows=self.card_rows(metrics), check=check, card_data=model_card_kwargs)
         if not push_to_hub:
             return None
@@ -100,22 +98,26 @@ class HubMixin(ModelHubMixin):
         Raises:
             FileNotFoundError: the folder, the repository, the revision or a file in it is missing.
             PermissionError: the repository is not open to this token.
-            ValueError: a file is damaged, foreign, or of another format version.
+            OSError: the Hub answers with an error, or not at all.
+            ValueError: a file is damaged, foreign, of another format version, or beyond the limits of `hub/trust.py`.
+            TypeError: `head` cannot be one.
         """
-        folder = fetch_model(
-            pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir,
+        fetch = partial(
+            fetch_model, pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only, force_download=force_download)
+        folder = fetch(only_config=True)
         config = read_config(folder)
-        settings = config["self_distill"]
-        if settings["head"] is None and head is None:
+        if config["self_distill"]["head"] is None and head is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved with a head of its own; pass it:"
                 " from_pretrained(..., head=...)")
-
-        with NoRandomInit():
-            with torch.device("meta"):  # takes no memory: a file of another model is refused before any is taken
-                sketch = cls.from_config(config, folder, head)
-            check_model_files(folder, sketch.backbone, sketch.heads)
+        # On the meta device it takes no memory: a file of another model is refused before it is fetched and read.
+        with torch.device("meta"), BoundedBuild(), NoRandomInit():
+            sketch = cls.from_config(config, folder, head)
+        check_buffers(sketch)
+        fetch(check_sizes=partial(check_sizes, backbone=sketch.backbone, heads=sketch.heads))
+        check_model_files(folder, sketch.backbone, sketch.heads)
+        with NoRandomInit() if head is None else nullcontext():  # what a head of one's own draws is not always saved
             model = cls.from_config(config, folder, head)
         load_weights(model.backbone, model.heads, folder)
         return model.eval()
@@ -141,6 +143,7 @@ class HubMixin(ModelHubMixin):
             private: bool | None = None,
             token: str | None = None,
             revision: str | None = None,
+            branch: str | None = None,
             create_pr: bool | None = None,
             allow_patterns: list[str] | str | None = None,
             ignore_patterns: list[str] | str | None = None,
@@ -154,7 +157,7 @@ class HubMixin(ModelHubMixin):
             repo_id: "user/name", or "name" for the user whose token it is; made if missing.
             private: of a repository that is made; None is the organisation's default.
             token: None is the one of `hf auth login`.
-            revision: branch to commit to; None is "main".
+            revision: branch to commit to; None is "main". `branch` is the same, under huggingface_hub's name.
             create_pr: open a pull request instead of committing to the branch.
             allow_patterns, ignore_patterns, delete_patterns: of `huggingface_hub.HfApi.upload_folder`.
             model_card_kwargs, metrics: see `save_pretrained`.
@@ -163,18 +166,25 @@ class HubMixin(ModelHubMixin):
             The address of the commit.
 
         Raises:
-            ValueError: the model cannot be saved.
-            huggingface_hub.errors.HfHubHTTPError: the Hub refuses; there is no commit then.
+            ValueError: the model cannot be saved, or the repository does not fit, see `push_staged`.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, metrics=metrics, model_card_kwargs=model_card_kwargs)
             return push_folder(
-                folder, repo_id, commit_message=commit_message, private=private, token=token, revision=revision,
-                create_pr=create_pr, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns,
-                delete_patterns=delete_patterns)
+                folder, repo_id, commit_message=commit_message, private=private, token=token,
+                revision=revision or branch, create_pr=create_pr, allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns, delete_patterns=delete_patterns)
 
     def generate_model_card(self, *, metrics: dict[str, Any] | None = None, **card_data: Any) -> ModelCard:
         """The card that `save_pretrained` would write; see there."""
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, metrics=metrics, check=False, model_card_kwargs=card_data)
-            return ModelCard.load(Path(folder) / CARD)
+        return create_model_card(
+            self.backbone, self.model_args, self._settings(), metrics, self.card_rows(metrics), card_data)
+
+    def _settings(self) -> dict[str, Any]:
+        """What makes the exits again."""
+        return {
+            "exits": [stage.index for stage in self.stages],
+            "head": self.head if isinstance(self.head, str) else None,
+            "head_args": self.head_args,
+        }

@@ -16,7 +16,9 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     """A fresh folder, whose files take the place of those of the same name in `folder` when the block ends well.
 
     Whenever the process dies, `folder` holds all the old files or all the new ones: the fresh folder gets its final
-    name in one step, and from then on `finish_replacing` can do what is left.
+    name in one step, and from then on `finish_replacing`, with which every reading begins, does what is left. Plain
+    timm does not call it: between two of these renamings it sees old weights beside a new config or the reverse, which
+    differ in nothing that it reads as long as they describe the same network.
 
     Raises:
         FileExistsError: `folder` is a file.
@@ -38,11 +40,16 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 
 def finish_replacing(folder: Path) -> None:
-    """Move the files that a killed process had saved, but not yet moved, to their places."""
+    """Move the files that a killed process had saved, but not yet moved, to their places.
+
+    Only files: a link could lead out of a folder that somebody else made.
+    """
     complete = folder / COMPLETE
-    if not complete.is_dir():
+    if complete.is_symlink() or not complete.is_dir():
         return
     with suppress(FileNotFoundError):  # another process is doing the same
         for path in complete.iterdir():
+            if path.is_symlink() or not path.is_file():
+                return
             os.replace(path, folder / path.name)
         complete.rmdir()

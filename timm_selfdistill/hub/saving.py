@@ -4,11 +4,13 @@ import os
 import shutil
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from timm.models._pretrained import filter_pretrained_cfg
@@ -20,7 +22,7 @@ from .card import create_card, may_replace, measured_rows
 from .files import BACKBONE, CARD, CONFIG, FORMAT_VERSION, HEADS, PICTURE, facts, read_config
 from .picture import plot_exits
 from .replace import replacing_files
-from .trust import read_json
+from .trust import check_names, read_json, short
 
 
 def save_timm_model(
@@ -49,8 +51,11 @@ def save_timm_model(
         FileExistsError: `folder` is a file.
     """
     with replacing_files(Path(folder)) as fresh:
+        check_metrics(metrics)
+        if heads is not None:  # `from_pretrained` would refuse the folder
+            check_names((entry.name for entry in Path(folder).iterdir()), folder)
         input_size = default_input_size(backbone, model_args)
-        _save_config(backbone, fresh / CONFIG, input_size, model_args or {}, settings, metrics)
+        _save_config(backbone, fresh / CONFIG, model_args, settings, metrics)
         _save_tensors(backbone, fresh / BACKBONE)
         if heads is not None:
             read_config(fresh)  # a model that could not be loaded again is refused while the old files are in place
@@ -62,18 +67,36 @@ def save_timm_model(
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
 
 
-def save_metrics(folder: str | PathLike, metrics: dict[str, Any], card_data: dict[str, Any] | None = None) -> None:
+def check_metrics(metrics: Any) -> None:
+    """Raise ValueError for what JSON cannot hold."""
+    try:
+        json.dumps(metrics, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metrics must be what JSON can hold, got {short(metrics)}: {error}") from error
+
+
+def save_metrics(folder: str | PathLike, metrics: dict[str, Any]) -> None:
     """Record other metrics of a saved model, in config.json, card and picture; its weights stay as they are.
 
     Args:
         metrics: with "exits", the rows of the card.
-        card_data: see `create_card`.
     """
+    check_metrics(metrics)
     with replacing_files(Path(folder)) as fresh:
         config = read_json(Path(folder) / CONFIG)
         facts(config)["metrics"] = metrics
         (fresh / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, card_data)
+        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, None)
+
+
+def create_model_card(
+        backbone: nn.Module, model_args: dict[str, Any], settings: dict[str, Any], metrics: dict[str, Any] | None,
+        rows: list[dict[str, Any]], card_data: dict[str, Any],
+) -> ModelCard:
+    """The card that a model would be saved with."""
+    with TemporaryDirectory() as folder:
+        _save_config(backbone, Path(folder) / CONFIG, model_args, settings, metrics)
+        return create_card(read_json(Path(folder) / CONFIG), rows, metrics, **card_data)
 
 
 def _save_card(
@@ -146,13 +169,12 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
 def _save_config(
         backbone: nn.Module,
         path: Path,
-        input_size: tuple[int, int, int],
-        model_args: dict[str, Any],
+        model_args: dict[str, Any] | None,
         settings: dict[str, Any] | None,
         metrics: dict[str, Any] | None,
 ) -> None:
     pretrained_cfg = filter_pretrained_cfg(backbone.pretrained_cfg, remove_source=True) | {
-        "input_size": input_size, "num_classes": backbone.num_classes, "first_conv": None}
+        "input_size": default_input_size(backbone, model_args), "num_classes": backbone.num_classes, "first_conv": None}
     model_config: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
     if backbone.pretrained_cfg.get("label_names"):
         model_config["label_names"] = backbone.pretrained_cfg["label_names"]
@@ -161,4 +183,4 @@ def _save_config(
         model_config["self_distill"] = versions | settings
     if metrics is not None:
         facts(model_config)["metrics"] = metrics
-    save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args)
+    save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args or {})

@@ -4,7 +4,6 @@ Nothing is unpickled, imported or executed that a repository names. A config may
 registers, with plain values as arguments, and within the limits below.
 """
 import json
-import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +16,11 @@ from torch import nn
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_CLASSES = 100_000
 MAX_NUMBER = 65_536
-"""Highest number among the arguments of model and heads: widths, image sizes, ..."""
+"""Highest number among the arguments of model and heads: widths, ..."""
+MAX_PIXELS = 4_096
+"""Highest width and height of images."""
+MAX_HEADER_BYTES = 16 * 2**20
+"""Of a safetensors file: names and shapes; timm's largest models have less than 1 MB."""
 MAX_DEPTH = 512
 """Highest sum of the arguments that say how many blocks or layers a network has."""
 MAX_ITEMS = 256
@@ -46,7 +49,7 @@ def check_names(names: Iterable[str], where: str | Path) -> None:
     pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
     if pickles:
         raise ValueError(
-            f"{where} holds {_short(pickles[0])}, which may run code when it is read; a model is safetensors files"
+            f"{where} holds {short(pickles[0])}, which may run code when it is read; a model is safetensors files"
             " only: remove it, or save the model with save_pretrained")
 
 
@@ -82,10 +85,11 @@ def read_json(path: Path) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {_short(next(key for key in keys if keys.count(key) > 1))} occurs twice")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {short(key)} occurs twice")
+        values[key] = value
     return values
 
 
@@ -101,52 +105,64 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     """
     architecture = config["architecture"]
     if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise ValueError(f"{path}: architecture must be the name of a timm model, got {_short(architecture)}")
+        raise ValueError(f"{path}: architecture must be the name of a timm model, got {short(architecture)}")
     classes = config.get("num_classes")
     if isinstance(classes, bool) or not isinstance(classes, int) or not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(f"{path}: num_classes must be 1 to {MAX_CLASSES}, got {_short(classes)}")
+        raise ValueError(f"{path}: num_classes must be 1 to {MAX_CLASSES}, got {short(classes)}")
     settings = config["self_distill"]
     if len(settings["exits"]) > MAX_ITEMS:
         raise ValueError(f"{path}: {len(settings['exits'])} exits are more than {MAX_ITEMS}")
+    if not all(type(exit) is int and 0 <= exit <= MAX_DEPTH for exit in settings["exits"]):
+        raise ValueError(f"{path}: exits must be feature_info indices, got {short(settings['exits'])}")
     model_args = config.get("model_args") or {}
     if not isinstance(model_args, dict):
-        raise ValueError(f"{path}: model_args must be an object, got {_short(model_args)}")
+        raise ValueError(f"{path}: model_args must be an object, got {short(model_args)}")
     forbidden = sorted(FORBIDDEN_ARGS & model_args.keys())
     if forbidden:
         raise ValueError(f"{path}: model_args may describe the network only, not set {', '.join(forbidden)}")
     if model_args.get("num_classes", classes) != classes:
-        raise ValueError(f"{path} has {classes} classes, but {_short(model_args['num_classes'])} in model_args")
+        raise ValueError(f"{path} has {classes} classes, but {short(model_args['num_classes'])} in model_args")
     preprocessing(config, path)
     network = {key: value for key, value in model_args.items() if key != "num_classes"}
     for name, values in (("model_args", network), ("head_args", settings["head_args"])):
         _check_values(values, f"{path}: {name}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER
-
-
 def _is_word(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MAX_TEXT
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 3 and all(type(item) is int and _is_number(item) for item in value)
+def _is_printable(value: Any) -> bool:
+    """Nothing that could steer a terminal."""
+    return _is_word(value) and value.isprintable()
+
+
+def _are_numbers(value: Any, lengths: tuple[int, ...], low: float, high: float, kind: type | tuple[type, ...]) -> bool:
+    return (isinstance(value, list) and len(value) in lengths
+            and all(isinstance(item, kind) and not isinstance(item, bool) and low <= item <= high for item in value))
 
 
 def _are_words(value: Any) -> bool:
     return _is_word(value) or (isinstance(value, list) and len(value) <= MAX_ITEMS and all(map(_is_word, value)))
 
 
+CHANNELS = tuple(range(1, 257))
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
+CROP_MODES = ("center", "squash", "border")
 PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("input_size", "test_input_size", "min_input_size"),
-                    (lambda value: _is_size(value) and len(value) == 3 and min(value) > 0, "channels, height, width")),
-    **dict.fromkeys(("pool_size", "test_pool_size"), (_is_size, "height and width")),
-    **dict.fromkeys(("mean", "std"), (lambda value: isinstance(value, list) and 0 < len(value) <= MAX_ITEMS
-                                      and all(map(_is_number, value)), "a list of numbers")),
-    **dict.fromkeys(("crop_pct", "test_crop_pct"), (lambda value: _is_number(value) and value > 0, "a number above 0")),
+                    (lambda value: _are_numbers(value, (3,), 1, MAX_PIXELS, int), "channels, height and width, at most"
+                                                                                  f" {MAX_PIXELS} pixels")),
+    **dict.fromkeys(("pool_size", "test_pool_size"),
+                    (lambda value: _are_numbers(value, (2,), 0, MAX_PIXELS, int), "height and width")),
+    "mean": (lambda value: _are_numbers(value, CHANNELS, 0, 255, (int, float)), "a number for each channel"),
+    "std": (lambda value: _are_numbers(value, CHANNELS, 1e-3, 255, (int, float)), "a number above 0 for each channel"),
+    **dict.fromkeys(("crop_pct", "test_crop_pct"),
+                    (lambda value: _are_numbers([value], (1,), 0.1, 2, (int, float)), "a number from 0.1 to 2")),
+    "interpolation": (lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+    "crop_mode": (lambda value: value in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
     "fixed_input_size": (lambda value: isinstance(value, bool), "true or false"),
-    **dict.fromkeys(("interpolation", "crop_mode", "tag", "license", "description", "origin_url", "paper_name"),
+    **dict.fromkeys(("tag", "license", "description", "origin_url", "paper_name"),
                     (_is_word, "a text")),
     **dict.fromkeys(("first_conv", "classifier", "paper_ids", "notes"), (_are_words, "a text or a list of them")),
 }
@@ -161,17 +177,20 @@ def preprocessing(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     values, classes = config.get("pretrained_cfg"), config["num_classes"]
     if not isinstance(values, dict) or "input_size" not in values:
-        raise ValueError(f"{path}: pretrained_cfg must be an object with an input_size, got {_short(values)}")
+        raise ValueError(f"{path}: pretrained_cfg must be an object with an input_size, got {short(values)}")
     known = {key: values[key] for key in PREPROCESSING if values.get(key) is not None}
     for key, value in known.items():
         fits, words = PREPROCESSING[key]
         if not fits(value):
-            raise ValueError(f"{path}: pretrained_cfg has {key}={_short(value)}, expected {words}")
+            raise ValueError(f"{path}: pretrained_cfg has {key}={short(value)}, expected {words}")
     names = config.get("label_names", values.get("label_names"))
     if names is not None:
-        if not isinstance(names, list) or len(names) != classes or not all(map(_is_word, names)):
-            raise ValueError(f"{path}: label_names must hold {classes} names, got {_short(names)}")
+        if not isinstance(names, list) or len(names) != classes or not all(map(_is_printable, names)):
+            raise ValueError(f"{path}: label_names must hold {classes} printable names, got {short(names)}")
         known["label_names"] = names
+    for key in ("mean", "std"):
+        if key in known and len(known[key]) not in (1, known["input_size"][0]):
+            raise ValueError(f"{path}: {key} has {len(known[key])} values for {known['input_size'][0]} channels")
     return known | {"num_classes": classes, "architecture": config["architecture"]}
 
 
@@ -182,10 +201,11 @@ def _check_values(values: dict[str, Any], where: str) -> None:
         for item in _flatten(value, where):
             items += 1
             number = isinstance(item, (int, float)) and not isinstance(item, bool)
-            if number and not (math.isfinite(item) and abs(item) <= MAX_NUMBER):
-                raise ValueError(f"{where}: {_short(key)} must be at most {MAX_NUMBER}, got {_short(item)}")
+            most = MAX_PIXELS if key.endswith("img_size") else MAX_NUMBER
+            if number and not abs(item) <= most:
+                raise ValueError(f"{where}: {short(key)} must be at most {most}, got {short(item)}")
             if isinstance(item, str) and (len(item) > 100 or "/" in item or "\\" in item or ":" in item):
-                raise ValueError(f"{where}: {_short(key)} must be a plain word, got {_short(item)}")
+                raise ValueError(f"{where}: {short(key)} must be a plain word, got {short(item)}")
             if number and any(word in key for word in ("depth", "layer", "block", "repeat")):
                 depth += item
     if items > MAX_ITEMS or depth > MAX_DEPTH:
@@ -198,7 +218,7 @@ def _flatten(value: Any, where: str, level: int = 0) -> list[Any]:
         return [item for part in value for item in _flatten(part, where, level + 1)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return [value]
-    raise ValueError(f"{where} may hold plain values only, got {_short(value)}")
+    raise ValueError(f"{where} may hold plain values only, got {short(value)}")
 
 
 def check_tensors(path: Path, module: nn.Module) -> None:
@@ -211,18 +231,25 @@ def check_tensors(path: Path, module: nn.Module) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; the folder is not a complete saved model")
     expected = {key: (tuple(value.shape), value.dtype) for key, value in module.state_dict().items()}
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
     try:
+        if header > min(path.stat().st_size, MAX_HEADER_BYTES):
+            raise ValueError(f"a header of {header} bytes")
         with safe_open(path, "pt") as file:
-            names = file.keys()
+            names = list(file.keys())
+            if len(names) > len(expected) + MAX_ITEMS:
+                raise ValueError(f"{len(names)} tensors instead of {len(expected)}")
             found = {key: file.get_slice(key) for key in names}
             found = {key: (tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for key, part in found.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch or save it again") from error
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({short(str(error))}); fetch or save it again") from error
     missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or foreign:
         raise ValueError(
             f"{path} does not hold this model's tensors: {len(missing)} missing {missing[:3]},"
-            f" {len(foreign)} foreign {_short(foreign[:3])}")
+            f" {len(foreign)} foreign {short(foreign[:3])}")
     for key, (shape, dtype) in found.items():
         wanted_shape, wanted_dtype = expected[key]
         if shape != wanted_shape:
@@ -232,6 +259,7 @@ def check_tensors(path: Path, module: nn.Module) -> None:
             raise ValueError(f"{path}: {key} holds {dtype or 'numbers of an unknown kind'}, expected {wanted_dtype}")
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def short(value: Any) -> str:
+    """A value from outside for an error: at most 80 characters, none that could steer a terminal."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of many digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
