@@ -8,7 +8,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_selfdistill import SelfDistillModel
-from timm_selfdistill.cli import Parser, run
+from timm_selfdistill.cli import Parser, parse_exit, run
 from timm_selfdistill.training.images import open_image
 
 
@@ -25,10 +25,9 @@ def main() -> int:
 
     model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
     config = resolve_model_data_config(model.backbone)
-    image = open_image(args.image, "L" if config["input_size"][0] == 1 else "RGB")
-    exit = int(args.exit) if args.exit.lstrip("-").isdigit() else args.exit
+    image = open_image(args.image, config["input_size"][0])
     with torch.no_grad():
-        probabilities = model.predict(create_transform(**config)(image)[None], exit)[0].softmax(0)
+        probabilities = model.predict(create_transform(**config)(image)[None], parse_exit(args.exit))[0].softmax(0)
 
     names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     for probability, index in zip(*probabilities.topk(min(args.topk, model.num_classes))):

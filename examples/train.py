@@ -26,7 +26,7 @@ from timm_selfdistill import (
 from timm_selfdistill.cli import (
     NOT_UPLOADED,
     parse_args,
-    parse_exits,
+    parse_exit,
     run,
     train_config,
     train_parser,
@@ -65,8 +65,8 @@ def main() -> int:
     if args.baseline:
         task = ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)
     else:
-        model = wrap_self_distill(
-            backbone, exits=parse_exits(args.exits), head=args.head, freeze_backbone=args.freeze_backbone)
+        exits = [parse_exit(exit) for exit in args.exits] if args.exits else None
+        model = wrap_self_distill(backbone, exits=exits, head=args.head, freeze_backbone=args.freeze_backbone)
         hint = None if args.hint == "none" else args.hint
         loss = SelfDistillLoss(args.temperature, args.alpha, args.beta, hint=hint, teacher=args.teacher)
         task = SelfDistillTask(model, loss)
@@ -79,7 +79,7 @@ def main() -> int:
         console.print(f"  {same_command('--resume', str(result.output))}", markup=False, highlight=False)
     else:
         print_summary(console, result.summary)
-        console.print(next_lines(result.output, args.baseline), markup=False, highlight=False)
+        console.print(next_lines(result.output, args.baseline, config.push_to_hub), markup=False, highlight=False)
     if result.upload:
         console.print(upload_lines(result.upload, config.hub_private), markup=False, highlight=False)
     if result.interrupted_by:
@@ -87,13 +87,13 @@ def main() -> int:
     return NOT_UPLOADED if result.upload and result.upload.failure else 0
 
 
-def next_lines(output: Path, baseline: bool) -> str:
+def next_lines(output: Path, baseline: bool, pushed: bool) -> str:
     lines = [f"run directory: {output}  (summary.json, exits.png, curves.png, best/, last/)", "next, in Python:"]
     lines += [f"  timm.create_model('local-dir:{output}/best', pretrained=True)   # plain timm"]
     if not baseline:
         lines += [f"  SelfDistillModel.from_pretrained('{output}/best')               # all exits"]
         if "--resume" not in sys.argv:
-            no_push = ["--no-push-to-hub"] if "--push-to-hub" in sys.argv else []  # it would take the model's place
+            no_push = ["--no-push-to-hub"] if pushed else []  # it would take the model's place
             lines += ["or train the plain network, to compare:",
                       f"  {same_command('--baseline', '--output', f'{output}-baseline', *no_push)}"]
     return "\n".join(lines)

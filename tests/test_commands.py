@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from timm_selfdistill.cli.main import main
+from timm_selfdistill.heads import LinearHead
+from timm_selfdistill.hub import save_timm_model
 
-from .conftest import ROOT, small_model
+from .conftest import ROOT, small_backbone, small_model
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +51,37 @@ def test_info_shows_exits_metrics_and_sizes(saved, monkeypatch, capsys):
     assert "1.5 MB  model.safetensors" in out
 
 
+def test_info_reads_plain_networks_own_heads_and_run_directories(tmp_path, monkeypatch, capsys):
+    exits = [{"exit": 0, "module": "\x1b[31mlayer4", "top1": 12.34, "macs": 10**6}]
+    metrics = {"exits": exits, "dataset": {"name": "\x1b[31mred", "split": "test"}}
+    save_timm_model(small_backbone(), tmp_path / "plain/best", metrics=metrics)
+    small_model(head=LinearHead).save_pretrained(tmp_path / "own", metrics=metrics)
+    assert call(main, monkeypatch, "info", tmp_path / "plain") == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/plain/best: test_resnet, 10 classes, 160 x 160 pixels\n" in out
+    assert "12.34" in out
+    assert call(main, monkeypatch, "info", tmp_path / "own") == 0
+    out += capsys.readouterr().out
+    assert "own heads" in out
+    assert out.count("?[31mlayer4") == out.count("accuracy on ?[31mred, split test") == 2
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("settings", [5, None, {"format_version": 1, "exits": 5}])
+def test_info_on_a_damaged_model_is_one_line(settings, saved, tmp_path, monkeypatch, capsys):
+    config = json.loads((saved / "config.json").read_text()) | {"self_distill": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert call(main, monkeypatch, "info", tmp_path) == 2
+    assert re.fullmatch("program: error: .*self_distill.*\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "the following arguments are required"),
     (["fetch"], "invalid choice: 'fetch'"),
     (["info", "nobody/nothing"], "nobody/nothing is no folder here and not in the cache, and the Hub may not be asked"),
     (["info", "a/b/c"], "a/b/c is no folder here, and no id of a repository on the Hub"),
     (["push", "nowhere", "user/name"], "nowhere is not on the Hub: nowhere holds no saved model: config.json does not"),
-    (["push", "{saved}", "a/b/c"], "hub_model_id must be 'user/name' or 'name', got 'a/b/c'"),
+    (["push", "{saved}", "a/b/c"], "repo_id must be 'user/name' or 'name', got 'a/b/c'"),
     (["push", "{saved}", "user/name"], "is not on the Hub: Cannot reach .*: offline mode is enabled"),
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, saved, monkeypatch, capsys):
@@ -80,6 +106,7 @@ def test_predict_prints_the_classes_of_an_exit(exit, saved, picture, monkeypatch
     (["{tmp}"], "does not exist; expected an image file"),
     (["{saved}/config.json"], "cannot read image .*config.json"),
     (["{picture}", "--exit", "4"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got 4"),
+    (["{picture}", "--exit=--1"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got '--1'"),
     (["{picture}", "--exit", "first"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got 'first'"),
     (["{picture}", "--topk", "0"], "--topk must be at least 1, got 0"),
 ])

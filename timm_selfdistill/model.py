@@ -55,14 +55,7 @@ def wrap_self_distill(
         model, exits=exits, head=head, head_args=head_args, model_args=model_args, freeze_backbone=freeze_backbone)
 
 
-class SelfDistillModel(
-    nn.Module,
-    HubMixin,
-    library_name="timm",
-    pipeline_tag="image-classification",
-    tags=["timm", "image-classification", "self-distillation", "timm-selfdistill"],
-    paper_url="https://arxiv.org/abs/1905.08094",
-):
+class SelfDistillModel(nn.Module, HubMixin):
     """A timm model with shallow classifiers; made by `wrap_self_distill`.
 
     Attributes:

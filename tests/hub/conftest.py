@@ -61,8 +61,9 @@ for line in sys.stdin:
 @pytest.fixture
 def interpreter(environment, tmp_path) -> Iterator[Callable[[str], str]]:
     """Runs pieces of Python code one after the other in one process, and gives what each printed."""
+    errors = (tmp_path / "errors").open("w+")
     process = subprocess.Popen([sys.executable, "-c", READER], cwd=tmp_path, env=environment, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
     timer = threading.Timer(240, process.kill)
     timer.start()
 
@@ -80,6 +81,9 @@ def interpreter(environment, tmp_path) -> Iterator[Callable[[str], str]]:
     process.stdin.close()
     process.wait(60)
     timer.cancel()
+    errors.seek(0)
+    assert TOKEN not in errors.read()
+    errors.close()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from .test_trust import within_limits
 
 KEYS = st.one_of(st.text(max_size=12), st.sampled_from(["img_size", "num_classes", "in_chans", "layers", "width"]))
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.integers() | st.floats() | st.text(max_size=12),
+    st.none() | st.booleans() | st.integers(-5, 5) | st.integers() | st.just(10**400) | st.floats()
+    | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8)
 
 

@@ -61,6 +61,23 @@ def test_what_passes_by_itself_is_tried_again(hub, interpreter, saved):
     assert "user/name" in (saved / "README.md").read_text()
 
 
+def test_a_push_looks_at_what_is_there(hub, interpreter, saved):
+    push = PUSH.format(folder=str(saved), waits=ONCE, arguments="{arguments}")
+    card = b"---\nlicense: mit\n---\nmine"
+    hub.add("user/model", {"README.md": card, "exits.png": b"an earlier model's", "notes.txt": b"mine"})
+    assert hub.url in interpreter(push.format(arguments=""))
+    files = hub.repositories["user/model"].files("main")
+    assert set(files) == {"config.json", "model.safetensors", "self_distill.safetensors", "README.md", "notes.txt"}
+    assert files["README.md"] == card
+
+    said = interpreter(push.format(arguments=", private=True"))
+    assert said == "failed: user/model exists and is public; make it private on its page, or choose another name"
+    assert interpreter(push.format(arguments=", revision='nope'")) == "failed: user/model has no such revision"
+    hub.add("user/model", {"pytorch_model.bin": b"theirs"})
+    assert "holds 'pytorch_model.bin', which may run code" in interpreter(push.format(arguments=""))
+    assert len(hub.repositories["user/model"].commits) == 3
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_half_a_model_is_not_pushed(missing, copied):
     from timm_selfdistill.hub import push_folder

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from timm_selfdistill import SelfDistillModel
-from timm_selfdistill.hub.replace import STALE_SECONDS, replacing_files
+from timm_selfdistill.hub.replace import COMPLETE, STALE_SECONDS, finish_replacing, replacing_files
 
 from ..conftest import small_model
 
@@ -21,8 +21,9 @@ def in_a_child(work) -> int:
     if child == 0:
         try:
             work()
-        finally:
             os._exit(0)
+        finally:
+            os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -63,12 +64,14 @@ def test_killed_between_two_renamings(count, models, tmp_path, monkeypatch):
         new.save_pretrained(tmp_path, metrics={"name": "new"}, check=False)
 
     assert in_a_child(save) == (-signal.SIGKILL if count <= 6 else 0)  # 4 files, and the folder's two ends
+    x = torch.randn(1, 3, 64, 64)
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(plain(x), old(x)) or torch.equal(plain(x), new(x))
     loaded = SelfDistillModel.from_pretrained(tmp_path)
     expected = old if count == 1 else new
     for got, wanted in zip(loaded.state_dict().values(), expected.state_dict().values(), strict=True):
         assert torch.equal(got, wanted)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    x = torch.randn(1, 3, 64, 64)
     assert torch.equal(plain(x), expected(x))
 
 
@@ -109,6 +112,19 @@ def test_an_error_leaves_the_old_files_and_nothing_else(tmp_path):
         save()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_nothing_is_moved_through_links(tmp_path):
+    elsewhere, first, second = (tmp_path / name for name in ("elsewhere", "first", "second"))
+    for folder in (elsewhere, first, second / COMPLETE):
+        folder.mkdir(parents=True)
+    (elsewhere / "secret").write_text("theirs")
+    (first / COMPLETE).symlink_to(elsewhere)
+    (second / COMPLETE / "config.json").symlink_to(elsewhere / "secret")
+    for folder in (first, second):
+        finish_replacing(folder)
+        assert [path.name for path in folder.iterdir()] == [COMPLETE]
+    assert (elsewhere / "secret").read_text() == "theirs"
 
 
 def test_what_killed_processes_left_is_removed_an_hour_later(tmp_path):

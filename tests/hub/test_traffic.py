@@ -92,3 +92,17 @@ def test_a_refusal_is_one_clear_error_until_the_model_is_in_the_cache(hub, inter
     assert "layer1" in interpreter(LOAD.format(arguments=", local_files_only=True"))
     hub.fail("GET /api/models/user/model", 403, times=99)
     assert "layer1" in interpreter(LOAD.format(arguments=""))
+
+
+def test_what_gets_lost_on_the_way_is_one_clear_error(hub, interpreter, pushed):
+    interpreter("from huggingface_hub import constants; constants.HF_HUB_DOWNLOAD_TIMEOUT = 1")
+    for failure, message in (
+            ({"status": None}, "OSError user/model cannot be fetched: the connection to the Hub is lost (peer closed"),
+            ({"status": 500, "seconds": 3}, "OSError user/model cannot be fetched: the Hub does not answer in time")):
+        hub.failures.clear()
+        hub.fail("GET /lfs/", times=99, **failure)
+        said = interpreter(LOAD.format(arguments=""))
+        assert said.startswith(message)
+        assert "\n" not in said
+    hub.failures.clear()
+    assert "layer1" in interpreter(LOAD.format(arguments=""))

@@ -112,6 +112,24 @@ def test_a_run_that_cannot_push_trains_to_its_end_and_says_how_to_upload(hub, co
         assert part in info
 
 
+def test_a_signal_ends_the_last_wait_and_the_table_and_the_command_are_there(hub, environment, flags, tmp_path):
+    hub.hold("POST .*/preupload/")
+    run = subprocess.Popen([sys.executable, *map(str, flags), "--epochs", "1"], cwd=tmp_path, env=environment,
+                           text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    lines = []
+    while not lines or not lines[-1].startswith("uploading "):
+        lines.append(run.stdout.readline())
+        assert lines[-1], "".join(lines)
+    assert re.fullmatch(rf"uploading {tmp_path}/run/best to user/model, \d\.\d MB\n", lines[-1])
+    run.terminate()
+    out, err = run.communicate(timeout=100)
+    assert run.returncode == 3, err
+    assert "ensemble" in out
+    assert "the model is not on the Hub: stopped while it was uploaded" in out
+    assert out.endswith(f"  timm-selfdistill push {tmp_path}/run/best user/model\n")
+    assert not list((tmp_path / "run").glob(".upload-*"))
+
+
 def test_an_interrupted_run_waits_for_its_upload(hub, environment, flags, tmp_path):
     hub_answers = hub.hold("POST /api/repos/create")
     run = subprocess.Popen([sys.executable, *map(str, flags), "--epochs", "400", "--hub-strategy", "epoch"],

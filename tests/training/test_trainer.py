@@ -380,3 +380,18 @@ def test_resuming_into_a_new_output_leaves_a_whole_run_directory_there(fashion_t
     fit(tmp_path / "b", data, epochs=2, resume=str(tmp_path / "a"))
     assert {path.name for path in (tmp_path / "b").iterdir()} == RUN_FILES
     assert SelfDistillModel.from_pretrained(tmp_path / "b" / "best").exits == ("layer1", "layer2", "layer3", "layer4")
+
+
+def test_a_finished_run_resumed_into_a_new_output_saves_its_models_there(fashion_tensors, tmp_path):
+    data = tuple(Subset(part, range(100)) for part in fashion_tensors)
+    _, task = fit(tmp_path / "a", data, epochs=1)
+    fit(tmp_path / "b", data, epochs=1, resume=str(tmp_path / "a"))
+    for name in ("best", "last"):
+        same_weights(SelfDistillModel.from_pretrained(tmp_path / "b" / name), task.get_trainable_module())
+
+
+def test_only_timm_models_can_be_pushed(fashion_tensors, tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
+    with pytest.raises(ValueError, match="push_to_hub takes timm models, got Sequential"):
+        fit(tmp_path / "run", fashion_tensors, ClassificationTask(network, nn.CrossEntropyLoss()), push_to_hub=True)
+    assert not (tmp_path / "run").exists()

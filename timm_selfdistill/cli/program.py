@@ -11,6 +11,8 @@ DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, AssertionError, ImportError)
 NOT_UPLOADED = 3
 """Exit code of a run that trained to its end, but whose model is not on the Hub."""
+LONGEST_LINE = 2000
+"""Characters of an error."""
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -27,8 +29,13 @@ def run(main: Callable[[], int | None]) -> None:
         line = lines[-1].removeprefix(f"{type(error).__name__}: ") if "Traceback" in str(error) else lines[0]
         expected = isinstance(error, (ValueError, OSError, FloatingPointError))
         more = "" if expected else f" ({DEBUG_VARIABLE}=1 shows where)"
-        print(f"{os.path.basename(sys.argv[0])}: error: {line}{more}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {printable(line[:LONGEST_LINE])}{more}", file=sys.stderr)
         sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """A text that may come from outside, without characters that could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,5 +1,6 @@
 """Flags of a training run: timm's names, and YAML files of them."""
 import argparse
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -124,11 +125,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def parse_exits(exits: list[str] | None) -> list[int | str] | None:
-    return None if exits is None else [int(exit) if exit.lstrip("-").isdigit() else exit for exit in exits]
+def parse_exit(exit: str) -> int | str:
+    """A number, or a name."""
+    return int(exit) if re.fullmatch("-?[0-9]{1,9}", exit) else exit
 
 
-_OPTIONAL = {"validation_batch_size": int, "clip_grad": float, "hub_model_id": str}
+_OPTIONAL = {"validation_batch_size": int, "clip_grad": float, "hub_model_id": str, "hub_license": str}
 _SHORT = {"batch_size": "-b", "workers": "-j"}
 _HELP = {
     "decay_epochs": "between two steps of the step schedule",
@@ -160,6 +162,7 @@ _HELP = {
     "push_to_hub": "upload the best model at the end, in the background",
     "hub_model_id": "repository, user/name (default: name of the run directory)",
     "hub_private": "make a private repository",
+    "hub_license": "of the model card, e.g. mit (default: that of the pretrained weights, else apache-2.0)",
     "hub_strategy": "also during the run: every new best model, or the last one every epoch",
     "report_to": "trackers, e.g. tensorboard wandb",
 }

@@ -13,7 +13,16 @@ from torch import nn
 
 from ..version import __version__
 from .replace import finish_replacing
-from .trust import MAX_HEADER_BYTES, check_config, check_links, check_names, check_tensors, read_json, short
+from .trust import (
+    MAX_HEADER_BYTES,
+    check_exits,
+    check_links,
+    check_names,
+    check_network,
+    check_tensors,
+    read_json,
+    short,
+)
 
 FORMAT_VERSION = 1
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
@@ -21,12 +30,12 @@ CARD, PICTURE = "README.md", "exits.png"
 FILES = (CONFIG, BACKBONE, HEADS, CARD, PICTURE)
 
 
-def read_config(folder: str | PathLike) -> dict[str, Any]:
-    """config.json of a saved model.
+def read_network(folder: str | PathLike) -> dict[str, Any]:
+    """config.json of a timm model, self-distilled or plain.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: it is no JSON, not one of ours, of another format version, or asks for what `trust.py` refuses.
+        ValueError: it is no JSON, describes no timm model, or asks for what `trust.py` refuses.
     """
     path = Path(folder) / CONFIG
     finish_replacing(Path(folder))
@@ -35,8 +44,22 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
     check_names((entry.name for entry in Path(folder).iterdir()), folder)
     check_links(Path(folder), (CONFIG, BACKBONE, HEADS))
     config = read_json(path)
-    settings = config.get("self_distill") if isinstance(config, dict) else None
-    if not isinstance(settings, dict) or "architecture" not in config:
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(f'{path} has no "architecture": it describes no timm model')
+    check_network(config, path)
+    return config
+
+
+def read_config(folder: str | PathLike) -> dict[str, Any]:
+    """config.json of a self-distilled model.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: as in `read_network`; or it is a plain model's, or of another format version.
+    """
+    path, config = Path(folder) / CONFIG, read_network(folder)
+    settings = config.get("self_distill")
+    if not isinstance(settings, dict):
         raise ValueError(
             f'{path} has no "self_distill" entry: this is not a self-distilled model; load a plain timm model with'
             f' timm.create_model("local-dir:{folder}", pretrained=True)'
@@ -53,7 +76,7 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
         if key not in settings or not isinstance(settings[key], kind):
             raise ValueError(
                 f'{path} is damaged: "self_distill" has {key}={short(settings.get(key))}; save the model again')
-    check_config(config, path)
+    check_exits(settings, path)
     return config
 
 
@@ -102,4 +125,5 @@ def read_metrics(folder: str | PathLike) -> dict[str, Any] | None:
 
 def facts(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that timm does not read."""
-    return config.get("self_distill", config)
+    settings = config.get("self_distill")
+    return settings if isinstance(settings, dict) else config

@@ -111,16 +111,30 @@ class HubMixin(ModelHubMixin):
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved with a head of its own; pass it:"
                 " from_pretrained(..., head=...)")
-        # On the meta device it takes no memory: a file of another model is refused before it is fetched and read.
-        with torch.device("meta"), BoundedBuild(), NoRandomInit():
-            sketch = cls.from_config(config, folder, head)
-        check_buffers(sketch)
+        sketch = cls.sketch(config, folder, head)  # files of another model are refused before they are fetched
         fetch(check_sizes=partial(check_sizes, backbone=sketch.backbone, heads=sketch.heads))
         check_model_files(folder, sketch.backbone, sketch.heads)
         with NoRandomInit() if head is None else nullcontext():  # what a head of one's own draws is not always saved
             model = cls.from_config(config, folder, head)
         load_weights(model.backbone, model.heads, folder)
         return model.eval()
+
+    @classmethod
+    def sketch(
+            cls: type[T],
+            config: dict[str, Any],
+            folder: str | PathLike,
+            head: Callable[..., nn.Module] | None = None,
+    ) -> T:
+        """The model of `from_config` on the meta device, where it takes no memory.
+
+        Raises:
+            ValueError: it is beyond the limits of `hub/building.py`.
+        """
+        with torch.device("meta"), BoundedBuild(), NoRandomInit():
+            model = cls.from_config(config, folder, head)
+        check_buffers(model)
+        return model
 
     @classmethod
     def from_config(

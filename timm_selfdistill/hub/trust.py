@@ -97,7 +97,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def check_config(config: dict[str, Any], path: Path) -> None:
+def check_network(config: dict[str, Any], path: Path) -> None:
     """Refuse a config that asks for anything but a timm network of bounded size.
 
     Raises:
@@ -109,11 +109,6 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     classes = config.get("num_classes")
     if isinstance(classes, bool) or not isinstance(classes, int) or not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"{path}: num_classes must be 1 to {MAX_CLASSES}, got {short(classes)}")
-    settings = config["self_distill"]
-    if len(settings["exits"]) > MAX_ITEMS:
-        raise ValueError(f"{path}: {len(settings['exits'])} exits are more than {MAX_ITEMS}")
-    if not all(type(exit) is int and 0 <= exit <= MAX_DEPTH for exit in settings["exits"]):
-        raise ValueError(f"{path}: exits must be feature_info indices, got {short(settings['exits'])}")
     model_args = config.get("model_args") or {}
     if not isinstance(model_args, dict):
         raise ValueError(f"{path}: model_args must be an object, got {short(model_args)}")
@@ -123,9 +118,23 @@ def check_config(config: dict[str, Any], path: Path) -> None:
     if model_args.get("num_classes", classes) != classes:
         raise ValueError(f"{path} has {classes} classes, but {short(model_args['num_classes'])} in model_args")
     preprocessing(config, path)
-    network = {key: value for key, value in model_args.items() if key != "num_classes"}
-    for name, values in (("model_args", network), ("head_args", settings["head_args"])):
-        _check_values(values, f"{path}: {name}")
+    _check_values({key: value for key, value in model_args.items() if key != "num_classes"}, f"{path}: model_args")
+
+
+def check_exits(settings: dict[str, Any], path: Path) -> None:
+    """Refuse exits and heads beyond the limits.
+
+    Args:
+        settings: "self_distill" of a config.
+
+    Raises:
+        ValueError: they are.
+    """
+    if len(settings["exits"]) > MAX_ITEMS:
+        raise ValueError(f"{path}: {len(settings['exits'])} exits are more than {MAX_ITEMS}")
+    if not all(type(exit) is int and 0 <= exit <= MAX_DEPTH for exit in settings["exits"]):
+        raise ValueError(f"{path}: exits must be feature_info indices, got {short(settings['exits'])}")
+    _check_values(settings["head_args"], f"{path}: head_args")
 
 
 def _is_word(value: Any) -> bool:

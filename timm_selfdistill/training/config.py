@@ -39,6 +39,8 @@ class TrainConfig:
             one, with "epoch" the last one after every epoch, too, in the background.
         hub_model_id: repository, "user/name" or "name"; None is the name of the run directory.
         hub_private: make a private repository.
+        hub_license: of the model card, e.g. "mit"; None is that of the weights that the training begins with, and
+            Apache-2.0, timm's own, where settings["pretrained"] is False.
         settings: anything else that config.yaml should record, e.g. the model's name, under names of its own.
     """
 
@@ -82,6 +84,7 @@ class TrainConfig:
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private: bool = False
+    hub_license: str | None = None
     hub_strategy: str = "end"
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -115,7 +118,7 @@ class TrainConfig:
         if self.hub_strategy not in HUB_STRATEGIES:
             raise ValueError(f"hub_strategy must be one of {', '.join(HUB_STRATEGIES)}, got {self.hub_strategy!r}")
         if self.hub_model_id is not None:
-            check_repo_id(self.hub_model_id)
+            check_repo_id(self.hub_model_id, "hub_model_id")
         if self.amp_dtype not in ("float16", "bfloat16"):
             raise ValueError(f"amp_dtype must be 'float16' or 'bfloat16', got {self.amp_dtype!r}")
 
@@ -131,9 +134,9 @@ class TrainConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError for what cannot be the id of a repository."""
+def check_repo_id(repo_id: str, what: str) -> None:
+    """Raise ValueError, which says what was given, for what cannot be the id of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"hub_model_id must be 'user/name' or 'name', got {repo_id!r}") from error
+        raise ValueError(f"{what} must be 'user/name' or 'name', got {repo_id!r}") from error

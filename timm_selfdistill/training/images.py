@@ -4,23 +4,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MODES = {1: "L", 3: "RGB"}
 
 
-def open_image(path: str | Path, mode: str) -> Image.Image:
-    """An image file in a PIL mode: "L" (one channel) or "RGB".
+def open_image(path: str | Path, channels: int) -> Image.Image:
+    """An image file, grey or in colours.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image that Pillow reads.
+        ValueError: it is no image that Pillow reads, or `channels` is neither 1 nor 3.
     """
+    if channels not in MODES:
+        raise ValueError(f"this model takes images of {channels} channels; a file's are made into 1 or 3")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; expected an image file")
-    return to_mode(decode_image({"bytes": None, "path": str(path)}), mode)
+    return to_mode(decode_image({"bytes": None, "path": str(path)}), MODES[channels])
 
 
 def decode_image(image: dict[str, Any], row: int | None = None) -> Image.Image:
-    """An image of `datasets`, which has bytes or a path.
+    """An image of `datasets`, which has bytes or a path, turned as its EXIF data say.
 
     Raises:
         ValueError: it is none that Pillow reads; `row` says which.
@@ -28,8 +32,8 @@ def decode_image(image: dict[str, Any], row: int | None = None) -> Image.Image:
     try:
         decoded = Image.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
         decoded.load()
-        return decoded
-    except (UnidentifiedImageError, OSError, TypeError) as error:
+        return ImageOps.exif_transpose(decoded)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, TypeError, SyntaxError) as error:
         raise ValueError(f"cannot read image {(image and image['path']) or f'in row {row}'}: {error}") from error
 
 

@@ -18,6 +18,19 @@ def leave_process_group(_: int) -> None:
         os.setpgrp()
 
 
+@contextmanager
+def raising_on_sigterm() -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 class InterruptRequest:
     """Remembers a signal until the training loop can stop between two updates."""
 

@@ -66,6 +66,8 @@ class ProgressReporter:
             is_done: waits up to the given seconds and says whether it is done.
         """
         began = time.perf_counter()
+        if not self.live:
+            self.say(what)
         with self.console.status(what) if self.live else nullcontext() as status:
             while not is_done(0.5 if self.live else PLAIN_LINE_SECONDS):
                 text = f"{what}, {_clock(time.perf_counter() - began)}"

@@ -36,9 +36,12 @@ class SavedModels:
         self.output, self.input_size = output, input_size
         self.costs: list[dict[str, Any]] = []
         source = getattr(val_data, "source", None)
+        described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
+        self.license = config.hub_license
         self.facts = {
-            "dataset": source and {**source, "images": len(val_data)},
-            "settings": {key: value for key, value in config.to_dict().items() if key not in PRIVATE_SETTINGS},
+            "dataset": {**source, "images": len(val_data)} if described else None,
+            "settings": {key: value for key, value in config.to_dict().items()
+                         if key not in PRIVATE_SETTINGS and not _tells_path(value)},
             "versions": {"timm-selfdistill": __version__, "Python": platform.python_version(),
                          **{name: version(name) for name in PACKAGES}},
             "hardware": f"{accelerator.num_processes} x {device_name(accelerator.device)}",
@@ -49,7 +52,7 @@ class SavedModels:
         folder, record, first = self.output / name, None, metrics is None
         self.costs = self.costs or exit_costs(model, self.input_size)
         if metrics is not None:
-            record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._base_model(model), **self.facts}
+            record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._origin(model), **self.facts}
         if isinstance(model, SelfDistillModel):
             model.save_pretrained(folder, metrics=record, check=first)
         elif hasattr(model, "pretrained_cfg"):
@@ -72,10 +75,23 @@ class SavedModels:
                 hub.save_metrics(folder, record | {"exits": _with_speedups(record["exits"], speedups)})
         return summary
 
-    def _base_model(self, model: nn.Module) -> dict[str, str]:
+    def _origin(self, model: nn.Module) -> dict[str, str]:
+        """Licence, and the weights that the training began with, as far as both are known."""
         backbone = model.backbone if isinstance(model, SelfDistillModel) else model
-        base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id")
-        return {"base_model": base_model} if self.facts["settings"].get("pretrained") and base_model else {}
+        pretrained = self.facts["settings"].get("pretrained")
+        base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id") if pretrained else None
+        license = self.license or ("apache-2.0" if pretrained is False else None)
+        return {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}
+
+
+def _tells_path(value: Any) -> bool:
+    """Whether a setting names a place on this machine, which no published file should tell."""
+    if isinstance(value, dict):
+        return any(map(_tells_path, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_tells_path, value))
+    value = str(value)
+    return value.startswith(("/", "~", ".", "local-dir:")) or "\\" in value or ("/" in value and Path(value).exists())
 
 
 def _with_speedups(rows: list[dict[str, Any]], speedups: list[float]) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from .run_directory import open_run, write_config
 from .sampling import EpochSampler
 from .saved_models import SavedModels
 from .state import TrainResult, TrainState
-from .upload import create_uploader
+from .upload import check_pushable, create_uploader
 
 
 class Trainer:
@@ -63,13 +63,14 @@ class Trainer:
         self.mixer = TargetMixer(config, _check_classes(task.get_eval_model(), train_data))
         self._create_loaders(train_data, val_data)
         self._prepare(task)
+        check_pushable(config, self.eval_model)
         self.output, self.checkpoint = open_run(config, self.accelerator)
         self.state = TrainState(self.sampler.global_batch, self.sampler.usable)
         self.accelerator.register_for_checkpointing(self.state)
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
         self.saved = SavedModels(self.output, config, self.accelerator, val_data, self.input_size)
-        self.uploader = create_uploader(config, self.output, self.accelerator, self.eval_model)
+        self.uploader = create_uploader(config, self.output, self.accelerator)
 
     def _create_loaders(self, train_data: Dataset, val_data: Dataset) -> None:
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
@@ -123,24 +124,34 @@ class Trainer:
         start_trackers(self.accelerator, config, self.output)
         if not self.checkpoint:
             self._save_model("last", None)
-        reporter = ProgressReporter(
+        self.progress = ProgressReporter(
             self.updates_per_epoch * config.epochs, state.updates, self.accelerator.is_main_process)
-        with reporter as self.progress, self.interrupt.listening():
+        if self.uploader:
+            self.uploader.start()
+        try:
+            summary = self._train()
+            self.accelerator.end_training()
+        finally:
+            upload = self.uploader and self.uploader.finish(self.progress)
+        return TrainResult(
+            self.output, state.history, summary, None if summary else self.interrupt.received, upload)
+
+    def _train(self) -> dict[str, Any] | None:
+        """Train to the end; the summary, or None where a request to stop came before."""
+        state, config = self.state, self.config
+        with self.progress, self.interrupt.listening():
             if self.checkpoint:
                 self.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
             while state.epoch < config.epochs and not self.interrupt.agreed:
                 if self._train_epoch():
                     self._finish_epoch()
-        interrupted_by, summary = self.interrupt.received if state.epoch < config.epochs else None, None
-        if interrupted_by:
+        if state.epoch < config.epochs:
             self._save_checkpoint()
-        else:
-            summary = self._summarize()
-            if self.uploader:
-                self.uploader.push("best", f"Best model of {config.epochs} epochs")
-        self.accelerator.end_training()
-        upload = self.uploader and self.uploader.finish(self.progress)
-        return TrainResult(self.output, state.history, summary, interrupted_by, upload)
+            return None
+        summary = self._summarize()
+        if self.uploader:
+            self.uploader.push("best", f"Best model of {config.epochs} epochs")
+        return summary
 
     def _resume(self, checkpoint: Path) -> None:
         self.accelerator.load_state(str(checkpoint))
@@ -265,6 +276,9 @@ class Trainer:
     def _summarize(self) -> dict[str, Any]:
         """Write summary.json and exits.png; the same answer on every process, one of which measures the speed-ups."""
         metrics = self.metrics or self.evaluate()
+        for name in ("last", "best"):
+            if not (self.output / name).exists():  # a finished run that was resumed into another directory
+                self._save_model(name, metrics)
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
             answer = [self.saved.summarize(self.eval_model, metrics, self.state.epoch)]

@@ -10,10 +10,14 @@ from accelerate import Accelerator
 from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 
-from ..hub import create_repository, explain_failure, push_folder, stage_model
+from ..hub import create_repository, explain_failure, push_staged, stage_model
 from ..model import SelfDistillModel
 from .config import TrainConfig, check_repo_id
+from .interrupt import raising_on_sigterm
 from .progress import ProgressReporter
+
+STAGED = ".upload-"
+"""Begins the names of folders in the run directory that hold the files of an upload."""
 
 
 @dataclass
@@ -37,19 +41,22 @@ class _Upload(NamedTuple):
     message: str
 
 
-def create_uploader(
-        config: TrainConfig, output: Path, accelerator: Accelerator, model: nn.Module) -> "HubUploader | None":
+def check_pushable(config: TrainConfig, model: nn.Module) -> None:
+    """Raise ValueError for a run that is to push a model that the Hub's readers could not load."""
+    if config.push_to_hub and not isinstance(model, SelfDistillModel) and not hasattr(model, "pretrained_cfg"):
+        raise ValueError(f"push_to_hub takes timm models, got {type(model).__name__}")
+
+
+def create_uploader(config: TrainConfig, output: Path, accelerator: Accelerator) -> "HubUploader | None":
     """The uploader of a run that pushes, on its main process; else None.
 
     Raises:
-        ValueError: the model is none that the Hub's readers load, or the repository's id cannot be one.
+        ValueError: the name of the run directory cannot be a repository's.
     """
     if not config.push_to_hub:
         return None
-    if not isinstance(model, SelfDistillModel) and not hasattr(model, "pretrained_cfg"):
-        raise ValueError(f"push_to_hub takes timm models, got {type(model).__name__}")
     repo_id = config.hub_model_id or output.resolve().name
-    check_repo_id(repo_id)
+    check_repo_id(repo_id, "the name of the run directory (there is no hub_model_id)")
     if not accelerator.is_main_process:
         return None
     return HubUploader(
@@ -71,7 +78,6 @@ class HubUploader:
     """
 
     def __init__(self, repo_id: str, output: Path, *, private: bool | None, strategy: str, epochs: int):
-        disable_progress_bars()  # they would be drawn across the run's own
         self.repo_id, self.private, self.output = repo_id, private, output
         self.strategy, self.epochs = strategy, epochs
         self.result: UploadResult | None = None
@@ -79,16 +85,28 @@ class HubUploader:
         """What is to be said about the uploads."""
         self.waiting: _Upload | None = None
         self.running: _Upload | None = None
+        self.closing = False
         self.changed = threading.Condition()
-        threading.Thread(target=self._work, name="upload", daemon=True).start()
+        self.thread = threading.Thread(target=self._work, name="upload", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work; once."""
+        disable_progress_bars()  # they would be drawn across the run's own
+        self._clean()  # after a run here that was killed
+        self.thread.start()
 
     def push(self, name: str, message: str) -> None:
         """Ask for the upload of best/ or last/ as it is now; returns at once."""
-        upload = _Upload(self.output / name, Path(tempfile.mkdtemp(prefix=".upload-", dir=self.output)), message)
-        stage_model(upload.folder, upload.staged)
+        folder = self.output / name
+        try:
+            upload = _Upload(folder, Path(tempfile.mkdtemp(prefix=STAGED, dir=self.output)), message)
+            stage_model(folder, upload.staged)
+        except OSError as error:  # a full disk, say
+            self._tell(UploadResult(self.repo_id, folder, failure=str(error)))
+            return
         with self.changed:
             if self.waiting:
-                shutil.rmtree(self.waiting.staged)
+                shutil.rmtree(self.waiting.staged, ignore_errors=True)
             self.waiting = upload
             self.changed.notify_all()
 
@@ -104,39 +122,54 @@ class HubUploader:
             progress.say(self.news.pop(0))
 
     def finish(self, progress: ProgressReporter) -> UploadResult | None:
-        """Wait for what is not uploaded yet; Ctrl-C ends the waiting."""
-        upload = self.waiting or self.running
+        """Wait for what is not uploaded yet; Ctrl-C and SIGTERM end the waiting."""
+        with self.changed:
+            self.closing = True
+            upload = self.waiting or self.running
+            self.changed.notify_all()
         if upload:
-            size = sum(path.stat().st_size for path in upload.staged.glob("*")) / 1e6
+            size = sum(path.stat().st_size for path in upload.folder.glob("*") if path.is_file()) / 1e6
             try:
-                progress.wait(f"uploading {upload.folder} to {self.repo_id}, {size:,.1f} MB", self._is_done)
+                with raising_on_sigterm():
+                    progress.wait(f"uploading {upload.folder} to {self.repo_id}, {size:,.1f} MB", self._is_done)
             except KeyboardInterrupt:
-                self.result = UploadResult(self.repo_id, upload.folder, failure="stopped by Ctrl-C")
+                self._tell(UploadResult(self.repo_id, upload.folder, failure="stopped while it was uploaded"))
+        self._clean()
         self.report(progress)
         return self.result
 
     def _is_done(self, seconds: float) -> bool:
-        with self.changed:
-            return self.changed.wait_for(lambda: not (self.waiting or self.running), seconds)
+        self.thread.join(seconds)
+        return not self.thread.is_alive()
 
     def _work(self) -> None:
         try:
             create_repository(self.repo_id, private=self.private)
-        except Exception as error:
+        except Exception as error:  # the training goes on, whatever it is
             self.news.append(f"models may not reach {self.repo_id}: {explain_failure(error, self.repo_id)}")
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting)
-                self.running, self.waiting = self.waiting, None
-            result = UploadResult(self.repo_id, self.running.folder)
+        while upload := self._next():
+            result = UploadResult(self.repo_id, upload.folder)
             try:
-                result.url = push_folder(
-                    self.running.staged, self.repo_id, commit_message=self.running.message, private=self.private)
-            except Exception as error:  # the training goes on, whatever it is
+                result.url = push_staged(
+                    upload.staged, self.repo_id, commit_message=upload.message, private=self.private)
+            except Exception as error:  # likewise
                 result.failure = explain_failure(error, self.repo_id)
-            outcome = f"failed: {result.failure}" if result.failure else f"done: {result.url}"
-            self.news.append(f"upload to {self.repo_id} {outcome}")
-            shutil.rmtree(self.running.staged, ignore_errors=True)
-            with self.changed:
-                self.result, self.running = result, None
-                self.changed.notify_all()
+            self._tell(result)
+            shutil.rmtree(upload.staged, ignore_errors=True)
+
+    def _next(self) -> _Upload | None:
+        """The upload that waits, or the next that comes; None at the end of the run."""
+        with self.changed:
+            self.running = None
+            self.changed.wait_for(lambda: self.waiting or self.closing)
+            self.running, self.waiting = self.waiting, None
+            return self.running
+
+    def _tell(self, result: UploadResult) -> None:
+        self.result = result
+        outcome = f"failed: {result.failure}" if result.failure else f"done: {result.url}"
+        self.news.append(f"upload to {self.repo_id} {outcome}")
+
+    def _clean(self) -> None:
+        for left in self.output.glob(f"{STAGED}*"):
+            shutil.rmtree(left, ignore_errors=True)
