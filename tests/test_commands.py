@@ -11,6 +11,7 @@ from PIL import Image
 from timm_selfdistill.cli.main import main
 from timm_selfdistill.heads import LinearHead
 from timm_selfdistill.hub import save_timm_model
+from timm_selfdistill.training.images import open_image
 
 from .conftest import ROOT, small_backbone, small_model
 
@@ -116,6 +117,22 @@ def test_predict_refuses(arguments, message, saved, picture, tmp_path, monkeypat
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert re.search(message, err), err
+
+
+def test_a_picture_is_turned_as_its_exif_data_say(tmp_path):
+    upright = Image.effect_noise((40, 30), 90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert open_image(tmp_path / "turned.png", 1).tobytes() == upright.tobytes()
+
+
+def test_a_picture_too_large_and_a_model_for_other_channels(picture, monkeypatch):
+    with pytest.raises(ValueError, match="takes images of 4 channels; a file's are made into 1 or 3"):
+        open_image(picture, 4)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="cannot read image .*noise.png: .*decompression bomb"):
+        open_image(picture, 3)
 
 
 def test_a_model_without_class_names_prints_numbers(picture, tmp_path, monkeypatch, capsys):

@@ -32,7 +32,8 @@ def decode_image(image: dict[str, Any], row: int | None = None) -> Image.Image:
     try:
         decoded = Image.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
         decoded.load()
-        return ImageOps.exif_transpose(decoded)
+        ImageOps.exif_transpose(decoded, in_place=True)
+        return decoded
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, TypeError, SyntaxError) as error:
         raise ValueError(f"cannot read image {(image and image['path']) or f'in row {row}'}: {error}") from error
 
