@@ -1,5 +1,6 @@
 """Self-distillation for any timm model."""
 from . import models
+from .inference import EarlyExit, EarlyExitOutput
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel, SelfDistillOutput, wrap_self_distill
 from .task import SelfDistillTask
@@ -7,6 +8,8 @@ from .training import TrainConfig, Trainer, TrainResult, load_images, model_data
 from .version import __version__
 
 __all__ = [
+    "EarlyExit",
+    "EarlyExitOutput",
     "SelfDistillLoss",
     "SelfDistillModel",
     "SelfDistillOutput",

@@ -1,5 +1,7 @@
 """One verb turns a timm model into a network that teaches itself."""
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -8,9 +10,9 @@ from torch import Tensor, nn
 
 from .cost import count_cost, default_input_size
 from .heads import HeadFactory, check_output, create_head
-from .hub import HubMixin
+from .hub import HubMixin, measured_rows
 from .stages import check_timm_classifier, explain_misfit, select_stages
-from .summary import ExitSummary, Summary
+from .summary import Summary, summarize
 
 
 class SelfDistillOutput(NamedTuple):
@@ -64,6 +66,7 @@ class SelfDistillModel(nn.Module, HubMixin):
         heads: one head per shallow exit.
         exits: the module names of all C classifiers, the deepest included.
         num_classes: K.
+        early_exit: what `EarlyExit.calibrate` found; saved with the model.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class SelfDistillModel(nn.Module, HubMixin):
         self.num_classes = model.num_classes
         self.head, self.head_args, self.model_args = head, dict(head_args or {}), dict(model_args or {})
         self.freeze_backbone = freeze_backbone
+        self.early_exit: dict[str, Any] | None = None
         self.backbone = model
         self.heads = nn.ModuleList(
             create_head(head, stage, self._last_stage, self.num_classes, self.head_args, type(model).__name__)
@@ -167,18 +171,24 @@ class SelfDistillModel(nn.Module, HubMixin):
         Raises:
             ValueError: there is no such exit.
         """
+        exit = self._exit_number(exit)
         if exit == "ensemble":
             return torch.stack(self.forward_exits(x).logits).mean(0)
-        count = len(self.exits)
-        if isinstance(exit, bool) or not isinstance(exit, int) or not -count <= exit < count:
-            raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
-        if exit % count == count - 1:
+        if exit == len(self.stages):
             return self._run(x, self.backbone)
-        stage = self.stages[exit % count]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             (feature_map,) = self._run(x, lambda x: self.backbone.forward_intermediates(
-                x, indices=[stage.index], stop_early=True, intermediates_only=True))
-        return self._run_head(exit % count, feature_map)[0]
+                x, indices=[self.stages[exit].index], stop_early=True, intermediates_only=True))
+        return self._run_head(exit, feature_map)[0]
+
+    def _exit_number(self, exit: int | str) -> int | str:
+        """0 to C - 1, or "ensemble"."""
+        count = len(self.exits)
+        if exit == "ensemble":
+            return exit
+        if isinstance(exit, bool) or not isinstance(exit, int) or not -count <= exit < count:
+            raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
+        return exit % count
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that the backbone exempts from weight decay, for timm's optimizer factory."""
@@ -193,6 +203,17 @@ class SelfDistillModel(nn.Module, HubMixin):
         """The plain timm model, for good: the shallow classifiers are not needed at inference."""
         return self.backbone
 
+    def truncate(self, exit: int | str) -> "TruncatedModel":
+        """A copy of one exit with only what it needs: a smaller network from images to the logits of `predict`.
+
+        Args:
+            exit: as of `predict`.
+
+        Raises:
+            ValueError: there is no such exit.
+        """
+        return TruncatedModel(deepcopy(self), self._exit_number(exit))
+
     def summary(self, input_size: tuple[int, int, int] | None = None) -> Summary:
         """What each exit costs, and the ensemble of all. `print(model.summary())` shows a table.
 
@@ -202,23 +223,73 @@ class SelfDistillModel(nn.Module, HubMixin):
         Raises:
             ValueError: `input_size` is nothing of the kind.
         """
-        expected = default_input_size(self.backbone, self.model_args)
-        input_size = expected if input_size is None else input_size
-        if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or input_size[0] != expected[0]:
-            raise ValueError(f"input_size must be ({expected[0]}, height, width), got {input_size!r}")
-        stages = [*self.stages, self._last_stage]
-        maps = count_cost(self.backbone, input_size, lambda backbone, x: backbone.forward_intermediates(
-            x, indices=[stage.index for stage in stages], intermediates_only=True)).output
-        shapes = [tuple(feature_map.shape[1:]) for feature_map in maps]
-        heads = [count_cost(head, shape)[:2] for head, shape in zip(self.heads, shapes)]
-        head_costs = [*heads, (0, 0), tuple(map(sum, zip(*heads)))]
-        costs = [count_cost(self, input_size, lambda model, x, exit=exit: model.predict(x, exit))[:2]
-                 for exit in [*range(len(stages)), "ensemble"]]
-        plain_macs = costs[-2][1]
-        names = [*enumerate(self.exits), ("ensemble", self.exits[-1])]
-        return Summary(
-            ExitSummary(*name, shape, *head_cost, *cost, cost[1] / plain_macs)
-            for name, shape, head_cost, cost in zip(names, [*shapes, shapes[-1]], head_costs, costs))
+        return summarize(self, [*self.stages, self._last_stage], input_size)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *args: Any) -> "SelfDistillModel | TruncatedModel":
+        """See `HubMixin.from_config`; a truncated model's config makes that."""
+        settings = config["self_distill"]
+        model = super().from_config(config, *args)
+        model.early_exit = settings.get("early_exit")
+        exit = settings.get("truncated_to")
+        return model if exit is None else TruncatedModel(model, model._exit_number(exit))
+
+
+class TruncatedModel(nn.Module, HubMixin):
+    """One exit of a `SelfDistillModel`, whose `truncate` makes it: images (B, in_chans, H, W) to logits (B, K).
+
+    It trains, exports and compiles like any network. `save_pretrained` and `push_to_hub` work as there, and
+    `SelfDistillModel.from_pretrained` loads it. Plain timm does not: the layers behind the exit are not there.
+
+    Args:
+        model: is taken over.
+        exit: 0 to C - 1, or "ensemble".
+    """
+
+    def __init__(self, model: SelfDistillModel, exit: int | str):
+        super().__init__()
+        self.model, self.exit, self.num_classes = model, exit, model.num_classes
+        if exit == "ensemble":
+            return
+        for other in range(len(model.heads)):
+            if other != exit:
+                model.heads[other] = nn.Identity()
+        if exit < len(model.stages):
+            model.backbone.prune_intermediate_layers([model.stages[exit].index], prune_norm=True)
+            model.backbone.num_classes = model.num_classes  # the network's, also without its own classifier
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.backbone
+
+    @property
+    def heads(self) -> nn.ModuleList:
+        return self.model.heads
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        return self.model.model_args
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of the exit for images (B, in_chans, H, W)."""
+        return self.model.predict(x, self.exit)
+
+    @classmethod
+    def from_config(cls, *args: Any) -> "SelfDistillModel | TruncatedModel":
+        return SelfDistillModel.from_config(*args)
+
+    def settings(self) -> dict[str, Any]:
+        return self.model.settings() | {"truncated_to": self.exit}
+
+    def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """The one exit: its cost, and what is measured of it."""
+        cost = count_cost(self, default_input_size(self.backbone, self.model_args))
+        module = self.model.exits[-1 if self.exit == "ensemble" else self.exit]
+        measured = [row for row in measured_rows(metrics) if row["exit"] == self.exit]
+        return [{"exit": self.exit, "module": module, "macs": cost.macs} | row for row in measured or [{}]]
+
+    def rebuild(self, folder: Path) -> tuple[nn.Module, nn.Module]:
+        return self, SelfDistillModel.from_pretrained(folder)
 
 
 def _resize(feature: Tensor, teacher: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
-"""The table of what each exit costs."""
+"""What each exit costs, as a table."""
 from io import StringIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from .cost import count_cost, default_input_size
+from .stages import Stage
 
 
 class ExitSummary(NamedTuple):
@@ -67,3 +70,27 @@ class Summary(tuple[ExitSummary, ...]):
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.2f} M" if count else "-"
+
+
+def summarize(model: Any, stages: list[Stage], input_size: tuple[int, int, int] | None = None) -> Summary:
+    """The summary of a `SelfDistillModel`, see its method.
+
+    Args:
+        stages: of all its classifiers.
+    """
+    expected = default_input_size(model.backbone, model.model_args)
+    input_size = expected if input_size is None else input_size
+    if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or input_size[0] != expected[0]:
+        raise ValueError(f"input_size must be ({expected[0]}, height, width), got {input_size!r}")
+    maps = count_cost(model.backbone, input_size, lambda backbone, x: backbone.forward_intermediates(
+        x, indices=[stage.index for stage in stages], intermediates_only=True)).output
+    shapes = [tuple(feature_map.shape[1:]) for feature_map in maps]
+    heads = [count_cost(head, shape)[:2] for head, shape in zip(model.heads, shapes)]
+    head_costs = [*heads, (0, 0), tuple(map(sum, zip(*heads)))]
+    costs = [count_cost(model, input_size, lambda model, x, exit=exit: model.predict(x, exit))[:2]
+             for exit in [*range(len(stages)), "ensemble"]]
+    plain_macs = costs[-2][1]
+    names = [*enumerate(stage.name for stage in stages), ("ensemble", stages[-1].name)]
+    return Summary(
+        ExitSummary(*name, shape, *head_cost, *cost, cost[1] / plain_macs)
+        for name, shape, head_cost, cost in zip(names, [*shapes, shapes[-1]], head_costs, costs))

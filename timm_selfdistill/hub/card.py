@@ -39,7 +39,10 @@ def create_card(
     dataset, training, versions = (_dict(metrics.get(key)) for key in ("dataset", "settings", "versions"))
     if not {"name", "type", "split", "images"} <= dataset.keys():
         dataset = {}
+    truncated = settings.get("truncated_to") if settings else None
     name = config["architecture"] + ("-self-distilled" if settings else "")
+    if truncated is not None:
+        name += f"-{_exit_name(truncated).replace(' ', '-')}"
     results = _eval_results(rows, dataset) if dataset else []
     data = ModelCardData(**{
         **_license(metrics.get("license") or config["pretrained_cfg"].get("license")),
@@ -58,7 +61,9 @@ def create_card(
     template = environment.from_string((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
     return ModelCard(template.render(
         card_data=data.to_yaml(), mark=MARK, model_name=name, repo_id=repo_id, architecture=config["architecture"],
-        exits=len(settings["exits"]) + 1 if settings else 0, own_head=bool(settings) and settings["head"] is None,
+        exits=len(settings["exits"]) + 1 if settings else 0,
+        truncated=None if truncated is None else _exit_name(truncated),
+        own_head=bool(settings) and settings["head"] is None,
         num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
         rows=[_table_row(row) for row in rows],
         has_speedup=any("speedup" in row for row in rows), picture=picture, dataset=dataset, epoch=metrics.get("epoch"),
@@ -95,7 +100,7 @@ def _eval_results(rows: list[dict[str, Any]], dataset: dict[str, Any]) -> list[E
     measured.sort(key=lambda row: row is not deepest)
     results = []
     for row in measured:
-        which = "" if row is deepest else ", ensemble" if row["exit"] == "ensemble" else f", exit {row['exit']}"
+        which = "" if row is deepest else f", {_exit_name(row['exit'])}"
         for key, name in (("top1", "Top-1 accuracy"), ("top5", "Top-5 accuracy")):
             if key not in row:
                 continue
@@ -111,6 +116,10 @@ def _license(name: str | None) -> dict[str, str]:
     """That of the weights that the training began with, else timm's own, under the Hub's name or as another one."""
     name = name or "apache-2.0"
     return {"license": name} if name in HUB_LICENSES else {"license": "other", "license_name": name}
+
+
+def _exit_name(exit: int | str) -> str:
+    return exit if exit == "ensemble" else f"exit {exit}"
 
 
 def _cell(text: str) -> str:

@@ -24,6 +24,9 @@ T = TypeVar("T", bound="HubMixin")
 class HubMixin(ModelHubMixin):
     """huggingface_hub's mixin with the two-reader layout of `files.py`; `SelfDistillModel` has it."""
 
+    rebuild: Callable[[Path], tuple[nn.Module, nn.Module]] | None = None
+    """See `save_timm_model`."""
+
     def save_pretrained(
             self,
             save_directory: str | PathLike,
@@ -59,8 +62,9 @@ class HubMixin(ModelHubMixin):
                 the model is beyond the limits within which models are loaded (`hub/trust.py`).
         """
         save_timm_model(
-            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=self._settings(),
-            metrics=metrics, rows=self.card_rows(metrics), check=check, card_data=model_card_kwargs)
+            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=self.settings(),
+            metrics=metrics, rows=self.card_rows(metrics), check=check, rebuild=self.rebuild,
+            card_data=model_card_kwargs)
         if not push_to_hub:
             return None
         return push_folder(save_directory, repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)
@@ -193,12 +197,13 @@ class HubMixin(ModelHubMixin):
     def generate_model_card(self, *, metrics: dict[str, Any] | None = None, **card_data: Any) -> ModelCard:
         """The card that `save_pretrained` would write; see there."""
         return create_model_card(
-            self.backbone, self.model_args, self._settings(), metrics, self.card_rows(metrics), card_data)
+            self.backbone, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data)
 
-    def _settings(self) -> dict[str, Any]:
-        """What makes the exits again."""
-        return {
+    def settings(self) -> dict[str, Any]:
+        """What makes the exits again, as config.json holds it."""
+        settings = {
             "exits": [stage.index for stage in self.stages],
             "head": self.head if isinstance(self.head, str) else None,
             "head_args": self.head_args,
         }
+        return settings | ({"early_exit": self.early_exit} if self.early_exit else {})

@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +26,8 @@ from .picture import plot_exits
 from .replace import replacing_files
 from .trust import check_names, read_json, short
 
+Rebuild = Callable[[Path], tuple[nn.Module, nn.Module]]
+
 
 def save_timm_model(
         backbone: nn.Module,
@@ -35,9 +39,10 @@ def save_timm_model(
         metrics: dict[str, Any] | None = None,
         rows: list[dict[str, Any]] | None = None,
         check: bool = True,
+        rebuild: Rebuild | None = None,
         card_data: dict[str, Any] | None = None,
 ) -> None:
-    """Write a timm model in timm's layout with its card, after seeing that timm rebuilds it from the files.
+    """Write a timm model in timm's layout with its card, after seeing that it can be loaded from the files.
 
     Args:
         heads, settings: of a self-distilled model: its shallow classifiers, and what makes them again ("exits", "head",
@@ -45,9 +50,11 @@ def save_timm_model(
         metrics: what to record in config.json.
         rows, card_data: see `create_card`.
         check: False saves without rebuilding, where the same model was seen to be rebuilt before.
+        rebuild: gives, for the folder, the two models that must say the same, as it is and as it is loaded; None is the
+            backbone, and what timm makes.
 
     Raises:
-        ValueError: timm does not rebuild the model, or it is beyond the limits of `trust.py`.
+        ValueError: the model is not rebuilt, or it is beyond the limits of `trust.py`.
         FileExistsError: `folder` is a file.
     """
     with replacing_files(Path(folder)) as fresh:
@@ -61,7 +68,7 @@ def save_timm_model(
             read_config(fresh)  # a model that could not be loaded again is refused while the old files are in place
             _save_tensors(heads, fresh / HEADS)
         if check:
-            check_rebuilds(backbone, fresh, input_size)
+            check_rebuilds(rebuild or partial(_rebuild_with_timm, backbone), fresh, input_size)
         _save_card(fresh, Path(folder), rows or [], metrics, card_data)
         for path in fresh.iterdir():
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
@@ -113,30 +120,33 @@ def _save_card(
         create_card(config, rows, metrics, picture=picture, **(card_data or {})).save(fresh / CARD)
 
 
-def check_rebuilds(backbone: nn.Module, folder: Path, input_size: tuple[int, int, int]) -> None:
-    """Raise unless plain timm rebuilds `backbone` from the files in `folder`, to the same logits."""
+def check_rebuilds(rebuild: Rebuild, folder: Path, input_size: tuple[int, int, int]) -> None:
+    """Raise unless what is loaded from the files in `folder` gives the same logits."""
     advice = (
         "timm does not rebuild this backbone from what is known of it: {reason}. Pass what create_model was given:"
         ' wrap_self_distill(model, model_args={{"in_chans": 1, ...}})'
     )
-    devices = list({p.device.index for p in backbone.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[]):
         try:
-            rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            model, rebuilt = rebuild(folder)
         except (RuntimeError, TypeError, KeyError) as error:
             raise ValueError(advice.format(reason=shorten(str(error), 300))) from error
-    like = next(p for p in backbone.parameters() if p.is_floating_point())
+    like = next(p for p in model.parameters() if p.is_floating_point())
     rebuilt = rebuilt.to(device=like.device, dtype=like.dtype).eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *input_size, generator=generator).to(like)
-    with evaluating(backbone), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    with evaluating(model), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         try:
-            expected, got = backbone(x), rebuilt(x)
+            expected, got = model(x), rebuilt(x)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(advice.format(reason=shorten(str(error), 300))) from error
     largest = float(expected.nan_to_num(0, 0, 0).abs().max())
     if not torch.allclose(expected, got, rtol=1e-2, atol=1e-3 * largest, equal_nan=True):
         raise ValueError(advice.format(reason=f"its logits differ by {float((expected - got).abs().max()):.2g}"))
+
+
+def _rebuild_with_timm(backbone: nn.Module, folder: Path) -> tuple[nn.Module, nn.Module]:
+    return backbone, timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
 def save_weights(module: nn.Module, folder: str | PathLike) -> None:

@@ -135,6 +135,9 @@ def check_exits(settings: dict[str, Any], path: Path) -> None:
     if not all(type(exit) is int and 0 <= exit <= MAX_DEPTH for exit in settings["exits"]):
         raise ValueError(f"{path}: exits must be feature_info indices, got {short(settings['exits'])}")
     _check_values(settings["head_args"], f"{path}: head_args")
+    early_exit = settings.get("early_exit")
+    if early_exit is not None and not isinstance(early_exit, dict):
+        raise ValueError(f"{path}: early_exit must be an object, got {short(early_exit)}")
 
 
 def _is_word(value: Any) -> bool:

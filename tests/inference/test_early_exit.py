@@ -1,0 +1,296 @@
+"""Every image gets the answer of its exit, whoever else is in the batch."""
+import copy
+import pickle
+import threading
+import warnings
+
+import pytest
+import timm
+import torch
+
+from timm_selfdistill import EarlyExit, SelfDistillModel, wrap_self_distill
+from timm_selfdistill.heads import LinearHead
+from timm_selfdistill.inference.policy import POLICIES
+
+from ..conftest import small_backbone, small_model
+
+CLASSES = [  # a small network of each of 30 model classes
+    "test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout", "test_nfnet", "test_byobnet",
+    "test_coatnet", "test_vit_relpos", "lcnet_035", "starnet_s050", "repghostnet_050", "edgenext_xx_small",
+    "ghostnet_050", "efficientvit_b0", "efficientvit_m0", "regnetx_002", "cspnext_tiny", "fasternet_t0", "pit_ti_224",
+    "cpubone_nano", "deit_tiny_distilled_patch16_224", "shvit_s1", "levit_128s", "vit_tiny_patch16_dinov3_qkvb",
+    "visformer_tiny", "crossvit_tiny_240", "lowformer_b0", "inception_next_atto", "rexnet_100"]
+STUBBORN = {  # those whose rows cannot leave, at some stages or at all
+    "efficientvim_m1": [True, False], "hrnet_w18_small": None, "coat_tiny": None, "mvitv2_tiny": None}
+
+
+def images(model: SelfDistillModel, count: int) -> torch.Tensor:
+    """That differ enough for a fresh network to be more or less sure of them."""
+    x = torch.randn(count, *model.backbone.pretrained_cfg["input_size"])
+    return x * torch.linspace(0.1, 3, count)[torch.randperm(count), None, None, None]
+
+
+def quantiles(logits: tuple[torch.Tensor, ...], share: float, policy: str = "confidence") -> list[float]:
+    """Thresholds at which a share of all images is sure enough."""
+    score, low_leaves, highest = POLICIES[policy]
+    if share in (0, 1):
+        return [0.0 if low_leaves != bool(share) else highest(logits[0].shape[1])] * (len(logits) - 1)
+    return [float(score(part.softmax(1)).quantile(share if low_leaves else 1 - share)) for part in logits[:-1]]
+
+
+def check_every_share(early_exit: EarlyExit, policy: str = "confidence") -> set[int]:
+    """Compare with `forward_exits`; the exits that were taken."""
+    model, taken = early_exit.model, set()
+    x = images(model, 8)
+    with torch.no_grad():
+        full = model.forward_exits(x).logits
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        early_exit.thresholds = quantiles(full, share, policy)
+        found = early_exit.predict(x)
+        expected = torch.stack([full[exit][row] for row, exit in enumerate(found.exit.tolist())])
+        torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.confidence, expected.softmax(1).amax(1), rtol=1e-4, atol=1e-4)
+        for row, exit in enumerate(found.exit.tolist()):
+            leaves = [POLICIES[policy].leaves(part[row:row + 1].softmax(1), threshold).item()
+                      for part, threshold in zip(full, early_exit.thresholds)]
+            assert exit == (leaves.index(True) if True in leaves else len(leaves))
+        taken |= set(found.exit.tolist())
+    return taken
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_answers_are_those_of_forward_exits(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        early_exit = EarlyExit(small_model(name).eval(), 0.5)
+    assert len(check_every_share(early_exit)) >= 2
+
+
+@pytest.mark.parametrize(("name", "droppable"), STUBBORN.items())
+def test_where_rows_cannot_leave_the_batch_runs_on_with_one_warning(name, droppable):
+    with pytest.warns(UserWarning, match="images cannot leave a batch at"):
+        early_exit = EarlyExit(small_model(name).eval(), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_every_share(early_exit)
+    (route,) = early_exit._routes.values()
+    assert (route and route.droppable) == droppable
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return small_model().eval()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy(policy, model):
+    assert len(check_every_share(EarlyExit(model, 0.0, policy), policy)) >= 2
+
+
+def test_layers_run_once_and_on_fewer_and_fewer_images(model):
+    x = images(model, 32)
+    with torch.no_grad():
+        full = model.forward_exits(x).logits
+    rows = []
+    handles = [module.register_forward_pre_hook(lambda module, args, name=name: rows.append((name, len(args[0]))))
+               for name, module in model.backbone.named_modules() if name in {"layer1", "layer2", "layer3", "layer4"}]
+    found = EarlyExit(model, quantiles(full, 0.5)).predict(x)
+    counts = torch.bincount(found.exit, minlength=4)
+    rows = rows[-4:]
+    for handle in handles:
+        handle.remove()
+    assert rows == [("layer1", 32), ("layer2", 32 - int(counts[0])), ("layer3", 32 - int(counts[:2].sum())),
+                    ("layer4", int(counts[3]))]
+
+
+def test_when_all_are_gone_no_layer_runs_any_more(model):
+    called = []
+    handle = model.backbone.layer2.register_forward_pre_hook(lambda *_: called.append(1))
+    early_exit = EarlyExit(model, 0.0)
+    called.clear()
+    assert early_exit.predict(images(model, 4)).exit.tolist() == [0] * 4
+    handle.remove()
+    assert not called
+
+
+def test_few_who_are_done_wait_with_their_answers(model):
+    x = images(model, 40)
+    with torch.no_grad():
+        full = model.forward_exits(x).logits
+    one = float(full[0].softmax(1).amax(1).max())
+    found = EarlyExit(model, [one, None, None]).predict(x)
+    assert sorted(found.exit.tolist()) == [0, *[3] * 39]
+    row = int(found.exit.argmin())
+    torch.testing.assert_close(found.logits[row], full[0][row])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_small_batches(batch, model):
+    early_exit = EarlyExit(model, 0.2)
+    x = images(model, 5)[:batch]
+    found = early_exit.predict(x)
+    assert [tuple(part.shape) for part in found] == [(batch, 10), (batch,), (batch,)]
+    whole = early_exit.predict(torch.cat([x, images(model, 3)]))
+    for part, expected in zip(found, whole):
+        torch.testing.assert_close(part, expected[:batch])
+
+
+def test_a_threshold_that_nobody_reaches_and_none_at_all(model):
+    x = images(model, 3)
+    for thresholds in (1.0, [None, None, None]):
+        found = EarlyExit(model, thresholds).predict(x)
+        assert found.exit.tolist() == [3, 3, 3]
+        torch.testing.assert_close(found.logits, model(x))
+
+
+def test_an_exit_that_nobody_takes_costs_nothing(model):
+    called = []
+    handle = model.heads[1].register_forward_hook(lambda *_: called.append(1))
+    early_exit = EarlyExit(model, [1.0, None, 1.0])
+    called.clear()
+    early_exit.predict(images(model, 3))
+    handle.remove()
+    assert not called
+
+
+def test_temperatures_scale_the_confidence_and_not_the_logits(model):
+    x = images(model, 4)
+    plain = EarlyExit(model, 1.0).predict(x)
+    scaled = EarlyExit(model, 1.0, temperatures=[1.0, 1.0, 1.0, 2.0]).predict(x)
+    assert torch.equal(plain.logits, scaled.logits)
+    torch.testing.assert_close(scaled.confidence, (plain.logits / 2).softmax(1).amax(1))
+
+
+def test_other_image_sizes_are_tried_first(model):
+    early_exit = EarlyExit(model, 0.3)
+    x = torch.randn(4, 3, 96, 64)
+    found = early_exit.predict(x)
+    full = model.forward_exits(x).logits
+    expected = torch.stack([full[exit][row] for row, exit in enumerate(found.exit.tolist())])
+    torch.testing.assert_close(found.logits, expected)
+    assert set(early_exit._routes) == {(3, 160, 160), (3, 96, 64)}
+
+
+def test_threads_do_not_disturb_each_other(model):
+    batches = [images(model, 6) for _ in range(8)]
+    first, second = EarlyExit(model, 0.2), EarlyExit(model, [0.25, None, 0.15])
+    expected = [(first.predict(x), second.predict(x)) for x in batches]
+    failures = []
+
+    def work(early_exit: EarlyExit, which: int) -> None:
+        for _ in range(5):
+            for x, answers in zip(batches, expected):
+                if not all(map(torch.equal, early_exit.predict(x), answers[which])):
+                    failures.append(which)
+
+    threads = [threading.Thread(target=work, args=arguments) for arguments in [(first, 0), (second, 1)] * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_the_model_stays_what_it_was():
+    model = small_model().eval()
+    early_exit = EarlyExit(model, 0.2)
+    x = images(model, 4)
+    early_exit.predict(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.truncate(-1)):
+        assert torch.equal(other(x), model(x))
+    assert torch.equal(torch.compile(model.truncate(1), fullgraph=True, backend="eager")(x), model.predict(x, 1))
+    del early_exit
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    model = small_model().eval().to(dtype)
+    x = images(model, 6).to(dtype)
+    found = EarlyExit(model, 0.2).predict(x)
+    assert found.logits.dtype == dtype
+    full = model.forward_exits(x).logits
+    expected = torch.stack([full[exit][row] for row, exit in enumerate(found.exit.tolist())])
+    torch.testing.assert_close(found.logits, expected, rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_autocast_and_channels_last(model):
+    x = images(model, 6)
+    early_exit = EarlyExit(model, 0.2)
+    expected = early_exit.predict(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = early_exit.predict(x)
+    torch.testing.assert_close(found.logits.float(), expected.logits, rtol=0.1, atol=0.1)
+    nhwc = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    formats = []
+    nhwc.backbone.layer2.register_forward_pre_hook(
+        lambda _, args: formats.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+    found = EarlyExit(nhwc, 0.2).predict(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert formats[-1]
+
+
+def test_compiled_stages():
+    model = small_model().eval()
+    x = images(model, 8)
+    early_exit = EarlyExit(model, 0.2)
+    expected = early_exit.predict(x)
+    for stage in (model.backbone.layer1, model.backbone.layer2):
+        stage.compile(backend="eager")
+    found = early_exit.predict(x)
+    assert torch.equal(found.exit, expected.exit)
+    torch.testing.assert_close(found.logits, expected.logits)
+
+
+def test_a_head_of_ones_own():
+    check_every_share(EarlyExit(wrap_self_distill(small_backbone("test_vit"), head=LinearHead).eval(), 0.5))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (([0.5, 0.5],), r"expected 3 thresholds, one for each shallow exit, got \[0.5, 0.5\]"),
+    (("0.5",), "expected 3 thresholds, one for each shallow exit, got '0.5'"),
+    (([0.5, 0.5, 1.5],), "a number from 0 to 1, or None for an exit that nobody takes, got 1.5"),
+    (([0.5, 0.5, -0.1],), "a number from 0 to 1, or None for an exit that nobody takes, got -0.1"),
+    (([0.5, 0.5, float("nan")],), "got nan"),
+    (([0.5, True, 0.5],), "got True"),
+    ((2.5, "entropy"), "a threshold of the policy 'entropy' is a number from 0 to 2.303"),
+    ((0.5, "surprise"), "policy must be one of confidence, entropy, margin, got 'surprise'"),
+    ((0.5, None, [1.0]), r"expected 4 temperatures, one for each exit, got \[1.0\]"),
+    ((0.5, None, [1.0, 1.0, 1.0, 0.0]), "a temperature is a number above 0, got 0.0"),
+])
+def test_wrong_settings(arguments, message, model):
+    with pytest.raises(ValueError, match=message):
+        EarlyExit(model, *arguments)
+
+
+@pytest.mark.parametrize(("x", "message"), [
+    (torch.zeros(3, 160, 160), r"takes images of the shape \(B, 3, H, W\), got \(3, 160, 160\)"),
+    (torch.zeros(1, 1, 160, 160), r"takes images of the shape \(B, 3, H, W\), got \(1, 1, 160, 160\)"),
+    (torch.zeros(1, 3, 160, 160, dtype=torch.float64), "the images are torch.float64 on cpu, the model's weights"),
+    (torch.zeros(1, 3, 160, 160, dtype=torch.uint8), "convert the images with x.to"),
+    ([[0.0]], "expected images as a tensor .*, got list"),
+])
+def test_wrong_images(x, message, model):
+    with pytest.raises(ValueError, match=message):
+        EarlyExit(model, 0.5).predict(x)
+
+
+def test_a_size_that_a_network_does_not_take():
+    early_exit = EarlyExit(small_model("pit_ti_224").eval(), 0.5)
+    with pytest.raises(ValueError, match="takes images of 224x224 pixels only, got 96x96"):
+        early_exit.predict(torch.zeros(1, 3, 96, 96))
+
+
+def test_no_thresholds_training_mode_and_other_models(model):
+    with pytest.raises(ValueError, match=r"there are no thresholds: pass EarlyExit\(model, thresholds=\[...\]\), or"):
+        EarlyExit(model).predict(images(model, 1))
+    with pytest.raises(ValueError, match=r"the model is in training mode; call model.eval\(\) first"):
+        EarlyExit(small_model(), 0.5)
+    learning = small_model().eval()
+    early_exit = EarlyExit(learning, 0.5)
+    learning.train()
+    with pytest.raises(ValueError, match="the model is in training mode"):
+        early_exit.predict(images(model, 1))
+    with pytest.raises(TypeError, match="expected a SelfDistillModel, got ResNet"):
+        EarlyExit(timm.create_model("test_resnet"), 0.5)

@@ -1,0 +1,252 @@
+"""Temperatures and thresholds from data that the network has not seen in training."""
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from ..cost import measure_speedups
+from ..model import SelfDistillModel
+from .policy import find_policy
+from .thresholds import ExitCosts, OperatingPoint, find_curve, simulate
+
+MIN_IMAGES = 300
+"""Fewest images: a hundred for each of the three parts."""
+BINS = 15
+"""Of the expected calibration error (arXiv:1706.04599)."""
+BUDGETS = ("max_accuracy_drop", "max_macs", "min_speedup")
+
+
+@dataclass
+class CalibrationReport:
+    """What calibration found. Accuracies are in per cent, and those of images that had no part in finding it."""
+
+    budget: dict[str, float]
+    """What was asked for."""
+    met: bool
+    """Whether that holds on the last part of the data."""
+    accuracy: float
+    plain_accuracy: float
+    """Of the deepest exit, for all images."""
+    shares: list[float]
+    """Of the images, per exit; they sum to 1."""
+    macs: float
+    """Mean multiply-adds of an image."""
+    plain_macs: float
+    speedup: float | None
+    """Expected from the measured times of the exits; only where `min_speedup` was asked for."""
+    ece_before: list[float]
+    ece_after: list[float]
+    """Expected calibration error of every exit without and with its temperature, 0 to 1."""
+    policy: str
+    thresholds: list[float | None]
+    temperatures: list[float]
+    images: list[int]
+    """Of the three parts: for temperatures, for thresholds, and for all of the above."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        (name, value), = self.budget.items()
+        met = "met" if self.met else "NOT MET"
+        table = Table(
+            title=f"{name} {value:g}: {met} on {self.images[2]} images", title_justify="left",
+            caption=f"top-1 {self.accuracy:.2f} %, plain network {self.plain_accuracy:.2f} %; "
+                    f"{self.macs / 1e6:,.1f} M multiply-adds, {self.macs / self.plain_macs:.1%} of the plain network's"
+                    + (f"; {self.speedup:.2f}x as fast" if self.speedup else ""), caption_justify="left")
+        for column in ("exit", "images", "threshold", "temperature", "ECE before", "ECE after"):
+            table.add_column(column, justify="right")
+        for exit, share in enumerate(self.shares):
+            threshold = self.thresholds[exit] if exit < len(self.thresholds) else None
+            table.add_row(
+                str(exit), f"{share:.1%}", "" if threshold is None else f"{threshold:.4f}",
+                f"{self.temperatures[exit]:.3f}", f"{self.ece_before[exit]:.3f}", f"{self.ece_after[exit]:.3f}")
+        return table
+
+
+def collect_logits(
+        model: SelfDistillModel, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Logits of all exits, C tensors (N, K), the labels (N,), and some of the images.
+
+    Raises:
+        ValueError: the loader gives no batches of images and labels, or labels out of range.
+    """
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    logits: list[list[Tensor]] = [[] for _ in model.exits]
+    labels, first = [], None
+    with torch.no_grad():
+        for batch in loader:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(b, Tensor) for b in batch):
+                raise ValueError("the loader must give batches of (images (B, C, H, W), class indices (B,))")
+            x, y = batch
+            if y.ndim != 1 or y.is_floating_point() or len(y) != len(x):
+                raise ValueError(f"labels must be class indices (B,), got {y.dtype} {tuple(y.shape)}")
+            if len(y) and not 0 <= int(y.min()) <= int(y.max()) < model.num_classes:
+                raise ValueError(
+                    f"labels must be 0 to {model.num_classes - 1}, got {int(y.min())} to {int(y.max())}")
+            x = x.to(like.device)
+            for record, part in zip(logits, model.forward_exits(x).logits):
+                record.append(part.float().cpu())
+            labels.append(y.cpu())
+            first = x[:16] if first is None else first
+    if first is None:
+        raise ValueError("the loader gives no images")
+    return [torch.cat(parts) for parts in logits], torch.cat(labels), first
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature by which logits (N, K) are divided that makes the labels (N,) likeliest (arXiv:1706.04599).
+
+    The likelihood is concave in the inverse temperature, whose root of the derivative is found by bisection between
+    1/100 and 100.
+    """
+    logits, low, high = logits.double(), 0.01, 100.0
+    right = logits.gather(1, labels[:, None])[:, 0]
+    for _ in range(50):
+        inverse = (low * high) ** 0.5
+        slope = ((inverse * logits).softmax(1) * logits).sum(1).mean() - right.mean()
+        low, high = (inverse, high) if slope < 0 else (low, inverse)
+    return 1 / (low * high) ** 0.5
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Expected calibration error, 15 bins of equal width, 0 to 1."""
+    confidence, answer = probabilities.max(1)
+    right = (answer == labels).double()
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.double).index_add(0, bins, confidence.double() - right)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def calibrate(
+        model: SelfDistillModel, policy: str, loader: Iterable[tuple[Tensor, Tensor]],
+        find_costs: Callable[[str, Tensor], ExitCosts], budget: dict[str, float | None], seed: int,
+) -> CalibrationReport:
+    """See `EarlyExit.calibrate`.
+
+    Args:
+        find_costs: of "macs" or "time", the latter measured on some images.
+        budget: of `BUDGETS`, one of which is a number.
+    """
+    budget = check_budget(budget)
+    logits, labels, images = collect_logits(model, loader)
+    check_labels(labels)
+    parts = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tensor_split(3)
+    temperatures = [fit_temperature(part[parts[0]], labels[parts[0]]) for part in logits]
+    data = [Answers.of(logits, labels, part, temperatures, policy) for part in parts]
+
+    macs = find_costs("macs", images)
+    costs = find_costs("time", images) if "min_speedup" in budget else macs
+    point = choose_point(find_curve(data[1].sureness, data[1].right, costs), data[1].plain_accuracy, costs, budget)
+    check = data[2]
+    exits, macs_each = simulate(check.sureness, point.thresholds, macs)
+    _, cost_each = simulate(check.sureness, point.thresholds, costs)
+    accuracy = float(check.right.gather(0, exits[None]).double().mean())
+    found = OperatingPoint(point.thresholds, accuracy, float(cost_each.mean()))
+    sign = -1 if find_policy(policy).low_leaves else 1
+    return CalibrationReport(
+        budget=budget, met=is_met(found, check.plain_accuracy, costs, budget), accuracy=100 * accuracy,
+        plain_accuracy=100 * check.plain_accuracy,
+        shares=[float((exits == exit).double().mean()) for exit in range(len(logits))],
+        macs=float(macs_each.mean()), plain_macs=macs.plain,
+        speedup=costs.plain / found.cost if "min_speedup" in budget else None,
+        ece_before=[calibration_error(part[parts[2]].softmax(1), labels[parts[2]]) for part in logits],
+        ece_after=[calibration_error((part[parts[2]] / temperature).softmax(1), labels[parts[2]])
+                   for part, temperature in zip(logits, temperatures)],
+        policy=policy, temperatures=temperatures, images=[len(part) for part in parts],
+        thresholds=[None if threshold is None else max(0.0, sign * threshold) for threshold in point.thresholds])
+
+
+@dataclass
+class Answers:
+    """What all exits say to some images."""
+
+    sureness: Tensor
+    """(C - 1, N): images leave where it is at least the threshold."""
+    right: Tensor
+    """(C, N): whether the most likely class is the label."""
+
+    @property
+    def plain_accuracy(self) -> float:
+        """Of the deepest exit, 0 to 1."""
+        return float(self.right[-1].double().mean())
+
+    @classmethod
+    def of(
+            cls, logits: list[Tensor], labels: Tensor, rows: Tensor, temperatures: list[float], policy: str,
+    ) -> "Answers":
+        rule = find_policy(policy)
+        sign = -1 if rule.low_leaves else 1
+        sureness = torch.stack([
+            sign * rule.score((part[rows] / temperature).softmax(1))
+            for part, temperature in zip(logits[:-1], temperatures)])
+        return cls(sureness.double(), torch.stack([part[rows].argmax(1) == labels[rows] for part in logits]))
+
+
+def check_budget(budget: dict[str, float | None]) -> dict[str, float]:
+    """The one budget that is a number.
+
+    Raises:
+        ValueError: there is none or more than one, or it can be none.
+    """
+    given = {name: value for name, value in budget.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"give one of {', '.join(BUDGETS)}, got {', '.join(given) or 'none'}")
+    (name, value), = given.items()
+    lowest = {"max_accuracy_drop": 0, "max_macs": 1, "min_speedup": 1}[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < float("inf"):
+        raise ValueError(f"{name} must be a number of at least {lowest}, got {value!r}")
+    return {name: float(value)}
+
+
+def check_labels(labels: Tensor) -> None:
+    """Raise ValueError for too few images, or images of one class."""
+    if len(labels) < MIN_IMAGES:
+        raise ValueError(f"calibration needs at least {MIN_IMAGES} images, got {len(labels)}")
+    if len(labels.unique()) < 2:
+        raise ValueError(f"all {len(labels)} images are of class {int(labels[0])}; calibration needs two or more")
+
+
+def choose_point(
+        curve: list[OperatingPoint], plain_accuracy: float, costs: ExitCosts, budget: dict[str, float],
+) -> OperatingPoint:
+    """The cheapest point within an accuracy budget, or the most accurate within a cost budget; else the nearest."""
+    within = [point for point in curve if is_met(point, plain_accuracy, costs, budget)]
+    if "max_accuracy_drop" in budget:
+        return min(within, key=lambda point: point.cost) if within else max(curve, key=lambda point: point.accuracy)
+    return max(within, key=lambda point: point.accuracy) if within else min(curve, key=lambda point: point.cost)
+
+
+def is_met(point: OperatingPoint, plain_accuracy: float, costs: ExitCosts, budget: dict[str, float]) -> bool:
+    (name, value), = budget.items()
+    if name == "max_accuracy_drop":
+        return 100 * (plain_accuracy - point.accuracy) <= value + 1e-9
+    if name == "max_macs":
+        return point.cost <= value
+    return costs.plain / point.cost >= value
+
+
+def macs_of_exits(model: SelfDistillModel, stops: list[int], input_size: tuple[int, int, int]) -> ExitCosts:
+    """Multiply-adds of one image.
+
+    Args:
+        stops: for each shallow exit, where an image that leaves there leaves the batch.
+    """
+    rows = model.summary(input_size)[:-1]
+    return ExitCosts([row.macs - row.head_macs for row in rows], [row.head_macs for row in rows[:-1]], stops)
+
+
+def times_of_exits(model: SelfDistillModel, stops: list[int], x: Tensor) -> ExitCosts:
+    """Measured times of images x (B, C, H, W), relative to the plain network's."""
+    exits = range(len(model.stages))
+    with torch.no_grad():
+        maps = model.backbone.forward_intermediates(
+            x, indices=[stage.index for stage in model.stages], intermediates_only=True)
+    calls = [*(lambda x, exit=exit: model.predict(x, exit) for exit in exits),
+             *(lambda x, exit=exit: model.heads[exit](maps[exit]) for exit in exits)]
+    times = [1 / speedup for speedup in measure_speedups(model, model.backbone, calls, x)]
+    shallow, heads = times[:len(exits)], times[len(exits):]
+    return ExitCosts([*(max(0.0, time - head) for time, head in zip(shallow, heads)), 1.0], heads, stops)

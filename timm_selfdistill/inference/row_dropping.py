@@ -1,0 +1,172 @@
+"""Rows of a batch leave a network in the middle: how each stage's output is read, and where that is exact.
+
+A forward hook on the module that ends a stage may return fewer rows than it got, and the layers behind run on those
+that are left. Whether their logits stay the same depends on the network, so a `Route` is found by trying.
+"""
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+from ..cost import evaluating
+from ..model import SelfDistillModel
+
+_running = threading.local()
+"""`.call` is what the hooks of this thread call."""
+
+
+class StageHook:
+    """A forward hook that hands a module's output to the call that its thread is in, if any."""
+
+    def __init__(self, exit: int, owner: int):
+        self.exit, self.owner = exit, owner
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        owner, call = getattr(_running, "call", (None, None))
+        return call(self.exit, output) if owner == self.owner else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _do_nothing  # a copy of the network has nobody to hand anything to
+
+
+def _do_nothing(*_: Any) -> None:
+    pass
+
+
+class AllGone(Exception):
+    """No image is left, so the rest of the network need not run."""
+
+
+def run_with(owner: int, call: Callable[[int, Any], Any], network: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """What a network says while its stages' outputs go through `call(exit, output)`, whose answer, if any, takes the
+    output's place; None where `call` raised `AllGone`."""
+    before = getattr(_running, "call", (None, None))
+    _running.call = owner, call
+    try:
+        return network(x)
+    except AllGone:
+        return None
+    finally:
+        _running.call = before
+
+
+class Route(NamedTuple):
+    """How a batch goes through a network for images of one size."""
+
+    to_maps: list[Callable[[Any], Tensor]]
+    """For each shallow exit: from its module's output to the feature map (B, C, H, W) that its head takes."""
+    droppable: list[bool]
+    """For each shallow exit: whether rows may leave there."""
+
+
+def find_route(model: SelfDistillModel, owner: int, size: tuple[int, ...]) -> Route | None:
+    """Try how images of one size go through a model whose stages have `StageHook`s; None where stages cannot be read.
+
+    Args:
+        size: (in_chans, H, W).
+    """
+    exits, like = len(model.stages), next(p for p in model.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(exits + 2, *size, generator=generator)
+    x = (x * torch.linspace(0.2, 2, exits + 2)[:, None, None, None]).to(like)  # rows that nobody mistakes for others
+    outputs: list[tuple[int, Any]] = []
+    with evaluating(model), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        run_with(owner, lambda exit, output: outputs.append((exit, tree_map_only(Tensor, torch.clone, output))),
+                 model.backbone, x)
+        if [exit for exit, _ in outputs] != list(range(exits)):
+            return None  # not all stages are modules, or one runs twice
+        maps = model.backbone.forward_intermediates(
+            x, indices=[stage.index for stage in model.stages], intermediates_only=True)
+        to_maps = [_find_reader(output, feature_map) for (_, output), feature_map in zip(outputs, maps)]
+        if None in to_maps:
+            return None
+        expected = _features_and_logits(model.backbone, x)
+        droppable = [_is_exact(model, owner, x, expected, [exit]) for exit in range(exits)]
+        if not _is_exact(model, owner, x, expected, [exit for exit in range(exits) if droppable[exit]]):
+            droppable = [False] * exits
+    return Route(to_maps, droppable)
+
+
+def _features_and_logits(backbone: nn.Module, x: Tensor) -> list[Tensor]:
+    """Both, since a fresh classifier may give every image the same logits."""
+    features = backbone.forward_features(x)
+    return [*tree_flatten(features)[0], backbone.forward_head(features)]
+
+
+def _is_exact(model: SelfDistillModel, owner: int, x: Tensor, expected: list[Tensor], exits: list[int]) -> bool:
+    """Whether the rest keep their features and logits when the first row leaves at each of these exits."""
+    def drop_first(exit: int, output: Any) -> Any:
+        if exit not in exits:
+            return None
+        rows = tree_flatten(output)[0][0].shape[0]
+        return keep_rows(output, torch.arange(1, rows, device=x.device), rows)
+
+    try:
+        found = run_with(owner, drop_first, partial(_features_and_logits, model.backbone), x)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False  # the network remembers how many rows there were
+    wanted = [part[len(exits):] if _has_rows(part, len(x)) else part for part in expected]
+    return len(found) == len(wanted) and all(map(_same, found, wanted))
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """But for rounding, which depends on the size of a batch."""
+    if first.shape != second.shape or not first.is_floating_point():
+        return torch.equal(first, second)
+    tolerance = max(1e-2 if first.is_cuda else 1e-4, 4 * torch.finfo(first.dtype).eps)
+    return bool((first - second).abs().max() <= tolerance * second.abs().max())
+
+
+def keep_rows(output: Any, rows: Tensor, batch: int) -> Any:
+    """Some rows of every tensor in a module's output that has `batch` of them."""
+    return tree_map(lambda part: _select(part, rows) if _has_rows(part, batch) else part, output)
+
+
+def _has_rows(part: Any, batch: int) -> bool:
+    return isinstance(part, Tensor) and part.ndim > 1 and part.shape[0] == batch
+
+
+def _select(part: Tensor, rows: Tensor) -> Tensor:
+    if part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last):
+        return part.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return part.index_select(0, rows)
+
+
+def _find_reader(output: Any, feature_map: Tensor) -> Callable[[Any], Tensor] | None:
+    """What makes a feature map (B, C, H, W) of a module's output, in whatever layout that is."""
+    leaves, _ = tree_flatten(output)
+    height, width = feature_map.shape[2:]
+    for index, leaf in enumerate(leaves):
+        if not _has_rows(leaf, len(feature_map)):
+            continue
+        for read in (_nchw, _nhwc, _Tokens(height, width)):
+            found = read(leaf)
+            if found is not None and found.shape == feature_map.shape and _same(found, feature_map):
+                return lambda output, index=index, read=read: read(tree_flatten(output)[0][index])
+    return None
+
+
+def _nchw(part: Tensor) -> Tensor:
+    return part
+
+
+def _nhwc(part: Tensor) -> Tensor | None:
+    return part.permute(0, 3, 1, 2) if part.ndim == 4 else None
+
+
+class _Tokens(NamedTuple):
+    """(B, N, C) with class and register tokens in front."""
+
+    height: int
+    width: int
+
+    def __call__(self, part: Tensor) -> Tensor | None:
+        if part.ndim != 3 or part.shape[1] < self.height * self.width:
+            return None
+        tokens = part[:, part.shape[1] - self.height * self.width:]
+        return tokens.unflatten(1, (self.height, self.width)).permute(0, 3, 1, 2)

@@ -1,0 +1,127 @@
+"""Which thresholds are worth their cost: the curve of accuracy over cost that they can reach."""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WEIGHTS = torch.logspace(-3, 1.5, 60).tolist()
+"""Of the cost of an image, as a share of the plain network's, against its right answer."""
+SWEEPS = 4
+"""Times that every exit's threshold is chosen anew."""
+
+
+@dataclass
+class ExitCosts:
+    """What an image costs, in any unit."""
+
+    stages: list[float]
+    """Of the network up to each of the C exits, without heads; the last is the plain network."""
+    heads: list[float]
+    """Of each shallow exit's head."""
+    stops: list[int]
+    """For each shallow exit, the exit at which an image that leaves there is out of the batch."""
+
+    @property
+    def plain(self) -> float:
+        return self.stages[-1]
+
+    def paths(self, used: list[bool]) -> Tensor:
+        """Cost (C,) of an image that leaves at each exit, where the used exits' heads run."""
+        run = torch.tensor([head * use for head, use in zip(self.heads, used)], dtype=torch.double).cumsum(0)
+        run = torch.cat([run, run[-1:]])
+        stages = torch.tensor(self.stages, dtype=torch.double)
+        ends = torch.tensor([*self.stops, len(self.stages) - 1])
+        return stages[ends] + run[ends]
+
+
+class OperatingPoint(NamedTuple):
+    thresholds: list[float | None]
+    """Of the sureness at each shallow exit, None where nobody leaves and the head does not run."""
+    accuracy: float
+    """0 to 1."""
+    cost: float
+    """Mean of the images."""
+
+
+def simulate(sureness: Tensor, thresholds: list[float | None], costs: ExitCosts) -> tuple[Tensor, Tensor]:
+    """The exit (N,) that each image takes, and what it costs (N,).
+
+    Args:
+        sureness: (C - 1, N).
+    """
+    exits = torch.full(sureness.shape[1:], len(thresholds))
+    for exit in reversed(range(len(thresholds))):
+        if thresholds[exit] is not None:
+            exits[sureness[exit] >= thresholds[exit]] = exit
+    return exits, costs.paths([threshold is not None for threshold in thresholds])[exits]
+
+
+def find_curve(sureness: Tensor, right: Tensor, costs: ExitCosts) -> list[OperatingPoint]:
+    """Points that no other beats in both accuracy and cost, the cheapest first.
+
+    For each weight of the cost the thresholds are chosen exit by exit, each the best one while the others stay, until
+    nothing changes. The plain network and all images at the first exit are among the candidates.
+
+    Args:
+        sureness: (C - 1, N).
+        right: (C, N) booleans.
+    """
+    exits = len(sureness)
+    candidates = [[None] * exits, [float(sureness[0].min()), *[None] * (exits - 1)]]
+    thresholds = candidates[0]
+    for weight in WEIGHTS:
+        thresholds = _improve(thresholds, sureness, right, costs, weight / costs.plain)
+        candidates.append(thresholds)
+    points = []
+    for thresholds in candidates:
+        taken, cost = simulate(sureness, thresholds, costs)
+        accuracy = float(right.gather(0, taken[None]).double().mean())
+        points.append(OperatingPoint(thresholds, accuracy, float(cost.mean())))
+    best, accuracy = [], -1.0
+    for point in sorted(points, key=lambda point: (point.cost, -point.accuracy)):
+        if point.accuracy > accuracy:
+            best.append(point)
+            accuracy = point.accuracy
+    return best
+
+
+def _improve(
+        thresholds: list[float | None], sureness: Tensor, right: Tensor, costs: ExitCosts, weight: float,
+) -> list[float | None]:
+    """Thresholds whose mean of (right answer - weight x cost) is no worse."""
+    for _ in range(SWEEPS):
+        before = thresholds
+        for exit in range(len(sureness)):
+            best = _best_threshold(exit, thresholds, sureness, right, costs, weight)
+            thresholds = [*thresholds[:exit], best, *thresholds[exit + 1:]]
+        if thresholds == before:
+            break
+    return thresholds
+
+
+def _best_threshold(
+        exit: int, thresholds: list[float | None], sureness: Tensor, right: Tensor, costs: ExitCosts, weight: float,
+) -> float | None:
+    """Of one exit, while the others stay."""
+    def values(used: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether images reach the exit, and their value if they go on and if they leave there."""
+        others = [threshold if other != exit else None for other, threshold in enumerate(thresholds)]
+        taken, _ = simulate(sureness, others, costs)
+        paths = costs.paths([used if other == exit else threshold is not None
+                             for other, threshold in enumerate(thresholds)])
+        go_on = right.gather(0, taken[None])[0].double() - weight * paths[taken]
+        return taken > exit, go_on, right[exit].double() - weight * paths[exit]
+
+    _, unused, _ = values(used=False)
+    reaches, go_on, leave = values(used=True)
+    if not reaches.any():
+        return None
+    sure, order = sureness[exit][reaches].sort(descending=True)
+    totals = go_on.sum() + (leave - go_on)[reaches][order].cumsum(0)
+    totals[:-1][sure[:-1] == sure[1:]] = float("-inf")  # equally sure images leave together
+    best = int(totals.argmax())
+    if totals[best] <= unused.sum():
+        return None
+    last = sure[best]
+    return float(last if best + 1 == len(sure) else (last + sure[best + 1]) / 2)
