@@ -33,7 +33,7 @@ from timm_selfdistill.cli import (
     upload_lines,
 )
 from timm_selfdistill.training.preprocessing import create_backbone
-from timm_selfdistill.training.report import print_summary
+from timm_selfdistill.training.report import print_exits
 
 
 def main() -> int:
@@ -78,7 +78,8 @@ def main() -> int:
         console.print(f"stopped by {result.interrupted_by.name}; go on with the same command and --resume:")
         console.print(f"  {same_command('--resume', str(result.output))}", markup=False, highlight=False)
     else:
-        print_summary(console, result.summary)
+        title = f"{result.summary['model']} after {result.summary['epochs']} epochs"
+        print_exits(console, title, result.summary["exits"])
         console.print(next_lines(result.output, args.baseline, config.push_to_hub), markup=False, highlight=False)
     if result.upload:
         console.print(upload_lines(result.upload, config.hub_private), markup=False, highlight=False)

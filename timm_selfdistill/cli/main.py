@@ -1,4 +1,4 @@
-"""timm-selfdistill: push a saved model to the Hub, or look at one."""
+"""timm-selfdistill: what to do with a saved model."""
 import argparse
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from rich.text import Text
 from .. import hub
 from ..model import SelfDistillModel
 from ..training.config import check_repo_id
+from . import inference
 from .program import Parser, printable, run
 
 COLUMNS = {"exit": "{}", "module": "{}", "top1": "{:.2f}", "top5": "{:.2f}", "macs": "{:,.1f}", "share": "{:.1%}",
@@ -23,7 +24,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="timm-selfdistill", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{push,info}", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     push = commands.add_parser("push", help="upload a saved model to the Hub")
     push.add_argument("folder", help="saved model, or a run directory, whose best/ is taken")
     push.add_argument("repo_id", help="user/name, or name")
@@ -34,15 +35,20 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what is in a saved model")
     info.add_argument("model", help="saved model, run directory, or id of a repository on the Hub")
     info.add_argument("--revision", help="branch, tag or commit")
+    inference.add_parsers(commands)
     return parser
 
 
 def _main(args: argparse.Namespace) -> int:
     if args.command == "push":
         _push(args)
-    else:
-        _info(_saved_model(args.model), args.revision)
-    return 0
+        return 0
+    args.model = _saved_model(args.model)
+    if args.command == "info":
+        _info(args.model, args.revision)
+        return 0
+    run_command = {"evaluate": inference.evaluate, "calibrate": inference.calibrate, "tradeoff": inference.tradeoff}
+    return run_command[args.command](args)
 
 
 def _saved_model(model: str) -> str:

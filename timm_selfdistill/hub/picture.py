@@ -1,12 +1,22 @@
 """exits.png: accuracy over multiply-adds, an exit a point."""
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 
-def plot_exits(path: Path, model: str, rows: list[dict[str, Any]]) -> None:
-    """Draw the rows, each with exit, module, top1 (per cent), macs and share."""
+def plot_exits(
+        path: Path, model: str, rows: list[dict[str, Any]], curve: Sequence[dict[str, Any]] = (),
+        calibrated: dict[str, Any] | None = None, baseline: dict[str, Any] | None = None,
+) -> None:
+    """Draw the rows, each with exit, module, top1 (per cent), macs and share.
+
+    Args:
+        curve: further points, top1 and macs, of early exit.
+        calibrated: the point of the thresholds that are saved with the model.
+        baseline: the same network trained without exits.
+    """
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     line = [row for row in rows if row["exit"] != "ensemble"]
@@ -18,6 +28,15 @@ def plot_exits(path: Path, model: str, rows: list[dict[str, Any]]) -> None:
         axes.scatter(row["macs"] / 1e6, row["top1"], s=120 if ensemble else 60, color=style["color"],
                      alpha=style.get("alpha"), marker="*" if ensemble else "o", zorder=2,
                      label=f"{label}: {row['top1']:.2f} %, {row['share']:.0%} of the compute")
+    if curve:
+        axes.plot([point["macs"] / 1e6 for point in curve], [point["top1"] for point in curve], color="tab:green",
+                  marker=".", label="early exit, one threshold for all exits", zorder=3)
+    if calibrated:
+        axes.scatter(calibrated["macs"] / 1e6, calibrated["top1"], s=80, color="tab:green", marker="D", zorder=4,
+                     label=f"early exit, calibrated: {calibrated['top1']:.2f} %, {calibrated['share']:.0%}")
+    if baseline:
+        axes.scatter(baseline["macs"] / 1e6, baseline["top1"], s=80, color="black", marker="x", zorder=4,
+                     label=f"plain network, trained alone: {baseline['top1']:.2f} %")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), fontsize=9, frameon=False)
     axes.set(xlabel="multiply-adds per image, millions", ylabel="top-1 %", xlim=(0, None),
              title=f"{model}: accuracy over compute")

@@ -132,12 +132,12 @@ class EarlyExit:
         """
         _check_mode(self.model)
         budget = {"max_accuracy_drop": max_accuracy_drop, "max_macs": max_macs, "min_speedup": min_speedup}
-        report = calibrate(self.model, self.policy, loader, self._find_costs, budget, seed)
+        report = calibrate(self.model, self.policy, loader, self.find_costs, budget, seed)
         self.thresholds, self.temperatures = report.thresholds, report.temperatures
         self.model.early_exit = report.to_dict()
         return report
 
-    def _find_costs(self, unit: str, x: Tensor) -> ExitCosts:
+    def find_costs(self, unit: str, x: Tensor) -> ExitCosts:
         """What images like x (B, C, H, W) cost: "macs" or "time"."""
         with torch.no_grad():
             route = self._route(tuple(x.shape[1:]))

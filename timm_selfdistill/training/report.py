@@ -14,12 +14,12 @@ from rich.table import Table
 from ..hub import exit_style
 
 
-def print_summary(console: Console, summary: dict[str, Any]) -> None:
+def print_exits(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up."""
-    table = Table(title=f"{summary['model']} after {summary['epochs']} epochs", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for name in ("exit", "stage", "top-1 %", "top-5 %", "MACs", "share", "speed-up"):
         table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
-    for row in summary["exits"]:
+    for row in rows:
         table.add_row(
             str(row["exit"]), row["module"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{row['macs'] / 1e6:,.1f} M",
             f"{row['share']:.1%}", f"{row['speedup']:.2f}x",

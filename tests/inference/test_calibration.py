@@ -1,0 +1,199 @@
+"""Temperatures, thresholds and promises, on answers whose truth is known."""
+import json
+from io import StringIO
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader, TensorDataset
+
+from timm_selfdistill import EarlyExit, SelfDistillModel
+from timm_selfdistill.inference.calibration import calibration_error, fit_temperature
+from timm_selfdistill.inference.thresholds import ExitCosts, find_curve, simulate
+
+from ..conftest import small_model
+
+COSTS = ExitCosts(stages=[10.0, 20.0, 40.0], heads=[1.0, 2.0], stops=[0, 1])
+
+
+def test_the_temperature_is_the_one_that_the_labels_were_drawn_with():
+    logits = torch.randn(20_000, 10) * 2
+    for temperature in (0.5, 1.0, 3.0):
+        labels = torch.distributions.Categorical(logits=logits / temperature).sample()
+        assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+
+
+def test_no_other_temperature_makes_the_labels_likelier():
+    logits = torch.randn(500, 5) * 3
+    labels = torch.distributions.Categorical(logits=logits / 2).sample()
+    best = fit_temperature(logits, labels)
+    loss = torch.nn.functional.cross_entropy
+    assert all(loss(logits / best, labels) <= loss(logits / (best * factor), labels) + 1e-6 for factor in (0.9, 1.1))
+
+
+def test_the_calibration_error_is_that_of_the_definition():
+    probabilities = torch.softmax(torch.randn(300, 4) * 2, 1)
+    labels = torch.randint(4, (300,))
+    confidence, answer = (part.numpy() for part in probabilities.max(1))
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence >= low) & (confidence < low + 1 / 15)
+        if inside.any():
+            expected += inside.mean() * abs(confidence[inside].mean() - (answer == labels.numpy())[inside].mean())
+    assert calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_image_pays_for_its_stages_and_the_heads_on_its_way():
+    sureness = torch.tensor([[0.9, 0.1, 0.1], [0.0, 0.8, 0.2]])
+    exits, cost = simulate(sureness, [0.5, 0.5], COSTS)
+    assert exits.tolist() == [0, 1, 2]
+    assert cost.tolist() == [11.0, 23.0, 43.0]
+    assert simulate(sureness, [0.5, None], COSTS)[1].tolist() == [11.0, 41.0, 41.0]
+    later = ExitCosts(COSTS.stages, COSTS.heads, stops=[1, 2])  # rows leave the batch one exit later
+    assert simulate(sureness, [0.5, 0.5], later)[1].tolist() == [23.0, 43.0, 43.0]
+
+
+def test_the_curve_is_no_worse_than_any_pair_of_thresholds():
+    generator = torch.Generator().manual_seed(0)
+    sureness = torch.rand(2, 120, generator=generator).double()
+    right = torch.stack([torch.rand(120, generator=generator) < sure for sure in (
+        0.4 + 0.6 * sureness[0], 0.5 + 0.5 * sureness[1], torch.full((120,), 0.9))])
+    curve = find_curve(sureness, right, COSTS)
+    assert [point.cost for point in curve] == sorted(point.cost for point in curve)
+    assert [point.accuracy for point in curve] == sorted(point.accuracy for point in curve)
+    grid = [None, *torch.linspace(0, 1, 25).tolist()]
+    for weight in (0.003, 0.01, 0.03):
+        reached = max(point.accuracy - weight * point.cost for point in curve)
+        for first in grid:
+            for second in grid:
+                exits, cost = simulate(sureness, [first, second], COSTS)
+                accuracy = float(right.gather(0, exits[None]).double().mean())
+                assert accuracy - weight * float(cost.mean()) <= reached + 0.01
+
+
+def loader(count: int = 600, classes: int = 10, noise: float = 1.0) -> DataLoader:
+    """Images with a bright square where their class is."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % classes
+    images = noise * torch.randn(count, 3, 32, 32, generator=generator)
+    for row, label in enumerate(labels.tolist()):
+        images[row, :, 3 * label:3 * label + 3] += 1 + 2 * (row % 3)  # some are easy
+    return DataLoader(TensorDataset(images, labels), 100)
+
+
+@pytest.fixture(scope="module")
+def trained() -> SelfDistillModel:
+    torch.manual_seed(0)
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(2):
+        for x, y in loader(900):
+            loss = sum(torch.nn.functional.cross_entropy(logits, y) for logits in model(x).logits)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("policy", ["confidence", "entropy", "margin"])
+def test_a_report_says_what_predict_does(policy, trained):
+    early_exit = EarlyExit(trained, policy=policy)
+    report = early_exit.calibrate(loader(), max_accuracy_drop=2.0)
+    data = loader()
+    part = torch.randperm(600, generator=torch.Generator().manual_seed(0)).tensor_split(3)[2]
+    x, y = (tensor[part] for tensor in data.dataset.tensors)
+    found = early_exit.predict(x)
+    assert report.images == [200, 200, 200]
+    assert report.accuracy == pytest.approx(100 * float((found.logits.argmax(1) == y).double().mean()))
+    assert report.plain_accuracy == pytest.approx(100 * float((trained(x).argmax(1) == y).double().mean()))
+    assert report.shares == pytest.approx((torch.bincount(found.exit, minlength=4) / 200).tolist())
+    rows = trained.summary((3, 32, 32))
+    used = [threshold is not None for threshold in report.thresholds]
+    heads = [sum(row.head_macs for row, use in zip(rows, used[:exit + 1]) if use) for exit in range(4)]
+    each = [row.macs - row.head_macs + head for row, head in zip(rows, heads)]
+    assert report.macs == pytest.approx(sum(share * macs for share, macs in zip(report.shares, each)))
+    assert report.plain_macs == rows.plain.macs
+    assert report.met == (report.plain_accuracy - report.accuracy <= 2.0)
+    assert report.met
+    assert report.macs < report.plain_macs
+
+
+@pytest.mark.parametrize("budget", ["max_macs", "min_speedup"])
+def test_budgets_of_cost(budget, trained):
+    plain = trained.summary((3, 32, 32)).plain.macs
+    values = {"max_macs": [0.9 * plain, 0.8 * plain, 1.0], "min_speedup": [1.0, 1.1, 1000.0]}[budget]
+    reports = [EarlyExit(trained).calibrate(loader(), **{budget: value}) for value in values]
+    if budget == "max_macs":
+        assert [report.macs <= value for report, value in zip(reports, values)] == [True, True, False]
+    else:
+        assert reports[0].speedup >= 1.0
+    assert reports[0].met
+    assert not reports[2].met
+    assert reports[2].macs <= reports[0].macs  # the nearest that there is
+    assert f"{budget} {values[2]:g}: NOT MET" in text(reports[2])
+
+
+def text(report) -> str:
+    out = StringIO()
+    Console(file=out, width=120).print(report)
+    return out.getvalue()
+
+
+def test_it_is_saved_with_the_model_and_printed(trained, tmp_path):
+    early_exit = EarlyExit(trained, policy="margin")
+    report = early_exit.calibrate(loader(), max_accuracy_drop=1.0)
+    trained.save_pretrained(tmp_path, check=False)
+    saved = json.loads((tmp_path / "config.json").read_text())["self_distill"]["early_exit"]
+    assert saved == report.to_dict()
+    loaded = EarlyExit(SelfDistillModel.from_pretrained(tmp_path))
+    assert (loaded.policy, loaded.thresholds, loaded.temperatures) == ("margin", report.thresholds, report.temperatures)
+    x = torch.randn(5, 3, 32, 32)
+    assert all(map(torch.equal, loaded.predict(x), early_exit.predict(x)))
+    assert EarlyExit(trained, policy="entropy").thresholds is None
+    for part in ("max_accuracy_drop 1: met on 200 images", "top-1", "multiply-adds", "ECE after"):
+        assert part in text(report)
+
+
+@pytest.mark.parametrize("early_exit", [5, [1], {"thresholds": [0.5]}, {"thresholds": ["a", "b", "c"]},
+                                        {"policy": "os.system", "thresholds": [0.5] * 3},
+                                        {"thresholds": [0.5] * 3, "temperatures": [0] * 4}])
+def test_a_damaged_record_is_refused(early_exit, tmp_path):
+    small_model().save_pretrained(tmp_path, check=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["self_distill"]["early_exit"] = early_exit
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="early_exit must be|threshold|policy|temperature"):
+        EarlyExit(SelfDistillModel.from_pretrained(tmp_path))
+
+
+def labelled(labels: torch.Tensor) -> DataLoader:
+    return DataLoader(TensorDataset(torch.zeros(len(labels), 3, 32, 32), labels), 100)
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (loader(299), "calibration needs at least 300 images, got 299"),
+    (labelled(torch.zeros(300, dtype=torch.long)), "all 300 images are of class 0; calibration needs two or more"),
+    (labelled(torch.arange(300) % 11), "labels must be 0 to 9, got 0 to 10"),
+    (labelled(torch.arange(300) % 3 - 1), "labels must be 0 to 9, got -1 to 1"),
+    (labelled(torch.rand(300)), r"labels must be class indices \(B,\), got torch.float32 \(100,\)"),
+    ([], "the loader gives no images"),
+    ([torch.zeros(2, 3, 32, 32)], r"the loader must give batches of \(images \(B, C, H, W\), class indices \(B,\)\)"),
+    ([(torch.zeros(2, 1, 32, 32), torch.zeros(2, dtype=torch.long))], r"takes images of the shape \(B, 3, H, W\)"),
+])
+def test_wrong_data(data, message):
+    with pytest.raises(ValueError, match=message):
+        EarlyExit(small_model().eval()).calibrate(data, max_accuracy_drop=1.0)
+
+
+@pytest.mark.parametrize(("budget", "message"), [
+    ({}, "give one of max_accuracy_drop, max_macs, min_speedup, got none"),
+    ({"max_macs": 1e6, "min_speedup": 2}, "give one of .*, got max_macs, min_speedup"),
+    ({"max_accuracy_drop": -1}, "max_accuracy_drop must be a number of at least 0, got -1"),
+    ({"max_macs": float("nan")}, "max_macs must be a number of at least 1, got nan"),
+    ({"min_speedup": 0.5}, "min_speedup must be a number of at least 1, got 0.5"),
+    ({"min_speedup": "2"}, "min_speedup must be a number of at least 1, got '2'"),
+])
+def test_wrong_budgets(budget, message):
+    with pytest.raises(ValueError, match=message):
+        EarlyExit(small_model().eval()).calibrate(loader(), **budget)

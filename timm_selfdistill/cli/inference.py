@@ -1,0 +1,163 @@
+"""evaluate, calibrate and tradeoff of the command `timm-selfdistill`."""
+import argparse
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .. import hub
+from ..cost import measure_speedups
+from ..inference import EarlyExit
+from ..inference.calibration import BUDGETS
+from ..inference.evaluation import predict_all, trace_curve
+from ..inference.gallery import choose_images, plot_gallery
+from ..inference.policy import POLICIES
+from ..model import SelfDistillModel
+from ..training import load_images
+from ..training.metrics import ExitMeter, exit_logits
+from ..training.report import print_exits, write_json
+from ..training.summary import exit_costs, exit_speedups, merge_rows, model_name
+
+BUDGET_NOT_MET = 1
+"""Exit code of a calibration that could not keep what was asked for."""
+
+
+def add_parsers(commands: Any) -> None:
+    """evaluate, calibrate and tradeoff."""
+    evaluate = commands.add_parser("evaluate", help="accuracy, cost and speed of every exit")
+    calibrate = commands.add_parser("calibrate", help="find thresholds for early exit, and save them with the model")
+    tradeoff = commands.add_parser("tradeoff", help="draw accuracy over cost, and which images leave where")
+    for parser in (evaluate, calibrate, tradeoff):
+        parser.add_argument("model", help="saved model, run directory, or id of a repository on the Hub")
+        parser.add_argument("--revision", help="branch, tag or commit")
+        parser.add_argument("--data", required=True, metavar="DIR",
+                            help="folder of images, parquet or arrow files, or data set on the Hub; not what the model"
+                                 " was trained with")
+        parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
+        parser.add_argument("--split", metavar="NAME",
+                            help="default: the first of validation, val, valid, test; else the tenth of train that"
+                                 " train.py leaves out")
+        parser.add_argument("-b", "--batch-size", type=int, default=64)
+        parser.add_argument("-j", "--workers", type=int, default=0, help="data-loading processes")
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for parser in (calibrate, tradeoff):
+        parser.add_argument("--policy", choices=POLICIES, help="what makes an image leave (default: confidence)")
+    for name, words in zip(BUDGETS, ("points of top-1 below the plain network", "mean multiply-adds of an image",
+                                     "over the plain network")):
+        calibrate.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="NUMBER", help=words)
+    calibrate.add_argument("--seed", type=int, default=0, help="of the split of the data into three parts")
+    calibrate.add_argument("--output", type=Path, metavar="DIR", help="where to save it (default: where it is)")
+    tradeoff.add_argument("--baseline", metavar="DIR", help="saved plain network, to compare with")
+    tradeoff.add_argument("--output", type=Path, metavar="DIR", default=Path("."),
+                          help="gets tradeoff.json, exits.png and gallery.png (default: this folder)")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    model, loader = _open(args)
+    rows = _evaluate(model, loader)
+    for row, speedup in zip(rows, exit_speedups(model, rows, _input_size(loader))):
+        row["speedup"] = speedup
+    if model.early_exit:
+        rows.append(_evaluate_early_exit(EarlyExit(model), loader))
+    print_exits(Console(soft_wrap=True), f"{model_name(model)} on {len(loader.dataset)} images", rows)
+    return 0
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    output = args.output or Path(args.model)
+    if args.output is None and not output.is_dir():
+        raise ValueError(f"{args.model} is no folder here: say with --output where to save the calibrated model")
+    model, loader = _open(args)
+    budget = {name: getattr(args, name) for name in BUDGETS}
+    report = EarlyExit(model, policy=args.policy).calibrate(loader, **budget, seed=args.seed)
+    Console(soft_wrap=True).print(report)
+    if not report.met:
+        print("nothing is saved: ask for less, or give more images")
+        return BUDGET_NOT_MET
+    folder = hub.fetch_model(args.model, revision=args.revision)
+    model.save_pretrained(output, metrics=hub.read_metrics(folder), check=False)
+    print(f"saved in {output}; use it with EarlyExit(SelfDistillModel.from_pretrained({str(output)!r}))")
+    return 0
+
+
+def tradeoff(args: argparse.Namespace) -> int:
+    model, loader = _open(args)
+    early_exit = EarlyExit(model, policy=args.policy)
+    rows, (curve, halving) = _evaluate(model, loader), trace_curve(early_exit, loader)
+    baseline = None
+    if args.baseline:
+        if not Path(args.baseline).is_dir():
+            raise FileNotFoundError(f"--baseline {args.baseline} is no folder of a saved model")
+        plain = timm.create_model(f"local-dir:{args.baseline}", pretrained=True).eval().to(args.device)
+        baseline = _evaluate(plain, loader)[0]
+    calibrated = _evaluate_early_exit(early_exit, loader) if early_exit.thresholds else None
+    early_exit.thresholds = early_exit.thresholds or halving
+    output, labels = predict_all(early_exit, loader)
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = model_name(model)
+    hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline)
+    chosen = choose_images(output, columns=10)
+    images = {position: _as_picture(model, loader.dataset[position][0]) for row in chosen.values() for position in row}
+    names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
+    plot_gallery(args.output / "gallery.png", images, chosen, output, labels, names)
+    write_json(args.output / "tradeoff.json", {
+        "model": name, "images": len(loader.dataset), "exits": rows, "early_exit": curve, "calibrated": calibrated,
+        "baseline": baseline})
+    print(f"wrote {', '.join(str(args.output / file) for file in ('tradeoff.json', 'exits.png', 'gallery.png'))}")
+    return 0
+
+
+def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, DataLoader]:
+    """The model on its device, and its data."""
+    model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
+    if not isinstance(model, SelfDistillModel):
+        raise ValueError(f"{args.model} is a truncated model, which has one exit only")
+    splits = {"train_split": args.split, "val_split": args.split} if args.split else {}
+    images = load_images(args.data, name=args.dataset_config, **splits)
+    names = model.backbone.pretrained_cfg.get("label_names")
+    if images.num_classes != model.num_classes or (names and list(names) != images.class_names):
+        raise ValueError(
+            f"the model knows {model.num_classes} classes {list(names or [])[:3]}..., {args.data} has"
+            f" {images.num_classes} {images.class_names[:3]}...; they must be the same, in the same order")
+    _, val_data = images.transformed(resolve_model_data_config(model.backbone))
+    return model.to(args.device), DataLoader(val_data, args.batch_size, num_workers=args.workers)
+
+
+def _input_size(loader: DataLoader) -> tuple[int, int, int]:
+    return tuple(loader.dataset[0][0].shape)
+
+
+def _evaluate(model: nn.Module, loader: DataLoader) -> list[dict[str, Any]]:
+    """A row per exit: accuracy and cost."""
+    device = next(model.parameters()).device
+    meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, device)
+    with torch.no_grad():
+        for x, y in loader:
+            meter.update(exit_logits(model, x.to(device)), y.to(device))
+    return merge_rows(meter.compute(meter.totals), exit_costs(model, _input_size(loader)))
+
+
+def _evaluate_early_exit(early_exit: EarlyExit, loader: DataLoader) -> dict[str, Any]:
+    """The row of early exit; its speed is that of one batch of the images."""
+    output, labels = predict_all(early_exit, loader)
+    meter = ExitMeter(1, torch.device("cpu"))
+    meter.update([output.logits], labels)
+    (metrics,) = meter.compute(meter.totals)
+    costs = early_exit.find_costs("macs", next(iter(loader))[0])
+    macs = float(costs.paths([threshold is not None for threshold in early_exit.thresholds])[output.exit].mean())
+    x = next(iter(loader))[0].to(next(early_exit.model.parameters()).device)
+    (speedup,) = measure_speedups(early_exit.model, early_exit.model.backbone, [early_exit.predict], x)
+    return {**metrics._asdict(), "exit": "early", "module": "", "macs": macs, "share": macs / costs.plain,
+            "speedup": speedup}
+
+
+def _as_picture(model: SelfDistillModel, image: torch.Tensor) -> torch.Tensor:
+    """From 0 to 1, as it was before it was normalised."""
+    config = resolve_model_data_config(model.backbone)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    return (image * std + mean).clamp(0, 1)

@@ -1,0 +1,50 @@
+"""How good early exit is on data, and what other thresholds would give."""
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration import Answers, collect_logits
+from .early_exit import EarlyExit, EarlyExitOutput
+from .policy import find_policy
+from .thresholds import simulate
+
+POINTS = 21
+
+
+def predict_all(
+        early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[EarlyExitOutput, Tensor]:
+    """Answers for all images of a loader, and their labels (N,), on the CPU."""
+    device = next(early_exit.model.parameters()).device
+    outputs, labels = [], []
+    for x, y in loader:
+        outputs.append([part.cpu() for part in early_exit.predict(x.to(device))])
+        labels.append(y)
+    return EarlyExitOutput(*map(torch.cat, zip(*outputs))), torch.cat(labels)
+
+
+def trace_curve(
+        early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]],
+) -> tuple[list[dict[str, Any]], list[float | None]]:
+    """Early exit with one threshold for all exits, from one that lets all images leave at the first to one that lets
+    nobody leave: points with threshold, top1 (per cent) and mean macs.
+
+    And thresholds at which half of the images that reach an exit leave there.
+    """
+    logits, labels, images = collect_logits(early_exit.model, loader)
+    answers = Answers.of(logits, labels, torch.arange(len(labels)), early_exit.temperatures, early_exit.policy)
+    sureness, exits = answers.sureness, len(answers.sureness)
+    sign = -1 if find_policy(early_exit.policy).low_leaves else 1
+    costs = early_exit.find_costs("macs", images)
+    curve = []
+    for threshold in [*sureness[0].quantile(torch.linspace(0, 1, POINTS, dtype=torch.double)).tolist(), None]:
+        taken, macs = simulate(sureness, [threshold] * exits, costs)
+        curve.append({
+            "threshold": None if threshold is None else sign * threshold,
+            "top1": 100 * float(answers.right.gather(0, taken[None]).double().mean()), "macs": float(macs.mean())})
+    left, halving = torch.ones_like(labels, dtype=torch.bool), []
+    for part in sureness:
+        halving.append(sign * float(part[left].median()) if left.any() else None)
+        left &= part < part[left].median() if left.any() else left
+    return curve, halving
