@@ -124,7 +124,7 @@ class SelfDistillModel(nn.Module, HubMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             final, maps = self._run(x, lambda x: self.backbone.forward_intermediates(x, indices=indices))
             deepest = self.backbone.forward_head(final)
-        self._check_deepest(deepest, len(x))
+        self._check_deepest(deepest, x.shape[0])
         teacher = maps[-1]
         shallow = [self._run_head(exit, feature_map) for exit, feature_map in enumerate(maps[:-1])]
         return SelfDistillOutput(
@@ -136,7 +136,7 @@ class SelfDistillModel(nn.Module, HubMixin):
         stage = self.stages[exit]
         where = f"{type(self.backbone).__name__} at {stage}"
         return check_output(
-            self.heads[exit](feature_map), len(feature_map), self.num_classes, self._last_stage.channels, where)
+            self.heads[exit](feature_map), feature_map.shape[0], self.num_classes, self._last_stage.channels, where)
 
     def _check_deepest(self, logits: Any, batch: int) -> None:
         name = type(self.backbone).__name__

@@ -1,4 +1,4 @@
-"""evaluate, calibrate and tradeoff of the command `timm-selfdistill`."""
+"""evaluate, calibrate, tradeoff and export of the command `timm-selfdistill`."""
 import argparse
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..cost import measure_speedups
 from ..inference import EarlyExit
 from ..inference.calibration import BUDGETS
 from ..inference.evaluation import predict_all, trace_curve
+from ..inference.export import STAGES_FILE, export_onnx, export_stages
 from ..inference.gallery import choose_images, plot_gallery
 from ..inference.policy import POLICIES
 from ..model import SelfDistillModel
@@ -22,19 +23,25 @@ from ..training import load_images
 from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
 from ..training.summary import exit_costs, exit_speedups, merge_rows, model_name
+from .train_flags import parse_exit
 
 BUDGET_NOT_MET = 1
 """Exit code of a calibration that could not keep what was asked for."""
 
 
 def add_parsers(commands: Any) -> None:
-    """evaluate, calibrate and tradeoff."""
+    """evaluate, calibrate, tradeoff and export."""
     evaluate = commands.add_parser("evaluate", help="accuracy, cost and speed of every exit")
     calibrate = commands.add_parser("calibrate", help="find thresholds for early exit, and save them with the model")
     tradeoff = commands.add_parser("tradeoff", help="draw accuracy over cost, and which images leave where")
-    for parser in (evaluate, calibrate, tradeoff):
+    export = commands.add_parser("export", help="write ONNX files")
+    for parser in (evaluate, calibrate, tradeoff, export):
         parser.add_argument("model", help="saved model, run directory, or id of a repository on the Hub")
         parser.add_argument("--revision", help="branch, tag or commit")
+    export.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the plain network; ensemble is the mean")
+    export.add_argument("--staged", action="store_true", help="instead of one exit, a file for each stage")
+    export.add_argument("--output", type=Path, required=True, metavar="PATH", help="file, or with --staged folder")
+    for parser in (evaluate, calibrate, tradeoff):
         parser.add_argument("--data", required=True, metavar="DIR",
                             help="folder of images, parquet or arrow files, or data set on the Hub; not what the model"
                                  " was trained with")
@@ -112,11 +119,27 @@ def tradeoff(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, DataLoader]:
-    """The model on its device, and its data."""
+def export(args: argparse.Namespace) -> int:
+    model = _load(args)
+    if args.staged:
+        paths = export_stages(model, args.output)
+        print(f"wrote {', '.join(path.name for path in paths)} and {STAGES_FILE} to {args.output}")
+    else:
+        export_onnx(model, args.output, parse_exit(args.exit))
+        print(f"wrote {args.output}")
+    return 0
+
+
+def _load(args: argparse.Namespace) -> SelfDistillModel:
     model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
     if not isinstance(model, SelfDistillModel):
         raise ValueError(f"{args.model} is a truncated model, which has one exit only")
+    return model
+
+
+def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, DataLoader]:
+    """The model on its device, and its data."""
+    model = _load(args)
     splits = {"train_split": args.split, "val_split": args.split} if args.split else {}
     images = load_images(args.data, name=args.dataset_config, **splits)
     names = model.backbone.pretrained_cfg.get("label_names")

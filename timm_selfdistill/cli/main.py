@@ -47,8 +47,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.command == "info":
         _info(args.model, args.revision)
         return 0
-    run_command = {"evaluate": inference.evaluate, "calibrate": inference.calibrate, "tradeoff": inference.tradeoff}
-    return run_command[args.command](args)
+    return getattr(inference, args.command)(args)
 
 
 def _saved_model(model: str) -> str:

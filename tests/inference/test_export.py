@@ -1,0 +1,114 @@
+"""Exits and stages in other runtimes."""
+import importlib.util
+import json
+import runpy
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from timm_selfdistill import EarlyExit, wrap_self_distill
+from timm_selfdistill.heads import LinearHead
+from timm_selfdistill.inference import export
+from timm_selfdistill.inference.export import export_onnx, export_program, export_stages
+from timm_selfdistill.inference.policy import POLICIES
+
+from ..conftest import ROOT, small_backbone, small_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
+
+
+def run_file(path, *inputs) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(str(path))
+    return session.run(None, {entry.name: value for entry, value in zip(session.get_inputs(), inputs, strict=True)})
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_every_exit_with_a_batch_of_any_size(name, tmp_path):
+    model = small_model(name).eval()
+    size = model.backbone.pretrained_cfg["input_size"]
+    for exit in [*range(len(model.exits)), "ensemble"]:
+        export_onnx(model, tmp_path / "exit.onnx", exit)
+        program = export_program(model.truncate(exit), size).module()
+        for count in (1, 5):
+            x = torch.randn(count, *size)
+            with torch.no_grad():
+                expected = model.predict(x, exit)
+            torch.testing.assert_close(torch.from_numpy(run_file(tmp_path / "exit.onnx", x.numpy())[0]), expected,
+                                       rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(program(x), expected)
+
+
+def test_the_stripped_backbone_and_another_size():
+    model = small_model().eval()
+    program = export_program(model.strip(), (3, 64, 96)).module()
+    x = torch.randn(3, 3, 64, 96)
+    torch.testing.assert_close(program(x), model(x))
+
+
+def test_names_are_what_a_reader_expects(tmp_path):
+    export_onnx(small_model(in_chans=1), tmp_path / "exit.onnx", 0, (1, 32, 32))
+    session = onnxruntime.InferenceSession(str(tmp_path / "exit.onnx"))
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.shape[1:], images.type) == ("images", [1, 32, 32], "tensor(float)")
+    assert (logits.name, logits.shape[1:]) == ("logits", [10])
+    assert isinstance(images.shape[0], str)
+
+
+@pytest.mark.parametrize(("name", "head"), [("test_resnet", "attention"), ("test_vit", LinearHead),
+                                            ("test_convnext", "linear"), ("test_mambaout", "bottleneck")])
+def test_the_stages_one_after_the_other_are_the_network(name, head, tmp_path):
+    model = wrap_self_distill(small_backbone(name), head=head).eval()
+    x = torch.randn(4, *model.backbone.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        expected = model.forward_exits(x).logits
+    paths = export_stages(model, tmp_path)
+    assert [path.name for path in paths] == ["stage0.onnx", "stage1.onnx", "stage2.onnx", "stage3.onnx"]
+    carried = [x.numpy()]
+    for exit, path in enumerate(paths):
+        logits, *carried = run_file(path, *carried)
+        torch.testing.assert_close(torch.from_numpy(logits), expected[exit], rtol=1e-4, atol=1e-4)
+        carried = [part[1:] for part in carried]  # the first image leaves
+        expected = [part[1:] for part in expected]
+    size = sum(path.stat().st_size for path in paths)
+    export_onnx(model, tmp_path / "all.onnx", "ensemble")
+    assert size < 1.5 * (tmp_path / "all.onnx").stat().st_size  # no stage holds what another has
+
+
+@pytest.mark.parametrize("policy", ["confidence", "entropy", "margin"])
+def test_the_example_without_torch_answers_as_early_exit_does(policy, tmp_path):
+    model = small_model().eval()
+    x = torch.randn(12, 3, 160, 160) * torch.linspace(0.1, 3, 12)[:, None, None, None]
+    temperatures = [0.5, 0.7, 1.0, 2.0]
+    with torch.no_grad():
+        likely = [(part / t).softmax(1) for part, t in zip(model.forward_exits(x).logits, temperatures)]
+    middle = [float(POLICIES[policy].score(part).quantile(0.5)) for part in likely[:-1]]
+    model.early_exit = {"policy": policy, "thresholds": [middle[0], None, middle[2]], "temperatures": temperatures}
+    export_stages(model, tmp_path)
+    example = runpy.run_path(str(ROOT / "examples/onnx_early_exit.py"))
+    about = json.loads((tmp_path / "stages.json").read_text())
+    probabilities, exits = example["predict"](tmp_path, about, x.numpy())
+    expected = EarlyExit(model).predict(x)
+    assert exits.tolist() == expected.exit.tolist()
+    assert len(set(exits.tolist())) > 1
+    np.testing.assert_allclose(probabilities.max(1), expected.confidence.numpy(), rtol=1e-3)
+    assert (probabilities.argmax(1) == expected.logits.argmax(1).numpy()).all()
+
+
+def test_what_is_wrong_is_said(tmp_path, monkeypatch):
+    model = small_model().eval()
+    with pytest.raises(ValueError, match="exit must be 0 to 3, -1 to -4 or 'ensemble', got 9"):
+        export_onnx(model, tmp_path / "exit.onnx", 9)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
+    for call in (export_onnx, export_stages):
+        with pytest.raises(ImportError, match=r"needs onnxruntime: pip install 'timm-selfdistill\[onnx\]'"):
+            call(model, tmp_path / "exit.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_that_differ_are_not_accepted(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match="onnxruntime's answers differ by .* from torch's"):
+        export_onnx(small_model().eval(), tmp_path / "exit.onnx", 0)

@@ -1,0 +1,159 @@
+"""Networks for other runtimes: torch.export and ONNX, any exit alone, or a file for each stage."""
+import importlib.util
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..cost import default_input_size, evaluating
+from ..model import SelfDistillModel
+from .staging import split_stages
+
+TOLERANCE = 1e-4
+"""Of logits, as a share of the largest; onnxruntime against torch."""
+STAGES_FILE = "stages.json"
+
+
+def export_program(network: nn.Module, input_size: tuple[int, int, int]) -> ExportedProgram:
+    """`torch.export` of a network from images (B, C, H, W) to logits, in eval mode, with a batch of any size.
+
+    Args:
+        network: e.g. `model.truncate(exit)`, or `model.strip()`.
+        input_size: (channels, height, width) in pixels.
+    """
+    like = next(p for p in network.parameters() if p.is_floating_point())
+    x = torch.zeros(2, *input_size, device=like.device, dtype=like.dtype)
+    with evaluating(network), torch.no_grad():
+        return torch.export.export(network, (x,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False)
+
+
+def export_onnx(
+        model: SelfDistillModel, path: str | PathLike, exit: int | str = -1,
+        input_size: tuple[int, int, int] | None = None,
+) -> None:
+    """Write one exit as an ONNX file, after seeing that onnxruntime gives the same logits.
+
+    Input "images" (batch, C, H, W), float32 as the model's transform makes them, output "logits" (batch, K).
+
+    Args:
+        exit: as of `SelfDistillModel.predict`; -1 is the plain network.
+        input_size: (channels, height, width) in pixels; None is what the backbone was made for.
+
+    Raises:
+        ImportError: the extra `onnx` is not installed.
+        ValueError: there is no such exit, or onnxruntime gives other logits.
+    """
+    check_onnx()
+    network = model.truncate(exit).cpu().float().eval()
+    input_size = input_size or default_input_size(model.backbone, model.model_args)
+    _write_onnx(export_program(network, input_size), path, ["images"], ["logits"])
+    x = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _compare(path, [x], [network(x)])
+
+
+def export_stages(
+        model: SelfDistillModel, folder: str | PathLike, input_size: tuple[int, int, int] | None = None) -> list[Path]:
+    """Write one ONNX file for each stage with its classifier, so that a runtime without torch can exit early.
+
+    stage0.onnx takes "images"; every stage gives "logits" (batch, K), and all but the last what goes on, the inputs of
+    the next, whose rows are the images. stages.json lists names, and what else a runtime needs: policy, thresholds
+    (null where nobody leaves, and so everywhere in a model that is not calibrated), temperatures, mean, std, image size
+    and class names.
+
+    Args:
+        input_size: (channels, height, width) in pixels; None is what the backbone was made for.
+
+    Raises:
+        ImportError: the extra `onnx` is not installed.
+        ValueError: the network cannot be cut there, or onnxruntime gives other logits.
+    """
+    check_onnx()
+    model_copy = model.truncate("ensemble").model.cpu().float().eval()
+    input_size = input_size or default_input_size(model.backbone, model.model_args)
+    program = export_program(_AllLogits(model_copy), input_size)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    x = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
+    carried, stages, paths = [x], [], []
+    for index, stage in enumerate(split_stages(program)):
+        names_in = ["images"] if index == 0 else stages[-1]["outputs"][1:]
+        names_out = ["logits", *(f"state{index}_{number}" for number in range(stage.carried))]
+        paths.append(folder / f"stage{index}.onnx")
+        shapes = (({0: Dim("batch", min=1)},) * len(carried),)
+        exported = torch.export.export(_Star(stage.module), (tuple(carried),), dynamic_shapes=shapes, strict=False)
+        _write_onnx(exported, paths[-1], names_in, names_out)
+        with torch.no_grad():
+            outputs = stage.module(*carried)
+        _compare(paths[-1], carried, outputs)
+        stages.append({"file": paths[-1].name, "inputs": names_in, "outputs": names_out})
+        carried = list(outputs[1:])
+    _write_description(model, folder, stages, input_size)
+    return paths
+
+
+def check_onnx() -> None:
+    """Raise ImportError unless all packages of the extra are there."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"ONNX export needs {', '.join(missing)}: pip install 'timm-selfdistill[onnx]'")
+
+
+class _AllLogits(nn.Module):
+    """The logits of every exit."""
+
+    def __init__(self, model: SelfDistillModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.model.forward_exits(x).logits
+
+
+class _Star(nn.Module):
+    """A module that takes its arguments in one tuple, whose shapes torch.export can be told together."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+        return self.module(*inputs)
+
+
+def _write_onnx(program: ExportedProgram, path: str | PathLike, inputs: list[str], outputs: list[str]) -> None:
+    onnx_program = torch.onnx.export(
+        program, dynamo=True, input_names=inputs, output_names=outputs, external_data=False, verbose=False)
+    onnx_program.save(str(path))
+
+
+def _compare(path: str | PathLike, inputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), inputs, strict=True)}
+    for found, wanted in zip(session.run(None, feeds), expected, strict=True):
+        difference = float((torch.from_numpy(found) - wanted).abs().max())
+        if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
+            raise ValueError(f"{path}: onnxruntime's answers differ by {difference:.2g} from torch's")
+
+
+def _write_description(
+        model: SelfDistillModel, folder: Path, stages: list[dict[str, Any]], input_size: tuple[int, int, int]) -> None:
+    config = resolve_model_data_config(model.backbone)
+    calibrated = model.early_exit or {}
+    description = {
+        "stages": stages,
+        "policy": calibrated.get("policy", "confidence"),
+        "thresholds": calibrated.get("thresholds", [None] * len(model.stages)),
+        "temperatures": calibrated.get("temperatures", [1.0] * len(model.exits)),
+        "input_size": list(input_size), "mean": list(config["mean"]), "std": list(config["std"]),
+        "class_names": model.backbone.pretrained_cfg.get("label_names"),
+    }
+    (folder / STAGES_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
