@@ -49,7 +49,6 @@ def test_whatever_fails_is_said_in_one_line_and_there_is_no_commit(hub, interpre
 
 def test_what_passes_by_itself_is_tried_again(hub, interpreter, saved):
     hub.fail(CREATE, 429, Retry_After="1")
-    hub.fail(COMMIT, 503)
     hub.fail(PUT, None)
     said = interpreter(PUSH.format(folder=str(saved), waits=TWICE, arguments=", commit_message='Third time'"))
     assert said.startswith(f"{hub.url}/user/model/commit/")
