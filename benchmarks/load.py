@@ -7,11 +7,12 @@ Time of `SelfDistillModel.from_pretrained(folder)`, with all exits, over that of
 """
 import tempfile
 from functools import partial
+from statistics import median
 
 import timm
 import torch
 from hardware import create_parser, write_json
-from timing import interleaved
+from timing import interleaved, median_ratio
 
 from timm_selfdistill import SelfDistillModel, wrap_self_distill
 
@@ -30,11 +31,12 @@ def main() -> None:
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             wrap_self_distill(timm.create_model(name, num_classes=100)).save_pretrained(folder)
-            plain, ours, ratio = interleaved(
+            plain, ours = interleaved(
                 [partial(timm.create_model, f"local-dir:{folder}", pretrained=True),
                  partial(SelfDistillModel.from_pretrained, folder)], args.rounds, args.seconds)
-        rows.append({"network": name, "timm_ms": plain, "ours_ms": ours, "ratio": ratio})
-        print(f"{name:<28}{plain:>10.1f}{ours:>10.1f}{ratio:>8.3f}")
+        row = {"network": name, "timm_ms": median(plain), "ours_ms": median(ours), "ratio": median_ratio(ours, plain)}
+        rows.append(row)
+        print(f"{name:<28}{row['timm_ms']:>10.1f}{row['ours_ms']:>10.1f}{row['ratio']:>8.3f}")
     write_json(args.output, args.device, rows)
 
 

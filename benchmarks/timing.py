@@ -1,20 +1,28 @@
-"""Two calls, timed in turn."""
+"""Calls, timed in turn."""
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 
-def interleaved(calls: Sequence[Callable[[], object]], rounds: int, seconds: float) -> tuple[float, float, float]:
-    """Median milliseconds of each of two calls, and the median of the ratios second / first, pair by pair.
 
-    Two pairs warm up; then come at least `rounds` pairs and `seconds`.
+def interleaved(calls: Sequence[Callable[[], object]], rounds: int, seconds: float) -> list[list[float]]:
+    """Milliseconds of each call in every round, in which all run one after the other.
+
+    Two rounds warm up; then come at least `rounds` rounds and `seconds`.
     """
-    times: list[list[float]] = [[], []]
+    times: list[list[float]] = [[] for _ in calls]
     began = time.perf_counter()
     while len(times[0]) < rounds + 2 or time.perf_counter() - began < seconds:
         for call, record in zip(calls, times):
             start = time.perf_counter()
             call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             record.append(1000 * (time.perf_counter() - start))
-    times = [record[2:] for record in times]
-    return *map(statistics.median, times), statistics.median(b / a for a, b in zip(*times))
+    return [record[2:] for record in times]
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios times / others, round by round."""
+    return statistics.median(time / other for time, other in zip(times, others))

@@ -156,8 +156,7 @@ class EarlyExit:
         _check_mode(model)
         if not isinstance(x, Tensor):
             raise ValueError(f"expected images as a tensor (B, C, H, W), got {type(x).__name__}")
-        misfit = explain_misfit(model.backbone, x, model.model_args)
-        if misfit:
+        if x.shape[1:] not in self._routes and (misfit := explain_misfit(model.backbone, x, model.model_args)):
             raise ValueError(misfit)
         like = next(p for p in model.parameters() if p.is_floating_point())
         if x.device != like.device or (x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)):
@@ -167,6 +166,8 @@ class EarlyExit:
 
     def _route(self, size: tuple[int, ...]) -> Route | None:
         """How images (in_chans, H, W) go through the model; None where its stages cannot be read."""
+        if size in self._routes:
+            return self._routes[size]
         with self._lock:
             if size not in self._routes:
                 self._routes[size] = route = find_route(self.model, self._owner, size)
@@ -303,7 +304,7 @@ def check_temperatures(temperatures: Sequence[float] | None, model: SelfDistillM
 
 
 def _check_mode(model: SelfDistillModel) -> None:
-    if any(module.training for module in model.modules()):
+    if model.training or model.backbone.training or model.heads.training:
         raise ValueError("the model is in training mode; call model.eval() first")
 
 
