@@ -53,7 +53,8 @@ def main() -> None:
             x *= torch.linspace(0.2, 2, count, device=args.device)[torch.randperm(count), None, None, None]
             with torch.no_grad():
                 for row in compare(model, x, batch, args.rounds, args.seconds):
-                    rows.append({"network": name, "head": args.head, "img_size": args.img_size, "batch_size": batch, **row})
+                    rows.append({"network": name, "head": args.head, "img_size": args.img_size,
+                                 "batch_size": batch, **row})
                     print(f"{name:<24}{batch:>6}{row['leave']:>7}{row['plain_ms']:>10.1f}{row['ours_ms']:>9.1f}"
                           f"{row['speedup']:>10.2f}{row['of_ideal']:>10.2f}{row['over_earlyon_batched']:>16.2f}x"
                           f"{row['over_earlyon_single']:>11.2f}x", flush=True)

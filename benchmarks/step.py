@@ -54,7 +54,8 @@ def main() -> None:
         macs = [count_cost(model.backbone, (3, size, size)).macs,
                 count_cost(model, (3, size, size), lambda m, x: m.forward_exits(x)).macs]
         row = {"network": name, "head": args.head, "batch_size": args.batch_size, "amp_dtype": args.amp_dtype,
-               "plain_ms": plain, "ours_ms": ours, "time_ratio": median_ratio(times[1], times[0]), "macs_ratio": macs[1] / macs[0]}
+               "plain_ms": plain, "ours_ms": ours, "time_ratio": median_ratio(times[1], times[0]),
+               "macs_ratio": macs[1] / macs[0]}
         row["time_over_macs"] = row["time_ratio"] / row["macs_ratio"]
         rows.append(row)
         print(f"{name:<28}{plain:>10.1f}{ours:>10.1f}{row['time_ratio']:>8.3f}{row['macs_ratio']:>8.3f}"
