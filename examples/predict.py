@@ -27,7 +27,9 @@ def main() -> int:
     config = resolve_model_data_config(model.backbone)
     image = open_image(args.image, config["input_size"][0])
     with torch.no_grad():
-        probabilities = model.predict(create_transform(**config)(image)[None], parse_exit(args.exit))[0].softmax(0)
+        x = create_transform(**config)(image)[None]
+        logits = model.predict(x, parse_exit(args.exit)) if isinstance(model, SelfDistillModel) else model(x)
+        probabilities = logits[0].softmax(0)
 
     names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     for probability, index in zip(*probabilities.topk(min(args.topk, model.num_classes))):

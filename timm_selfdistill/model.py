@@ -249,18 +249,23 @@ class TruncatedModel(nn.Module, HubMixin):
     def __init__(self, model: SelfDistillModel, exit: int | str):
         super().__init__()
         self.model, self.exit, self.num_classes = model, exit, model.num_classes
+        self._whole: tuple[nn.Module] | None = None
         if exit == "ensemble":
             return
         for other in range(len(model.heads)):
             if other != exit:
                 model.heads[other] = nn.Identity()
         if exit < len(model.stages):
+            self._whole = (deepcopy(model.backbone).to("meta"),)  # in a tuple, so that it is no module of this one
             model.backbone.prune_intermediate_layers([model.stages[exit].index], prune_norm=True)
-            model.backbone.num_classes = model.num_classes  # the network's, also without its own classifier
 
     @property
     def backbone(self) -> nn.Module:
         return self.model.backbone
+
+    @property
+    def whole(self) -> nn.Module:
+        return self.model.backbone if self._whole is None else self._whole[0]
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -283,7 +288,7 @@ class TruncatedModel(nn.Module, HubMixin):
 
     def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The one exit: its cost, and what is measured of it."""
-        cost = count_cost(self, default_input_size(self.backbone, self.model_args))
+        cost = count_cost(self, default_input_size(self.whole, self.model_args))
         module = self.model.exits[-1 if self.exit == "ensemble" else self.exit]
         measured = [row for row in measured_rows(metrics) if row["exit"] == self.exit]
         return [{"exit": self.exit, "module": module, "macs": cost.macs} | row for row in measured or [{}]]

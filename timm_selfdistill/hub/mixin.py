@@ -62,8 +62,8 @@ class HubMixin(ModelHubMixin):
                 the model is beyond the limits within which models are loaded (`hub/trust.py`).
         """
         save_timm_model(
-            self.backbone, save_directory, model_args=self.model_args, heads=self.heads, settings=self.settings(),
-            metrics=metrics, rows=self.card_rows(metrics), check=check, rebuild=self.rebuild,
+            self.backbone, save_directory, whole=self.whole, model_args=self.model_args, heads=self.heads,
+            settings=self.settings(), metrics=metrics, rows=self.card_rows(metrics), check=check, rebuild=self.rebuild,
             card_data=model_card_kwargs)
         if not push_to_hub:
             return None
@@ -197,7 +197,12 @@ class HubMixin(ModelHubMixin):
     def generate_model_card(self, *, metrics: dict[str, Any] | None = None, **card_data: Any) -> ModelCard:
         """The card that `save_pretrained` would write; see there."""
         return create_model_card(
-            self.backbone, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data)
+            self.whole, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data)
+
+    @property
+    def whole(self) -> nn.Module:
+        """The network that config.json describes; may be on the meta device."""
+        return self.backbone
 
     def settings(self) -> dict[str, Any]:
         """What makes the exits again, as config.json holds it."""

@@ -33,6 +33,7 @@ def save_timm_model(
         backbone: nn.Module,
         folder: str | PathLike,
         *,
+        whole: nn.Module | None = None,
         model_args: dict[str, Any] | None = None,
         heads: nn.Module | None = None,
         settings: dict[str, Any] | None = None,
@@ -45,6 +46,7 @@ def save_timm_model(
     """Write a timm model in timm's layout with its card, after seeing that it can be loaded from the files.
 
     Args:
+        whole: what config.json describes, where the backbone is only a part of it; may be on the meta device.
         heads, settings: of a self-distilled model: its shallow classifiers, and what makes them again ("exits", "head",
             "head_args").
         metrics: what to record in config.json.
@@ -61,8 +63,9 @@ def save_timm_model(
         check_metrics(metrics)
         if heads is not None:  # `from_pretrained` would refuse the folder
             check_names((entry.name for entry in Path(folder).iterdir()), folder)
-        input_size = default_input_size(backbone, model_args)
-        _save_config(backbone, fresh / CONFIG, model_args, settings, metrics)
+        whole = whole or backbone
+        input_size = default_input_size(whole, model_args)
+        _save_config(whole, fresh / CONFIG, model_args, settings, metrics)
         _save_tensors(backbone, fresh / BACKBONE)
         if heads is not None:
             read_config(fresh)  # a model that could not be loaded again is refused while the old files are in place

@@ -1,0 +1,130 @@
+"""evaluate, calibrate, tradeoff and export as programs, with right and wrong arguments."""
+import json
+import re
+import sys
+
+import onnxruntime
+import pytest
+import timm
+import torch
+
+from timm_selfdistill import EarlyExit, SelfDistillModel, load_images, model_data_config, wrap_self_distill
+from timm_selfdistill.cli.main import main
+from timm_selfdistill.hub import save_timm_model
+
+from .conftest import EMBEDDED
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """320 images, a self-distilled model, and a plain one, all of which know the same classes."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("inference")
+    images = load_images(EMBEDDED)
+    images.train.select(range(50)).to_parquet(folder / "data/train.parquet")
+    images.val.select(range(320)).to_parquet(folder / "data/test.parquet")
+    for name in ("model", "plain"):
+        backbone = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+        model_data_config(backbone, 32, 1, class_names=images.class_names)
+        if name == "model":
+            wrap_self_distill(backbone).save_pretrained(
+                folder / "run/best", metrics={"exits": [{"exit": 0, "top1": 12.0}]}, check=False)
+        else:
+            save_timm_model(backbone, folder / "plain")
+    return folder
+
+
+@pytest.fixture
+def call(folder, monkeypatch, capsys):
+    """Runs the program in that folder; its exit code, output and errors."""
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["timm-selfdistill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+    return run
+
+
+def test_calibrate_saves_what_evaluate_and_python_use(call, folder):
+    code, out, _ = call("calibrate", "run", "--data", "data", "--max-accuracy-drop", "90", "--policy", "entropy",
+                        "--output", "calibrated")
+    assert code == 0
+    assert "max_accuracy_drop 90: met on 106 images" in out
+    config = json.loads((folder / "calibrated/config.json").read_text())["self_distill"]
+    assert config["early_exit"]["policy"] == "entropy"
+    assert config["metrics"] == {"exits": [{"exit": 0, "top1": 12.0}]}
+    code, out, _ = call("evaluate", "calibrated", "--data", "data")
+    assert code == 0
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    assert list(rows) == ["0", "1", "2", "3", "ensemble", "early"]
+    assert all(re.search(r"\d\.\d\dx", row) for row in rows.values())
+    found = EarlyExit(SelfDistillModel.from_pretrained(folder / "calibrated"))
+    assert found.policy == "entropy"
+
+
+def test_a_budget_that_is_not_met_saves_nothing(call, folder):
+    before = (folder / "run/best/config.json").read_text()
+    code, out, _ = call("calibrate", "run", "--data", "data", "--max-macs", "1")
+    assert code == 1
+    assert "max_macs 1: NOT MET" in out
+    assert "nothing is saved" in out
+    assert (folder / "run/best/config.json").read_text() == before
+
+
+def test_tradeoff_draws_what_it_writes_down(call, folder):
+    code, out, _ = call("tradeoff", "run", "--data", "data", "--baseline", "plain", "--output", "pictures")
+    assert code == 0
+    assert out == "wrote pictures/tradeoff.json, pictures/exits.png, pictures/gallery.png\n"
+    written = json.loads((folder / "pictures/tradeoff.json").read_text())
+    macs = [row["macs"] for row in written["exits"]]
+    curve = written["early_exit"]
+    assert [row["exit"] for row in written["exits"]] == [0, 1, 2, 3, "ensemble"]
+    assert curve[0]["macs"] == macs[0]
+    assert curve[0]["top1"] == pytest.approx(written["exits"][0]["top1"])
+    assert curve[-1]["macs"] == macs[3]
+    assert curve[-1]["top1"] == pytest.approx(written["exits"][3]["top1"])
+    assert written["baseline"]["macs"] == macs[3]
+    assert written["calibrated"] is None
+    for name in ("exits.png", "gallery.png"):
+        assert (folder / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
+def test_export_writes_one_exit_or_every_stage(call, folder):
+    assert call("export", "run", "--exit", "0", "--output", "exit0.onnx")[:2] == (0, "wrote exit0.onnx\n")
+    assert onnxruntime.InferenceSession(folder / "exit0.onnx").get_inputs()[0].shape[1:] == [1, 32, 32]
+    code, out, _ = call("export", "run", "--staged", "--output", "stages")
+    assert code == 0
+    assert out == "wrote stage0.onnx, stage1.onnx, stage2.onnx, stage3.onnx and stages.json to stages\n"
+    about = json.loads((folder / "stages/stages.json").read_text())
+    assert about["class_names"][9] == "Ankle boot"
+    assert about["thresholds"] == [None, None, None]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["evaluate", "run"], "the following arguments are required: --data"),
+    (["evaluate", "nowhere", "--data", "data"], "nowhere is no folder here"),
+    (["evaluate", "run", "--data", "nowhere"], "nowhere is no folder or file here"),
+    (["evaluate", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
+    (["evaluate", "plain", "--data", "data"], 'has no "self_distill" entry: this is not a self-distilled model'),
+    (["evaluate", "short", "--data", "data"], "short is a truncated model, which has one exit only"),
+    (["evaluate", "other", "--data", "data"], "the model knows 3 classes .*, data has 10 .*; they must be the same"),
+    (["calibrate", "run", "--data", "data"], "give one of max_accuracy_drop, max_macs, min_speedup, got none"),
+    (["calibrate", "run", "--data", "data", "--max-macs", "1", "--min-speedup", "2"], "got max_macs, min_speedup"),
+    (["calibrate", "user/name", "--data", "data", "--min-speedup", "2"], "user/name is no folder here: say with --ou"),
+    (["calibrate", "run", "--data", "data", "--split", "train", "--min-speedup", "2"], "at least 300 images, got 50"),
+    (["tradeoff", "run", "--data", "data", "--baseline", "nowhere"], "--baseline nowhere is no folder of a saved"),
+    (["tradeoff", "run", "--data", "data", "--policy", "luck"], "invalid choice: 'luck'"),
+    (["export", "run"], "the following arguments are required: --output"),
+    (["export", "run", "--exit", "7", "--output", "x"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got 7"),
+])
+def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call, folder):
+    if not (folder / "short").exists():
+        SelfDistillModel.from_pretrained(folder / "run/best").truncate(0).save_pretrained(folder / "short", check=False)
+        other = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+        wrap_self_distill(other).save_pretrained(folder / "other", check=False)
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
