@@ -175,6 +175,11 @@ def check_output(output: Any, batch: int, num_classes: int, channels: int, where
     return logits, feature
 
 
+def resize_feature(feature: Tensor, teacher: Tensor) -> Tensor:
+    """A head's feature at the teacher's height and width, also where the sizes do not divide."""
+    return feature if feature.shape[2:] == teacher.shape[2:] else F.adaptive_avg_pool2d(feature, teacher.shape[2:])
+
+
 def _halvings(stage: Stage, teacher: Stage) -> int:
     return max(0, round(log2(teacher.reduction / stage.reduction)))
 

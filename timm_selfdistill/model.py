@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cost import count_cost, default_input_size
-from .heads import HeadFactory, check_output, create_head
+from .heads import HeadFactory, check_output, create_head, resize_feature
 from .hub import HubMixin, measured_rows
 from .stages import check_timm_classifier, explain_misfit, select_stages
 from .summary import Summary, summarize
@@ -129,7 +128,7 @@ class SelfDistillModel(nn.Module, HubMixin):
         shallow = [self._run_head(exit, feature_map) for exit, feature_map in enumerate(maps[:-1])]
         return SelfDistillOutput(
             logits=(*(logits for logits, _ in shallow), deepest),
-            features=(*(_resize(feature, teacher) for _, feature in shallow), teacher),
+            features=(*(resize_feature(feature, teacher) for _, feature in shallow), teacher),
         )
 
     def _run_head(self, exit: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,11 +294,6 @@ class TruncatedModel(nn.Module, HubMixin):
 
     def rebuild(self, folder: Path) -> tuple[nn.Module, nn.Module]:
         return self, SelfDistillModel.from_pretrained(folder)
-
-
-def _resize(feature: Tensor, teacher: Tensor) -> Tensor:
-    """To the teacher's height and width, where the sizes do not divide."""
-    return feature if feature.shape[2:] == teacher.shape[2:] else F.adaptive_avg_pool2d(feature, teacher.shape[2:])
 
 
 def _is_channels_last(weight: Tensor) -> bool:

@@ -4,7 +4,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,27 +12,14 @@ from torch import Tensor
 from ..cost import default_input_size
 from ..model import SelfDistillModel
 from ..stages import explain_misfit
+from .batch_run import BatchRun, EarlyExitOutput
 from .calibration import CalibrationReport, calibrate, macs_of_exits, times_of_exits
 from .policy import find_policy
-from .row_dropping import AllGone, Route, StageHook, find_route, keep_rows, run_with
+from .row_dropping import Route, StageHook, find_route
+from .settings import check_temperatures, check_thresholds
 from .thresholds import ExitCosts
 
-WORTH_DROPPING = 1 / 16
-"""Share of a batch that must be done before its rows are taken out: to copy the others costs as much for one row as for
-many, and a batch one row smaller is hardly faster. An image that is done keeps its answer while it waits."""
-
 _owners = count(1)
-
-
-class EarlyExitOutput(NamedTuple):
-    """Answers in the order of the images."""
-
-    logits: Tensor
-    """(B, K), of the exit that each image took, as `SelfDistillModel.forward_exits` gives them."""
-    exit: Tensor
-    """(B,) integers, 0 (shallowest) to C - 1 (deepest)."""
-    confidence: Tensor
-    """(B,) probability of the most likely class there, after temperature scaling."""
 
 
 class EarlyExit:
@@ -91,13 +78,13 @@ class EarlyExit:
             ValueError: there are no thresholds, the model is in training mode, or it does not take such images.
         """
         self._check(x)
-        run = _Run(self, x)
+        run = BatchRun(self.model, x, find_policy(self.policy), self.thresholds, self.temperatures)
         with torch.no_grad():
             route = self._route(tuple(x.shape[1:])) if len(x) else None
             if route is None:
                 run.answer_all()
             else:
-                run.go(route)
+                run.go(route, self._owner)
         return run.output()
 
     def calibrate(
@@ -179,128 +166,6 @@ class EarlyExit:
                         f" {', '.join(self.model.exits[exit] for exit in kept)}; they get their answers there, but"
                         " cost as much as the others", stacklevel=4)
             return self._routes[size]
-
-
-class _Run:
-    """One batch on its way."""
-
-    def __init__(self, early_exit: EarlyExit, x: Tensor):
-        self.early_exit, self.x = early_exit, x
-        self.policy = find_policy(early_exit.policy)
-        self.rows: Tensor | None = None
-        """Positions in the batch of the images that are still in the network; None is all."""
-        self.done: Tensor | None = None
-        """Which of these have their answer already; None is none."""
-        self.answers: list[tuple[Tensor | None, int, Tensor, Tensor]] = []
-        """Positions (None is all), exit, logits and confidence of those who left."""
-
-    def go(self, route: Route) -> None:
-        """Through the network, as far as it takes."""
-        logits = run_with(
-            self.early_exit._owner, lambda exit, output: self._pass(exit, output, route),
-            self.early_exit.model.backbone, self.x)
-        if logits is not None:
-            self._leave(len(route.to_maps), logits, None)
-
-    def answer_all(self) -> None:
-        """The whole batch runs through the whole network, and each image gets the answer of its exit."""
-        for exit, logits in enumerate(self.early_exit.model.forward_exits(self.x).logits):
-            threshold = self._threshold(exit)
-            if exit == len(self.early_exit.model.stages) or threshold is not None:
-                self._leave(exit, logits, threshold)
-
-    def _threshold(self, exit: int) -> float | None:
-        return None if exit == len(self.early_exit.thresholds) else self.early_exit.thresholds[exit]
-
-    def _pass(self, exit: int, output: Any, route: Route) -> Any:
-        """Let images leave at a shallow exit; what goes on, where it is not all of `output`.
-
-        Raises:
-            AllGone: nothing.
-        """
-        threshold = self.early_exit.thresholds[exit]
-        if threshold is None:
-            return None
-        logits, _ = self.early_exit.model.heads[exit](route.to_maps[exit](output))
-        self._leave(exit, logits, threshold)
-        if self.done is None:
-            return None
-        batch, done = len(self.done), int(self.done.sum())
-        if done == batch:
-            raise AllGone
-        if not route.droppable[exit] or done < WORTH_DROPPING * batch:
-            return None
-        stay = (~self.done).nonzero()[:, 0]
-        self.rows = stay if self.rows is None else self.rows[stay]
-        self.done = None
-        return keep_rows(output, stay, batch)
-
-    def _leave(self, exit: int, logits: Tensor, threshold: float | None) -> None:
-        """Keep the answers of those who may leave, all of them where the threshold is None."""
-        probabilities = (logits.float() / self.early_exit.temperatures[exit]).softmax(1)
-        leaves = None if threshold is None else self.policy.leaves(probabilities, threshold)
-        if self.done is not None:
-            leaves = ~self.done if leaves is None else leaves & ~self.done
-        confidence = probabilities.amax(1)
-        if leaves is None:
-            self.answers.append((self.rows, exit, logits, confidence))
-            return
-        leaving = leaves.nonzero()[:, 0]
-        if len(leaving):
-            self.done = leaves if self.done is None else self.done | leaves
-            rows = leaving if self.rows is None else self.rows[leaving]
-            self.answers.append((rows, exit, logits[leaving], confidence[leaving]))
-
-    def output(self) -> EarlyExitOutput:
-        batch = len(self.x)
-        rows, _, first, _ = self.answers[0]
-        if rows is None:
-            rows, exit, logits, confidence = self.answers[0]
-            return EarlyExitOutput(logits, torch.full((batch,), exit, device=logits.device), confidence)
-        output = EarlyExitOutput(
-            first.new_empty(batch, first.shape[1]), torch.empty(batch, dtype=torch.long, device=first.device),
-            torch.empty(batch, device=first.device))
-        for rows, exit, logits, confidence in self.answers:
-            output.logits[rows], output.exit[rows], output.confidence[rows] = logits.to(first.dtype), exit, confidence
-        return output
-
-
-def check_thresholds(
-        thresholds: Sequence[float | None] | float, policy: str, model: SelfDistillModel) -> list[float | None]:
-    """One threshold for each shallow exit.
-
-    Raises:
-        ValueError: there are too few or too many, or one is no number in the policy's range.
-    """
-    exits, highest = len(model.stages), find_policy(policy).highest(model.num_classes)
-    if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
-        thresholds = [thresholds] * exits
-    if isinstance(thresholds, (str, bytes)) or not isinstance(thresholds, Sequence) or len(thresholds) != exits:
-        raise ValueError(f"expected {exits} thresholds, one for each shallow exit, got {thresholds!r}")
-    for threshold in thresholds:
-        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-        if threshold is not None and not (number and 0 <= threshold <= highest + 1e-6):
-            raise ValueError(
-                f"a threshold of the policy {policy!r} is a number from 0 to {highest:.4g}, or None for an exit that"
-                f" nobody takes, got {threshold!r}")
-    return list(thresholds)
-
-
-def check_temperatures(temperatures: Sequence[float] | None, model: SelfDistillModel) -> list[float]:
-    """One temperature for each exit; 1 where None is given.
-
-    Raises:
-        ValueError: there are too few or too many, or one is no number above 0.
-    """
-    exits = len(model.exits)
-    if temperatures is None:
-        return [1.0] * exits
-    if isinstance(temperatures, (str, bytes)) or not isinstance(temperatures, Sequence) or len(temperatures) != exits:
-        raise ValueError(f"expected {exits} temperatures, one for each exit, got {temperatures!r}")
-    for value in temperatures:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"a temperature is a number above 0, got {value!r}")
-    return list(temperatures)
 
 
 def _check_mode(model: SelfDistillModel) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_run import EarlyExitOutput
 from .calibration import Answers, collect_logits
-from .early_exit import EarlyExit, EarlyExitOutput
+from .early_exit import EarlyExit
 from .policy import find_policy
 from .thresholds import simulate
 

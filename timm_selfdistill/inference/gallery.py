@@ -5,7 +5,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .early_exit import EarlyExitOutput
+from .batch_run import EarlyExitOutput
 
 
 def choose_images(output: EarlyExitOutput, columns: int) -> dict[int, list[int]]:

@@ -1,0 +1,115 @@
+"""One batch on its way through a network with exits."""
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..model import SelfDistillModel
+from .policy import Policy
+from .row_dropping import AllGone, Route, keep_rows, run_with
+
+WORTH_DROPPING = 1 / 16
+"""Share of a batch that must be done before its rows are taken out: to copy the others costs as much for one row as for
+many, and a batch one row smaller is hardly faster. An image that is done keeps its answer while it waits."""
+
+
+class EarlyExitOutput(NamedTuple):
+    """Answers in the order of the images."""
+
+    logits: Tensor
+    """(B, K), of the exit that each image took, as `SelfDistillModel.forward_exits` gives them."""
+    exit: Tensor
+    """(B,) integers, 0 (shallowest) to C - 1 (deepest)."""
+    confidence: Tensor
+    """(B,) probability of the most likely class there, after temperature scaling."""
+
+
+class BatchRun:
+    """Images x (B, in_chans, H, W) on their way; see `EarlyExit` for the rest.
+
+    Args:
+        thresholds: one for each shallow exit.
+        temperatures: one for each exit.
+    """
+
+    def __init__(
+            self, model: SelfDistillModel, x: Tensor, policy: Policy, thresholds: list[float | None],
+            temperatures: list[float]):
+        self.model, self.x, self.policy = model, x, policy
+        self.thresholds, self.temperatures = thresholds, temperatures
+        self.rows: Tensor | None = None
+        """Positions in the batch of the images that are still in the network; None is all."""
+        self.done: Tensor | None = None
+        """Which of these have their answer already; None is none."""
+        self.answers: list[tuple[Tensor | None, int, Tensor, Tensor]] = []
+        """Positions (None is all), exit, logits and confidence of those who left."""
+
+    def go(self, route: Route, owner: int) -> None:
+        """Through the network, as far as it takes.
+
+        Args:
+            owner: of the network's `StageHook`s.
+        """
+        logits = run_with(owner, lambda exit, output: self._pass(exit, output, route), self.model.backbone, self.x)
+        if logits is not None:
+            self._leave(len(self.thresholds), logits, None)
+
+    def answer_all(self) -> None:
+        """The whole batch runs through the whole network, and each image gets the answer of its exit."""
+        *shallow, deepest = self.model.forward_exits(self.x).logits
+        for exit, (logits, threshold) in enumerate(zip(shallow, self.thresholds)):
+            if threshold is not None:
+                self._leave(exit, logits, threshold)
+        self._leave(len(shallow), deepest, None)
+
+    def _pass(self, exit: int, output: Any, route: Route) -> Any:
+        """Let images leave at a shallow exit; what goes on, where it is not all of `output`.
+
+        Raises:
+            AllGone: nothing.
+        """
+        threshold = self.thresholds[exit]
+        if threshold is None:
+            return None
+        logits, _ = self.model.heads[exit](route.to_maps[exit](output))
+        self._leave(exit, logits, threshold)
+        if self.done is None:
+            return None
+        batch, done = len(self.done), int(self.done.sum())
+        if done == batch:
+            raise AllGone
+        if not route.droppable[exit] or done < WORTH_DROPPING * batch:
+            return None
+        stay = (~self.done).nonzero()[:, 0]
+        self.rows = stay if self.rows is None else self.rows[stay]
+        self.done = None
+        return keep_rows(output, stay, batch)
+
+    def _leave(self, exit: int, logits: Tensor, threshold: float | None) -> None:
+        """Keep the answers of those who may leave, all of them where the threshold is None."""
+        probabilities = (logits.float() / self.temperatures[exit]).softmax(1)
+        leaves = None if threshold is None else self.policy.leaves(probabilities, threshold)
+        if self.done is not None:
+            leaves = ~self.done if leaves is None else leaves & ~self.done
+        confidence = probabilities.amax(1)
+        if leaves is None:
+            self.answers.append((self.rows, exit, logits, confidence))
+            return
+        leaving = leaves.nonzero()[:, 0]
+        if len(leaving):
+            self.done = leaves if self.done is None else self.done | leaves
+            rows = leaving if self.rows is None else self.rows[leaving]
+            self.answers.append((rows, exit, logits[leaving], confidence[leaving]))
+
+    def output(self) -> EarlyExitOutput:
+        """All answers, in the order of the images."""
+        batch = len(self.x)
+        rows, exit, first, confidence = self.answers[0]
+        if rows is None:
+            return EarlyExitOutput(first, torch.full((batch,), exit, device=first.device), confidence)
+        output = EarlyExitOutput(
+            first.new_empty(batch, first.shape[1]), torch.empty(batch, dtype=torch.long, device=first.device),
+            torch.empty(batch, device=first.device))
+        for rows, exit, logits, confidence in self.answers:
+            output.logits[rows], output.exit[rows], output.confidence[rows] = logits.to(first.dtype), exit, confidence
+        return output
