@@ -59,6 +59,7 @@ def test_calibrate_saves_what_evaluate_and_python_use(call, folder):
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
     assert list(rows) == ["0", "1", "2", "3", "ensemble", "early"]
     assert all(re.search(r"\d\.\d\dx", row) for row in rows.values())
+    assert "early exit: entropy, thresholds [" in call("info", "calibrated")[1]
     found = EarlyExit(SelfDistillModel.from_pretrained(folder / "calibrated"))
     assert found.policy == "entropy"
 

@@ -85,7 +85,7 @@ def test_its_card_says_what_it_is(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.model_name == "test_resnet-self-distilled-exit-1"
     assert [result.metric_name for result in card.data.eval_results] == ["Top-1 accuracy", "Top-5 accuracy"]
-    assert "The exit 1 of [timm]" in card.text
+    assert "Exit 1 of [timm]" in card.text
     assert "timm.create_model" not in card.text
     assert "| 1 | layer2 | 70.00 | 90.00 |" in card.text
     assert 'SelfDistillModel.from_pretrained("user/name")(images)' in card.text

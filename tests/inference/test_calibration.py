@@ -146,6 +146,9 @@ def test_it_is_saved_with_the_model_and_printed(trained, tmp_path):
     trained.save_pretrained(tmp_path, check=False)
     saved = json.loads((tmp_path / "config.json").read_text())["self_distill"]["early_exit"]
     assert saved == report.to_dict()
+    card = (tmp_path / "README.md").read_text()
+    assert f"top-1 {report.accuracy:.2f} % at {report.macs / report.plain_macs:.0%} of the multiply-adds" in card
+    assert "EarlyExit(model).predict(images)" in card
     loaded = EarlyExit(SelfDistillModel.from_pretrained(tmp_path))
     assert (loaded.policy, loaded.thresholds, loaded.temperatures) == ("margin", report.thresholds, report.temperatures)
     x = torch.randn(5, 3, 32, 32)

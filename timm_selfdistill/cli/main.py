@@ -77,6 +77,9 @@ def _info(model: str, revision: str | None) -> None:
     height, width = config["pretrained_cfg"]["input_size"][1:]
     print(printable(f"{model}: {config['architecture']}, {config['num_classes']} classes, {height} x {width} pixels"
                     f"{heads}"))
+    early_exit = hub.facts(config).get("early_exit")
+    if isinstance(early_exit, dict):
+        print(printable(f"early exit: {early_exit.get('policy')}, thresholds {early_exit.get('thresholds')}"[:200]))
     metrics = hub.facts(config).get("metrics")
     dataset = metrics.get("dataset") if isinstance(metrics, dict) else None
     if isinstance(dataset, dict):

@@ -63,7 +63,7 @@ def create_card(
         card_data=data.to_yaml(), mark=MARK, model_name=name, repo_id=repo_id, architecture=config["architecture"],
         exits=len(settings["exits"]) + 1 if settings else 0,
         truncated=None if truncated is None else _exit_name(truncated),
-        own_head=bool(settings) and settings["head"] is None,
+        own_head=bool(settings) and settings["head"] is None, early_exit=_early_exit_words(settings),
         num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
         rows=[_table_row(row) for row in rows],
         has_speedup=any("speedup" in row for row in rows), picture=picture, dataset=dataset, epoch=metrics.get("epoch"),
@@ -116,6 +116,17 @@ def _license(name: str | None) -> dict[str, str]:
     """That of the weights that the training began with, else timm's own, under the Hub's name or as another one."""
     name = name or "apache-2.0"
     return {"license": name} if name in HUB_LICENSES else {"license": "other", "license_name": name}
+
+
+def _early_exit_words(settings: dict[str, Any] | None) -> str | None:
+    """What calibration found; None without one."""
+    report = _dict(_dict(settings).get("early_exit"))
+    figures = [report.get(key) for key in ("accuracy", "plain_accuracy", "macs", "plain_macs")]
+    if not all(map(_is_finite, figures)) or figures[3] <= 0:
+        return None
+    accuracy, plain_accuracy, macs, plain_macs = figures
+    return (f"top-1 {accuracy:.2f} % at {macs / plain_macs:.0%} of the multiply-adds, where the deepest exit alone has"
+            f" {plain_accuracy:.2f} %")
 
 
 def _exit_name(exit: int | str) -> str:
