@@ -10,6 +10,7 @@ import torch
 
 from timm_selfdistill import EarlyExit, SelfDistillModel, wrap_self_distill
 from timm_selfdistill.heads import LinearHead
+from timm_selfdistill.inference import early_exit as early_exit_module
 from timm_selfdistill.inference.policy import POLICIES
 
 from ..conftest import small_backbone, small_model
@@ -88,7 +89,8 @@ def test_every_policy(policy, model):
     assert len(check_every_share(EarlyExit(model, 0.0, policy), policy)) >= 2
 
 
-def test_layers_run_once_and_on_fewer_and_fewer_images(model):
+def test_layers_run_once_and_on_fewer_and_fewer_images(model, monkeypatch):
+    monkeypatch.setattr(early_exit_module, "PIECE", 32)
     x = images(model, 32)
     with torch.no_grad():
         full = model.forward_exits(x).logits
@@ -114,7 +116,8 @@ def test_when_all_are_gone_no_layer_runs_any_more(model):
     assert not called
 
 
-def test_few_who_are_done_wait_with_their_answers(model):
+def test_few_who_are_done_wait_with_their_answers(model, monkeypatch):
+    monkeypatch.setattr(early_exit_module, "PIECE", 40)
     x = images(model, 40)
     with torch.no_grad():
         full = model.forward_exits(x).logits
@@ -123,6 +126,22 @@ def test_few_who_are_done_wait_with_their_answers(model):
     assert sorted(found.exit.tolist()) == [0, *[3] * 39]
     row = int(found.exit.argmin())
     torch.testing.assert_close(found.logits[row], full[0][row])
+
+
+def test_a_large_batch_goes_in_pieces(model, monkeypatch):
+    x = images(model, 37)
+    early_exit = EarlyExit(model, 0.2)
+    monkeypatch.setattr(early_exit_module, "PIECE", 37)
+    whole = early_exit.predict(x)
+    assert len(whole.exit.unique()) > 1
+    monkeypatch.setattr(early_exit_module, "PIECE", 16)
+    rows = []
+    handle = model.backbone.conv1.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    found = early_exit.predict(x)
+    handle.remove()
+    assert rows == [16, 16, 5]
+    for part, expected in zip(found, whole):
+        torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])

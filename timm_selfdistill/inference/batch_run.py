@@ -10,7 +10,8 @@ from .row_dropping import AllGone, Route, keep_rows, run_with
 
 WORTH_DROPPING = 1 / 16
 """Share of a batch that must be done before its rows are taken out: to copy the others costs as much for one row as for
-many, and a batch one row smaller is hardly faster. An image that is done keeps its answer while it waits."""
+many, and a batch one row smaller is hardly faster. From 1/32 to 1/8 it makes no difference that can be measured, 1/4 is
+slower. An image that is done keeps its answer while it waits."""
 
 
 class EarlyExitOutput(NamedTuple):

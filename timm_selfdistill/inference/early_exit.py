@@ -19,6 +19,10 @@ from .row_dropping import Route, StageHook, find_route
 from .settings import check_temperatures, check_thresholds
 from .thresholds import ExitCosts
 
+PIECE = 16
+"""Images for each thread that a CPU takes at once, where a batch is larger: with more of them feature maps leave the
+cache, and an image takes longer (ResNet50 at 112 px on one core: 27 ms in a batch of 16, 43 ms in one of 128)."""
+
 _owners = count(1)
 
 
@@ -78,14 +82,17 @@ class EarlyExit:
             ValueError: there are no thresholds, the model is in training mode, or it does not take such images.
         """
         self._check(x)
-        run = BatchRun(self.model, x, find_policy(self.policy), self.thresholds, self.temperatures)
         with torch.no_grad():
             route = self._route(tuple(x.shape[1:])) if len(x) else None
-            if route is None:
-                run.answer_all()
-            else:
-                run.go(route, self._owner)
-        return run.output()
+            outputs = []
+            for piece in x.split(PIECE * torch.get_num_threads() if x.device.type == "cpu" else max(1, len(x))):
+                run = BatchRun(self.model, piece, find_policy(self.policy), self.thresholds, self.temperatures)
+                if route is None:
+                    run.answer_all()
+                else:
+                    run.go(route, self._owner)
+                outputs.append(run.output())
+        return outputs[0] if len(outputs) == 1 else EarlyExitOutput(*map(torch.cat, zip(*outputs)))
 
     def calibrate(
             self,
