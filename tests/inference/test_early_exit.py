@@ -36,7 +36,22 @@ def quantiles(logits: tuple[torch.Tensor, ...], share: float, policy: str = "con
     score, low_leaves, highest = POLICIES[policy]
     if share in (0, 1):
         return [0.0 if low_leaves != bool(share) else highest(logits[0].shape[1])] * (len(logits) - 1)
-    return [float(score(part.softmax(1)).quantile(share if low_leaves else 1 - share)) for part in logits[:-1]]
+    return [float(score(part.float().softmax(1)).quantile(share if low_leaves else 1 - share)) for part in logits[:-1]]
+
+
+def row_by_row(model: SelfDistillModel, x: torch.Tensor, exits: torch.Tensor) -> torch.Tensor:
+    """What `forward_exits` says to each image at its exit."""
+    with torch.no_grad():
+        full = model.forward_exits(x).logits
+    return torch.stack([full[exit][row] for row, exit in enumerate(exits.tolist())])
+
+
+def mixed(model: SelfDistillModel, x: torch.Tensor, **more) -> EarlyExit:
+    """Early exit with thresholds at which about half of the images leave at each exit."""
+    with torch.no_grad():
+        early_exit = EarlyExit(model, quantiles(model.forward_exits(x).logits, 0.5), **more)
+    assert len(early_exit.predict(x).exit.unique()) > 1
+    return early_exit
 
 
 def check_every_share(early_exit: EarlyExit, policy: str = "confidence") -> set[int]:
@@ -130,10 +145,9 @@ def test_few_who_are_done_wait_with_their_answers(model, monkeypatch):
 
 def test_a_large_batch_goes_in_pieces(model, monkeypatch):
     x = images(model, 37)
-    early_exit = EarlyExit(model, 0.2)
+    early_exit = mixed(model, x)
     monkeypatch.setattr(early_exit_module, "PIECE", 37)
     whole = early_exit.predict(x)
-    assert len(whole.exit.unique()) > 1
     monkeypatch.setattr(early_exit_module, "PIECE", 16)
     rows = []
     handle = model.backbone.conv1.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
@@ -146,11 +160,11 @@ def test_a_large_batch_goes_in_pieces(model, monkeypatch):
 
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_small_batches(batch, model):
-    early_exit = EarlyExit(model, 0.2)
-    x = images(model, 5)[:batch]
+    whole = images(model, 8)
+    x, early_exit = whole[:batch], mixed(model, whole)
     found = early_exit.predict(x)
     assert [tuple(part.shape) for part in found] == [(batch, 10), (batch,), (batch,)]
-    whole = early_exit.predict(torch.cat([x, images(model, 3)]))
+    whole = early_exit.predict(whole)
     for part, expected in zip(found, whole):
         torch.testing.assert_close(part, expected[:batch])
 
@@ -182,18 +196,17 @@ def test_temperatures_scale_the_confidence_and_not_the_logits(model):
 
 
 def test_other_image_sizes_are_tried_first(model):
-    early_exit = EarlyExit(model, 0.3)
-    x = torch.randn(4, 3, 96, 64)
+    x = torch.randn(8, 3, 96, 64) * torch.linspace(0.1, 3, 8)[:, None, None, None]
+    early_exit = mixed(model, x)
     found = early_exit.predict(x)
-    full = model.forward_exits(x).logits
-    expected = torch.stack([full[exit][row] for row, exit in enumerate(found.exit.tolist())])
-    torch.testing.assert_close(found.logits, expected)
+    torch.testing.assert_close(found.logits, row_by_row(model, x, found.exit))
     assert set(early_exit._routes) == {(3, 160, 160), (3, 96, 64)}
 
 
 def test_threads_do_not_disturb_each_other(model):
     batches = [images(model, 6) for _ in range(8)]
-    first, second = EarlyExit(model, 0.2), EarlyExit(model, [0.25, None, 0.15])
+    first, second = mixed(model, batches[0]), mixed(model, torch.cat(batches))
+    second.thresholds[1] = None
     expected = [(first.predict(x), second.predict(x)) for x in batches]
     failures = []
 
@@ -213,9 +226,8 @@ def test_threads_do_not_disturb_each_other(model):
 
 def test_the_model_stays_what_it_was():
     model = small_model().eval()
-    early_exit = EarlyExit(model, 0.2)
-    x = images(model, 4)
-    early_exit.predict(x)
+    x = images(model, 8)
+    early_exit = mixed(model, x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.truncate(-1)):
         assert torch.equal(other(x), model(x))
     assert torch.equal(torch.compile(model.truncate(1), fullgraph=True, backend="eager")(x), model.predict(x, 1))
@@ -227,25 +239,24 @@ def test_the_model_stays_what_it_was():
 def test_other_precisions(dtype):
     model = small_model().eval().to(dtype)
     x = images(model, 6).to(dtype)
-    found = EarlyExit(model, 0.2).predict(x)
+    found = mixed(model, x).predict(x)
     assert found.logits.dtype == dtype
-    full = model.forward_exits(x).logits
-    expected = torch.stack([full[exit][row] for row, exit in enumerate(found.exit.tolist())])
-    torch.testing.assert_close(found.logits, expected, rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-6)
+    torch.testing.assert_close(
+        found.logits, row_by_row(model, x, found.exit), rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_autocast_and_channels_last(model):
     x = images(model, 6)
-    early_exit = EarlyExit(model, 0.2)
+    early_exit = mixed(model, x)
     expected = early_exit.predict(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = early_exit.predict(x)
-    torch.testing.assert_close(found.logits.float(), expected.logits, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(found.logits.float(), row_by_row(model, x, found.exit), rtol=0.1, atol=0.1)
     nhwc = copy.deepcopy(model).to(memory_format=torch.channels_last)
     formats = []
     nhwc.backbone.layer2.register_forward_pre_hook(
         lambda _, args: formats.append(args[0].is_contiguous(memory_format=torch.channels_last)))
-    found = EarlyExit(nhwc, 0.2).predict(x.contiguous(memory_format=torch.channels_last))
+    found = EarlyExit(nhwc, early_exit.thresholds).predict(x.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
     assert formats[-1]
 
@@ -253,7 +264,7 @@ def test_autocast_and_channels_last(model):
 def test_compiled_stages():
     model = small_model().eval()
     x = images(model, 8)
-    early_exit = EarlyExit(model, 0.2)
+    early_exit = mixed(model, x)
     expected = early_exit.predict(x)
     for stage in (model.backbone.layer1, model.backbone.layer2):
         stage.compile(backend="eager")
