@@ -9,7 +9,7 @@ as much as our "linear" ones and less than the others. All in turn, medians of r
 
     pip install -e ".[bench]"
     python benchmarks/early_exit.py
-    python benchmarks/early_exit.py --head linear --output benchmarks/results/early_exit_linear.json
+    python benchmarks/early_exit.py --head linear -b 16 --output benchmarks/results/early_exit_linear.json
 """
 from collections.abc import Callable
 from statistics import median
@@ -47,7 +47,7 @@ def main() -> None:
         torch.manual_seed(0)
         backbone = timm.create_model(name, num_classes=100, **NETWORKS.get(name, {})).to(args.device).eval()
         model = wrap_self_distill(backbone, head=args.head, model_args=NETWORKS.get(name)).eval()
-        for batch in (1, 16, args.batch_size):
+        for batch in sorted({1, 16, args.batch_size}):
             count = max(batch, SINGLES)
             x = torch.randn(count, 3, args.img_size, args.img_size, device=args.device)
             x *= torch.linspace(0.2, 2, count, device=args.device)[torch.randperm(count), None, None, None]
@@ -94,7 +94,8 @@ def compare(model: SelfDistillModel, x: Tensor, batch: int, rounds: int, seconds
         return [run_ours, run_batched, run_single]
 
     calls = [call for case in CASES for call in with_thresholds(case)]
-    times = interleaved([lambda: [model.backbone(part) for part in batches], *parts, *calls], rounds, seconds)
+    times = interleaved(
+        [lambda: [model.backbone(part) for part in batches], *parts, *calls], rounds, seconds, warm_up=1)
     plain, networks, heads = times[0], times[1:1 + exits], times[1 + exits:1 + 2 * exits]
     rows = []
     for index, case in enumerate(CASES):

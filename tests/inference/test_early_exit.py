@@ -324,3 +324,40 @@ def test_no_thresholds_training_mode_and_other_models(model):
         early_exit.predict(images(model, 1))
     with pytest.raises(TypeError, match="expected a SelfDistillModel, got ResNet"):
         EarlyExit(timm.create_model("test_resnet"), 0.5)
+
+
+class InPlaceHead(LinearHead):
+    """A head that writes into the feature map it gets."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(torch.nn.functional.relu_(x))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
+def test_a_head_that_works_in_place_does_not_disturb_the_layers_behind(name):
+    model = wrap_self_distill(small_backbone(name), head=InPlaceHead).eval()
+    x = images(model, 4)
+    torch.testing.assert_close(EarlyExit(model, 1.0).predict(x).logits, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_who_is_done_leaves_also_at_an_exit_that_nobody_takes(model, monkeypatch):
+    x = images(model, 8)
+    early_exit = mixed(model, x)
+    early_exit.thresholds[1:] = [None, None]
+    route = early_exit._routes[3, 160, 160]
+    monkeypatch.setitem(early_exit._routes, (3, 160, 160), route._replace(droppable=[False, True, True]))
+    rows = []
+    handles = [getattr(model.backbone, name).register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+               for name in ("layer2", "layer3")]
+    found = early_exit.predict(x)
+    for handle in handles:
+        handle.remove()
+    assert rows == [8, int((found.exit == 3).sum())]
+
+
+def test_a_part_in_training_mode_is_found():
+    model = small_model().eval()
+    early_exit = EarlyExit(model, 0.5)
+    model.backbone.layer2.train()
+    with pytest.raises(ValueError, match="the model is in training mode"):
+        early_exit.predict(images(model, 1))

@@ -70,10 +70,9 @@ class BatchRun:
             AllGone: nothing.
         """
         threshold = self.thresholds[exit]
-        if threshold is None:
-            return None
-        logits, _ = self.model.heads[exit](route.to_maps[exit](output))
-        self._leave(exit, logits, threshold)
+        if threshold is not None:
+            logits, _ = self.model.heads[exit](route.to_maps[exit](output))
+            self._leave(exit, logits, threshold)
         if self.done is None:
             return None
         batch, done = len(self.done), int(self.done.sum())

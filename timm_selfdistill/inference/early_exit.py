@@ -56,7 +56,9 @@ class EarlyExit:
             temperatures: Sequence[float] | None = None,
     ):
         if not isinstance(model, SelfDistillModel):
-            raise TypeError(f"expected a SelfDistillModel, got {type(model).__name__}; make one with wrap_self_distill")
+            raise TypeError(
+                f"expected a SelfDistillModel, which has several exits, got {type(model).__name__}; make one with"
+                " wrap_self_distill")
         _check_mode(model)
         saved = model.early_exit or {}
         if thresholds is None and policy in (None, saved.get("policy")):
@@ -68,7 +70,7 @@ class EarlyExit:
         self.thresholds = None if thresholds is None else check_thresholds(thresholds, self.policy, model)
         self.temperatures = check_temperatures(temperatures, model)
 
-        self._owner, self._routes, self._lock = next(_owners), {}, threading.Lock()
+        self._owner, self._routes, self._lock, self._warned = next(_owners), {}, threading.Lock(), False
         modules = dict(model.backbone.named_modules())
         handles = [modules[stage.name].register_forward_hook(StageHook(exit, self._owner))
                    for exit, stage in enumerate(model.stages) if stage.name in modules]
@@ -167,16 +169,17 @@ class EarlyExit:
                 self._routes[size] = route = find_route(self.model, self._owner, size)
                 kept = range(len(self.model.stages)) if route is None else [
                     exit for exit, droppable in enumerate(route.droppable) if not droppable]
-                if len(kept):
+                if len(kept) and not self._warned:
+                    self._warned = True
                     warnings.warn(
                         f"{type(self.model.backbone).__name__}: images cannot leave a batch at"
                         f" {', '.join(self.model.exits[exit] for exit in kept)}; they get their answers there, but"
-                        " cost as much as the others", stacklevel=4)
+                        " cost as much as the others", stacklevel=3)
             return self._routes[size]
 
 
 def _check_mode(model: SelfDistillModel) -> None:
-    if model.training or model.backbone.training or model.heads.training:
+    if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() first")
 
 

@@ -33,9 +33,16 @@ class StageHook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _do_nothing  # a copy of the network has nobody to hand anything to
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find_nothing, ()
+
 
 def _do_nothing(*_: Any) -> None:
     pass
+
+
+def _find_nothing() -> Callable[..., None]:
+    return _do_nothing
 
 
 class AllGone(Exception):
@@ -85,6 +92,11 @@ def find_route(model: SelfDistillModel, owner: int, size: tuple[int, ...]) -> Ro
         to_maps = [_find_reader(output, feature_map) for (_, output), feature_map in zip(outputs, maps)]
         if None in to_maps:
             return None
+        for exit, (head, feature_map) in enumerate(zip(model.heads, maps)):
+            version = feature_map._version
+            head(feature_map)
+            if feature_map._version != version:  # it works in place, and the layers behind would see that
+                to_maps[exit] = partial(_read_copy, to_maps[exit])
         expected = _features_and_logits(model.backbone, x)
         droppable = [_is_exact(model, owner, x, expected, [exit]) for exit in range(exits)]
         if not _is_exact(model, owner, x, expected, [exit for exit in range(exits) if droppable[exit]]):
@@ -108,6 +120,8 @@ def _is_exact(model: SelfDistillModel, owner: int, x: Tensor, expected: list[Ten
 
     try:
         found = run_with(owner, drop_first, partial(_features_and_logits, model.backbone), x)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return False  # the network remembers how many rows there were
     wanted = [part[len(exits):] if _has_rows(part, len(x)) else part for part in expected]
@@ -149,6 +163,10 @@ def _find_reader(output: Any, feature_map: Tensor) -> Callable[[Any], Tensor] | 
             if found is not None and found.shape == feature_map.shape and _same(found, feature_map):
                 return lambda output, index=index, read=read: read(tree_flatten(output)[0][index])
     return None
+
+
+def _read_copy(read: Callable[[Any], Tensor], output: Any) -> Tensor:
+    return read(output).clone()
 
 
 def _nchw(part: Tensor) -> Tensor:
