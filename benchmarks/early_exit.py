@@ -8,8 +8,12 @@ image of a batch decides for all) and "one by one". Its heads are pooling and tw
 as much as our "linear" ones and less than the others. All in turn, medians of ratios.
 
     pip install -e ".[bench]"
+    export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000
     python benchmarks/early_exit.py
     python benchmarks/early_exit.py --head linear -b 16 --output benchmarks/results/early_exit_linear.json
+
+The two variables let glibc keep large buffers; without them every layer's are taken from the system anew, which makes
+large batches slower for all, the plain network included.
 """
 from collections.abc import Callable
 from statistics import median

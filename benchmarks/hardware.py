@@ -1,6 +1,7 @@
 """What all benchmarks share: their flags, what they ran on, and where their figures go."""
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ from timm_selfdistill.training.hardware import device_name
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Name of the processor or GPU, threads, and versions."""
+    """Name of the processor or GPU, threads, versions, and settings of glibc's memory."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "timm_selfdistill": timm_selfdistill.__version__,
+        **{key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
     }
 
 

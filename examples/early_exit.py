@@ -24,7 +24,7 @@ from timm_selfdistill.cli import Parser, run
 from timm_selfdistill.cost import measure_speedups
 
 
-def main() -> None:
+def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", default=str(Path(__file__).parent / "data"), help="images, as of train.py")
     parser.add_argument("--model", metavar="ID", help="saved model or repository (default: train one)")
@@ -40,6 +40,8 @@ def main() -> None:
     early_exit = EarlyExit(model)
     report = early_exit.calibrate(loader, max_accuracy_drop=args.max_accuracy_drop)
     print(report)
+    if not report.met:
+        return 1
     x, _ = next(iter(loader))
     output = early_exit.predict(x)
     for logits, exit, confidence in list(zip(*output))[:10]:
@@ -49,6 +51,7 @@ def main() -> None:
 
     model.save_pretrained(args.output)
     print(f"saved in {args.output}; EarlyExit(SelfDistillModel.from_pretrained('{args.output}')) does the same")
+    return 0
 
 
 def train(images) -> SelfDistillModel:

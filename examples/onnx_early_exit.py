@@ -39,8 +39,13 @@ def predict(folder: Path, about: dict, images: np.ndarray) -> tuple[np.ndarray, 
 
 
 def load_image(path: str, about: dict) -> np.ndarray:
+    """(C, H, W) as timm's transform makes it: the short side to the size over crop_pct, then the centre."""
     channels, height, width = about["input_size"]
-    image = Image.open(path).convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.open(path).convert("L" if channels == 1 else "RGB")
+    size = [side * int(max(height, width) / about["crop_pct"]) // min(image.size) for side in image.size]
+    image = image.resize(size, getattr(Image.Resampling, about["interpolation"].upper(), Image.Resampling.BICUBIC))
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image, np.float32).reshape(height, width, channels) / 255
     return ((pixels - about["mean"]) / about["std"]).transpose(2, 0, 1).astype(np.float32)
 

@@ -9,6 +9,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from timm_selfdistill import SelfDistillModel
 from timm_selfdistill.cli import Parser, parse_exit, run
+from timm_selfdistill.model import TruncatedModel
 from timm_selfdistill.training.images import open_image
 
 
@@ -24,11 +25,13 @@ def main() -> int:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
 
     model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
+    if isinstance(model, TruncatedModel) and args.exit != "-1":
+        raise ValueError(f"{args.model} is exit {model.exit} alone; it has no other")
     config = resolve_model_data_config(model.backbone)
     image = open_image(args.image, config["input_size"][0])
     with torch.no_grad():
         x = create_transform(**config)(image)[None]
-        logits = model.predict(x, parse_exit(args.exit)) if isinstance(model, SelfDistillModel) else model(x)
+        logits = model(x) if isinstance(model, TruncatedModel) else model.predict(x, parse_exit(args.exit))
         probabilities = logits[0].softmax(0)
 
     names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]

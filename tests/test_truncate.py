@@ -63,7 +63,7 @@ def test_saved_and_loaded_it_is_the_same(exit, tmp_path):
 
 def test_with_a_head_of_ones_own(tmp_path):
     model = wrap_self_distill(small_backbone("test_vit"), head=LinearHead).eval()
-    model.truncate(1).save_pretrained(tmp_path, check=False)
+    model.truncate(1).save_pretrained(tmp_path)
     x = torch.randn(1, 3, 160, 160)
     assert torch.equal(SelfDistillModel.from_pretrained(tmp_path, head=LinearHead)(x), model.predict(x, 1))
     with pytest.raises(ValueError, match="saved with a head of its own"):

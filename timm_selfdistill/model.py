@@ -249,6 +249,7 @@ class TruncatedModel(nn.Module, HubMixin):
         super().__init__()
         self.model, self.exit, self.num_classes = model, exit, model.num_classes
         self._whole: tuple[nn.Module] | None = None
+        model.early_exit = None
         if exit == "ensemble":
             return
         for other in range(len(model.heads)):
@@ -293,7 +294,8 @@ class TruncatedModel(nn.Module, HubMixin):
         return [{"exit": self.exit, "module": module, "macs": cost.macs} | row for row in measured or [{}]]
 
     def rebuild(self, folder: Path) -> tuple[nn.Module, nn.Module]:
-        return self, SelfDistillModel.from_pretrained(folder)
+        head = None if isinstance(self.model.head, str) else self.model.head
+        return self, SelfDistillModel.from_pretrained(folder, head=head)
 
 
 def _is_channels_last(weight: Tensor) -> bool:

@@ -134,10 +134,14 @@ def test_when_all_are_gone_no_layer_runs_any_more(model):
 def test_few_who_are_done_wait_with_their_answers(model, monkeypatch):
     monkeypatch.setattr(early_exit_module, "PIECE", 40)
     x = images(model, 40)
+    rows = []
+    handle = model.backbone.layer2.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     with torch.no_grad():
         full = model.forward_exits(x).logits
     one = float(full[0].softmax(1).amax(1).max())
     found = EarlyExit(model, [one, None, None]).predict(x)
+    handle.remove()
+    assert rows[-1] == 40
     assert sorted(found.exit.tolist()) == [0, *[3] * 39]
     row = int(found.exit.argmin())
     torch.testing.assert_close(found.logits[row], full[0][row])
@@ -322,7 +326,7 @@ def test_no_thresholds_training_mode_and_other_models(model):
     learning.train()
     with pytest.raises(ValueError, match="the model is in training mode"):
         early_exit.predict(images(model, 1))
-    with pytest.raises(TypeError, match="expected a SelfDistillModel, got ResNet"):
+    with pytest.raises(TypeError, match="expected a SelfDistillModel, which has several exits, got ResNet"):
         EarlyExit(timm.create_model("test_resnet"), 0.5)
 
 

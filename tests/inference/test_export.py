@@ -7,6 +7,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
+from timm.data import create_transform
 
 from timm_selfdistill import EarlyExit, wrap_self_distill
 from timm_selfdistill.heads import LinearHead
@@ -112,3 +114,16 @@ def test_answers_that_differ_are_not_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="onnxruntime's answers differ by .* from torch's"):
         export_onnx(small_model().eval(), tmp_path / "exit.onnx", 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [(400, 240), (50, 80), (100, 100)])
+def test_the_example_prepares_pictures_as_timm_does(size, tmp_path):
+    noise = Image.effect_noise(size, 90).convert("RGB").resize(size)
+    noise.save(tmp_path / "picture.png")
+    about = {"input_size": [3, 96, 96], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic",
+             "crop_pct": 0.9, "crop_mode": "center"}
+    example = runpy.run_path(str(ROOT / "examples/onnx_early_exit.py"))
+    found = example["load_image"](tmp_path / "picture.png", about)
+    expected = create_transform(**about)(noise)
+    np.testing.assert_allclose(found, expected.numpy(), atol=0.1)

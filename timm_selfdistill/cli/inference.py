@@ -53,7 +53,8 @@ def add_parsers(commands: Any) -> None:
         parser.add_argument("-j", "--workers", type=int, default=0, help="data-loading processes")
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for parser in (calibrate, tradeoff):
-        parser.add_argument("--policy", choices=POLICIES, help="what makes an image leave (default: confidence)")
+        parser.add_argument("--policy", choices=POLICIES,
+                            help="what makes an image leave (default: the model's own, else confidence)")
     for name, words in zip(BUDGETS, ("points of top-1 below the plain network", "mean multiply-adds of an image",
                                      "over the plain network")):
         calibrate.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="NUMBER", help=words)

@@ -10,12 +10,16 @@ from torch import Tensor
 from ..cost import measure_speedups
 from ..model import SelfDistillModel
 from .policy import find_policy
-from .thresholds import ExitCosts, OperatingPoint, find_curve, simulate
+from .settings import check_images
+from .thresholds import EVERYBODY, ExitCosts, OperatingPoint, find_curve, simulate
 
 MIN_IMAGES = 300
 """Fewest images: a hundred for each of the three parts."""
 BINS = 15
 """Of the expected calibration error (arXiv:1706.04599)."""
+MARGIN = 2.0
+"""Standard errors by which a promise must be kept on the images that thresholds are found on. There are two sources of
+error, these images and those that check it."""
 BUDGETS = ("max_accuracy_drop", "max_macs", "min_speedup")
 
 
@@ -88,22 +92,26 @@ def collect_logits(
                 raise ValueError(
                     f"labels must be 0 to {model.num_classes - 1}, got {int(y.min())} to {int(y.max())}")
             x = x.to(like.device)
+            check_images(model, x)
             for record, part in zip(logits, model.forward_exits(x).logits):
                 record.append(part.float().cpu())
             labels.append(y.cpu())
             first = x[:16] if first is None else first
     if first is None:
         raise ValueError("the loader gives no images")
-    return [torch.cat(parts) for parts in logits], torch.cat(labels), first
+    found = [torch.cat(parts) for parts in logits]
+    if not all(part.isfinite().all() for part in found):
+        raise ValueError("the model gives logits that are no finite numbers; its weights or the images are damaged")
+    return found, torch.cat(labels), first
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature by which logits (N, K) are divided that makes the labels (N,) likeliest (arXiv:1706.04599).
 
-    The likelihood is concave in the inverse temperature, whose root of the derivative is found by bisection between
-    1/100 and 100.
+    The likelihood is concave in the inverse temperature, whose root of the derivative is found by bisection. It is kept
+    between 1/4 and 4: where every answer is right, the likelihood alone would go to 0, and all images be equally sure.
     """
-    logits, low, high = logits.double(), 0.01, 100.0
+    logits, low, high = logits.double(), 0.25, 4.0
     right = logits.gather(1, labels[:, None])[:, 0]
     for _ in range(50):
         inverse = (low * high) ** 0.5
@@ -140,13 +148,12 @@ def calibrate(
 
     macs = find_costs("macs", images)
     costs = find_costs("time", images) if "min_speedup" in budget else macs
-    point = choose_point(find_curve(data[1].sureness, data[1].right, costs), data[1].plain_accuracy, costs, budget)
+    point = choose_point(find_curve(data[1].sureness, data[1].right, costs), data[1], costs, budget)
     check = data[2]
     exits, macs_each = simulate(check.sureness, point.thresholds, macs)
     _, cost_each = simulate(check.sureness, point.thresholds, costs)
     accuracy = float(check.right.gather(0, exits[None]).double().mean())
     found = OperatingPoint(point.thresholds, accuracy, float(cost_each.mean()))
-    sign = -1 if find_policy(policy).low_leaves else 1
     return CalibrationReport(
         budget=budget, met=is_met(found, check.plain_accuracy, costs, budget), accuracy=100 * accuracy,
         plain_accuracy=100 * check.plain_accuracy,
@@ -157,7 +164,15 @@ def calibrate(
         ece_after=[calibration_error((part[parts[2]] / temperature).softmax(1), labels[parts[2]])
                    for part, temperature in zip(logits, temperatures)],
         policy=policy, temperatures=temperatures, images=[len(part) for part in parts],
-        thresholds=[None if threshold is None else max(0.0, sign * threshold) for threshold in point.thresholds])
+        thresholds=[to_threshold(value, policy, model.num_classes) for value in point.thresholds])
+
+
+def to_threshold(sureness: float | None, policy: str, classes: int) -> float | None:
+    """The policy's threshold for one of the sureness."""
+    rule = find_policy(policy)
+    if sureness in (None, EVERYBODY):
+        return None if sureness is None else rule.highest(classes) if rule.low_leaves else 0.0
+    return -sureness if rule.low_leaves else sureness
 
 
 @dataclass
@@ -211,13 +226,25 @@ def check_labels(labels: Tensor) -> None:
 
 
 def choose_point(
-        curve: list[OperatingPoint], plain_accuracy: float, costs: ExitCosts, budget: dict[str, float],
-) -> OperatingPoint:
-    """The cheapest point within an accuracy budget, or the most accurate within a cost budget; else the nearest."""
-    within = [point for point in curve if is_met(point, plain_accuracy, costs, budget)]
+        curve: list[OperatingPoint], data: Answers, costs: ExitCosts, budget: dict[str, float]) -> OperatingPoint:
+    """The cheapest point within an accuracy budget, or the most accurate within a cost budget; else the nearest.
+
+    Within means by `MARGIN` standard errors: a point that just keeps the promise here would break it on every second
+    set of other images.
+    """
+    within = [point for point in curve
+              if is_met(_pessimistic(point, data, costs), data.plain_accuracy, costs, budget)]
     if "max_accuracy_drop" in budget:
         return min(within, key=lambda point: point.cost) if within else max(curve, key=lambda point: point.accuracy)
     return max(within, key=lambda point: point.accuracy) if within else min(curve, key=lambda point: point.cost)
+
+
+def _pessimistic(point: OperatingPoint, data: Answers, costs: ExitCosts) -> OperatingPoint:
+    """A point with the errors of its accuracy (less the plain network's) and of its cost against it."""
+    exits, cost = simulate(data.sureness, point.thresholds, costs)
+    gains = data.right.gather(0, exits[None])[0].double() - data.right[-1].double()
+    errors = [MARGIN * float(values.std()) / len(values) ** 0.5 for values in (gains, cost)]
+    return point._replace(accuracy=point.accuracy - errors[0], cost=point.cost + errors[1])
 
 
 def is_met(point: OperatingPoint, plain_accuracy: float, costs: ExitCosts, budget: dict[str, float]) -> bool:

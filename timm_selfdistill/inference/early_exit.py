@@ -11,17 +11,18 @@ from torch import Tensor
 
 from ..cost import default_input_size
 from ..model import SelfDistillModel
-from ..stages import explain_misfit
 from .batch_run import BatchRun, EarlyExitOutput
 from .calibration import CalibrationReport, calibrate, macs_of_exits, times_of_exits
 from .policy import find_policy
 from .row_dropping import Route, StageHook, find_route
-from .settings import check_temperatures, check_thresholds
+from .settings import check_images, check_temperatures, check_thresholds
 from .thresholds import ExitCosts
 
-PIECE = 16
-"""Images for each thread that a CPU takes at once, where a batch is larger: with more of them feature maps leave the
-cache, and an image takes longer (ResNet50 at 112 px on one core: 27 ms in a batch of 16, 43 ms in one of 128)."""
+PIECE = 32
+"""Images for each thread that a CPU takes at once, where a batch is larger: with more of them feature maps are so large
+that glibc takes their memory from the system and gives it back with every layer, and an image takes longer (ResNet50 at
+112 px on one core: 30 ms in a batch of 32, 43 ms in one of 128); with fewer, what is left of them in the last stages is
+too few to be fast."""
 
 _owners = count(1)
 
@@ -37,7 +38,8 @@ class EarlyExit:
     Args:
         model: in eval mode; stays as it is.
         thresholds: one for each shallow exit, or one number for all; None for an exit that nobody takes (its head does
-            not run). Left out, the model's own, which `calibrate` found and which are saved with it.
+            not run). Left out, the model's own, which `calibrate` found and which are saved with it; policy and
+            temperatures then come with them.
         policy: "confidence": an image leaves where its most likely class has at least the threshold's probability;
             "entropy": where the entropy of the probabilities is at most the threshold, in nats; "margin": where the two
             most likely classes are at least the threshold apart.
@@ -83,7 +85,11 @@ class EarlyExit:
         Raises:
             ValueError: there are no thresholds, the model is in training mode, or it does not take such images.
         """
-        self._check(x)
+        if self.thresholds is None:
+            raise ValueError(
+                "there are no thresholds: pass EarlyExit(model, thresholds=[...]), or find them with calibrate(loader)")
+        _check_mode(self.model)
+        check_images(self.model, x, known_size=getattr(x, "shape", ())[1:] in self._routes)
         with torch.no_grad():
             route = self._route(tuple(x.shape[1:])) if len(x) else None
             outputs = []
@@ -108,8 +114,9 @@ class EarlyExit:
         """Find temperatures and thresholds that keep one promise, on images that the network was not trained with.
 
         The images are split in three at random: on the first part each exit gets the temperature that makes the labels
-        likeliest, on the second the thresholds are found, the third shows whether the promise is kept. They become this
-        object's, and the model's: `save_pretrained` writes them to config.json.
+        likeliest, on the second the thresholds are found (that keep the promise by two standard errors), the third
+        shows whether it is kept. If it is, they become this object's, and the model's: `save_pretrained` writes them to
+        config.json. If not, nothing changes; the report has the nearest that there is.
 
         Args:
             loader: gives (images (B, C, H, W), class indices (B,)); at least 300 images.
@@ -129,8 +136,9 @@ class EarlyExit:
         _check_mode(self.model)
         budget = {"max_accuracy_drop": max_accuracy_drop, "max_macs": max_macs, "min_speedup": min_speedup}
         report = calibrate(self.model, self.policy, loader, self.find_costs, budget, seed)
-        self.thresholds, self.temperatures = report.thresholds, report.temperatures
-        self.model.early_exit = report.to_dict()
+        if report.met:
+            self.thresholds, self.temperatures = report.thresholds, report.temperatures
+            self.model.early_exit = report.to_dict()
         return report
 
     def find_costs(self, unit: str, x: Tensor) -> ExitCosts:
@@ -143,22 +151,6 @@ class EarlyExit:
         if unit == "time":
             return times_of_exits(self.model, stops, x)
         return macs_of_exits(self.model, stops, tuple(x.shape[1:]))
-
-    def _check(self, x: Tensor) -> None:
-        model = self.model
-        if self.thresholds is None:
-            raise ValueError(
-                "there are no thresholds: pass EarlyExit(model, thresholds=[...]), or find them with calibrate(loader)")
-        _check_mode(model)
-        if not isinstance(x, Tensor):
-            raise ValueError(f"expected images as a tensor (B, C, H, W), got {type(x).__name__}")
-        if x.shape[1:] not in self._routes and (misfit := explain_misfit(model.backbone, x, model.model_args)):
-            raise ValueError(misfit)
-        like = next(p for p in model.parameters() if p.is_floating_point())
-        if x.device != like.device or (x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)):
-            raise ValueError(
-                f"the images are {x.dtype} on {x.device}, the model's weights {like.dtype} on {like.device};"
-                " convert the images with x.to(...)")
 
     def _route(self, size: tuple[int, ...]) -> Route | None:
         """How images (in_chans, H, W) go through the model; None where its stages cannot be read."""

@@ -1,6 +1,7 @@
 """Networks for other runtimes: torch.export and ONNX, any exit alone, or a file for each stage."""
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -52,10 +53,10 @@ def export_onnx(
     check_onnx()
     network = model.truncate(exit).cpu().float().eval()
     input_size = input_size or default_input_size(model.backbone, model.model_args)
-    _write_onnx(export_program(network, input_size), path, ["images"], ["logits"])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     x = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        _compare(path, [x], [network(x)])
+        _write_onnx(export_program(network, input_size), Path(path), ["images"], ["logits"], [x], [network(x)])
 
 
 def export_stages(
@@ -64,8 +65,8 @@ def export_stages(
 
     stage0.onnx takes "images"; every stage gives "logits" (batch, K), and all but the last what goes on, the inputs of
     the next, whose rows are the images. stages.json lists names, and what else a runtime needs: policy, thresholds
-    (null where nobody leaves, and so everywhere in a model that is not calibrated), temperatures, mean, std, image size
-    and class names.
+    (null where nobody leaves, and so everywhere in a model that is not calibrated), temperatures, preprocessing and
+    class names.
 
     Args:
         input_size: (channels, height, width) in pixels; None is what the backbone was made for.
@@ -88,10 +89,9 @@ def export_stages(
         paths.append(folder / f"stage{index}.onnx")
         shapes = (({0: Dim("batch", min=1)},) * len(carried),)
         exported = torch.export.export(_Star(stage.module), (tuple(carried),), dynamic_shapes=shapes, strict=False)
-        _write_onnx(exported, paths[-1], names_in, names_out)
         with torch.no_grad():
             outputs = stage.module(*carried)
-        _compare(paths[-1], carried, outputs)
+        _write_onnx(exported, paths[-1], names_in, names_out, carried, outputs)
         stages.append({"file": paths[-1].name, "inputs": names_in, "outputs": names_out})
         carried = list(outputs[1:])
     _write_description(model, folder, stages, input_size)
@@ -127,16 +127,26 @@ class _Star(nn.Module):
         return self.module(*inputs)
 
 
-def _write_onnx(program: ExportedProgram, path: str | PathLike, inputs: list[str], outputs: list[str]) -> None:
+def _write_onnx(
+        program: ExportedProgram, path: Path, inputs: list[str], outputs: list[str], x: Sequence[Tensor],
+        expected: Sequence[Tensor],
+) -> None:
+    """Write a file whose answers to inputs x are the expected ones; another one is not left behind."""
     onnx_program = torch.onnx.export(
         program, dynamo=True, input_names=inputs, output_names=outputs, external_data=False, verbose=False)
-    onnx_program.save(str(path))
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        onnx_program.save(str(fresh))
+        _compare(fresh, path, x, expected)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
-def _compare(path: str | PathLike, inputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def _compare(fresh: Path, path: Path, inputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(fresh), providers=["CPUExecutionProvider"])
     feeds = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), inputs, strict=True)}
     for found, wanted in zip(session.run(None, feeds), expected, strict=True):
         difference = float((torch.from_numpy(found) - wanted).abs().max())
@@ -153,7 +163,8 @@ def _write_description(
         "policy": calibrated.get("policy", "confidence"),
         "thresholds": calibrated.get("thresholds", [None] * len(model.stages)),
         "temperatures": calibrated.get("temperatures", [1.0] * len(model.exits)),
-        "input_size": list(input_size), "mean": list(config["mean"]), "std": list(config["std"]),
+        "input_size": list(input_size), **{key: config[key] for key in (
+            "mean", "std", "interpolation", "crop_pct", "crop_mode")},
         "class_names": model.backbone.pretrained_cfg.get("label_names"),
     }
     (folder / STAGES_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -38,9 +38,12 @@ def _margin(probabilities: Tensor) -> Tensor:
     return first - second
 
 
+ROUNDING = 1e-5
+"""Of float32, by which an entropy may be above the logarithm of the number of classes."""
+
 POLICIES = {
     "confidence": Policy(_confidence, False, lambda classes: 1.0),
-    "entropy": Policy(_entropy, True, lambda classes: log(classes)),
+    "entropy": Policy(_entropy, True, lambda classes: log(classes) + ROUNDING),
     "margin": Policy(_margin, False, lambda classes: 1.0),
 }
 """Highest probability; entropy of the probabilities in nats (BranchyNet, arXiv:1709.01686); the highest probability

@@ -1,8 +1,29 @@
-"""What thresholds and temperatures a model takes."""
+"""What thresholds, temperatures and images a model takes."""
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from ..model import SelfDistillModel
+from ..stages import explain_misfit
 from .policy import find_policy
+
+
+def check_images(model: SelfDistillModel, x: Tensor, known_size: bool = False) -> None:
+    """Raise ValueError for images that a model cannot take.
+
+    Args:
+        known_size: it has taken such a shape before.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"expected images as a tensor (B, C, H, W), got {type(x).__name__}")
+    if not known_size and (misfit := explain_misfit(model.backbone, x, model.model_args)):
+        raise ValueError(misfit)
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    if x.device != like.device or (x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)):
+        raise ValueError(
+            f"the images are {x.dtype} on {x.device}, the model's weights {like.dtype} on {like.device};"
+            " convert the images with x.to(...)")
 
 
 def check_thresholds(
@@ -13,13 +34,14 @@ def check_thresholds(
         ValueError: there are too few or too many, or one is no number in the policy's range.
     """
     exits, highest = len(model.stages), find_policy(policy).highest(model.num_classes)
+    thresholds = thresholds.tolist() if hasattr(thresholds, "tolist") else thresholds
     if isinstance(thresholds, (int, float)) and not isinstance(thresholds, bool):
         thresholds = [thresholds] * exits
     if isinstance(thresholds, (str, bytes)) or not isinstance(thresholds, Sequence) or len(thresholds) != exits:
         raise ValueError(f"expected {exits} thresholds, one for each shallow exit, got {thresholds!r}")
     for threshold in thresholds:
         number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-        if threshold is not None and not (number and 0 <= threshold <= highest + 1e-6):
+        if threshold is not None and not (number and 0 <= threshold <= highest):
             raise ValueError(
                 f"a threshold of the policy {policy!r} is a number from 0 to {highest:.4g}, or None for an exit that"
                 f" nobody takes, got {threshold!r}")

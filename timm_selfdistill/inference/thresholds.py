@@ -1,5 +1,6 @@
 """Which thresholds are worth their cost: the curve of accuracy over cost that they can reach."""
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,10 @@ WEIGHTS = torch.logspace(-3, 1.5, 60).tolist()
 """Of the cost of an image, as a share of the plain network's, against its right answer."""
 SWEEPS = 4
 """Times that every exit's threshold is chosen anew."""
+STEPS = 8
+"""Between two neighbouring points of the curve."""
+EVERYBODY = float("-inf")
+"""The threshold at which all images leave."""
 
 
 @dataclass
@@ -61,29 +66,57 @@ def find_curve(sureness: Tensor, right: Tensor, costs: ExitCosts) -> list[Operat
     """Points that no other beats in both accuracy and cost, the cheapest first.
 
     For each weight of the cost the thresholds are chosen exit by exit, each the best one while the others stay, until
-    nothing changes. The plain network and all images at the first exit are among the candidates.
+    nothing changes. Between two neighbours, at each exit the number of images that are sure enough goes from one's to
+    the other's in equal steps. The plain network and all images at the first exit are among the candidates.
 
     Args:
         sureness: (C - 1, N).
         right: (C, N) booleans.
     """
     exits = len(sureness)
-    candidates = [[None] * exits, [float(sureness[0].min()), *[None] * (exits - 1)]]
+    candidates = [[None] * exits, [EVERYBODY, *[None] * (exits - 1)]]
     thresholds = candidates[0]
     for weight in WEIGHTS:
         thresholds = _improve(thresholds, sureness, right, costs, weight / costs.plain)
         candidates.append(thresholds)
-    points = []
-    for thresholds in candidates:
-        taken, cost = simulate(sureness, thresholds, costs)
-        accuracy = float(right.gather(0, taken[None]).double().mean())
-        points.append(OperatingPoint(thresholds, accuracy, float(cost.mean())))
+    coarse = _undominated([_measure(thresholds, sureness, right, costs) for thresholds in candidates])
+    between = [_measure(thresholds, sureness, right, costs) for first, second in pairwise(coarse)
+               for thresholds in _interpolate(first.thresholds, second.thresholds, sureness)]
+    return _undominated(coarse + between)
+
+
+def _measure(
+        thresholds: list[float | None], sureness: Tensor, right: Tensor, costs: ExitCosts) -> OperatingPoint:
+    exits, cost = simulate(sureness, thresholds, costs)
+    accuracy = float(right.gather(0, exits[None]).double().mean())
+    return OperatingPoint(thresholds, accuracy, float(cost.mean()))
+
+
+def _undominated(points: list[OperatingPoint]) -> list[OperatingPoint]:
     best, accuracy = [], -1.0
     for point in sorted(points, key=lambda point: (point.cost, -point.accuracy)):
         if point.accuracy > accuracy:
             best.append(point)
             accuracy = point.accuracy
     return best
+
+
+def _interpolate(
+        first: list[float | None], second: list[float | None], sureness: Tensor) -> list[list[float | None]]:
+    """Thresholds between two, by the numbers of images that they let leave."""
+    ordered = sureness.sort(1, descending=True).values
+    counts = [[0 if threshold is None else int((part >= threshold).sum()) for part, threshold in zip(ordered, side)]
+              for side in (first, second)]
+    return [
+        [_between(part, round(low + (high - low) * step / STEPS)) for part, low, high in zip(ordered, *counts)]
+        for step in range(1, STEPS)]
+
+
+def _between(ordered: Tensor, count: int) -> float | None:
+    """The threshold at which the `count` surest images leave, surest first."""
+    if count == 0:
+        return None
+    return EVERYBODY if count == len(ordered) else float((ordered[count - 1] + ordered[count]) / 2)
 
 
 def _improve(
@@ -123,5 +156,4 @@ def _best_threshold(
     best = int(totals.argmax())
     if totals[best] <= unused.sum():
         return None
-    last = sure[best]
-    return float(last if best + 1 == len(sure) else (last + sure[best + 1]) / 2)
+    return _between(sure, best + 1)

@@ -86,6 +86,8 @@ class Trainer:
 
     def _prepare(self, task: TrainingTask) -> None:
         config = self.config
+        if isinstance(task.get_eval_model(), SelfDistillModel):
+            task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
         set_seed(config.seed, device_specific=True)
         model = task.get_trainable_module()
         if config.channels_last:
