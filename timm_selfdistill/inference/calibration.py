@@ -83,15 +83,8 @@ def collect_logits(
     labels, first = [], None
     with torch.no_grad():
         for batch in loader:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(b, Tensor) for b in batch):
-                raise ValueError("the loader must give batches of (images (B, C, H, W), class indices (B,))")
-            x, y = batch
-            if y.ndim != 1 or y.is_floating_point() or len(y) != len(x):
-                raise ValueError(f"labels must be class indices (B,), got {y.dtype} {tuple(y.shape)}")
-            if len(y) and not 0 <= int(y.min()) <= int(y.max()) < model.num_classes:
-                raise ValueError(
-                    f"labels must be 0 to {model.num_classes - 1}, got {int(y.min())} to {int(y.max())}")
-            x = x.to(like.device)
+            _check_batch(batch, model.num_classes)
+            x, y = batch[0].to(like.device), batch[1]
             check_images(model, x)
             for record, part in zip(logits, model.forward_exits(x).logits):
                 record.append(part.float().cpu())
@@ -103,6 +96,16 @@ def collect_logits(
     if not all(part.isfinite().all() for part in found):
         raise ValueError("the model gives logits that are no finite numbers; its weights or the images are damaged")
     return found, torch.cat(labels), first
+
+
+def _check_batch(batch: Any, classes: int) -> None:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise ValueError("the loader must give batches of (images (B, C, H, W), class indices (B,))")
+    x, y = batch
+    if y.ndim != 1 or y.is_floating_point() or len(y) != len(x):
+        raise ValueError(f"labels must be class indices (B,), got {y.dtype} {tuple(y.shape)}")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(f"labels must be 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
