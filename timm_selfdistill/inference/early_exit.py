@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cost import default_input_size
 from ..model import SelfDistillModel
@@ -61,7 +61,8 @@ class EarlyExit:
             raise TypeError(
                 f"expected a SelfDistillModel, which has several exits, got {type(model).__name__}; make one with"
                 " wrap_self_distill")
-        _check_mode(model)
+        self._parts = list(model.modules())  # so that looking at them for each batch takes no time
+        _check_mode(self._parts)
         saved = model.early_exit or {}
         if thresholds is None and policy in (None, saved.get("policy")):
             policy, thresholds = saved.get("policy"), saved.get("thresholds")
@@ -88,7 +89,7 @@ class EarlyExit:
         if self.thresholds is None:
             raise ValueError(
                 "there are no thresholds: pass EarlyExit(model, thresholds=[...]), or find them with calibrate(loader)")
-        _check_mode(self.model)
+        _check_mode(self._parts)
         check_images(self.model, x, known_size=getattr(x, "shape", ())[1:] in self._routes)
         with torch.no_grad():
             route = self._route(tuple(x.shape[1:])) if len(x) else None
@@ -133,7 +134,7 @@ class EarlyExit:
             ValueError: not just one promise is asked for, or it makes no sense; too few images, of one class, or with
                 labels out of range; the model is in training mode.
         """
-        _check_mode(self.model)
+        _check_mode(self._parts)
         budget = {"max_accuracy_drop": max_accuracy_drop, "max_macs": max_macs, "min_speedup": min_speedup}
         report = calibrate(self.model, self.policy, loader, self.find_costs, budget, seed)
         if report.met:
@@ -170,8 +171,8 @@ class EarlyExit:
             return self._routes[size]
 
 
-def _check_mode(model: SelfDistillModel) -> None:
-    if any(module.training for module in model.modules()):
+def _check_mode(parts: list[nn.Module]) -> None:
+    if any(part.training for part in parts):
         raise ValueError("the model is in training mode; call model.eval() first")
 
 
