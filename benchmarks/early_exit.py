@@ -4,13 +4,12 @@ A network with random weights, random images, and thresholds at which a known sh
 or 100 % at the first exit, or at each exit half of what is left ("mixed"). "ideal" is what the images would cost if
 each took the measured time per image, at that batch size, of the stages that it runs and of their heads. earlyon
 0.3.0's `custom_ee` is wrapped around the same backbone, with thresholds for the same shares: "batched" (the hardest
-image of a batch decides for all) and "one by one". Its heads are pooling and two small linear layers, which cost about
-as much as our "linear" ones and less than the others. All in turn, medians of ratios.
+image of a batch decides for all) and "one by one". Its heads are pooling and two small linear layers, which cost less
+than ours. All in turn, medians of ratios.
 
     pip install -e ".[bench]"
     export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000
     python benchmarks/early_exit.py
-    python benchmarks/early_exit.py --head linear -b 16 --output benchmarks/results/early_exit_linear.json
 
 The two variables let glibc keep large buffers; without them every layer's are taken from the system anew, which makes
 large batches slower for all, the plain network included.
