@@ -87,7 +87,7 @@ def calibrate(args: argparse.Namespace) -> int:
     if not report.met:
         print("nothing is saved: ask for less, or give more images")
         return BUDGET_NOT_MET
-    folder = hub.fetch_model(args.model, revision=args.revision)
+    folder = hub.fetch_model(args.model, revision=args.revision, only_config=True)
     model.save_pretrained(output, metrics=hub.read_metrics(folder), check=False)
     print(f"saved in {output}; use it with EarlyExit(SelfDistillModel.from_pretrained({str(output)!r}))")
     return 0
@@ -172,9 +172,9 @@ def _evaluate_early_exit(early_exit: EarlyExit, loader: DataLoader) -> dict[str,
     meter = ExitMeter(1, torch.device("cpu"))
     meter.update([output.logits], labels)
     (metrics,) = meter.compute(meter.totals)
-    costs = early_exit.find_costs("macs", next(iter(loader))[0])
-    macs = float(costs.paths([threshold is not None for threshold in early_exit.thresholds])[output.exit].mean())
     x = next(iter(loader))[0].to(next(early_exit.model.parameters()).device)
+    costs = early_exit.find_costs("macs", x)
+    macs = float(costs.paths([threshold is not None for threshold in early_exit.thresholds])[output.exit].mean())
     (speedup,) = measure_speedups(early_exit.model, early_exit.model.backbone, [early_exit.predict], x)
     return {**metrics._asdict(), "exit": "early", "module": "", "macs": macs, "share": macs / costs.plain,
             "speedup": speedup}

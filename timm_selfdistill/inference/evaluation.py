@@ -1,14 +1,14 @@
 """How good early exit is on data, and what other thresholds would give."""
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch_run import EarlyExitOutput
-from .calibration import Answers, collect_logits
+from .calibration import Answers, collect_logits, to_threshold
 from .early_exit import EarlyExit
-from .policy import find_policy
 from .thresholds import simulate
 
 POINTS = 21
@@ -36,16 +36,18 @@ def trace_curve(
     logits, labels, images = collect_logits(early_exit.model, loader)
     answers = Answers.of(logits, labels, torch.arange(len(labels)), early_exit.temperatures, early_exit.policy)
     sureness, exits = answers.sureness, len(answers.sureness)
-    sign = -1 if find_policy(early_exit.policy).low_leaves else 1
+    as_threshold = partial(to_threshold, policy=early_exit.policy, classes=early_exit.model.num_classes)
     costs = early_exit.find_costs("macs", images)
     curve = []
     for threshold in [*sureness[0].quantile(torch.linspace(0, 1, POINTS, dtype=torch.double)).tolist(), None]:
         taken, macs = simulate(sureness, [threshold] * exits, costs)
         curve.append({
-            "threshold": None if threshold is None else sign * threshold,
+            "threshold": as_threshold(threshold),
             "top1": 100 * float(answers.right.gather(0, taken[None]).double().mean()), "macs": float(macs.mean())})
     left, halving = torch.ones_like(labels, dtype=torch.bool), []
     for part in sureness:
-        halving.append(sign * float(part[left].median()) if left.any() else None)
-        left &= part < part[left].median() if left.any() else left
+        middle = float(part[left].median()) if left.any() else None
+        halving.append(as_threshold(middle))
+        if middle is not None:
+            left &= part < middle
     return curve, halving

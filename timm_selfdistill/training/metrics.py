@@ -19,6 +19,11 @@ class ExitMetrics(NamedTuple):
     loss: float
     """Mean cross entropy, nats."""
 
+    @property
+    def label(self) -> str:
+        """In tables: "exit_0", or "ensemble"."""
+        return self.exit if self.exit == "ensemble" else f"exit_{self.exit}"
+
 
 def exit_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     """Logits (B, K) of every classifier of a self-distilled model, or of the only one of another."""

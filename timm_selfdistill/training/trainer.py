@@ -252,13 +252,13 @@ class Trainer:
         row: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self._lr(), "images_per_second": round(self.rate, 1)}
         row |= {f"train_{name}": total / updates for name, total in losses.items()}
         for metric in metrics:
-            row |= {f"top1_{_label(metric)}": metric.top1, f"top5_{_label(metric)}": metric.top5,
-                    f"loss_{_label(metric)}": metric.loss}
+            row |= {f"top1_{metric.label}": metric.top1, f"top5_{metric.label}": metric.top5,
+                    f"loss_{metric.label}": metric.loss}
         state.history.append(row)
         state.epoch, state.images, state.losses = state.epoch + 1, 0, {}
         self.progress.say(
             f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  top-1 "
-            + "  ".join(f"{_label(metric).replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
+            + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
             + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}")
         if self.config.report_to:
             accelerator.log({key: value for key, value in row.items() if key != "epoch"}, step=state.updates)
@@ -308,7 +308,3 @@ def _check_classes(model: nn.Module, data: Dataset) -> int:
         raise ValueError(
             f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}")
     return classes or in_data
-
-
-def _label(metric: ExitMetrics) -> str:
-    return metric.exit if metric.exit == "ensemble" else f"exit_{metric.exit}"
