@@ -106,3 +106,17 @@ def test_what_gets_lost_on_the_way_is_one_clear_error(hub, interpreter, pushed):
         assert "\n" not in said
     hub.failures.clear()
     assert "layer1" in interpreter(LOAD.format(arguments=""))
+
+
+def test_a_truncated_model_is_pushed_and_loaded(hub, interpreter):
+    said = interpreter(MODEL + """
+small = model.truncate(0)
+small.push_to_hub("user/small")
+loaded = SelfDistillModel.from_pretrained("user/small")
+x = torch.randn(2, 3, 160, 160)
+assert torch.equal(loaded(x), model.predict(x, 0))
+print(type(loaded).__name__, loaded.exit)
+""")
+    assert said == "TruncatedModel 0"
+    card = hub.repositories["user/small"].files("main")["README.md"]
+    assert b'SelfDistillModel.from_pretrained("user/small")(images)' in card
