@@ -42,6 +42,8 @@ class BatchRun:
         """Positions in the batch of the images that are still in the network; None is all."""
         self.done: Tensor | None = None
         """Which of these have their answer already; None is none."""
+        self.waiting = 0
+        """How many these are."""
         self.answers: list[tuple[Tensor | None, int, Tensor, Tensor]] = []
         """Positions (None is all), exit, logits and confidence of those who left."""
 
@@ -75,31 +77,36 @@ class BatchRun:
             self._leave(exit, logits, threshold)
         if self.done is None:
             return None
-        batch, done = len(self.done), int(self.done.sum())
-        if done == batch:
+        batch = len(self.done)
+        if self.waiting == batch:
             raise AllGone
-        if not route.droppable[exit] or done < WORTH_DROPPING * batch:
+        if not route.droppable[exit] or self.waiting < WORTH_DROPPING * batch:
             return None
         stay = (~self.done).nonzero()[:, 0]
         self.rows = stay if self.rows is None else self.rows[stay]
-        self.done = None
+        self.done, self.waiting = None, 0
         return keep_rows(output, stay, batch)
 
     def _leave(self, exit: int, logits: Tensor, threshold: float | None) -> None:
         """Keep the answers of those who may leave, all of them where the threshold is None."""
-        probabilities = (logits.float() / self.temperatures[exit]).softmax(1)
-        leaves = None if threshold is None else self.policy.leaves(probabilities, threshold)
-        if self.done is not None:
-            leaves = ~self.done if leaves is None else leaves & ~self.done
-        confidence = probabilities.amax(1)
-        if leaves is None:
-            self.answers.append((self.rows, exit, logits, confidence))
+        temperature = self.temperatures[exit]
+        probabilities = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(1)
+        if threshold is None and self.done is None:
+            self.answers.append((self.rows, exit, logits, probabilities.amax(1)))
             return
+        leaves = ~self.done if threshold is None else self.policy.leaves(probabilities, threshold)
+        if threshold is not None and self.done is not None:
+            leaves &= ~self.done
         leaving = leaves.nonzero()[:, 0]
-        if len(leaving):
-            self.done = leaves if self.done is None else self.done | leaves
+        if not len(leaving):
+            return
+        self.done = leaves if self.done is None else self.done | leaves
+        self.waiting += len(leaving)
+        if len(leaving) == len(leaves):
+            self.answers.append((self.rows, exit, logits, probabilities.amax(1)))
+        else:
             rows = leaving if self.rows is None else self.rows[leaving]
-            self.answers.append((rows, exit, logits[leaving], confidence[leaving]))
+            self.answers.append((rows, exit, logits[leaving], probabilities[leaving].amax(1)))
 
     def output(self) -> EarlyExitOutput:
         """All answers, in the order of the images."""
