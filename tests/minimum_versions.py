@@ -1,7 +1,7 @@
-"""Print the lowest version of every dependency that pyproject.toml allows, as pip takes it."""
+"""Print the lowest version that pyproject.toml allows of the dependencies and of the extra "onnx"."""
 import re
 from pathlib import Path
 
 text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-dependencies = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
+dependencies = "".join(re.findall(r"^(?:dependencies|onnx) = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL))
 print(*(f"{name}=={version}" for name, version in re.findall(r'"([\w-]+)>=([\d.]+)"', dependencies)))

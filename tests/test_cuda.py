@@ -1,0 +1,120 @@
+"""What only a GPU shows: half precision, memory formats, compiled stages, the loss scale of fp16, and no waiting."""
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from timm_selfdistill import EarlyExit, SelfDistillLoss, SelfDistillModel, SelfDistillTask, TrainConfig, Trainer
+
+from .conftest import small_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def images(model: SelfDistillModel, count: int) -> torch.Tensor:
+    like = next(model.parameters())
+    x = torch.randn(count, *model.backbone.pretrained_cfg["input_size"])
+    return (x * torch.linspace(0.1, 3, count)[torch.randperm(count), None, None, None]).to(like)
+
+
+def check_early_exit(model: SelfDistillModel, tolerance: float, compile_stage: bool = False) -> None:
+    """Half of the images leave at each exit; the answers are those of `forward_exits`."""
+    x = images(model, 16)
+    with torch.no_grad():
+        full = model.forward_exits(x).logits
+        thresholds = [float(part.float().softmax(1).amax(1).quantile(0.5)) for part in full[:-1]]
+        if compile_stage:
+            model.backbone.get_submodule(model.stages[0].name).compile()
+        found = EarlyExit(model, thresholds).predict(x)
+    assert len(found.exit.unique()) > 1
+    expected = torch.stack([full[exit][row] for row, exit in enumerate(found.exit.tolist())])
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found.logits.float(), expected.float(), rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "resnet10t"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [
+    (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+def test_early_exit(name, dtype, tolerance):
+    check_early_exit(small_model(name).eval().to("cuda", dtype), tolerance)
+
+
+def test_early_exit_in_channels_last_and_under_autocast():
+    model = small_model("resnet10t").eval().cuda().to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", dtype=torch.float16):
+        check_early_exit(model, 1e-2)
+
+
+def test_early_exit_with_a_compiled_stage():
+    check_early_exit(small_model("resnet10t").eval().cuda(), 1e-4, compile_stage=True)
+
+
+def test_a_truncated_model_and_the_way_over_the_disk(tmp_path):
+    model = small_model().eval().cuda()
+    x = images(model, 4)
+    fast = model.truncate(0)
+    torch.testing.assert_close(fast(x), model.predict(x, 0))
+    fast.save_pretrained(tmp_path)
+    torch.testing.assert_close(SelfDistillModel.from_pretrained(tmp_path).cuda()(x), fast(x))
+
+
+def test_the_loss_is_finite_in_half_precision():
+    model = small_model().train().cuda()
+    x, y = images(model, 8), torch.arange(8, device="cuda")
+    with torch.autocast("cuda", dtype=torch.float16):
+        output = model(x)
+        huge = output._replace(logits=tuple(logits * 60000 for logits in output.logits))
+        assert SelfDistillLoss()(huge, y).isfinite()
+
+
+def fit(folder, data, epochs: int = 2, amp_dtype: str | None = None, **changes) -> tuple[Trainer, dict]:
+    torch.manual_seed(0)
+    task = SelfDistillTask(small_model(in_chans=1))
+    config = TrainConfig(output=str(folder), epochs=epochs, batch_size=50, workers=0, lr=0.02, log_interval=4,
+                         amp=amp_dtype is not None, amp_dtype=amp_dtype or "float16", **changes)
+    trainer = Trainer(task, *data, config)
+    trainer.fit()
+    return trainer, {key: value.cpu() for key, value in trainer.eval_model.state_dict().items()}
+
+
+@pytest.mark.parametrize("amp_dtype", [None, "float16", "bfloat16"])
+def test_a_resumed_run_ends_as_the_undisturbed_one(amp_dtype, fashion_tensors, tmp_path):
+    changes = {"amp_dtype": amp_dtype, "sched": "none", "warmup_epochs": 0}
+    undisturbed, expected = fit(tmp_path / "a", fashion_tensors, **changes)
+    AcceleratorState._reset_state(True)
+    fit(tmp_path / "b", fashion_tensors, epochs=1, **changes)
+    AcceleratorState._reset_state(True)
+    resumed, found = fit(tmp_path / "b", fashion_tensors, resume="latest", **changes)
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+    if amp_dtype == "float16":
+        assert resumed.accelerator.scaler.get_scale() == undisturbed.accelerator.scaler.get_scale() > 1
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"amp_dtype": "bfloat16", "channels_last": True},
+    {"mixup": 0.2, "cutmix": 0.5, "model_ema": True, "smoothing": 0.1, "opt": "adamw"}, {"torchcompile": True}])
+def test_a_step_does_not_wait_for_the_gpu(changes, fashion_tensors, tmp_path, monkeypatch):
+    """Between two looks at the losses the processor runs ahead; torch raises where it would have to wait. (With fp16
+    it waits: torch's GradScaler looks whether gradients overflowed.)"""
+    update, calls = Trainer._update, []
+
+    def watched(self, group):
+        calls.append(None)
+        mode = "error" if len(calls) > 2 else "default"  # the first allocates, compiles and chooses kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            return update(self, group)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_update", watched)
+    fit(tmp_path, fashion_tensors, **changes)
+    assert len(calls) > 2
