@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-min
+.PHONY: demo test test-slow test-min
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py
@@ -11,6 +11,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# What takes long: runs killed at eighty random moments, every recipe; about an hour.
+test-slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 # The tests against the lowest version of every dependency that pyproject.toml allows.
 test-min: .venv-min/.installed

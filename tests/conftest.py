@@ -12,6 +12,7 @@ from timm_selfdistill import SelfDistillModel, load_images, model_data_config, w
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "examples/data"
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture(autouse=True)

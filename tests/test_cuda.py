@@ -4,6 +4,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from timm_selfdistill import EarlyExit, SelfDistillLoss, SelfDistillModel, SelfDistillTask, TrainConfig, Trainer
+from timm_selfdistill.training.update import Updater
 
 from .conftest import small_model
 
@@ -104,17 +105,17 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(amp_dtype, fashion_tensors, t
 def test_a_step_does_not_wait_for_the_gpu(changes, fashion_tensors, tmp_path, monkeypatch):
     """Between two looks at the losses the processor runs ahead; torch raises where it would have to wait. (With fp16
     it waits: torch's GradScaler looks whether gradients overflowed.)"""
-    update, calls = Trainer._update, []
+    update, calls = Updater.__call__, []
 
-    def watched(self, group):
+    def watched(self, *args):
         calls.append(None)
         mode = "error" if len(calls) > 2 else "default"  # the first allocates, compiles and chooses kernels
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            return update(self, group)
+            return update(self, *args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Trainer, "_update", watched)
+    monkeypatch.setattr(Updater, "__call__", watched)
     fit(tmp_path, fashion_tensors, **changes)
     assert len(calls) > 2

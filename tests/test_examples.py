@@ -14,10 +14,9 @@ import torch
 
 from timm_selfdistill import SelfDistillModel, load_images
 
-from .conftest import EMBEDDED, ROOT, run_python
+from .conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python
 
 TRAIN = "examples/train.py"
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +76,17 @@ def test_many_flags_at_once(few_images, tmp_path):
 
 def test_two_processes_train_one_model(few_images, tmp_path):
     flags = fast(few_images, tmp_path / "two", "--amp", "--amp-dtype", "bfloat16", "--grad-accum-steps", 2, "-b", 16)
-    done = run_python(*flags, launcher=(*TWO_PROCESSES, "29611"))
+    done = run_python(*flags, launcher=TWO_PROCESSES)
     assert len(re.findall(r"^epoch 1/2 ", done.stdout, re.MULTILINE)) == 1
     assert done.stdout.count("after 2 epochs") == 1
-    assert len(list((tmp_path / "two" / "checkpoints").glob("*/random_states_[01].pkl"))) == 4  # 2 epochs, 2 processes
+    states = [torch.load(path, weights_only=True) for path in (tmp_path / "two" / "checkpoints").glob("*/run.pt")]
+    assert [len(state["random"]) for state in states] == [2, 2]  # epochs, and processes
     metrics = last_metrics(tmp_path / "two")
     hits = metrics[3]["top1"] * 101 / 100  # each of the 101 test images counted once
     assert hits == pytest.approx(round(hits), abs=1e-6)
 
     run_python(*fast(few_images, "", "--resume", tmp_path / "two", "--epochs", 3, "-b", 16, "--grad-accum-steps", 2),
-               launcher=(*TWO_PROCESSES, "29613"))
+               launcher=TWO_PROCESSES)
     assert [row["epoch"] for row in csv.DictReader((tmp_path / "two" / "history.csv").open())] == ["1", "2", "3"]
 
 

@@ -4,8 +4,13 @@ import json
 import datasets
 import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
+
+from timm_selfdistill import wrap_self_distill
+from timm_selfdistill.cli import parse_args, train_config, train_parser
 
 from .conftest import ROOT, run_python
 
@@ -60,7 +65,20 @@ def test_the_recipes_for_imagenet_are_the_baseline_of_90_epochs():
         assert (recipe["model"], recipe["lr"]) == (name, lr)
 
 
+QUICK = {"cifar100_resnet18", "cifar100_wide_resnet20_8", "imagenet_resnet18"}
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_names_a_network_and_flags_that_there_are(path):
+    args = parse_args(train_parser("", "images"), ["--config", str(path)])
+    train_config(args)
+    with torch.device("meta"):
+        model = wrap_self_distill(timm.create_model(args.model, num_classes=SHAPES[args.dataset][2]))
+    assert len(model.exits) == 4
+
+
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES])
 def test_a_recipe_trains_two_steps(path, tmp_path):
     recipe = yaml.safe_load(path.read_text())
     images_like(recipe["dataset"], 4).to_parquet(tmp_path / "train.parquet")

@@ -21,7 +21,7 @@ from timm_selfdistill import TrainConfig
     ({"model_ema_decay": 5}, r"model_ema_decay must lie in \[0, 1\], got 5"),
     ({"validation_batch_size": 0}, "validation_batch_size must be at least 1"),
     ({"momentum": -1}, "momentum must be a number >= 0"),
-    ({"amp_dtype": "fp8"}, "amp_dtype must be 'float16' or 'bfloat16', got 'fp8'"),
+    ({"amp_dtype": "fp8"}, "amp_dtype must be one of float16, bfloat16, got 'fp8'"),
 ])
 def test_values_that_cannot_work_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):

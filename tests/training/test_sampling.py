@@ -7,7 +7,7 @@ def global_batches(world: int, epoch: int = 0, start: int = 0) -> list[set[int]]
     samplers = [EpochSampler(25, 8, rank, world, seed=1) for rank in range(world)]
     for sampler in samplers:
         sampler.begin(epoch, start)
-    shares = [list(sampler) for sampler in samplers]
+    shares = [[draw.index for draw in sampler] for sampler in samplers]
     assert {len(share) for share in shares} == {len(samplers[0])}
     size = 8 // world
     return [{i for share in shares for i in share[k:k + size]} for k in range(0, len(shares[0]), size)]

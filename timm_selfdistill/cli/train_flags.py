@@ -9,7 +9,7 @@ from typing import Any
 from ..heads import HEADS
 from ..training import TrainConfig
 from ..training.augmentation import CROP_MODES
-from ..training.config import HUB_STRATEGIES, SCHEDULES
+from ..training.config import CHOICES, SCHEDULES
 from .config_file import read_flags
 from .program import Parser
 
@@ -138,14 +138,20 @@ _HELP = {
     "decay_rate": "factor of a step",
     "mixup_prob": "of mixup or cutmix on a batch",
     "mixup_switch_prob": "of cutmix where both are on",
-    "mixup_mode": "batch, pair or elem",
+    "mixup_mode": "for each batch, pair or image",
     "mixup_off_epoch": "epoch from which both are off, 0 is never",
     "model_ema_warmup": "a faster average at the beginning",
     "channels_last": "memory format of images and weights",
     "torchcompile": "compile the model",
     "validation_batch_size": "(default: the batch size)",
     "log_interval": "updates between two looks at the losses",
+    "checkpoint_interval": "besides one an epoch: every so many updates, or 90s, 10m, 1h",
     "checkpoint_hist": "checkpoints kept",
+    "on_bad_sample": "an image that cannot be read stops the run, or another takes its place",
+    "on_nan": "a loss that is not finite stops the run, or its update is left out",
+    "sync_bn": "batch norm over all processes",
+    "dist_bn": "batch norm's statistics at the end of an epoch: mean of all processes, or the main one's",
+    "profile": "trace so many updates, 0 is none",
     "output": "run directory (default: a new one under output/train)",
     "batch_size": "images per process and forward pass",
     "opt": "any of timm's optimizers",
@@ -155,7 +161,7 @@ _HELP = {
     "cutmix": "alpha, 0 is off",
     "model_ema": "keep, evaluate and save an average of the weights",
     "amp": "mixed precision",
-    "amp_dtype": "float16 or bfloat16",
+    "amp_dtype": "of mixed precision",
     "grad_accum_steps": "forward passes per update",
     "clip_grad": "highest gradient norm",
     "workers": "data-loading processes per training process",
@@ -171,7 +177,8 @@ _HELP = {
 def _add_config(group: Any) -> None:
     """A flag for every field of TrainConfig."""
     group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",
-                       help="go on from a checkpoint or run directory; without a path, from the newest in --output")
+                       help="go on from a checkpoint or run directory; without a path, from the newest in --output;"
+                            " auto: likewise, but a new run where there is none")
     for field in fields(TrainConfig):
         if field.name in ("resume", "settings"):
             continue
@@ -182,8 +189,8 @@ def _add_config(group: Any) -> None:
         options["help"] = _HELP.get(field.name, field.name.replace("_", " "))
         if isinstance(field.default, bool):
             options["action"] = _BOOLEAN
-        elif field.name == "hub_strategy":
-            options["choices"] = HUB_STRATEGIES
+        elif field.name in CHOICES:
+            options["choices"] = CHOICES[field.name]
         elif isinstance(field.default, tuple):
             options |= {"nargs": "+", "type": int if field.name == "decay_milestones" else str}
         else:

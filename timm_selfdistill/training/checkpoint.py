@@ -1,102 +1,177 @@
-"""Checkpoints: written beside and renamed, the newest kept."""
+"""Checkpoints on disk: written beside by a thread, with checksums, and renamed; the newest kept."""
+import hashlib
+import json
 import os
 import re
 import shutil
+import threading
+import warnings
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
 
-from ..hub import unshared_state_dict
+from .snapshot import Snapshot
 
-MODEL_FILE = "model.safetensors"
-
-
-def keep_unwrapped_weights(accelerator: Accelerator) -> None:
-    """Let checkpoints hold the weights under the model's own names, whatever wraps it (DDP, torch.compile)."""
-
-    def on_save(models: list[nn.Module], weights: list[dict], output_dir: str) -> None:
-        for index, model in enumerate(models):
-            weights[index] = unshared_state_dict(plain(accelerator, model))
-
-    def on_load(models: list[nn.Module], input_dir: str) -> None:
-        for model in models:
-            _load(plain(accelerator, model), Path(input_dir) / MODEL_FILE)
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(on_save)
-    accelerator.register_load_state_pre_hook(on_load)
+FORMAT = 1
+WEIGHTS_FILE, REST_FILE, CHECKSUM_FILE = "model.safetensors", "run.pt", "checksums.json"
+_UNWRITABLE = (OSError, SafetensorError, RuntimeError)  # a full disk, as Python, safetensors and torch tell it
 
 
-def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The module under DDP and mixed-precision wrappers."""
-    return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+class Checkpoints:
+    """The checkpoints of one run, on its main process.
 
+    Args:
+        folder: gets a folder step-XXXXXXXX for each.
+        keep: how many stay.
+    """
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> Path:
-    """Save the state of the run after `step` updates, and remove all but the newest `keep` checkpoints."""
-    final, fresh = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
-    if not final.exists():
-        if accelerator.is_main_process:
-            shutil.rmtree(fresh, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(fresh))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.writing: threading.Thread | None = None
+
+    def write(self, snapshot: Snapshot, step: int) -> None:
+        """Begin to write; a checkpoint that is still being written is waited for first.
+
+        Where it cannot be written, a full disk say, there is a warning, and those that are there stay.
+        """
+        self.wait()
+        if not (self.folder / _name(step)).exists():
+            self.writing = threading.Thread(target=self._write, args=(snapshot, step), name="checkpoint")
+            self.writing.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on disk."""
+        if self.writing:
+            self.writing.join()
+            self.writing = None
+
+    @property
+    def newest(self) -> Path | None:
+        return next(reversed(list_checkpoints(self.folder)), None)
+
+    def _write(self, snapshot: Snapshot, step: int) -> None:
+        final, fresh = self.folder / _name(step), self.folder / f".{_name(step)}"
+        try:
+            for left in self.folder.glob(".step-*"):  # by a run that was killed
+                shutil.rmtree(left)
+            fresh.mkdir(parents=True)
+            save_file(snapshot.weights, fresh / WEIGHTS_FILE)
+            torch.save(snapshot.rest, fresh / REST_FILE)
+            _write_checksums(fresh)
             os.replace(fresh, final)
-            for old in list_checkpoints(folder)[:-keep]:
+            _sync(self.folder)
+            for old in list_checkpoints(self.folder)[:-self.keep]:
                 shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
+        except _UNWRITABLE as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            line = str(error).strip().splitlines()[0]
+            warnings.warn(f"the checkpoint {final} could not be written ({line}); earlier ones stay", stacklevel=1)
 
-
-def set_newer_aside(checkpoint: Path, folder: Path) -> None:
-    """Rename the checkpoints that follow the resumed one: they belong to a history that this run leaves."""
-    for path in list_checkpoints(folder):
-        if path.name > checkpoint.name:
-            shutil.rmtree(path.with_name(f"left-{path.name}"), ignore_errors=True)
-            os.replace(path, path.with_name(f"left-{path.name}"))
+    def set_newer_aside(self, checkpoint: Path) -> None:
+        """Rename the checkpoints that follow the resumed one: they belong to a history that this run leaves."""
+        for path in list_checkpoints(self.folder):
+            if path.name > checkpoint.name:
+                shutil.rmtree(path.with_name(f"left-{path.name}"), ignore_errors=True)
+                os.replace(path, path.with_name(f"left-{path.name}"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Those that were written to the end, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def find_checkpoint(resume: str, output: str) -> Path:
-    """The checkpoint that `resume` means: "latest" in `output`, a run directory, or a checkpoint.
+def find_checkpoint(resume: str, output: str) -> Path | None:
+    """The checkpoint that `resume` means: the newest whole one in `output` ("latest", or "auto", where there may be
+    none), or in a run directory, or a checkpoint. Damaged ones are passed over with a warning.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is damaged, or all are.
     """
-    if resume == "latest" and not output:
-        raise FileNotFoundError("resume='latest' needs the run directory as output; or give resume its path")
-    path = Path(output if resume == "latest" else resume)
-    if (path / MODEL_FILE).is_file():
+    if resume in ("latest", "auto") and not output:
+        raise FileNotFoundError(f"resume={resume!r} needs the run directory as output; or give resume its path")
+    path = Path(output if resume in ("latest", "auto") else resume)
+    if (path / CHECKSUM_FILE).is_file():
+        if damage := find_damage(path):
+            raise ValueError(f"{damage}; resume from another checkpoint")
         return path
     checkpoints = list_checkpoints(path / "checkpoints")
-    if not checkpoints:
-        raise FileNotFoundError(f"nothing to resume: {path} is no checkpoint and holds none under checkpoints/")
-    return checkpoints[-1]
+    for checkpoint in reversed(checkpoints):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        warnings.warn(f"{damage}; passed over", stacklevel=2)
+    if checkpoints:
+        raise ValueError(f"all {len(checkpoints)} checkpoints of {path} are damaged; start a new run")
+    if resume == "auto":
+        return None
+    raise FileNotFoundError(f"nothing to resume: {path} is no checkpoint and holds none under checkpoints/")
 
 
-def _load(model: nn.Module, path: Path) -> None:
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint.
+
+    Raises:
+        ValueError: a newer version of the package wrote it.
+    """
     try:
-        saved = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint") from error
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    differing = sorted(
-        key for key in shapes.keys() | saved.keys()
-        if key not in saved or key not in shapes or tuple(saved[key].shape) != shapes[key]
-    )
-    if differing:
+        record = json.loads((checkpoint / CHECKSUM_FILE).read_text())
+        version, checksums = record["format"], dict(record["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{checkpoint / CHECKSUM_FILE} is missing or damaged"
+    if version != FORMAT:
         raise ValueError(
-            f"{path} is the checkpoint of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
-            " resume with the model, exits, head, number of classes and model_ema that it was made with"
-        )
-    model.load_state_dict(saved)
+            f"{checkpoint} has format {version}, this version of timm-selfdistill reads {FORMAT}; install a newer one")
+    for name, expected in checksums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if _checksum(path) != expected:
+            return f"{path} is damaged"
+    return None
+
+
+def read_checkpoint(path: Path) -> Snapshot:
+    """What `Checkpoints.write` wrote; `find_checkpoint` has looked at the checksums."""
+    rest: dict[str, Any] = torch.load(path / REST_FILE, map_location="cpu", weights_only=True)
+    return Snapshot(load_file(path / WEIGHTS_FILE), rest)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _write_checksums(folder: Path) -> None:
+    """Last of all, of files that are on disk."""
+    checksums = {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        checksums[path.name] = _checksum(path)
+    record = folder / CHECKSUM_FILE
+    record.write_text(json.dumps({"format": FORMAT, "sha256": checksums}, indent=2))
+    _sync(record)
+    _sync(folder)
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows does not open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

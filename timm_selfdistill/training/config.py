@@ -6,7 +6,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.optim import list_optimizers
 
-HUB_STRATEGIES = ("end", "best", "epoch")
+from .interval import Interval
+
+CHOICES = {
+    "mixup_mode": ("batch", "pair", "elem"),
+    "amp_dtype": ("float16", "bfloat16"),
+    "on_bad_sample": ("raise", "skip"),
+    "on_nan": ("raise", "skip"),
+    "dist_bn": ("reduce", "broadcast"),
+    "hub_strategy": ("end", "best", "epoch"),
+}
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
 
 
@@ -18,7 +27,8 @@ class TrainConfig:
 
     Args:
         output: run directory; "" makes one under output/train, named after the time.
-        resume: checkpoint folder or run directory to go on from; "latest" is the newest checkpoint in `output`.
+        resume: checkpoint folder or run directory to go on from; "latest" is the newest whole checkpoint in `output`,
+            "auto" likewise, and a new run where there is none.
         batch_size: images per process and forward pass.
         validation_batch_size: None is `batch_size`.
         lr: highest learning rate.
@@ -33,7 +43,15 @@ class TrainConfig:
         clip_grad: highest gradient norm; None is off.
         workers: data-loading processes per training process.
         log_interval: updates between two looks at the loss.
+        checkpoint_interval: besides the end of every epoch, a checkpoint every so many updates ("500") or so often
+            ("90s", "10m", "1h"); "" is at the end of an epoch only.
         checkpoint_hist: checkpoints kept.
+        on_bad_sample: "raise", or "skip": a training image that cannot be read gives its place to another; counted.
+        on_nan: "raise" at a loss that is not finite, or "skip" an update whose gradients are not; counted.
+        sync_bn: batch norm over all processes (GPUs only).
+        dist_bn: batch norm's statistics at the end of an epoch: "reduce" averages those of all processes, "broadcast"
+            takes those of the main one.
+        profile: updates whose trace goes to profile/ in the run directory; 0 is none.
         report_to: names of Accelerate's trackers, e.g. ("tensorboard", "wandb").
         push_to_hub: upload the best model at the end of the run, and with the hub_strategy "best" every new best
             one, with "epoch" the last one after every epoch, too, in the background.
@@ -79,7 +97,13 @@ class TrainConfig:
     torchcompile: bool = False
     workers: int = 2
     log_interval: int = 50
+    checkpoint_interval: str = ""
     checkpoint_hist: int = 3
+    on_bad_sample: str = "raise"
+    on_nan: str = "raise"
+    sync_bn: bool = False
+    dist_bn: str = "reduce"
+    profile: int = 0
     report_to: tuple[str, ...] = ()
     push_to_hub: bool = False
     hub_model_id: str | None = None
@@ -96,14 +120,16 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",
-                     "mixup", "cutmix", "mixup_off_epoch", "workers"):
+                     "mixup", "cutmix", "mixup_off_epoch", "workers", "profile"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
         for name in ("mixup_prob", "mixup_switch_prob", "model_ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.mixup_mode not in ("batch", "pair", "elem"):
-            raise ValueError(f"mixup_mode must be 'batch', 'pair' or 'elem', got {self.mixup_mode!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        Interval(self.checkpoint_interval)
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
         if self.clip_grad is not None and not self.clip_grad > 0:
@@ -115,12 +141,8 @@ class TrainConfig:
             raise ValueError(f"unknown optimizer {self.opt!r}; timm has {', '.join(known)}")
         if self.sched not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.sched!r}; choose from {', '.join(SCHEDULES)}")
-        if self.hub_strategy not in HUB_STRATEGIES:
-            raise ValueError(f"hub_strategy must be one of {', '.join(HUB_STRATEGIES)}, got {self.hub_strategy!r}")
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id, "hub_model_id")
-        if self.amp_dtype not in ("float16", "bfloat16"):
-            raise ValueError(f"amp_dtype must be 'float16' or 'bfloat16', got {self.amp_dtype!r}")
 
     @property
     def mixed_precision(self) -> str | None:

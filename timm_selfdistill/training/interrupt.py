@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a polite request, on which all processes agree."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a polite request, on which all processes agree."""
 import os
 import signal
 import threading
@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 
 AGREE_EVERY = 10
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""SIGUSR1 is what Slurm is asked to send before it takes a node away; Windows has none."""
 
 
 def leave_process_group(_: int) -> None:
@@ -41,11 +43,11 @@ class InterruptRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM; a second signal has its usual effect."""
+        """Catch SIGINT, SIGTERM and SIGUSR1; a second signal has its usual effect."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.getsignal(number) for number in STOPPING}
 
         def restore() -> None:
             for number, handler in previous.items():
@@ -62,17 +64,21 @@ class InterruptRequest:
         finally:
             restore()
 
-    def agree(self, update: int) -> bool:
-        """Whether to stop now, the same answer on every process; call it on all of them after each update.
+    def agree(self, update: int, save: bool = False) -> bool:
+        """Agree whether to stop now (`agreed`) and whether to save, as the main process wishes (returned): the same
+        answers on every process; call it on all of them after each update.
 
         On GPUs the processes ask each other only every tenth update, since asking waits for the device.
         """
         if self.accelerator.num_processes == 1:
             self.agreed = self.received is not None
-        elif self.accelerator.device.type == "cpu" or update % AGREE_EVERY == 0:
-            wish = torch.tensor([int(self.received or 0)], device=self.accelerator.device)
-            agreed = int(self.accelerator.gather(wish).max())
-            self.agreed = agreed > 0
-            if agreed:
-                self.received = signal.Signals(agreed)
-        return self.agreed
+            return save
+        if self.accelerator.device.type != "cpu" and update % AGREE_EVERY:
+            return False
+        wish = torch.tensor([[int(self.received or 0), int(save)]], device=self.accelerator.device)
+        wishes = self.accelerator.gather(wish)
+        number = int(wishes[:, 0].max())
+        self.agreed = number > 0
+        if self.agreed:
+            self.received = signal.Signals(number)
+        return bool(wishes[0, 1])

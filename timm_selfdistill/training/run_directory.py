@@ -1,4 +1,5 @@
 """The run directory: who owns it, and what lies in it."""
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,17 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path 
     Raises:
         FileExistsError: the directory holds another run, or is a file.
         FileNotFoundError: there is nothing to resume.
+        ValueError: all there is to resume is damaged.
         OSError: it cannot be written.
     """
     answer: list[Any] = [None]
     if accelerator.is_main_process:
         try:
             answer = [_claim(config)]
-        except OSError as error:
+        except (OSError, ValueError) as error:
             answer = [error]
     broadcast_object_list(answer)
-    if isinstance(answer[0], OSError):
+    if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
 
@@ -39,7 +41,10 @@ def write_config(config: TrainConfig, output: Path) -> None:
 
 
 def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
-    checkpoint = find_checkpoint(config.resume, config.output) if config.resume else None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun, after a process died
+    checkpoint = find_checkpoint("auto", config.output) if restarted else None
+    if checkpoint is None and config.resume:
+        checkpoint = find_checkpoint(config.resume, config.output)
     if config.output:
         output = Path(config.output)
     elif checkpoint:
@@ -47,7 +52,7 @@ def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
     else:
         output = Path("output/train") / datetime.now().strftime("%Y%m%d-%H%M%S")
     resumed_here = checkpoint is not None and checkpoint.parent.parent.resolve() == output.resolve()
-    if (output / CONFIG_FILE).exists() and not resumed_here:
+    if (output / CONFIG_FILE).exists() and not (resumed_here or restarted or config.resume == "auto"):
         go_on = f"go on with --resume {output}" if list_checkpoints(output / "checkpoints") else "remove it"
         raise FileExistsError(f"{output} holds another run; {go_on}, or choose another output")
     try:

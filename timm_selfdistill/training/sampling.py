@@ -1,15 +1,30 @@
-"""Which images a process sees, and in what order."""
+"""Which images a process sees, in what order, and how each is augmented: a matter of seed, epoch and position alone."""
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
 
-class EpochSampler(Sampler[int]):
+class Draw(NamedTuple):
+    """One image of an epoch."""
+
+    seed: int
+    """Of its augmentation."""
+    index: int
+    """In the data set."""
+
+
+class EpochSampler(Sampler[Draw]):
     """A permutation of the data that depends on seed and epoch alone, shared between processes.
 
-    Global batch i is the same set of images on any number of processes. The last, incomplete global batch of an
-    epoch is left out. Iteration may begin in the middle, without drawing what is left behind.
+    Global batch i is the same set of images, augmented in the same way, on any number of processes and loading
+    processes. The last, incomplete global batch of an epoch is left out. Iteration may begin in the middle, without
+    drawing what is left behind.
 
     Args:
         size: images in the data set.
@@ -28,10 +43,63 @@ class EpochSampler(Sampler[int]):
         """Set the epoch, and how many images of it (over all processes) are behind us."""
         self.epoch, self.start = epoch, start
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Draw]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.size, generator=generator)
-        return iter(order[self.start + self.rank:self.usable:self.world_size].tolist())
+        seeds = torch.randint(2**63 - 1, (self.size,), generator=generator)
+        mine = slice(self.start + self.rank, self.usable, self.world_size)
+        return map(Draw, seeds[mine].tolist(), order[mine].tolist())
 
     def __len__(self) -> int:
         return (self.usable - self.start) // self.world_size
+
+
+class TrainImages(Dataset):
+    """A map-style data set under the `Draw`s of an `EpochSampler`: image, class index, whether it took another's place.
+
+    Whatever the data set draws from Python's, numpy's or torch's global generator comes from the draw's own seed.
+
+    Args:
+        on_bad_sample: "raise", or "skip": an image that cannot be read gives its place to another one.
+    """
+
+    def __init__(self, data: Dataset, on_bad_sample: str):
+        self.data, self.on_bad_sample = data, on_bad_sample
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Any, bool]:
+        with seeded(draw.seed):
+            try:
+                return *self.data[draw.index], False
+            except (OSError, ValueError):
+                if self.on_bad_sample == "raise":
+                    raise
+            return *self._another(draw), True
+
+    def _another(self, draw: Draw) -> tuple[Tensor, Any]:
+        for index in np.random.randint(len(self.data), size=ATTEMPTS):
+            try:
+                return self.data[int(index)]
+            except (OSError, ValueError) as error:
+                last = error
+        raise ValueError(f"neither image {draw.index} nor {ATTEMPTS} others can be read; the last: {last}") from last
+
+
+ATTEMPTS = 10
+_numpy_draws = np.random.MT19937()  # to exchange numpy's generator takes a hundredth of the time of restoring its state
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it the global generators of Python, numpy and torch (on the CPU) start from a seed; afterwards they are
+    as they were."""
+    before = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.set_bit_generator(_numpy_draws)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_bit_generator(before[1])
+        torch.set_rng_state(before[2])

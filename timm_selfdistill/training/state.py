@@ -36,6 +36,10 @@ class TrainState:
     updates: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     """Sums over the updates of this epoch."""
+    replaced_samples: int = 0
+    """Images that could not be read and gave their place to others."""
+    skipped_updates: int = 0
+    """Updates that were left out because their gradients were not finite."""
     best_top1: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)
 

@@ -1,34 +1,35 @@
 """The training run around any `timm.task.TrainingTask`."""
 import math
 import time
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from accelerate.utils import broadcast_object_list
 from timm.task import TrainingTask
 from timm.utils import distribute_bn
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import nn
+from torch.utils.data import Dataset
 
 from ..cost import evaluating
 from ..model import SelfDistillModel
-from .accelerator import create_accelerator, start_trackers
-from .checkpoint import keep_unwrapped_weights, plain, save_checkpoint, set_newer_aside
+from .accelerator import create_accelerator
+from .checkpoint import Checkpoints, read_checkpoint
 from .config import TrainConfig
-from .interrupt import InterruptRequest, leave_process_group
+from .interrupt import InterruptRequest
+from .interval import Interval
+from .loading import Loading
 from .metrics import ExitMeter, ExitMetrics, exit_logits
 from .mixing import TargetMixer
 from .progress import ProgressReporter
 from .report import plot_curves, write_history
 from .run_directory import open_run, write_config
-from .sampling import EpochSampler
 from .saved_models import SavedModels
+from .snapshot import plain, restore, take_snapshot
 from .state import TrainResult, TrainState
+from .tracking import RunTrackers, memory_gib
+from .update import Losses, create_updater
 from .upload import check_pushable, create_uploader
 
 
@@ -60,57 +61,27 @@ class Trainer:
         self.config = config = config or TrainConfig()
         self.accelerator = create_accelerator(config)
         self.input_size = tuple(train_data[0][0].shape)
-        self.mixer = TargetMixer(config, _check_classes(task.get_eval_model(), train_data))
-        self._create_loaders(train_data, val_data)
-        self._prepare(task)
+        num_classes = _check_classes(task.get_eval_model(), train_data)
+        self.loading = Loading(train_data, val_data, config, self.accelerator)
+        if isinstance(task.get_eval_model(), SelfDistillModel):
+            task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
+        self.update = create_updater(
+            self.accelerator, task, TargetMixer(config, num_classes), config, self.loading.updates_per_epoch)
         check_pushable(config, self.eval_model)
         self.output, self.checkpoint = open_run(config, self.accelerator)
-        self.state = TrainState(self.sampler.global_batch, self.sampler.usable)
-        self.accelerator.register_for_checkpointing(self.state)
+        """The run directory, and the checkpoint that is resumed."""
+        self.state = TrainState(self.loading.sampler.global_batch, self.loading.sampler.usable)
+        self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint_hist)
+        self.interval = Interval(config.checkpoint_interval)
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
         self.saved = SavedModels(self.output, config, self.accelerator, val_data, self.input_size)
         self.uploader = create_uploader(config, self.output, self.accelerator)
 
-    def _create_loaders(self, train_data: Dataset, val_data: Dataset) -> None:
-        config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
-        self.sampler = EpochSampler(len(train_data), config.batch_size * world, rank, world, config.seed)
-        self.loading_seeds = torch.Generator()
-        common = {"num_workers": config.workers, "persistent_workers": config.workers > 0,
-                  "pin_memory": self.accelerator.device.type == "cuda", "worker_init_fn": leave_process_group,
-                  "generator": self.loading_seeds}
-        self.train_loader = DataLoader(train_data, config.batch_size, sampler=self.sampler, drop_last=True, **common)
-        own_share = Subset(val_data, range(rank, len(val_data), world))
-        self.val_loader = DataLoader(own_share, config.validation_batch_size or config.batch_size, **common)
-        self.updates_per_epoch = -(-len(self.train_loader) // config.grad_accum_steps)
-
-    def _prepare(self, task: TrainingTask) -> None:
-        config = self.config
-        if isinstance(task.get_eval_model(), SelfDistillModel):
-            task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
-        set_seed(config.seed, device_specific=True)
-        model = task.get_trainable_module()
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)
-        if config.torchcompile:
-            model.compile()
-        optimizer = create_optimizer_v2(
-            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
-        self.schedule, _ = create_scheduler_v2(
-            optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
-            warmup_lr=config.warmup_lr, min_lr=config.min_lr, decay_epochs=config.decay_epochs,
-            decay_milestones=list(config.decay_milestones), decay_rate=config.decay_rate,
-            step_on_epochs=False, updates_per_epoch=self.updates_per_epoch)
-        self.task, self.optimizer = self.accelerator.prepare(task, optimizer)
-        self.plain_task = plain(self.accelerator, self.task)
-        if config.model_ema:
-            self.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-        keep_unwrapped_weights(self.accelerator)
-
     @property
     def eval_model(self) -> nn.Module:
         """What is evaluated and saved: the model, or its moving average."""
-        model = self.plain_task.get_eval_model(ema=self.config.model_ema)
+        model = self.update.plain_task.get_eval_model(ema=self.config.model_ema)
         return plain(self.accelerator, getattr(model, "module", model))
 
     def fit(self) -> TrainResult:
@@ -120,23 +91,23 @@ class Trainer:
             FloatingPointError: the loss became NaN or infinite; the last checkpoint stays.
             ValueError: the model cannot be saved (found before the first step), or an image cannot be read.
         """
-        state, config = self.state, self.config
         if self.checkpoint:
             self._resume(self.checkpoint)
-        start_trackers(self.accelerator, config, self.output)
+        self.trackers = RunTrackers(self.accelerator, self.config, self.output)
         if not self.checkpoint:
             self._save_model("last", None)
         self.progress = ProgressReporter(
-            self.updates_per_epoch * config.epochs, state.updates, self.accelerator.is_main_process)
+            self.loading.updates_per_epoch * self.config.epochs, self.state.updates, self.accelerator.is_main_process)
         if self.uploader:
             self.uploader.start()
         try:
             summary = self._train()
-            self.accelerator.end_training()
         finally:
+            self.checkpoints.wait()
             upload = self.uploader and self.uploader.finish(self.progress)
+            self.trackers.finish()
         return TrainResult(
-            self.output, state.history, summary, None if summary else self.interrupt.received, upload)
+            self.output, self.state.history, summary, None if summary else self.interrupt.received, upload)
 
     def _train(self) -> dict[str, Any] | None:
         """Train to the end; the summary, or None where a request to stop came before."""
@@ -151,14 +122,16 @@ class Trainer:
             self._save_checkpoint()
             return None
         summary = self._summarize()
+        if self.accelerator.is_main_process:
+            self.trackers.log_pictures(self.output, state.updates)
         if self.uploader:
             self.uploader.push("best", f"Best model of {config.epochs} epochs")
         return summary
 
     def _resume(self, checkpoint: Path) -> None:
-        self.accelerator.load_state(str(checkpoint))
+        restore(*self._parts(), read_checkpoint(checkpoint))
         if self.accelerator.is_main_process:
-            set_newer_aside(checkpoint, self.output / "checkpoints")
+            self.checkpoints.set_newer_aside(checkpoint)
             write_config(self.config, self.output)
         self.accelerator.wait_for_everyone()
 
@@ -167,89 +140,82 @@ class Trainer:
         model, accelerator = self.eval_model, self.accelerator
         meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
         with evaluating(model), torch.no_grad(), accelerator.autocast():
-            for batch in self.val_loader:
-                x, y = self._to_device(batch)
+            for batch in self.loading.val:
+                x, y = self.update.to_device(*batch)
                 meter.update(exit_logits(model, x), y)
         return meter.compute(accelerator.reduce(meter.totals, "sum"))
 
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; False if a request to stop came before its end."""
         state, config = self.state, self.config
-        self.task.train()
-        self.sampler.begin(state.epoch, state.images)
-        # Seeds of the loading processes; a tuple of integers has the same hash in every process.
-        self.loading_seeds.manual_seed(hash((config.seed, state.epoch, self.accelerator.process_index)))
+        self.update.task.train()
+        batches = self.loading.batches(state.epoch, state.images)
         images_per_batch = config.batch_size * self.accelerator.num_processes
         began, first_image, pending = time.perf_counter(), state.images, []
-        batches = iter(self.train_loader)
         while group := list(islice(batches, config.grad_accum_steps)):
-            pending.append(self._update(group))
+            state.updates += 1
+            losses = self.update(group, state.epoch, state.updates)
             state.images += len(group) * images_per_batch
+            state.replaced_samples += sum(int(replaced.sum()) for *_, replaced in group)
+            if losses is None:
+                state.skipped_updates += 1
+            else:
+                pending.append((state.updates, losses))
             self.rate = (state.images - first_image) / (time.perf_counter() - began)
             self.progress.advance()
-            if len(pending) == config.log_interval:
+            save = self.interrupt.agree(state.updates, self.interval.is_due(state.updates))
+            if save or len(pending) == config.log_interval:
                 self._record_losses(pending)
                 pending = []
-            if self.interrupt.agree(state.updates):
+            if self.interrupt.agreed:
                 break
+            if save and state.images < state.epoch_images:  # else after the evaluation, which belongs to the epoch
+                self._save_checkpoint()
         self._record_losses(pending)
-        return state.images == self.sampler.usable
+        return state.images == state.epoch_images
 
-    def _update(self, group: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """One optimizer update from `grad_accum_steps` batches; the mean loss and its parts, still on the device."""
-        accelerator, losses = self.accelerator, {}
-        for index, batch in enumerate(group):
-            x, y = self.mixer(*self._to_device(batch), self.state.epoch)
-            with nullcontext() if index == len(group) - 1 else accelerator.no_sync(self.task):
-                result = self.task(x, y)
-                accelerator.backward(result["loss"] / len(group))
-            for name in (key for key in result if key.endswith("loss")):
-                losses[name] = losses.get(name, 0) + result[name].detach().float() / len(group)
-        if self.config.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.task.parameters(), self.config.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.state.updates += 1
-        if self.schedule is not None:
-            self.schedule.step_update(self.state.updates)
-        self.plain_task.update_ema(step=self.state.updates)
-        return losses
-
-    def _record_losses(self, pending: list[dict[str, Tensor]]) -> None:
+    def _record_losses(self, pending: list[tuple[int, Losses]]) -> None:
         """Bring the losses of the last updates from the device, average them over the processes, and look at them."""
         if not pending:
             return
-        state, names = self.state, list(pending[0])
-        values = torch.stack([torch.stack([losses[name] for name in names]) for losses in pending])
-        values = self.accelerator.reduce(values, "mean").double().cpu()
-        for offset, loss in enumerate(values[:, names.index("loss")].tolist(), start=1):
-            self._check_finite([loss], state.updates - len(pending) + offset, "loss")
-        for name, total in zip(names, values.sum(0).tolist()):
-            state.losses[name] = state.losses.get(name, 0.0) + total
-        state.losses["updates"] = state.losses.get("updates", 0) + len(pending)
-        mean = float(values[:, names.index("loss")].mean())
-        self.progress.note(state.epoch, self.config.epochs, mean, self.rate)
-        if self.config.report_to:
-            self.accelerator.log({"train_loss": mean, "lr": self._lr()}, step=state.updates)
+        state, names = self.state, list(pending[0][1])
+        values = torch.stack([torch.stack([losses[name] for name in names]) for _, losses in pending])
+        rows = self.accelerator.reduce(values, "mean").double().cpu().tolist()
+        for (update, _), row in zip(pending, rows):
+            self._check_finite([row[names.index("loss")]], update, "loss")
+            for name, value in zip(names, row):  # one by one, so that the sum is the same whenever it is looked at
+                state.losses[name] = state.losses.get(name, 0.0) + value
+            state.losses["updates"] = state.losses.get("updates", 0) + 1
+        means = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
+        self.progress.note(state.epoch, self.config.epochs, means["loss"], self.rate)
+        self._track({f"train_{name}": value for name, value in means.items()})
+
+    def _track(self, values: dict[str, float]) -> None:
+        more = {"lr": self._lr(), "images_per_second": self.rate, "memory_gib": memory_gib(self.accelerator.device)}
+        self.trackers.log({**values, **more}, self.state.updates)
 
     def _check_finite(self, losses: list[float], update: int, what: str) -> None:
         for loss in losses:
             if not math.isfinite(loss):
-                kept = f"{self.checkpoint} stays" if self.checkpoint else "there was no checkpoint yet"
+                self.checkpoints.wait()
+                newest = self.checkpoints.newest
+                kept = f"{newest} stays" if newest else "there was no checkpoint yet"
                 raise FloatingPointError(
                     f"the {what} is {loss} at update {update} (epoch {self.state.epoch + 1}); {kept};"
                     " try a lower lr, clip_grad, or bfloat16 instead of float16"
                 )
 
     def _finish_epoch(self) -> None:
-        """Evaluate, record and save."""
+        """Evaluate, record and save, while the images of the next epoch are being loaded."""
         state, accelerator = self.state, self.accelerator
+        if state.epoch + 1 < self.config.epochs:
+            self.loading.start(state.epoch + 1)
         if accelerator.num_processes > 1:
-            distribute_bn(self.eval_model, accelerator.num_processes, reduce=True)
+            distribute_bn(self.eval_model, accelerator.num_processes, reduce=self.config.dist_bn == "reduce")
         self.metrics = metrics = self.evaluate()
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
         losses, updates = state.losses, state.losses.pop("updates")
-        row: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self._lr(), "images_per_second": round(self.rate, 1)}
+        row: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self._lr()}
         row |= {f"train_{name}": total / updates for name, total in losses.items()}
         for metric in metrics:
             row |= {f"top1_{metric.label}": metric.top1, f"top5_{metric.label}": metric.top5,
@@ -259,9 +225,8 @@ class Trainer:
         self.progress.say(
             f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  top-1 "
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
-            + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}")
-        if self.config.report_to:
-            accelerator.log({key: value for key, value in row.items() if key != "epoch"}, step=state.updates)
+            + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + self._troubles())
+        self._track({key: value for key, value in row.items() if key not in ("epoch", "lr")})
         deepest = next(metric for metric in reversed(metrics) if metric.exit != "ensemble")
         self._save_model("last", metrics)
         is_best = deepest.top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
@@ -291,15 +256,23 @@ class Trainer:
             self.saved.save(name, self.eval_model, self.state.epoch, metrics)
 
     def _save_checkpoint(self) -> None:
-        self.checkpoint = save_checkpoint(
-            self.accelerator, self.output / "checkpoints", self.state.updates, self.config.checkpoint_hist)
+        snapshot = take_snapshot(*self._parts())
+        if snapshot:
+            self.checkpoints.write(snapshot, self.state.updates)
+        self.interval.restart()
+
+    def _parts(self) -> tuple[Any, ...]:
+        """What a snapshot is of."""
+        return self.accelerator, self.update.task, self.update.optimizer, self.state, self.config
+
+    def _troubles(self) -> str:
+        """How many images and updates of the run were left out."""
+        state = self.state
+        return (f"  images replaced {state.replaced_samples}" if state.replaced_samples else "") + (
+            f"  updates left out {state.skipped_updates}" if state.skipped_updates else "")
 
     def _lr(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
-
-    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, y = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
-        return (x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x), y
+        return max(group["lr"] for group in self.update.optimizer.param_groups)
 
 
 def _check_classes(model: nn.Module, data: Dataset) -> int:

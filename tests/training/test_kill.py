@@ -1,0 +1,112 @@
+"""A run that is killed at any moment and resumed ends as if nothing had happened, to the last bit."""
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._pytree import tree_flatten
+
+from timm_selfdistill.training.checkpoint import REST_FILE, WEIGHTS_FILE, list_checkpoints
+
+from ..conftest import TWO_PROCESSES, run_python
+from .run_to_kill import EPOCHS, GLOBAL_BATCH, IMAGES
+
+SCRIPT = "tests/training/run_to_kill.py"
+UPDATES = EPOCHS * (IMAGES // GLOBAL_BATCH // 2)
+
+
+def start(output: Path, workers: int, *moment: object, processes: int = 1, killed: int = 0) -> int:
+    """Its exit code."""
+    launcher = TWO_PROCESSES if processes == 2 else ()
+    done = run_python(SCRIPT, output, workers, *moment, launcher=launcher, check=not moment, KILLED_RANK=str(killed),
+                      PYTHONPATH=".")
+    return done.returncode
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run directory of an undisturbed run on so many processes, made once."""
+    made: dict[int, Path] = {}
+
+    def get(processes: int) -> Path:
+        if processes not in made:
+            made[processes] = tmp_path_factory.mktemp("undisturbed")
+            start(made[processes], 0, processes=processes)
+        return made[processes]
+
+    return get
+
+
+def check_same(output: Path, expected: Path) -> None:
+    assert (output / "history.csv").read_bytes() == (expected / "history.csv").read_bytes()
+    found, wanted = (list_checkpoints(folder / "checkpoints")[-1] for folder in (output, expected))
+    assert found.name == wanted.name == f"step-{UPDATES:08d}"
+    weights = load_file(wanted / WEIGHTS_FILE)
+    assert all(torch.equal(value, weights[key]) for key, value in load_file(found / WEIGHTS_FILE).items())
+    states = [torch.load(folder / REST_FILE, weights_only=True)["optimizer"] for folder in (found, wanted)]
+    leaves = [tree_flatten(state)[0] for state in states]
+    for a, b in zip(*leaves, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    for name in ("last", "best"):
+        files = [folder / name / "model.safetensors" for folder in (output, expected)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def seen(output: Path, processes: int) -> dict[int, list[str]]:
+    """What each update saw, the last time that it was made, on all processes: hashes of images."""
+    updates: dict[int, list[str]] = defaultdict(list)
+    for rank in range(processes):
+        lines = [line.split() for line in (output / f"seen-{rank}.txt").read_text().splitlines()]
+        for number, hashes in {int(number): hashes for number, *hashes in lines}.items():
+            updates[number] += hashes
+    return {number: sorted(hashes) for number, hashes in updates.items()}
+
+
+def kill_and_resume(output: Path, undisturbed, processes: int, workers: int, moment: str, number: int) -> None:
+    expected = undisturbed(processes)
+    killed = processes - 1 if moment == "update" else 0  # the others are done by the main process alone
+    code = start(output, workers, moment, number, processes=processes, killed=killed)
+    assert code != 0, "the run was not killed"
+    assert not (output / "summary.json").exists()
+    start(output, workers, processes=processes)
+    check_same(output, expected)
+    assert seen(output, processes) == seen(expected, processes)
+
+
+def test_an_undisturbed_run_sees_every_image_once_an_epoch(undisturbed):
+    updates = seen(undisturbed(1), 1)
+    assert sorted(updates) == list(range(1, UPDATES + 1))
+    everything = [image for hashes in updates.values() for image in hashes]
+    assert len(everything) == EPOCHS * (IMAGES // GLOBAL_BATCH) * GLOBAL_BATCH
+    assert len(set(everything)) == len(everything)  # augmented anew in every epoch
+
+
+def test_the_number_of_loading_processes_changes_nothing(undisturbed, tmp_path):
+    start(tmp_path, 2)
+    check_same(tmp_path, undisturbed(1))
+    assert seen(tmp_path, 1) == seen(undisturbed(1), 1)
+
+
+def test_two_processes_see_the_same_images_in_every_update(undisturbed):
+    assert seen(undisturbed(2), 2) == seen(undisturbed(1), 1)
+
+
+@pytest.mark.parametrize(("processes", "workers", "moment", "number"), [
+    (1, 2, "update", 8), (1, 0, "evaluation", 1), (1, 2, "checkpoint", 3), (2, 2, "update", 9)])
+def test_a_killed_run(processes, workers, moment, number, undisturbed, tmp_path):
+    kill_and_resume(tmp_path, undisturbed, processes, workers, moment, number)
+
+
+def random_moments() -> list[tuple[int, int, str, int]]:
+    draw = random.Random(0)
+    highest = {"update": UPDATES, "evaluation": EPOCHS, "checkpoint": UPDATES // 2, "rename": UPDATES // 2}
+    return [(processes, workers, moment, draw.randint(1, highest[moment]))
+            for processes in (1, 2) for workers in (0, 2) for moment in highest for _ in range(5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "workers", "moment", "number"), random_moments())
+def test_a_run_killed_at_a_random_moment(processes, workers, moment, number, undisturbed, tmp_path):
+    kill_and_resume(tmp_path, undisturbed, processes, workers, moment, number)

@@ -1,0 +1,130 @@
+"""The state of a run: copied to memory, and put back."""
+import random
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..hub import unshared_state_dict
+from .config import TrainConfig
+from .state import TrainState
+
+FIXED_SETTINGS = (
+    "seed", "opt", "model_ema", "model", "exits", "head", "freeze_backbone", "baseline", "in_chans", "img_size",
+    "data_dir", "dataset", "dataset_config", "train_split")
+"""A run that is resumed with others would be another run; all others may be changed."""
+OWN_SETTINGS = {"output", "resume"}
+"""Of each start of a run; not compared."""
+
+
+class Snapshot(NamedTuple):
+    """In the memory of the main process; nothing that trains on touches it."""
+
+    weights: dict[str, Tensor]
+    """Of the task, moving average included, under its own names, whatever wraps it."""
+    rest: dict[str, Any]
+    """Optimizer, loss scale, random states of every process, `TrainState`, settings; what torch.load reads with
+    weights_only."""
+
+
+def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The module under DDP and mixed-precision wrappers."""
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+
+
+def take_snapshot(
+        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, state: TrainState,
+        config: TrainConfig) -> Snapshot | None:
+    """Copy the state of the run; call it on every process, the main one gets it."""
+    random_states = gather_object([get_random_states()])
+    if not accelerator.is_main_process:
+        return None
+    rest = {
+        "optimizer": optimizer.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        "random": random_states,
+        "state": state.state_dict(),
+        "settings": {key: str(value) for key, value in config.to_dict().items()},
+    }
+    weights = unshared_state_dict(plain(accelerator, task))
+    return Snapshot(*tree_map_only(Tensor, _copy, (weights, rest)))
+
+
+def restore(
+        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, state: TrainState,
+        config: TrainConfig, snapshot: Snapshot) -> None:
+    """Put a state back; processes that the run did not have keep their own random state.
+
+    Raises:
+        ValueError: it is that of another run: of other settings, another model or other batches.
+    """
+    check_settings(snapshot.rest["settings"], config, warn=accelerator.is_main_process)
+    _load_weights(plain(accelerator, task), snapshot.weights)
+    state.load_state_dict(snapshot.rest["state"])
+    optimizer.load_state_dict(snapshot.rest["optimizer"])
+    if accelerator.scaler and snapshot.rest["scaler"]:
+        accelerator.scaler.load_state_dict(snapshot.rest["scaler"])
+    if accelerator.process_index < len(snapshot.rest["random"]):
+        set_random_states(snapshot.rest["random"][accelerator.process_index])
+
+
+def check_settings(saved: dict[str, str], config: TrainConfig, warn: bool) -> None:
+    """Compare a run's settings with those of its checkpoint.
+
+    Raises:
+        ValueError: they differ in what makes it another run.
+    """
+    own = {key: str(value) for key, value in config.to_dict().items()}
+    differing = {key: (saved[key], own[key]) for key in own
+                 if key in saved and saved[key] != own[key] and key not in OWN_SETTINGS}
+    said = {key: f"{key} {before} instead of {now}" for key, (now, before) in differing.items()}
+    if refused := [said[key] for key in said if key in FIXED_SETTINGS]:
+        raise ValueError(
+            f"the checkpoint is of another run, which this one cannot go on with: {', '.join(refused)};"
+            " resume with the same settings, or start a new run")
+    if said and warn:
+        warnings.warn(f"resumed with other settings than before: {', '.join(said.values())}", stacklevel=2)
+
+
+def _load_weights(task: nn.Module, saved: dict[str, Tensor]) -> None:
+    shapes = {key: tuple(value.shape) for key, value in task.state_dict().items()}
+    differing = sorted(
+        key for key in shapes.keys() | saved.keys()
+        if key not in saved or key not in shapes or tuple(saved[key].shape) != shapes[key])
+    if differing:
+        raise ValueError(
+            f"the checkpoint is of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
+            " resume with the model, exits, head, number of classes and model_ema that it was made with")
+    task.load_state_dict(saved)
+
+
+def get_random_states() -> dict[str, Any]:
+    """Of Python's, numpy's and torch's global generators, on the processor and on all GPUs."""
+    numpy_state = np.random.get_state(legacy=False)
+    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    numpy_state = states["numpy"]
+    key = numpy_state["state"]["key"].numpy().astype(np.uint32)
+    random.setstate(states["python"])
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

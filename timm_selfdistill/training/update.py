@@ -1,0 +1,147 @@
+"""One optimizer update."""
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .config import TrainConfig
+from .loading import Batch
+from .mixing import TargetMixer
+from .snapshot import plain
+
+MOST_SKIPPED = 10
+"""Updates in a row that `on_nan="skip"` leaves out before it gives up."""
+
+Losses = dict[str, Tensor]
+
+
+class Updater:
+    """Makes updates from batches; nothing in it waits for a GPU, but for fp16's loss scale and `on_nan="skip"`.
+
+    Args:
+        task: as Accelerate prepared it.
+        schedule: of the learning rate; None is constant.
+    """
+
+    def __init__(
+            self, accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer,
+            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig):
+        self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
+        self.schedule, self.mixer, self.config = schedule, mixer, config
+        self.plain_task: TrainingTask = plain(accelerator, task)
+        self.skipped_in_a_row = 0
+
+    def __call__(self, group: list[Batch], epoch: int, update: int) -> Losses | None:
+        """Update the weights once, from `grad_accum_steps` batches (at the end of an epoch perhaps fewer).
+
+        Args:
+            update: its number, from 1.
+
+        Returns:
+            The mean loss and its parts, still on the device; None where the gradients are not finite and the update was
+            left out.
+
+        Raises:
+            FloatingPointError: too many updates in a row had to be left out.
+        """
+        buffers = self._copy_buffers() if self.config.on_nan == "skip" else []
+        losses = self._backward(group, epoch)
+        finite = self._clip()
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.schedule is not None:
+            self.schedule.step_update(update)
+        if not finite:
+            self._leave_out(update, buffers)
+            return None
+        self.skipped_in_a_row = 0
+        self.plain_task.update_ema(step=update)
+        return losses
+
+    def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in (x, y))
+        return (x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x), y
+
+    def _backward(self, group: list[Batch], epoch: int) -> Losses:
+        losses: Losses = {}
+        for index, (x, y, _) in enumerate(group):
+            x, y = self.mixer(*self.to_device(x, y), epoch)
+            with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.task):
+                result = self.task(x, y)
+                self.accelerator.backward(result["loss"] / len(group))
+            for name in (key for key in result if key.endswith("loss")):
+                losses[name] = losses.get(name, 0) + result[name].detach().float() / len(group)
+        return losses
+
+    def _clip(self) -> bool:
+        """Clip the gradients; False where they are not finite and `on_nan` wants to know. They are the mean over the
+        processes, so that all give the same answer; fp16's loss scale has its own."""
+        watch = self.config.on_nan == "skip" and self.accelerator.scaler is None
+        if self.config.clip_grad is None and not watch:
+            return True
+        limit = float("inf") if self.config.clip_grad is None else self.config.clip_grad
+        norm = self.accelerator.clip_grad_norm_(self.task.parameters(), limit)
+        return not watch or bool(norm.isfinite())
+
+    def _copy_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Batch norm's statistics, which a forward pass has changed before anyone sees its loss."""
+        return [(buffer, buffer.clone()) for buffer in self.plain_task.get_trainable_module().buffers()]
+
+    def _leave_out(self, update: int, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"the gradients of {MOST_SKIPPED} updates in a row are not finite, the last is update {update}; try a"
+                " lower lr or clip_grad")
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def create_updater(
+        accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig,
+        updates_per_epoch: int) -> Updater:
+    """Optimizer, schedule and moving average around a task, on Accelerate's devices.
+
+    Raises:
+        ValueError: batch norm cannot work with these settings.
+    """
+    set_seed(config.seed, device_specific=True)
+    model = task.get_trainable_module()
+    _prepare_batch_norm(accelerator, model, config)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.torchcompile:
+        model.compile()
+    optimizer = create_optimizer_v2(
+        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
+    schedule, _ = create_scheduler_v2(
+        optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr, min_lr=config.min_lr, decay_epochs=config.decay_epochs,
+        decay_milestones=list(config.decay_milestones), decay_rate=config.decay_rate,
+        step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+    updater = Updater(accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config)
+    if config.model_ema:
+        updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+    return updater
+
+
+def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
+    if norms and config.batch_size == 1 and not (config.sync_bn and accelerator.num_processes > 1):
+        raise ValueError(
+            f"batch norm ({type(norms[0]).__name__}) learns nothing from one image: batch_size must be at least 2, or"
+            " the model one without batch norm")
+    if config.sync_bn:
+        if accelerator.device.type == "cpu":
+            raise ValueError("sync_bn needs GPUs (torch's SyncBatchNorm does not run on a CPU); leave it out")
+        convert_sync_batchnorm(model)
