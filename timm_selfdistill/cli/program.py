@@ -2,6 +2,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback."""
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         datasets.disable_progress_bars()
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     try:
         sys.exit(main())
     except USER_ERRORS as error:

@@ -17,7 +17,8 @@ from .snapshot import Snapshot
 
 FORMAT = 1
 WEIGHTS_FILE, REST_FILE, CHECKSUM_FILE = "model.safetensors", "run.pt", "checksums.json"
-_UNWRITABLE = (OSError, SafetensorError, RuntimeError)  # a full disk, as Python, safetensors and torch tell it
+UNWRITABLE = (OSError, SafetensorError)
+"""A full disk, as Python and safetensors tell it."""
 
 
 class Checkpoints:
@@ -65,10 +66,9 @@ class Checkpoints:
             _sync(self.folder)
             for old in list_checkpoints(self.folder)[:-self.keep]:
                 shutil.rmtree(old)
-        except _UNWRITABLE as error:
+        except (*UNWRITABLE, RuntimeError) as error:  # the last is torch's
             shutil.rmtree(fresh, ignore_errors=True)
-            line = str(error).strip().splitlines()[0]
-            warnings.warn(f"the checkpoint {final} could not be written ({line}); earlier ones stay", stacklevel=1)
+            warn_unwritten(final, error)
 
     def set_newer_aside(self, checkpoint: Path) -> None:
         """Rename the checkpoints that follow the resumed one: they belong to a history that this run leaves."""
@@ -140,6 +140,11 @@ def read_checkpoint(path: Path) -> Snapshot:
     """What `Checkpoints.write` wrote; `find_checkpoint` has looked at the checksums."""
     rest: dict[str, Any] = torch.load(path / REST_FILE, map_location="cpu", weights_only=True)
     return Snapshot(load_file(path / WEIGHTS_FILE), rest)
+
+
+def warn_unwritten(path: Path, error: Exception) -> None:
+    line = str(error).strip().splitlines()[0]
+    warnings.warn(f"{path} could not be written ({line}); the run goes on, what was saved before stays", stacklevel=2)
 
 
 def _name(step: int) -> str:

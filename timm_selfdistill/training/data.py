@@ -153,6 +153,19 @@ def load_images(
         _describe(source, name, val_split or f"{val_fraction:g} of {train_split}"))
 
 
+def check_classes(model: nn.Module, data: torch.utils.data.Dataset) -> int:
+    """How many classes a model and its training images have, as far as either knows.
+
+    Raises:
+        ValueError: they differ.
+    """
+    classes, in_data = getattr(model, "num_classes", None), getattr(data, "num_classes", None)
+    if classes is not None and in_data is not None and classes != in_data:
+        raise ValueError(
+            f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}")
+    return classes or in_data
+
+
 def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datasets.Dataset]:
     if isinstance(source, datasets.Dataset):
         return {train_split: source}

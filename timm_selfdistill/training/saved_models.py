@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from .. import hub
 from ..model import SelfDistillModel
 from ..version import __version__
+from .checkpoint import UNWRITABLE, warn_unwritten
 from .config import TrainConfig
 from .hardware import device_name
 from .metrics import ExitMetrics
@@ -34,6 +35,8 @@ class SavedModels:
             self, output: Path, config: TrainConfig, accelerator: Accelerator, val_data: Dataset,
             input_size: tuple[int, int, int]):
         self.output, self.input_size = output, input_size
+        self.unsaved: dict[str, int] = {}
+        """Epochs of models that could not be written."""
         self.costs: list[dict[str, Any]] = []
         source = getattr(val_data, "source", None)
         described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
@@ -48,7 +51,31 @@ class SavedModels:
         }
 
     def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
-        """Save a model under its name; the first time, without metrics, after seeing that it can be loaded again."""
+        """Save a model under its name; the first time, without metrics, after seeing that it can be loaded again.
+
+        In the middle of a run a disk that is full is no reason to end it: there is a warning, the earlier model stays.
+        """
+        try:
+            self._save(name, model, epoch, metrics)
+            self.unsaved.pop(name, None)
+        except UNWRITABLE as error:
+            if metrics is None:
+                raise
+            self.unsaved[name] = epoch
+            warn_unwritten(self.output / name, error)
+
+    def save_missing(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics]) -> None:
+        """At the end of a run: what is not there, as in one that is resumed into another directory, or could not be
+        written before.
+
+        Raises:
+            OSError, SafetensorError: it still cannot be.
+        """
+        for name in ("last", "best"):
+            if not (self.output / name).exists() or self.unsaved.get(name) == epoch:
+                self._save(name, model, epoch, metrics)
+
+    def _save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
         folder, record, first = self.output / name, None, metrics is None
         self.costs = self.costs or exit_costs(model, self.input_size)
         if metrics is not None:

@@ -18,9 +18,11 @@ from .state import TrainState
 FIXED_SETTINGS = (
     "seed", "opt", "model_ema", "model", "exits", "head", "freeze_backbone", "baseline", "in_chans", "img_size",
     "data_dir", "dataset", "dataset_config", "train_split")
-"""A run that is resumed with others would be another run; all others may be changed."""
-OWN_SETTINGS = {"output", "resume"}
-"""Of each start of a run; not compared."""
+"""A run that is resumed with others would be another run."""
+FREE_SETTINGS = {
+    "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to", "profile",
+    "push_to_hub", "hub_model_id", "hub_private", "hub_license", "hub_strategy"}
+"""Those that change nothing in the weights, and need no word."""
 
 
 class Snapshot(NamedTuple):
@@ -82,7 +84,7 @@ def check_settings(saved: dict[str, str], config: TrainConfig, warn: bool) -> No
     """
     own = {key: str(value) for key, value in config.to_dict().items()}
     differing = {key: (saved[key], own[key]) for key in own
-                 if key in saved and saved[key] != own[key] and key not in OWN_SETTINGS}
+                 if key in saved and saved[key] != own[key] and key not in FREE_SETTINGS}
     said = {key: f"{key} {before} instead of {now}" for key, (now, before) in differing.items()}
     if refused := [said[key] for key in said if key in FIXED_SETTINGS]:
         raise ValueError(

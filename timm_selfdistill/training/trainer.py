@@ -15,13 +15,15 @@ from torch.utils.data import Dataset
 from ..cost import evaluating
 from ..model import SelfDistillModel
 from .accelerator import create_accelerator
-from .checkpoint import Checkpoints, read_checkpoint
+from .checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from .config import TrainConfig
+from .data import check_classes
 from .interrupt import InterruptRequest
 from .interval import Interval
 from .loading import Loading
 from .metrics import ExitMeter, ExitMetrics, exit_logits
 from .mixing import TargetMixer
+from .profiling import UpdateProfiler
 from .progress import ProgressReporter
 from .report import plot_curves, write_history
 from .run_directory import open_run, write_config
@@ -61,7 +63,7 @@ class Trainer:
         self.config = config = config or TrainConfig()
         self.accelerator = create_accelerator(config)
         self.input_size = tuple(train_data[0][0].shape)
-        num_classes = _check_classes(task.get_eval_model(), train_data)
+        num_classes = check_classes(task.get_eval_model(), train_data)
         self.loading = Loading(train_data, val_data, config, self.accelerator)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
@@ -94,6 +96,7 @@ class Trainer:
         if self.checkpoint:
             self._resume(self.checkpoint)
         self.trackers = RunTrackers(self.accelerator, self.config, self.output)
+        self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
         if not self.checkpoint:
             self._save_model("last", None)
         self.progress = ProgressReporter(
@@ -151,18 +154,19 @@ class Trainer:
         self.update.task.train()
         batches = self.loading.batches(state.epoch, state.images)
         images_per_batch = config.batch_size * self.accelerator.num_processes
-        began, first_image, pending = time.perf_counter(), state.images, []
+        began, first_image, pending, replaced = time.perf_counter(), state.images, [], 0
         while group := list(islice(batches, config.grad_accum_steps)):
             state.updates += 1
             losses = self.update(group, state.epoch, state.updates)
             state.images += len(group) * images_per_batch
-            state.replaced_samples += sum(int(replaced.sum()) for *_, replaced in group)
+            replaced += sum(int(flags.sum()) for *_, flags in group)
             if losses is None:
                 state.skipped_updates += 1
             else:
                 pending.append((state.updates, losses))
             self.rate = (state.images - first_image) / (time.perf_counter() - began)
             self.progress.advance()
+            self.profiler.step()
             save = self.interrupt.agree(state.updates, self.interval.is_due(state.updates))
             if save or len(pending) == config.log_interval:
                 self._record_losses(pending)
@@ -170,8 +174,11 @@ class Trainer:
             if self.interrupt.agreed:
                 break
             if save and state.images < state.epoch_images:  # else after the evaluation, which belongs to the epoch
+                state.replaced_samples += self._sum(replaced)
+                replaced = 0
                 self._save_checkpoint()
         self._record_losses(pending)
+        state.replaced_samples += self._sum(replaced)
         return state.images == state.epoch_images
 
     def _record_losses(self, pending: list[tuple[int, Losses]]) -> None:
@@ -189,6 +196,10 @@ class Trainer:
         means = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
         self.progress.note(state.epoch, self.config.epochs, means["loss"], self.rate)
         self._track({f"train_{name}": value for name, value in means.items()})
+
+    def _sum(self, number: int) -> int:
+        """Over all processes."""
+        return int(self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), "sum"))
 
     def _track(self, values: dict[str, float]) -> None:
         more = {"lr": self._lr(), "images_per_second": self.rate, "memory_gib": memory_gib(self.accelerator.device)}
@@ -214,7 +225,9 @@ class Trainer:
             distribute_bn(self.eval_model, accelerator.num_processes, reduce=self.config.dist_bn == "reduce")
         self.metrics = metrics = self.evaluate()
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
-        losses, updates = state.losses, state.losses.pop("updates")
+        losses, updates = state.losses, state.losses.pop("updates", 0)
+        if not updates:
+            raise FloatingPointError(f"no update of epoch {state.epoch + 1} had finite gradients; try a lower lr")
         row: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self._lr()}
         row |= {f"train_{name}": total / updates for name, total in losses.items()}
         for metric in metrics:
@@ -234,8 +247,7 @@ class Trainer:
             state.best_top1 = deepest.top1
             self._save_model("best", metrics)
         if accelerator.is_main_process:
-            write_history(self.output / "history.csv", state.history)
-            plot_curves(self.output / "curves.png", state.history)
+            self._report()
         self._save_checkpoint()
         if self.uploader:
             self.uploader.finish_epoch(state.epoch, is_best, self.progress)
@@ -243,13 +255,18 @@ class Trainer:
     def _summarize(self) -> dict[str, Any]:
         """Write summary.json and exits.png; the same answer on every process, one of which measures the speed-ups."""
         metrics = self.metrics or self.evaluate()
-        for name in ("last", "best"):
-            if not (self.output / name).exists():  # a finished run that was resumed into another directory
-                self._save_model(name, metrics)
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
+            self.saved.save_missing(self.eval_model, self.state.epoch, metrics)
             answer = [self.saved.summarize(self.eval_model, metrics, self.state.epoch)]
         return broadcast_object_list(answer)[0]
+
+    def _report(self) -> None:
+        try:
+            write_history(self.output / "history.csv", self.state.history)
+            plot_curves(self.output / "curves.png", self.state.history)
+        except OSError as error:
+            warn_unwritten(self.output, error)
 
     def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> None:
         if self.accelerator.is_main_process:
@@ -273,11 +290,3 @@ class Trainer:
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.update.optimizer.param_groups)
-
-
-def _check_classes(model: nn.Module, data: Dataset) -> int:
-    classes, in_data = getattr(model, "num_classes", None), getattr(data, "num_classes", None)
-    if classes is not None and in_data is not None and classes != in_data:
-        raise ValueError(
-            f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}")
-    return classes or in_data

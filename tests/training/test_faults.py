@@ -1,0 +1,289 @@
+"""What happens when disks, processes, images, losses or trackers fail: what was saved stays."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.utils.data import Dataset, Subset
+
+from timm_selfdistill import SelfDistillModel, SelfDistillTask, Trainer
+from timm_selfdistill.training.checkpoint import WEIGHTS_FILE, list_checkpoints
+from timm_selfdistill.training.metrics import ExitMeter
+from timm_selfdistill.training.update import MOST_SKIPPED, Updater
+
+from ..conftest import ROOT, small_model
+from .test_trainer import RUN_FILES, fit, interrupt_after, make_task, same_weights, settings
+
+
+@pytest.fixture
+def few(fashion_tensors):
+    return tuple(Subset(part, range(100)) for part in fashion_tensors)
+
+
+def at_update(monkeypatch, number: int, call) -> None:
+    """Call something before an update of the next run."""
+    real = Updater.__call__
+
+    def update(self, group, epoch, update):
+        if update == number:
+            call(self)
+        return real(self, group, epoch, update)
+
+    monkeypatch.setattr(Updater, "__call__", update)
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_to_stops_nothing(few, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+
+    def replace_by_a_file(_):
+        folder.rename(tmp_path / "away")
+        folder.touch()
+
+    at_update(monkeypatch, 3, replace_by_a_file)
+    with pytest.warns(UserWarning, match=r"step-00000004 could not be written \(.*Not a directory.*; the run goes on"):
+        result, _ = fit(tmp_path, few)
+    assert result.summary
+    assert [path.name for path in list_checkpoints(tmp_path / "away")] == ["step-00000002"]
+
+
+def test_a_model_that_cannot_be_written_in_the_middle_is_written_at_the_end(few, tmp_path, monkeypatch):
+    hidden = tmp_path / "hidden"
+
+    def block(_):  # last/ becomes a file that no folder replaces
+        shutil.move(tmp_path / "last", hidden)
+        (tmp_path / "last").touch()
+
+    real = Trainer._summarize
+
+    def unblock(self):
+        (tmp_path / "last").unlink()
+        return real(self)
+
+    at_update(monkeypatch, 3, block)
+    monkeypatch.setattr(Trainer, "_summarize", unblock)
+    with pytest.warns(UserWarning, match=f"{tmp_path}/last could not be written"):
+        _, task = fit(tmp_path, few)
+    same_weights(SelfDistillModel.from_pretrained(tmp_path / "last"), task.get_trainable_module(), rtol=0, atol=0)
+
+
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=7000k none {folder}
+{python} examples/train.py --output {folder}/run --epochs 3 -j 0 --model test_resnet --img-size 32 -b 100
+{python} -c "from timm_selfdistill.training.checkpoint import find_checkpoint as f; print(f('latest', '{folder}/run'))"
+"""
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
+    """On a file system that holds the models and the first checkpoints, but not all of them."""
+    namespace = ["unshare", "--map-root-user", "--mount"] if os.getuid() else ["unshare", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    script = ON_A_SMALL_DISK.format(folder=tmp_path, python=sys.executable)
+    done = subprocess.run([*namespace, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert "No space left on device" in done.stderr
+    assert "the run goes on" in done.stderr
+    assert f"{tmp_path}/run/checkpoints/step-" in done.stdout.splitlines()[-1]  # a whole one
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no checksums"])
+def test_a_damaged_checkpoint_is_passed_over(damage, few, tmp_path):
+    fit(tmp_path, few, epochs=2)
+    older, newest = list_checkpoints(tmp_path / "checkpoints")
+    path = newest / WEIGHTS_FILE
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[:len(content) // 2])
+    elif damage == "flipped":
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        (newest / "checksums.json").unlink()
+    with pytest.warns(UserWarning, match=f"{newest}.*; passed over"):
+        result, _ = fit(tmp_path, few, epochs=3, resume="latest")
+    assert len(result.history) == 3
+    assert newest.with_name(f"left-{newest.name}").is_dir()
+    assert older.is_dir()
+
+
+class Photos(Dataset):
+    """Images of which some cannot be read."""
+
+    num_classes = 10
+
+    def __init__(self, data, unreadable):
+        self.data, self.unreadable = data, unreadable
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if index in self.unreadable:
+            raise ValueError(f"image {index} cannot be read")
+        return self.data[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read(workers, few, tmp_path):
+    data = Photos(few[0], {3, 77}), few[1]
+    with pytest.raises(ValueError, match="image (3|77) cannot be read"):
+        fit(tmp_path / "a", data, workers=workers, log_interval=1)
+    result, _ = fit(tmp_path / "b", data, workers=workers, on_bad_sample="skip")
+    assert result.summary
+    state = torch.load(list_checkpoints(tmp_path / "b/checkpoints")[-1] / "run.pt", weights_only=True)["state"]
+    assert state["replaced_samples"] == 4  # two in each of two epochs
+
+
+def test_a_data_set_of_which_nothing_can_be_read(few, tmp_path):
+    data = Photos(few[0], set(range(1, 100))), few[1]
+    with pytest.raises(ValueError, match=r"neither image \d+ nor 10 others can be read; the last: image"):
+        fit(tmp_path, data, on_bad_sample="skip")
+
+
+def poison(updater: Updater) -> None:
+    """The next forward pass gives NaN, also in batch norm's statistics."""
+    model = updater.plain_task.get_trainable_module()
+
+    def once(_, __, output):
+        handle.remove()
+        return output * float("nan")
+
+    handle = model.backbone.conv1.register_forward_hook(once)
+
+
+def test_an_update_that_is_not_finite_is_left_out(few, tmp_path, monkeypatch):
+    at_update(monkeypatch, 2, poison)
+    with pytest.raises(FloatingPointError, match="the loss is nan at update 2"):
+        fit(tmp_path / "a", few)
+    result, task = fit(tmp_path / "b", few, on_nan="skip", model_ema=True)
+    assert result.summary["exits"][-1]["loss"] < 10
+    for module in (task.get_trainable_module(), task.get_trainable_module(ema=True)):
+        assert all(value.isfinite().all() for value in module.state_dict().values())
+    state = torch.load(list_checkpoints(tmp_path / "b/checkpoints")[-1] / "run.pt", weights_only=True)["state"]
+    assert state["skipped_updates"] == 1
+
+
+def test_too_many_updates_that_are_not_finite(fashion_tensors, tmp_path, monkeypatch):
+    for update in range(3, 3 + MOST_SKIPPED):
+        at_update(monkeypatch, update, poison)
+    with pytest.raises(FloatingPointError, match=f"gradients of {MOST_SKIPPED} updates in a row are not finite"):
+        fit(tmp_path, fashion_tensors, on_nan="skip", batch_size=20)
+
+
+def test_skipping_changes_nothing_where_all_is_finite(few, tmp_path):
+    _, first = fit(tmp_path / "a", few)
+    _, second = fit(tmp_path / "b", few, on_nan="skip")
+    same_weights(first.get_trainable_module(), second.get_trainable_module(), rtol=0, atol=0)
+
+
+def test_a_loading_process_that_dies_ends_the_run_and_the_checkpoint_stays(few, tmp_path, monkeypatch):
+    class Deadly(Photos):
+        def __getitem__(self, index):
+            if index == 3 and (tmp_path / "checkpoints").is_dir() and list_checkpoints(tmp_path / "checkpoints"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.data[index]
+
+    with pytest.raises(RuntimeError, match="DataLoader worker .* (exited unexpectedly|killed by signal)"):
+        fit(tmp_path, (Deadly(few[0], ()), few[1]), workers=1, epochs=8)
+    assert list_checkpoints(tmp_path / "checkpoints")
+    result, _ = fit(tmp_path, few, epochs=8, resume="latest")
+    assert result.summary
+
+
+def test_a_tracker_that_fails_is_left_alone(few, tmp_path, monkeypatch):
+    trainer = Trainer(make_task(), *few, settings(tmp_path, report_to=("tensorboard",), log_interval=1))
+
+    def fail(updater):
+        trainer.trackers.trackers[0].writer.close()
+        trainer.trackers.trackers[0].writer = None
+
+    at_update(monkeypatch, 2, fail)
+    with pytest.warns(UserWarning, match="the tracker tensorboard failed and gets no more"):
+        assert trainer.fit().summary
+
+
+def test_checkpoints_every_so_many_updates_or_seconds(fashion_tensors, tmp_path, monkeypatch):
+    fit(tmp_path / "a", fashion_tensors, checkpoint_interval="3", checkpoint_hist=9)
+    names = [int(path.name[5:]) for path in list_checkpoints(tmp_path / "a/checkpoints")]
+    assert names == [3, 6, 8, 9, 12, 15, 16]
+    clock = iter(range(10**6))
+    monkeypatch.setattr("timm_selfdistill.training.interval.time.monotonic", lambda: next(clock))
+    fit(tmp_path / "b", fashion_tensors, checkpoint_interval="5s", checkpoint_hist=9)
+    names = [int(path.name[5:]) for path in list_checkpoints(tmp_path / "b/checkpoints")]
+    assert len(names) > 2
+    assert {8, 16} <= set(names)
+
+
+def test_auto_resume_starts_anew_where_there_is_nothing(few, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExitMeter, "update", stop)
+        with pytest.raises(KeyboardInterrupt):  # before its first checkpoint
+            fit(tmp_path, few, resume="auto")
+    result, _ = fit(tmp_path, few, resume="auto")
+    assert len(result.history) == 2
+    assert {path.name for path in tmp_path.iterdir()} == RUN_FILES
+
+
+def test_usr1_ends_politely_too(few, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 2, signal.SIGUSR1)
+    result, _ = fit(tmp_path, few)
+    assert result.interrupted_by == signal.SIGUSR1
+
+
+def test_a_trace_of_some_updates(fashion_tensors, tmp_path):
+    fit(tmp_path, fashion_tensors, profile=2)
+    (trace,) = (tmp_path / "profile").iterdir()
+    assert "Optimizer.step" in trace.read_text()
+
+
+def test_settings_that_make_it_another_run_are_refused_and_others_are_listed(few, tmp_path):
+    fit(tmp_path, few, epochs=1)
+    with pytest.raises(ValueError, match="the checkpoint is of another run, .*: seed 7 instead of 42, opt adamw instead"):
+        fit(tmp_path, few, resume="latest", opt="adamw", seed=7)
+    with pytest.warns(UserWarning, match=r"settings than before: epochs 2 instead of 1, lr 0.1 instead of 0.02$"):
+        fit(tmp_path, few, resume="latest", epochs=2, lr=0.1)
+
+
+def test_a_checkpoint_of_a_newer_format(few, tmp_path):
+    fit(tmp_path, few, epochs=1)
+    (record,) = (tmp_path / "checkpoints").glob("*/checksums.json")
+    record.write_text(record.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match="has format 2, this version of timm-selfdistill reads 1; install a newer"):
+        fit(tmp_path, few, resume="latest")
+
+
+def test_batch_norm_and_one_image(few, tmp_path):
+    with pytest.raises(ValueError, match=r"batch norm \(BatchNorm2d\) .*batch_size must be at least 2"):
+        fit(tmp_path, few, batch_size=1)
+    fit(tmp_path, tuple(Subset(part, range(4)) for part in few), make_task("test_convnext", head="linear"),
+        batch_size=1, epochs=1)
+
+
+def test_sync_bn_on_a_cpu_is_refused(few, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="sync_bn needs GPUs"):
+        fit(tmp_path, few, sync_bn=True)
+
+
+@pytest.mark.parametrize(("variable", "value", "changes"), [
+    ("ACCELERATE_MIXED_PRECISION", "fp16", {"amp": True, "amp_dtype": "bfloat16"}),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {"grad_accum_steps": 2})])
+def test_a_launcher_that_contradicts_the_flags(variable, value, changes, few, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"accelerate launch says .* {value}, the run's own flags say"):
+        fit(tmp_path, few, **changes)
+
+
+def test_no_warning_in_an_ordinary_run(few, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(tmp_path, few, SelfDistillTask(small_model(in_chans=1)), checkpoint_interval="1")
