@@ -71,6 +71,6 @@ def main(output: Path, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3:
+    if len(sys.argv) > 3 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":  # once
         kill_at(sys.argv[3], int(sys.argv[4]))
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -246,7 +246,7 @@ def test_a_trace_of_some_updates(fashion_tensors, tmp_path):
 
 def test_settings_that_make_it_another_run_are_refused_and_others_are_listed(few, tmp_path):
     fit(tmp_path, few, epochs=1)
-    with pytest.raises(ValueError, match="the checkpoint is of another run, .*: seed 7 instead of 42, opt adamw instead"):
+    with pytest.raises(ValueError, match="another run, .*: seed 7 instead of 42, opt adamw instead of sgd; resume"):
         fit(tmp_path, few, resume="latest", opt="adamw", seed=7)
     with pytest.warns(UserWarning, match=r"settings than before: epochs 2 instead of 1, lr 0.1 instead of 0.02$"):
         fit(tmp_path, few, resume="latest", epochs=2, lr=0.1)

@@ -1,8 +1,14 @@
 """A run that is killed at any moment and resumed ends as if nothing had happened, to the last bit."""
+import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from timm_selfdistill.training.checkpoint import REST_FILE, WEIGHTS_FILE, list_checkpoints
 
-from ..conftest import TWO_PROCESSES, run_python
+from ..conftest import ROOT, TWO_PROCESSES, run_python
 from .run_to_kill import EPOCHS, GLOBAL_BATCH, IMAGES
 
 SCRIPT = "tests/training/run_to_kill.py"
@@ -110,3 +116,60 @@ def random_moments() -> list[tuple[int, int, str, int]]:
 @pytest.mark.parametrize(("processes", "workers", "moment", "number"), random_moments())
 def test_a_run_killed_at_a_random_moment(processes, workers, moment, number, undisturbed, tmp_path):
     kill_and_resume(tmp_path, undisturbed, processes, workers, moment, number)
+
+
+def test_torchrun_starts_a_killed_group_again_by_itself(undisturbed, tmp_path):
+    done = run_python(SCRIPT, tmp_path, 0, "update", 9, launcher=(*TWO_PROCESSES, "--max-restarts", "3"),
+                      KILLED_RANK="1", PYTHONPATH=".")
+    assert "resumed" in done.stdout
+    check_same(tmp_path, undisturbed(2))
+    assert seen(tmp_path, 2) == seen(undisturbed(2), 2)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
+    """With the same images per update it sees what it would have seen; Mixup's draws belong to a process."""
+    start(tmp_path, 0, "update", 9, processes=2, killed=1)
+    start(tmp_path, 0)
+    before = {number: images for number, images in seen(tmp_path, 2).items() if number <= 8}
+    after = {number: images for number, images in seen(tmp_path, 1).items() if number > 8}
+    assert before | after == seen(undisturbed(1), 1)
+
+
+def test_a_node_that_vanishes_and_comes_back(undisturbed, tmp_path):
+    """Two torchrun agents, one of them killed with all its processes and started again."""
+    port = free_port()
+
+    def agent(number: int) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+                   "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}",
+                   "--rdzv-conf", f"is_host={1 - number},join_timeout=120", "--local-addr", "localhost",
+                   SCRIPT, str(tmp_path), "0"]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ".",
+               "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else a new agent cannot join the old ones
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    agents = [agent(0), agent(1)]
+    try:
+        wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"))
+        for process in [*psutil.Process(agents[1].pid).children(recursive=True), psutil.Process(agents[1].pid)]:
+            process.kill()
+        agents[1].wait()
+        agents[1] = agent(1)
+        assert [process.wait(timeout=300) for process in agents] == [0, 0]
+    finally:
+        for process in agents:
+            process.kill()
+    check_same(tmp_path, undisturbed(2))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)

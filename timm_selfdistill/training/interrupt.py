@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 
 AGREE_EVERY = 10
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""SIGUSR1 is what Slurm is asked to send before it takes a node away; Windows has none."""
+SCHEDULERS_OWN = getattr(signal, "SIGUSR1", None)
+"""What Slurm is asked to send before it takes a node away, perhaps more than once; Windows has none."""
+STOPPING = [signal.SIGINT, signal.SIGTERM, *([SCHEDULERS_OWN] if SCHEDULERS_OWN else [])]
 
 
 def leave_process_group(_: int) -> None:
@@ -43,7 +44,7 @@ class InterruptRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch SIGINT, SIGTERM and SIGUSR1; a second signal has its usual effect."""
+        """Catch SIGINT, SIGTERM and SIGUSR1; a second SIGINT or SIGTERM has its usual effect."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -55,7 +56,9 @@ class InterruptRequest:
 
         def remember(number: int, _: Any) -> None:
             self.received = signal.Signals(number)
-            restore()
+            for other in previous:
+                if other != SCHEDULERS_OWN:
+                    signal.signal(other, previous[other])
 
         for number in previous:
             signal.signal(number, remember)
