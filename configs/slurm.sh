@@ -1,8 +1,9 @@
 #!/bin/bash
 # sbatch configs/slurm.sh --model resnet50 --data-dir /data/imagenet --output runs/resnet50
 #
-# Several nodes; the job is put back into the queue when it is preempted or out of time, and goes on from its newest
-# checkpoint. The run directory must be on a file system that all nodes see.
+# Several nodes. Before its time is over the job saves a checkpoint and puts itself back into the queue; one that is
+# preempted saves a checkpoint too, and Slurm puts it back. It goes on from the newest checkpoint. The run directory must
+# be on a file system that all nodes see.
 #SBATCH --job-name=self-distill
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -25,8 +26,9 @@ trap put_back USR1
 # Without it a machine that comes back could not join those that stayed.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun no longer takes from the job by itself
 srun bash -c 'trap "" USR1; exec torchrun "$@"' torchrun \
     --nnodes "$SLURM_NNODES" --nproc_per_node 8 --max-restarts 3 \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
-    examples/train.py --resume auto --amp --amp-dtype bfloat16 --checkpoint-interval 10m "$@" &
+    examples/train.py --resume auto -j 8 --amp --amp-dtype bfloat16 --checkpoint-interval 10m "$@" &
 wait $!

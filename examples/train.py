@@ -83,8 +83,8 @@ def main() -> int:
         console.print(next_lines(result.output, args.baseline, config.push_to_hub), markup=False, highlight=False)
     if result.upload:
         console.print(upload_lines(result.upload, config.hub_private), markup=False, highlight=False)
-    if result.interrupted_by:
-        return 128 + result.interrupted_by
+    if result.interrupted_by:  # torchrun starts again what ends with another code than 0
+        return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else 128 + result.interrupted_by
     return NOT_UPLOADED if result.upload and result.upload.failure else 0
 
 

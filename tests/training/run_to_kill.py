@@ -20,7 +20,7 @@ from timm_selfdistill.training.metrics import ExitMeter
 from timm_selfdistill.training.preprocessing import create_backbone
 from timm_selfdistill.training.update import Updater
 
-GLOBAL_BATCH, IMAGES, EPOCHS = 20, 205, 3
+GLOBAL_BATCH, IMAGES, EPOCHS = 24, 205, 3
 MOMENTS = {"update": (Updater, "_clip"), "evaluation": (ExitMeter, "update"), "checkpoint": (torch, "save"),
            "rename": (checkpoint, "_write_checksums")}
 
@@ -43,11 +43,11 @@ def record(path: Path) -> None:
     """A line for each update: its number, and the hashes of the images that the network saw."""
     real = Updater.__call__
 
-    def recording(self, group, epoch, update):
+    def recording(self, group, epoch, update, position):
         hashes = (hashlib.sha256(image.numpy().tobytes()).hexdigest() for x, _, _ in group for image in x)
         with path.open("a") as file:
             file.write(" ".join([str(update), *hashes]) + "\n")
-        return real(self, group, epoch, update)
+        return real(self, group, epoch, update, position)
 
     Updater.__call__ = recording
 

@@ -1,4 +1,5 @@
 """What happens when disks, processes, images, losses or trackers fail: what was saved stays."""
+import json
 import os
 import shutil
 import signal
@@ -11,11 +12,12 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from timm_selfdistill import SelfDistillModel, SelfDistillTask, Trainer
-from timm_selfdistill.training.checkpoint import WEIGHTS_FILE, list_checkpoints
+from timm_selfdistill.training.checkpoint import WEIGHTS_FILE, Checkpoints, _checksum_of, list_checkpoints
 from timm_selfdistill.training.metrics import ExitMeter
+from timm_selfdistill.training.saved_models import SavedModels
 from timm_selfdistill.training.update import MOST_SKIPPED, Updater
 
-from ..conftest import ROOT, small_model
+from ..conftest import ROOT, small_model, wait_for
 from .test_trainer import RUN_FILES, fit, interrupt_after, make_task, same_weights, settings
 
 
@@ -28,10 +30,10 @@ def at_update(monkeypatch, number: int, call) -> None:
     """Call something before an update of the next run."""
     real = Updater.__call__
 
-    def update(self, group, epoch, update):
+    def update(self, group, epoch, update, position):
         if update == number:
             call(self)
-        return real(self, group, epoch, update)
+        return real(self, group, epoch, update, position)
 
     monkeypatch.setattr(Updater, "__call__", update)
 
@@ -40,6 +42,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_to_stops_nothing(few, tmp_pa
     folder = tmp_path / "checkpoints"
 
     def replace_by_a_file(_):
+        wait_for(lambda: list_checkpoints(folder))  # it is written in the background
         folder.rename(tmp_path / "away")
         folder.touch()
 
@@ -232,10 +235,84 @@ def test_auto_resume_starts_anew_where_there_is_nothing(few, tmp_path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == RUN_FILES
 
 
-def test_usr1_ends_politely_too(few, tmp_path, monkeypatch):
-    interrupt_after(monkeypatch, 2, signal.SIGUSR1)
-    result, _ = fit(tmp_path, few)
-    assert result.interrupted_by == signal.SIGUSR1
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_scheduler_may_signal_again_and_again(number, few, tmp_path, monkeypatch):
+    real = Checkpoints.write
+
+    def signalled(self, *args):
+        signal.raise_signal(number)
+        real(self, *args)
+
+    interrupt_after(monkeypatch, 3, number)
+    monkeypatch.setattr(Checkpoints, "write", signalled)
+    result, _ = fit(tmp_path, few, epochs=3)
+    assert result.interrupted_by == number
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000003"
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(few, tmp_path, monkeypatch):
+    """A finite loss whose gradients are not: the next loss would show it, the checkpoint comes before."""
+    def poison_gradients(updater):
+        model = updater.plain_task.get_trainable_module()
+        handle = model.backbone.fc.weight.register_hook(lambda grad: (handle.remove(), grad * float("nan"))[1])
+
+    at_update(monkeypatch, 3, poison_gradients)
+    with pytest.warns(UserWarning, match="step-00000003 could not be written \\(its weights are not finite\\)"):
+        with pytest.raises(FloatingPointError, match="step-00000002 stays"):
+            fit(tmp_path, few, checkpoint_interval="1")
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001", "step-00000002"]
+
+
+def test_a_best_model_that_could_not_be_written_is_not_the_best(few, tmp_path, monkeypatch):
+    real, calls = SavedModels._save, []
+
+    def full_at_first(self, name, *args):
+        calls.append(name)
+        if name == "best" and calls.count("best") == 1:
+            raise OSError(28, "No space left on device")
+        real(self, name, *args)
+
+    monkeypatch.setattr(SavedModels, "_save", full_at_first)
+    with pytest.warns(UserWarning, match="best could not be written .*No space left"):
+        result, _ = fit(tmp_path, few)
+    assert calls.count("best") > 1
+    saved = json.loads((tmp_path / "best/config.json").read_text())["self_distill"]["metrics"]
+    assert saved["epoch"] == 2
+    assert result.summary
+
+
+def test_the_schedule_follows_the_epochs_when_batches_change_between_them(few, tmp_path):
+    fit(tmp_path, few, epochs=4, batch_size=10, sched="cosine", warmup_epochs=0)
+    checkpoint = list_checkpoints(tmp_path / "checkpoints")[0]  # at the end of the second epoch
+    with pytest.warns(UserWarning, match="batch_size 50 instead of 10"):
+        result, _ = fit(tmp_path / "b", few, epochs=4, batch_size=50, sched="cosine", warmup_epochs=0,
+                        resume=str(checkpoint))
+    rates = [row["lr"] for row in result.history]
+    assert rates[1] == pytest.approx(0.01)  # half of the cosine, whatever the batches
+    assert 0 < rates[2] < rates[1]
+
+
+def test_torchrun_restarts_only_its_own_run(few, tmp_path, monkeypatch):
+    fit(tmp_path / "other", few, epochs=1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(FileExistsError, match="holds another run"):
+        fit(tmp_path / "other", few)
+    fit(tmp_path / "own", few, epochs=1)
+    result, _ = fit(tmp_path / "own", few)
+    assert [row["epoch"] for row in result.history] == [1, 2]
+
+
+def test_too_few_updates_for_a_trace(few, tmp_path):
+    with pytest.warns(UserWarning, match="there is no profile"):
+        fit(tmp_path, few, profile=50)
+
+
+def test_a_picture_cut_short_is_no_matter(few, tmp_path, monkeypatch):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    assert fit(tmp_path, few)[0].summary
+    with pytest.warns(UserWarning, match="the tracker tensorboard failed"):
+        assert fit(tmp_path, few, epochs=3, resume="latest", report_to=("tensorboard",))[0].summary
 
 
 def test_a_trace_of_some_updates(fashion_tensors, tmp_path):
@@ -255,7 +332,9 @@ def test_settings_that_make_it_another_run_are_refused_and_others_are_listed(few
 def test_a_checkpoint_of_a_newer_format(few, tmp_path):
     fit(tmp_path, few, epochs=1)
     (record,) = (tmp_path / "checkpoints").glob("*/checksums.json")
-    record.write_text(record.read_text().replace('"format": 1', '"format": 2'))
+    content = {**json.loads(record.read_text()), "format": 2}
+    del content["record"]
+    record.write_text(json.dumps({**content, "record": _checksum_of(content)}))
     with pytest.raises(ValueError, match="has format 2, this version of timm-selfdistill reads 1; install a newer"):
         fit(tmp_path, few, resume="latest")
 
@@ -281,6 +360,13 @@ def test_a_launcher_that_contradicts_the_flags(variable, value, changes, few, tm
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=f"accelerate launch says .* {value}, the run's own flags say"):
         fit(tmp_path, few, **changes)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_spreads_the_weights(name, few, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"accelerate launch asks for {name}"):
+        fit(tmp_path, few)
 
 
 def test_no_warning_in_an_ordinary_run(few, tmp_path):

@@ -4,7 +4,6 @@ import random
 import socket
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from timm_selfdistill.training.checkpoint import REST_FILE, WEIGHTS_FILE, list_checkpoints
 
-from ..conftest import ROOT, TWO_PROCESSES, run_python
+from ..conftest import ROOT, TWO_PROCESSES, run_python, wait_for
 from .run_to_kill import EPOCHS, GLOBAL_BATCH, IMAGES
 
 SCRIPT = "tests/training/run_to_kill.py"
@@ -126,6 +125,15 @@ def test_torchrun_starts_a_killed_group_again_by_itself(undisturbed, tmp_path):
     assert seen(tmp_path, 2) == seen(undisturbed(2), 2)
 
 
+@pytest.mark.slow
+def test_four_processes(tmp_path):
+    """With more than two the order of a sum shows."""
+    launcher = (*TWO_PROCESSES[:-1], "4")
+    for name, moment in (("a", ()), ("b", ("update", 9)), ("b", ())):
+        run_python(SCRIPT, tmp_path / name, 0, *moment, launcher=launcher, check=not moment, PYTHONPATH=".")
+    check_same(tmp_path / "b", tmp_path / "a")
+
+
 def test_a_run_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
     """With the same images per update it sees what it would have seen; Mixup's draws belong to a process."""
     start(tmp_path, 0, "update", 9, processes=2, killed=1)
@@ -166,10 +174,3 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return found.getsockname()[1]
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)

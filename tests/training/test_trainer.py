@@ -44,8 +44,8 @@ def fit(output, data, task=None, **changes):
 def interrupt_after(monkeypatch, updates: int, number: signal.Signals = signal.SIGINT) -> None:
     real = Updater.__call__
 
-    def update(self, group, epoch, number_of_update):
-        losses = real(self, group, epoch, number_of_update)
+    def update(self, group, epoch, number_of_update, position):
+        losses = real(self, group, epoch, number_of_update, position)
         if number_of_update == updates:
             signal.raise_signal(number)
         return losses

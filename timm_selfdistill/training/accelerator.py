@@ -36,6 +36,11 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
 
 def _check_launcher(config: TrainConfig) -> None:
     """What `accelerate launch` was told, against what the run was told."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"accelerate launch asks for {name}, which spreads the weights over the processes; every process must"
+                " hold them whole here, see configs/multi_gpu.yaml")
     launched = {
         "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION"),
         "gradient_accumulation_steps": os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),

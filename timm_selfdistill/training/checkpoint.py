@@ -56,6 +56,8 @@ class Checkpoints:
     def _write(self, snapshot: Snapshot, step: int) -> None:
         final, fresh = self.folder / _name(step), self.folder / f".{_name(step)}"
         try:
+            if not all(bool(value.isfinite().all()) for value in snapshot.weights.values()):
+                raise ValueError("its weights are not finite")
             for left in self.folder.glob(".step-*"):  # by a run that was killed
                 shutil.rmtree(left)
             fresh.mkdir(parents=True)
@@ -65,8 +67,9 @@ class Checkpoints:
             os.replace(fresh, final)
             _sync(self.folder)
             for old in list_checkpoints(self.folder)[:-self.keep]:
-                shutil.rmtree(old)
-        except (*UNWRITABLE, RuntimeError) as error:  # the last is torch's
+                os.replace(old, old.with_name(f".{old.name}"))  # so that half of one is never taken for a whole
+                shutil.rmtree(old.with_name(f".{old.name}"))
+        except Exception as error:  # whatever it is, training must not end for it; it is told
             shutil.rmtree(fresh, ignore_errors=True)
             warn_unwritten(final, error)
 
@@ -121,18 +124,21 @@ def find_damage(checkpoint: Path) -> str | None:
     """
     try:
         record = json.loads((checkpoint / CHECKSUM_FILE).read_text())
-        version, checksums = record["format"], dict(record["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{checkpoint / CHECKSUM_FILE} is missing or damaged"
-    if version != FORMAT:
+        own = record.pop("record")
+        if own != _checksum_of(record):
+            return f"{checkpoint / CHECKSUM_FILE} is damaged"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"{checkpoint / CHECKSUM_FILE} is missing or damaged ({type(error).__name__})"
+    if record["format"] != FORMAT:
         raise ValueError(
-            f"{checkpoint} has format {version}, this version of timm-selfdistill reads {FORMAT}; install a newer one")
-    for name, expected in checksums.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if _checksum(path) != expected:
-            return f"{path} is damaged"
+            f"{checkpoint} has format {record['format']}, this version of timm-selfdistill reads {FORMAT}; install a"
+            " newer one")
+    for name in (WEIGHTS_FILE, REST_FILE):
+        try:
+            if _checksum(checkpoint / name) != record["sha256"].get(name):
+                return f"{checkpoint / name} is damaged"
+        except OSError as error:
+            return f"{checkpoint / name} cannot be read ({error.strerror})"
     return None
 
 
@@ -143,7 +149,7 @@ def read_checkpoint(path: Path) -> Snapshot:
 
 
 def warn_unwritten(path: Path, error: Exception) -> None:
-    line = str(error).strip().splitlines()[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     warnings.warn(f"{path} could not be written ({line}); the run goes on, what was saved before stays", stacklevel=2)
 
 
@@ -158,7 +164,8 @@ def _write_checksums(folder: Path) -> None:
         _sync(path)
         checksums[path.name] = _checksum(path)
     record = folder / CHECKSUM_FILE
-    record.write_text(json.dumps({"format": FORMAT, "sha256": checksums}, indent=2))
+    content = {"format": FORMAT, "sha256": checksums}
+    record.write_text(json.dumps({**content, "record": _checksum_of(content)}, indent=2))
     _sync(record)
     _sync(folder)
 
@@ -169,6 +176,10 @@ def _checksum(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _checksum_of(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -115,6 +115,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for a value that cannot work, before anything is spent on it."""
         self.report_to, self.decay_milestones = tuple(self.report_to), tuple(self.decay_milestones)
+        self.checkpoint_interval = str(self.checkpoint_interval or "")
+        if isinstance(self.profile, bool) or not isinstance(self.profile, int):
+            raise ValueError(f"profile must be a number of updates, got {self.profile!r}")
         for name in ("epochs", "batch_size", "validation_batch_size", "grad_accum_steps", "log_interval",
                      "checkpoint_hist"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 
 AGREE_EVERY = 10
-SCHEDULERS_OWN = getattr(signal, "SIGUSR1", None)
-"""What Slurm is asked to send before it takes a node away, perhaps more than once; Windows has none."""
-STOPPING = [signal.SIGINT, signal.SIGTERM, *([SCHEDULERS_OWN] if SCHEDULERS_OWN else [])]
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""SIGUSR1 is what Slurm is asked to send before it takes a machine away; Windows has none."""
 
 
 def leave_process_group(_: int) -> None:
@@ -44,7 +43,8 @@ class InterruptRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch SIGINT, SIGTERM and SIGUSR1; a second SIGINT or SIGTERM has its usual effect."""
+        """Catch SIGINT, SIGTERM and SIGUSR1; a second Ctrl-C has its usual effect. The others may come several times:
+        from a scheduler, to all processes, and once more from torchrun."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -56,9 +56,7 @@ class InterruptRequest:
 
         def remember(number: int, _: Any) -> None:
             self.received = signal.Signals(number)
-            for other in previous:
-                if other != SCHEDULERS_OWN:
-                    signal.signal(other, previous[other])
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
         for number in previous:
             signal.signal(number, remember)

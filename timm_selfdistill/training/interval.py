@@ -25,10 +25,12 @@ class Interval:
         self.last = time.monotonic()
 
     def is_due(self, updates: int) -> bool:
-        """After so many updates of the run."""
-        if self.seconds:
-            return time.monotonic() - self.last >= self.seconds
+        """By the number of updates: the same answer on every process."""
         return self.updates > 0 and updates % self.updates == 0
+
+    def is_overdue(self) -> bool:
+        """By the clock of this process."""
+        return self.seconds > 0 and time.monotonic() - self.last >= self.seconds
 
     def restart(self) -> None:
         """A checkpoint is there."""

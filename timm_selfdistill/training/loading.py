@@ -45,8 +45,8 @@ class Loading:
 
     def batches(self, epoch: int, images: int) -> Iterator[Batch]:
         """The batches of an epoch after so many images (over all processes)."""
-        batches, self.started = self.started or self._iterate(epoch, images), None
-        return batches
+        started, self.started = self.started, None
+        return self._iterate(epoch, images) if started is None else started
 
     def _iterate(self, epoch: int, images: int) -> Iterator[Batch]:
         self.sampler.begin(epoch, images)

@@ -1,4 +1,5 @@
 """A trace of a few updates."""
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,3 +33,11 @@ class UpdateProfiler:
             self.left -= 1
             if not self.left:
                 self.stack.close()
+
+    def finish(self) -> None:
+        """At the end of the run."""
+        if self.left:
+            self.left = 0
+            self.stack.pop_all()
+            self.profiler.stop()
+            warnings.warn("the run ended before the updates that were to be traced; there is no profile", stacklevel=2)

@@ -63,4 +63,6 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=120)
+    fresh = path.with_name(f".{path.name}")
+    figure.savefig(fresh, dpi=120, format="png")
+    os.replace(fresh, path)

@@ -12,7 +12,7 @@ from .checkpoint import find_checkpoint, list_checkpoints
 from .config import TrainConfig
 from .report import write_atomically
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
 
 
 def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
@@ -36,12 +36,31 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path 
     return answer[0]
 
 
+def mark_launch(output: Path) -> None:
+    """Let this run be gone on with by the processes that torchrun starts in place of these, should one die."""
+    if _launch():
+        write_atomically(output / LAUNCH_FILE, _launch())
+
+
+def _launch() -> str:
+    """What all processes have in common that one torchrun starts on a machine; "" without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return "" if run_id is None else f"{run_id} {os.getppid()}"
+
+
+def _is_restarted(config: TrainConfig) -> bool:
+    """Whether torchrun started these processes in the place of others, which this run was theirs."""
+    marker = Path(config.output) / LAUNCH_FILE
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and bool(config.output) and marker.is_file() and marker.read_text() == _launch()
+
+
 def write_config(config: TrainConfig, output: Path) -> None:
     write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun, after a process died
+    restarted = _is_restarted(config)
     checkpoint = find_checkpoint("auto", config.output) if restarted else None
     if checkpoint is None and config.resume:
         checkpoint = find_checkpoint(config.resume, config.output)

@@ -50,19 +50,24 @@ class SavedModels:
             "hardware": f"{accelerator.num_processes} x {device_name(accelerator.device)}",
         }
 
-    def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
+    def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:
         """Save a model under its name; the first time, without metrics, after seeing that it can be loaded again.
 
         In the middle of a run a disk that is full is no reason to end it: there is a warning, the earlier model stays.
+
+        Returns:
+            Whether it is saved.
         """
         try:
             self._save(name, model, epoch, metrics)
             self.unsaved.pop(name, None)
+            return True
         except UNWRITABLE as error:
             if metrics is None:
                 raise
             self.unsaved[name] = epoch
             warn_unwritten(self.output / name, error)
+            return False
 
     def save_missing(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics]) -> None:
         """At the end of a run: what is not there, as in one that is resumed into another directory, or could not be

@@ -11,13 +11,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..hub import unshared_state_dict
 from .config import TrainConfig
+from .sharding import gather, spread_optimizer, spread_weights
 from .state import TrainState
 
 FIXED_SETTINGS = (
-    "seed", "opt", "model_ema", "model", "exits", "head", "freeze_backbone", "baseline", "in_chans", "img_size",
-    "data_dir", "dataset", "dataset_config", "train_split")
+    "seed", "opt", "momentum", "weight_decay", "model_ema", "model", "exits", "head", "freeze_backbone", "baseline",
+    "in_chans", "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key",
+    "target_key")
 """A run that is resumed with others would be another run."""
 FREE_SETTINGS = {
     "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to", "profile",
@@ -45,17 +46,18 @@ def take_snapshot(
         config: TrainConfig) -> Snapshot | None:
     """Copy the state of the run; call it on every process, the main one gets it."""
     random_states = gather_object([get_random_states()])
+    weights, optimizer_state = gather(plain(accelerator, task).state_dict()), gather(optimizer.state_dict())
     if not accelerator.is_main_process:
         return None
     rest = {
-        "optimizer": optimizer.state_dict(),
+        "optimizer": optimizer_state,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "random": random_states,
         "state": state.state_dict(),
-        "settings": {key: str(value) for key, value in config.to_dict().items()},
+        "settings": _describe(accelerator, state, config),
     }
-    weights = unshared_state_dict(plain(accelerator, task))
-    return Snapshot(*tree_map_only(Tensor, _copy, (weights, rest)))
+    copies = {key: _copy(value).contiguous() for key, value in weights.items()}  # as safetensors takes them
+    return Snapshot(copies, tree_map_only(Tensor, _copy, rest))
 
 
 def restore(
@@ -66,27 +68,36 @@ def restore(
     Raises:
         ValueError: it is that of another run: of other settings, another model or other batches.
     """
-    check_settings(snapshot.rest["settings"], config, warn=accelerator.is_main_process)
+    _check_settings(
+        snapshot.rest["settings"], _describe(accelerator, state, config), warn=accelerator.is_main_process)
     _load_weights(plain(accelerator, task), snapshot.weights)
     state.load_state_dict(snapshot.rest["state"])
-    optimizer.load_state_dict(snapshot.rest["optimizer"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.load_state_dict(spread_optimizer(snapshot.rest["optimizer"], parameters))
     if accelerator.scaler and snapshot.rest["scaler"]:
         accelerator.scaler.load_state_dict(snapshot.rest["scaler"])
     if accelerator.process_index < len(snapshot.rest["random"]):
         set_random_states(snapshot.rest["random"][accelerator.process_index])
 
 
-def check_settings(saved: dict[str, str], config: TrainConfig, warn: bool) -> None:
+def _describe(accelerator: Accelerator, state: TrainState, config: TrainConfig) -> dict[str, str]:
+    """The settings of a run, and what else it hangs on, as text."""
+    facts = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
+             "images an epoch": state.epoch_images}
+    return {key: str(value) for key, value in {**config.to_dict(), **facts}.items()}
+
+
+def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool) -> None:
     """Compare a run's settings with those of its checkpoint.
 
     Raises:
         ValueError: they differ in what makes it another run.
     """
-    own = {key: str(value) for key, value in config.to_dict().items()}
     differing = {key: (saved[key], own[key]) for key in own
                  if key in saved and saved[key] != own[key] and key not in FREE_SETTINGS}
     said = {key: f"{key} {before} instead of {now}" for key, (now, before) in differing.items()}
-    if refused := [said[key] for key in said if key in FIXED_SETTINGS]:
+    fixed = {*FIXED_SETTINGS, "lr"} if own["sched"] == "none" else FIXED_SETTINGS
+    if refused := [said[key] for key in said if key in fixed]:
         raise ValueError(
             f"the checkpoint is of another run, which this one cannot go on with: {', '.join(refused)};"
             " resume with the same settings, or start a new run")
@@ -103,18 +114,18 @@ def _load_weights(task: nn.Module, saved: dict[str, Tensor]) -> None:
         raise ValueError(
             f"the checkpoint is of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
             " resume with the model, exits, head, number of classes and model_ema that it was made with")
-    task.load_state_dict(saved)
+    task.load_state_dict(spread_weights(saved, task))
 
 
 def get_random_states() -> dict[str, Any]:
-    """Of Python's, numpy's and torch's global generators, on the processor and on all GPUs."""
+    """Of Python's, numpy's and torch's global generators, on the processor and on this process's GPU."""
     numpy_state = np.random.get_state(legacy=False)
     key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     return {
         "python": random.getstate(),
         "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -124,9 +135,10 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _copy(tensor: Tensor) -> Tensor:
+    """With memory of its own, also where a network holds one tensor under several names (CoaT)."""
     return tensor.detach().to("cpu", copy=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .metrics import ExitMetrics
 from .upload import UploadResult
 
 
@@ -42,6 +43,29 @@ class TrainState:
     """Updates that were left out because their gradients were not finite."""
     best_top1: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def troubles(self) -> str:
+        """How many images and updates were left out, for the line of an epoch."""
+        return (f"  images replaced {self.replaced_samples}" if self.replaced_samples else "") + (
+            f"  updates left out {self.skipped_updates}" if self.skipped_updates else "")
+
+    def end_epoch(self, lr: float, metrics: list[ExitMetrics]) -> dict[str, Any]:
+        """Go to the next epoch; the row of this one.
+
+        Raises:
+            FloatingPointError: all of its updates were left out.
+        """
+        updates = self.losses.pop("updates", 0)
+        if not updates:
+            raise FloatingPointError(f"no update of epoch {self.epoch + 1} had finite gradients; try a lower lr")
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "lr": lr}
+        row |= {f"train_{name}": total / updates for name, total in self.losses.items()}
+        for metric in metrics:
+            row |= {f"top1_{metric.label}": metric.top1, f"top5_{metric.label}": metric.top5,
+                    f"loss_{metric.label}": metric.loss}
+        self.history.append(row)
+        self.epoch, self.images, self.losses = self.epoch + 1, 0, {}
+        return row
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -26,7 +26,8 @@ from .mixing import TargetMixer
 from .profiling import UpdateProfiler
 from .progress import ProgressReporter
 from .report import plot_curves, write_history
-from .run_directory import open_run, write_config
+from .run_directory import mark_launch, open_run, write_config
+from .sampling import Draw, TrainImages
 from .saved_models import SavedModels
 from .snapshot import plain, restore, take_snapshot
 from .state import TrainResult, TrainState
@@ -62,7 +63,7 @@ class Trainer:
                 raise ValueError(f"there are no {name} images")
         self.config = config = config or TrainConfig()
         self.accelerator = create_accelerator(config)
-        self.input_size = tuple(train_data[0][0].shape)
+        self.input_size = tuple(TrainImages(train_data, config.on_bad_sample)[Draw(0, 0)][0].shape)
         num_classes = check_classes(task.get_eval_model(), train_data)
         self.loading = Loading(train_data, val_data, config, self.accelerator)
         if isinstance(task.get_eval_model(), SelfDistillModel):
@@ -95,7 +96,9 @@ class Trainer:
         """
         if self.checkpoint:
             self._resume(self.checkpoint)
-        self.trackers = RunTrackers(self.accelerator, self.config, self.output)
+        if self.accelerator.is_main_process:
+            mark_launch(self.output)
+        self.trackers = RunTrackers(self.accelerator, self.config, self.output, resumed=self.checkpoint is not None)
         self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
         if not self.checkpoint:
             self._save_model("last", None)
@@ -103,10 +106,15 @@ class Trainer:
             self.loading.updates_per_epoch * self.config.epochs, self.state.updates, self.accelerator.is_main_process)
         if self.uploader:
             self.uploader.start()
+        if self.accelerator.num_processes > 2:
+            count = self.config.batch_size
+            x = torch.randn(count, *self.input_size, generator=torch.Generator().manual_seed(0))
+            self.update.settle(x, torch.zeros(count, dtype=torch.long))
         try:
             summary = self._train()
         finally:
             self.checkpoints.wait()
+            self.profiler.finish()
             upload = self.uploader and self.uploader.finish(self.progress)
             self.trackers.finish()
         return TrainResult(
@@ -121,9 +129,10 @@ class Trainer:
             while state.epoch < config.epochs and not self.interrupt.agreed:
                 if self._train_epoch():
                     self._finish_epoch()
-        if state.epoch < config.epochs:
-            self._save_checkpoint()
-            return None
+            if state.epoch < config.epochs:
+                self._save_checkpoint()
+                self.checkpoints.wait()
+                return None
         summary = self._summarize()
         if self.accelerator.is_main_process:
             self.trackers.log_pictures(self.output, state.updates)
@@ -132,10 +141,14 @@ class Trainer:
         return summary
 
     def _resume(self, checkpoint: Path) -> None:
-        restore(*self._parts(), read_checkpoint(checkpoint))
+        restore(*self._run_parts(), read_checkpoint(checkpoint))
         if self.accelerator.is_main_process:
             self.checkpoints.set_newer_aside(checkpoint)
-            write_config(self.config, self.output)
+            try:
+                write_config(self.config, self.output)
+            except OSError as error:
+                warn_unwritten(self.output, error)
+        self.update.set_schedule(self._position())
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> list[ExitMetrics]:
@@ -157,8 +170,8 @@ class Trainer:
         began, first_image, pending, replaced = time.perf_counter(), state.images, [], 0
         while group := list(islice(batches, config.grad_accum_steps)):
             state.updates += 1
-            losses = self.update(group, state.epoch, state.updates)
             state.images += len(group) * images_per_batch
+            losses = self.update(group, state.epoch, state.updates, self._position())
             replaced += sum(int(flags.sum()) for *_, flags in group)
             if losses is None:
                 state.skipped_updates += 1
@@ -167,7 +180,8 @@ class Trainer:
             self.rate = (state.images - first_image) / (time.perf_counter() - began)
             self.progress.advance()
             self.profiler.step()
-            save = self.interrupt.agree(state.updates, self.interval.is_due(state.updates))
+            overdue = self.interrupt.agree(state.updates, self.interval.is_overdue())
+            save = overdue or self.interval.is_due(state.updates)
             if save or len(pending) == config.log_interval:
                 self._record_losses(pending)
                 pending = []
@@ -187,7 +201,8 @@ class Trainer:
             return
         state, names = self.state, list(pending[0][1])
         values = torch.stack([torch.stack([losses[name] for name in names]) for _, losses in pending])
-        rows = self.accelerator.reduce(values, "mean").double().cpu().tolist()
+        gathered = self.accelerator.gather(values[None]).double().cpu()  # not reduced: the order of sums stays the same
+        rows = gathered.mean(0).tolist()
         for (update, _), row in zip(pending, rows):
             self._check_finite([row[names.index("loss")]], update, "loss")
             for name, value in zip(names, row):  # one by one, so that the sum is the same whenever it is looked at
@@ -225,27 +240,17 @@ class Trainer:
             distribute_bn(self.eval_model, accelerator.num_processes, reduce=self.config.dist_bn == "reduce")
         self.metrics = metrics = self.evaluate()
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
-        losses, updates = state.losses, state.losses.pop("updates", 0)
-        if not updates:
-            raise FloatingPointError(f"no update of epoch {state.epoch + 1} had finite gradients; try a lower lr")
-        row: dict[str, Any] = {"epoch": state.epoch + 1, "lr": self._lr()}
-        row |= {f"train_{name}": total / updates for name, total in losses.items()}
-        for metric in metrics:
-            row |= {f"top1_{metric.label}": metric.top1, f"top5_{metric.label}": metric.top5,
-                    f"loss_{metric.label}": metric.loss}
-        state.history.append(row)
-        state.epoch, state.images, state.losses = state.epoch + 1, 0, {}
+        row = state.end_epoch(self._lr(), metrics)
         self.progress.say(
             f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  top-1 "
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
-            + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + self._troubles())
+            + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
         self._track({key: value for key, value in row.items() if key not in ("epoch", "lr")})
         deepest = next(metric for metric in reversed(metrics) if metric.exit != "ensemble")
         self._save_model("last", metrics)
         is_best = deepest.top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
-        if is_best:
+        if is_best and self._save_model("best", metrics):
             state.best_top1 = deepest.top1
-            self._save_model("best", metrics)
         if accelerator.is_main_process:
             self._report()
         self._save_checkpoint()
@@ -258,6 +263,7 @@ class Trainer:
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.saved.save_missing(self.eval_model, self.state.epoch, metrics)
+            self._report()
             answer = [self.saved.summarize(self.eval_model, metrics, self.state.epoch)]
         return broadcast_object_list(answer)[0]
 
@@ -268,25 +274,24 @@ class Trainer:
         except OSError as error:
             warn_unwritten(self.output, error)
 
-    def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> None:
-        if self.accelerator.is_main_process:
-            self.saved.save(name, self.eval_model, self.state.epoch, metrics)
+    def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> bool:
+        """Whether it is saved; the main process, which does it, keeps the books."""
+        return self.accelerator.is_main_process and self.saved.save(name, self.eval_model, self.state.epoch, metrics)
 
     def _save_checkpoint(self) -> None:
-        snapshot = take_snapshot(*self._parts())
+        snapshot = take_snapshot(*self._run_parts())
         if snapshot:
             self.checkpoints.write(snapshot, self.state.updates)
         self.interval.restart()
 
-    def _parts(self) -> tuple[Any, ...]:
-        """What a snapshot is of."""
-        return self.accelerator, self.update.task, self.update.optimizer, self.state, self.config
+    def _position(self) -> int:
+        """Of the schedule: updates that are behind us, had all epochs been as long as this one."""
+        state, accumulated = self.state, self.state.global_batch * self.config.grad_accum_steps
+        return state.epoch * self.loading.updates_per_epoch + -(-state.images // accumulated)
 
-    def _troubles(self) -> str:
-        """How many images and updates of the run were left out."""
-        state = self.state
-        return (f"  images replaced {state.replaced_samples}" if state.replaced_samples else "") + (
-            f"  updates left out {state.skipped_updates}" if state.skipped_updates else "")
+    def _run_parts(self) -> tuple[Any, ...]:
+        """The first arguments of `take_snapshot` and `restore`."""
+        return self.accelerator, self.update.task, self.update.optimizer, self.state, self.config
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.update.optimizer.param_groups)

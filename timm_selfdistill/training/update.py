@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .config import TrainConfig
 from .loading import Batch
 from .mixing import TargetMixer
-from .snapshot import plain
+from .snapshot import get_random_states, plain, set_random_states
 
 MOST_SKIPPED = 10
 """Updates in a row that `on_nan="skip"` leaves out before it gives up."""
@@ -39,11 +39,12 @@ class Updater:
         self.plain_task: TrainingTask = plain(accelerator, task)
         self.skipped_in_a_row = 0
 
-    def __call__(self, group: list[Batch], epoch: int, update: int) -> Losses | None:
+    def __call__(self, group: list[Batch], epoch: int, update: int, position: int) -> Losses | None:
         """Update the weights once, from `grad_accum_steps` batches (at the end of an epoch perhaps fewer).
 
         Args:
             update: its number, from 1.
+            position: likewise, had all epochs been as long as this one.
 
         Returns:
             The mean loss and its parts, still on the device; None where the gradients are not finite and the update was
@@ -57,15 +58,31 @@ class Updater:
         finite = self._clip()
         if finite:
             self.optimizer.step()
+            if self.config.on_nan == "skip" and self.accelerator.scaler is not None:
+                finite = not self.optimizer.step_was_skipped  # by the scaler
         self.optimizer.zero_grad()
-        if self.schedule is not None:
-            self.schedule.step_update(update)
+        self.set_schedule(position)
         if not finite:
             self._leave_out(update, buffers)
             return None
         self.skipped_in_a_row = 0
         self.plain_task.update_ema(step=update)
         return losses
+
+    def set_schedule(self, position: int) -> None:
+        """The learning rate for the update after this one."""
+        if self.schedule is not None:
+            self.schedule.step_update(position)
+
+    def settle(self, x: Tensor, y: Tensor) -> None:
+        """Two passes that leave no trace but in DistributedDataParallel, which puts its gradients in another order
+        after the first: with more than two processes the first sums of a resumed run would differ in rounding."""
+        states, buffers = get_random_states(), self._copy_buffers()
+        for _ in range(2):
+            self.accelerator.backward(self.task(*self.mixer(*self.to_device(x, y), epoch=0))["loss"])
+            self.optimizer.zero_grad()
+        set_random_states(states)
+        self._put_back(buffers)
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x, y = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in (x, y))
@@ -102,6 +119,9 @@ class Updater:
             raise FloatingPointError(
                 f"the gradients of {MOST_SKIPPED} updates in a row are not finite, the last is update {update}; try a"
                 " lower lr or clip_grad")
+        self._put_back(buffers)
+
+    def _put_back(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
