@@ -18,11 +18,11 @@ from .row_dropping import Route, StageHook, find_route
 from .settings import check_images, check_temperatures, check_thresholds
 from .thresholds import ExitCosts
 
-PIECE = 32
-"""Images for each thread that a CPU takes at once, where a batch is larger: with more of them feature maps are so large
-that glibc takes their memory from the system and gives it back with every layer, and an image takes longer (ResNet50 at
-112 px on one core: 30 ms in a batch of 32, 43 ms in one of 128); with fewer, what is left of them in the last stages is
-too few to be fast."""
+PIECE, PIECE_PIXELS = 32, 32 * 112 * 112
+"""Images for each thread that a CPU takes at once, where a batch is larger, and more of small ones: up to so many
+pixels. With more, feature maps are so large that glibc takes their memory from the system and gives it back with every
+layer, and an image takes longer (ResNet50 at 112 px on one core: 30 ms in a batch of 32, 43 ms in one of 128); with
+fewer, what is left of them in the last stages is too few to be fast."""
 
 _owners = count(1)
 
@@ -94,7 +94,7 @@ class EarlyExit:
         with torch.no_grad():
             route = self._route(tuple(x.shape[1:])) if len(x) else None
             outputs = []
-            for piece in x.split(PIECE * torch.get_num_threads() if x.device.type == "cpu" else max(1, len(x))):
+            for piece in x.split(_piece(x)):
                 run = BatchRun(self.model, piece, find_policy(self.policy), self.thresholds, self.temperatures)
                 if route is None:
                     run.answer_all()
@@ -169,6 +169,13 @@ class EarlyExit:
                         f" {', '.join(self.model.exits[exit] for exit in kept)}; they get their answers there, but"
                         " cost as much as the others", stacklevel=3)
             return self._routes[size]
+
+
+def _piece(x: Tensor) -> int:
+    """How many of the images (B, C, H, W) are taken at once."""
+    if x.device.type != "cpu":
+        return max(1, len(x))
+    return max(PIECE, PIECE_PIXELS // max(1, x.shape[2] * x.shape[3])) * torch.get_num_threads()
 
 
 def _check_mode(parts: list[nn.Module]) -> None:
