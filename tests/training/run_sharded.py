@@ -18,6 +18,8 @@ from timm_selfdistill.training.snapshot import restore, take_snapshot
 from timm_selfdistill.training.state import TrainState
 
 STEPS = 5
+AVERAGES = torch.__version__ >= "2.9"
+"""Gradients over the processes; torch 2.8's `fully_shard` adds them up where there are no GPUs."""
 
 
 def shard(task: nn.Module) -> nn.Module:
@@ -43,6 +45,9 @@ def train(task: nn.Module, rank: int) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
     for step in range(STEPS):
         task(*batch(rank, step))["loss"].backward()
+        if is_sharded(task) and not AVERAGES:
+            for parameter in task.parameters():
+                parameter.grad /= torch.distributed.get_world_size()
         optimizer.step()
         optimizer.zero_grad()
     return optimizer

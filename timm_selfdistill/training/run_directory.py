@@ -49,7 +49,7 @@ def _launch() -> str:
 
 
 def _is_restarted(config: TrainConfig) -> bool:
-    """Whether torchrun started these processes in the place of others, which this run was theirs."""
+    """Whether torchrun started these processes in the place of others, whose run this was."""
     marker = Path(config.output) / LAUNCH_FILE
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     return again and bool(config.output) and marker.is_file() and marker.read_text() == _launch()

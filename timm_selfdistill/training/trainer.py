@@ -249,7 +249,8 @@ class Trainer:
         deepest = next(metric for metric in reversed(metrics) if metric.exit != "ensemble")
         self._save_model("last", metrics)
         is_best = deepest.top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
-        if is_best and self._save_model("best", metrics):
+        is_best = is_best and self._save_model("best", metrics)
+        if is_best:
             state.best_top1 = deepest.top1
         if accelerator.is_main_process:
             self._report()
