@@ -42,7 +42,8 @@ def main() -> int:
 
     images = load_images(
         args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
-        val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key, seed=args.seed)
+        val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
+        num_classes=args.num_classes, streaming=args.streaming, seed=args.seed)
     in_chans = args.in_chans or images.in_chans
     torch.manual_seed(config.seed)
     backbone = create_backbone(

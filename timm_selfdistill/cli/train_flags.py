@@ -14,7 +14,8 @@ from .config_file import read_flags
 from .program import Parser
 
 _BOOLEAN = argparse.BooleanOptionalAction
-SOURCE_FLAGS = ("data_dir", "dataset", "dataset_config", "train_split", "val_split", "input_key", "target_key")
+SOURCE_FLAGS = ("data_dir", "dataset", "dataset_config", "train_split", "val_split", "input_key", "target_key",
+                "num_classes", "streaming")
 
 
 def train_parser(description: str, default_data: str) -> argparse.ArgumentParser:
@@ -39,6 +40,9 @@ def _add_data(group: Any, default_data: str) -> None:
     group.add_argument("--val-fraction", type=float, default=0.1, help="of the training split, where there is no other")
     group.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type)")
     group.add_argument("--target-key", metavar="COLUMN", help="label column (default: found by its type)")
+    group.add_argument("--num-classes", type=int, help="where the labels have no names and are streamed")
+    group.add_argument("--streaming", action=_BOOLEAN, default=False,
+                       help="read the images while training instead of downloading and converting them first")
     group.add_argument("--img-size", type=int, help="pixels (default: the model's, less where the images are small)")
     group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the images')")
     group.add_argument("--mean", type=float, nargs="+",
@@ -130,7 +134,8 @@ def parse_exit(exit: str) -> int | str:
     return int(exit) if re.fullmatch("-?[0-9]{1,9}", exit) else exit
 
 
-_OPTIONAL = {"validation_batch_size": int, "clip_grad": float, "hub_model_id": str, "hub_license": str}
+_OPTIONAL = {"validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float, "hub_model_id": str,
+             "hub_license": str}
 _SHORT = {"batch_size": "-b", "workers": "-j"}
 _HELP = {
     "decay_epochs": "between two steps of the step schedule",
@@ -144,6 +149,8 @@ _HELP = {
     "channels_last": "memory format of images and weights",
     "torchcompile": "compile the model",
     "validation_batch_size": "(default: the batch size)",
+    "steps_per_epoch": "updates of an epoch of a stream (default: all images, where their number is known)",
+    "shuffle_buffer": "rows of a stream that each loading process shuffles together",
     "log_interval": "updates between two looks at the losses",
     "checkpoint_interval": "besides one an epoch: every so many updates, or 90s, 10m, 1h",
     "checkpoint_hist": "checkpoints kept",

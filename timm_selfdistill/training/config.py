@@ -31,6 +31,8 @@ class TrainConfig:
             "auto" likewise, and a new run where there is none.
         batch_size: images per process and forward pass.
         validation_batch_size: None is `batch_size`.
+        steps_per_epoch: updates of an epoch of streamed images; None is all of them, where their number is known.
+        shuffle_buffer: rows of a stream that each loading process shuffles together.
         lr: highest learning rate.
         sched: learning-rate schedule, stepped every update; decay_epochs, decay_milestones and decay_rate belong to
             "step" and "multistep".
@@ -68,6 +70,8 @@ class TrainConfig:
     epochs: int = 6
     batch_size: int = 64
     validation_batch_size: int | None = None
+    steps_per_epoch: int | None = None
+    shuffle_buffer: int = 1000
     opt: str = "sgd"
     lr: float = 0.05
     momentum: float = 0.9
@@ -118,8 +122,8 @@ class TrainConfig:
         self.checkpoint_interval = str(self.checkpoint_interval or "")
         if isinstance(self.profile, bool) or not isinstance(self.profile, int):
             raise ValueError(f"profile must be a number of updates, got {self.profile!r}")
-        for name in ("epochs", "batch_size", "validation_batch_size", "grad_accum_steps", "log_interval",
-                     "checkpoint_hist"):
+        for name in ("epochs", "batch_size", "validation_batch_size", "steps_per_epoch", "shuffle_buffer",
+                     "grad_accum_steps", "log_interval", "checkpoint_hist"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",

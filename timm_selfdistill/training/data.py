@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from .augmentation import create_train_transform
 from .images import decode_image, to_mode
+from .labels import check_labels, encode_labels, stream_class_names
 from .preprocessing import takes_other_sizes
+from .stream import StreamedImages, first_row
 
 VAL_SPLITS = ("validation", "val", "valid", "test")
 
@@ -49,8 +51,8 @@ class ImageDataset(torch.utils.data.Dataset):
 class ImageSplits:
     """Training and validation images; made by `load_images`."""
 
-    train: datasets.Dataset
-    val: datasets.Dataset
+    train: datasets.Dataset | datasets.IterableDataset
+    val: datasets.Dataset | datasets.IterableDataset
     image_column: str
     label_column: str
     class_names: list[str]
@@ -71,7 +73,9 @@ class ImageSplits:
         own_size = backbone.pretrained_cfg["input_size"][-1]
         return min(own_size, -(-max(self.size) // 32) * 32) if takes_other_sizes(backbone) else own_size
 
-    def transformed(self, data_config: dict[str, Any], **augmentation: Any) -> tuple[ImageDataset, ImageDataset]:
+    def transformed(
+            self, data_config: dict[str, Any], **augmentation: Any,
+    ) -> tuple[ImageDataset, ImageDataset] | tuple[StreamedImages, StreamedImages]:
         """Training and validation data as tensors.
 
         Args:
@@ -94,13 +98,13 @@ class ImageSplits:
             raise ValueError(f"timm does not know a setting of the transforms: {error}") from error
         mode = "L" if channels == 1 else "RGB"
         return tuple(
-            ImageDataset(rows, self.image_column, self.label_column, transform, mode, self.num_classes, self.source)
-            for rows, transform in ((self.train, train), (self.val, val))
-        )
+            (StreamedImages if isinstance(rows, datasets.IterableDataset) else ImageDataset)(
+                rows, self.image_column, self.label_column, transform, mode, self.num_classes, self.source)
+            for rows, transform in ((self.train, train), (self.val, val)))
 
 
 def load_images(
-        source: str | Path | datasets.Dataset | Mapping[str, datasets.Dataset],
+        source: str | Path | datasets.Dataset | Mapping[str, datasets.Dataset | datasets.IterableDataset],
         *,
         name: str | None = None,
         train_split: str = "train",
@@ -108,26 +112,35 @@ def load_images(
         val_fraction: float = 0.1,
         image_column: str | None = None,
         label_column: str | None = None,
+        num_classes: int | None = None,
+        streaming: bool = False,
         seed: int = 42,
 ) -> ImageSplits:
     """Find images, labels, class names and a validation split.
 
     Args:
-        source: a folder (one subfolder per class, or parquet or arrow files, or `save_to_disk`'s), a parquet or arrow
-            file, the name of a data set on the Hub, or a `datasets` object.
+        source: a folder (one subfolder per class, or parquet or arrow files, WebDataset shards, or `save_to_disk`'s), a
+            parquet or arrow file, the name of a data set on the Hub, or a `datasets` object. `IterableDataset`s must
+            not be shuffled: the training run does it.
         name: configuration of a Hub data set.
         val_split: None is the first of "validation", "val", "valid", "test" that exists; where there is none,
             `val_fraction` of the training split, drawn by `seed`, class by class where every class has two images.
-        image_column, label_column: None finds them by their feature type, Image and ClassLabel.
+        image_column, label_column: None finds them by their feature type, Image and ClassLabel, or in WebDataset shards
+            by the name "cls".
+        num_classes: K; a stream whose labels have no names must be told.
+        streaming: read the images one after the other while training, instead of downloading and converting them
+            first. There must be a validation split.
 
     Raises:
         FileNotFoundError: nothing is there, or no images in it.
         ValueError: a split or column is missing or ambiguous, there is only one class, or a label is out of range.
     """
-    splits = _read(source, name, train_split)
+    splits = _read(source, name, train_split, streaming)
     if train_split not in splits:
         raise ValueError(f"{_named(source)} has no split {train_split!r}; it has {', '.join(map(repr, splits))}")
     train = splits[train_split]
+    if train.features is None:
+        raise ValueError(f"{_named(source)} does not tell its columns before it is read; leave out streaming")
     image_column = _find_column(train, image_column, datasets.Image, "image", source)
     label_column = _find_column(train, label_column, datasets.ClassLabel, "label", source)
 
@@ -135,39 +148,48 @@ def load_images(
         val_split = next((split for split in VAL_SPLITS if split in splits and split != train_split), None)
     elif val_split not in splits:
         raise ValueError(f"{_named(source)} has no split {val_split!r}; it has {', '.join(map(repr, splits))}")
-    train = _encode_labels(train, label_column)
-    class_names = train.features[label_column].names
-    found = _check_labels(train, label_column, len(class_names), "training")
-    if len(found) < 2:
-        names = [class_names[label] for label in found]
-        raise ValueError(f"the training images of {_named(source)} are of one class only ({names}); 2 are needed")
-    if val_split is not None:
-        val = _encode_labels(splits[val_split], label_column, class_names)
-        _check_labels(val, label_column, len(class_names), "validation")
+    val = None if val_split is None else splits[val_split]
+    if isinstance(train, datasets.IterableDataset):
+        if val is None:
+            raise ValueError(
+                f"{_named(source)} has no validation split among {', '.join(map(repr, splits))}, and a stream cannot be"
+                " divided; name one as val_split (--val-split), or leave out streaming")
+        class_names = stream_class_names(train, label_column, num_classes=num_classes)
+        if isinstance(val, datasets.IterableDataset):
+            stream_class_names(val, label_column, class_names)
+        else:
+            val = encode_labels(val, label_column, class_names)
+        first = first_row(train.cast_column(image_column, datasets.Image(decode=False)), "training")
     else:
-        train, val = _split(train, val_fraction, label_column, seed)
-    first = decode_image(train.cast_column(image_column, datasets.Image(decode=False))[0][image_column], 0)
-    in_chans = 1 if first.mode in ("1", "L", "I", "F", "I;16") else 3
+        train, val = _label(train, val, label_column, num_classes, source)
+        class_names = train.features[label_column].names
+        if val is None:
+            train, val = _split(train, val_fraction, label_column, seed)
+        first = train.cast_column(image_column, datasets.Image(decode=False))[0]
+    image = decode_image(first[image_column], 0)
+    in_chans = 1 if image.mode in ("1", "L", "I", "F", "I;16") else 3
     return ImageSplits(
-        train, val, image_column, label_column, class_names, in_chans, first.size[::-1],
+        train, val, image_column, label_column, class_names, in_chans, image.size[::-1],
         _describe(source, name, val_split or f"{val_fraction:g} of {train_split}"))
 
 
-def check_classes(model: nn.Module, data: torch.utils.data.Dataset) -> int:
-    """How many classes a model and its training images have, as far as either knows.
+def _label(train: datasets.Dataset, val: datasets.Dataset | None, column: str, num_classes: int | None, source: Any,
+           ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Both with class indices that were looked at."""
+    train = encode_labels(train, column, num_classes=num_classes)
+    class_names = train.features[column].names
+    found = check_labels(train, column, len(class_names), "training")
+    if len(found) < 2:
+        names = [class_names[label] for label in found]
+        raise ValueError(f"the training images of {_named(source)} are of one class only ({names}); 2 are needed")
+    if val is not None:
+        val = encode_labels(val, column, class_names)
+        check_labels(val, column, len(class_names), "validation")
+    return train, val
 
-    Raises:
-        ValueError: they differ.
-    """
-    classes, in_data = getattr(model, "num_classes", None), getattr(data, "num_classes", None)
-    if classes is not None and in_data is not None and classes != in_data:
-        raise ValueError(
-            f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}")
-    return classes or in_data
 
-
-def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datasets.Dataset]:
-    if isinstance(source, datasets.Dataset):
+def _read(source: Any, name: str | None, train_split: str, streaming: bool) -> Mapping[str, Any]:
+    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         return {train_split: source}
     if isinstance(source, Mapping):
         return source
@@ -176,19 +198,22 @@ def _read(source: Any, name: str | None, train_split: str) -> Mapping[str, datas
     path = Path(source)
     try:
         if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+            if streaming:
+                raise ValueError(f"{path} is read without loading it to memory as it is; leave out streaming")
             loaded = datasets.load_from_disk(str(path))
         elif path.is_file():
             if path.suffix not in (".parquet", ".arrow"):
                 raise ValueError(f"{path} is no .parquet or .arrow file; expected one, a folder, or a Hub name")
-            loaded = datasets.load_dataset(path.suffix.lstrip("."), data_files={train_split: str(path)})
+            loaded = datasets.load_dataset(
+                path.suffix.lstrip("."), data_files={train_split: str(path)}, streaming=streaming)
         else:
-            loaded = datasets.load_dataset(str(source), name)
+            loaded = datasets.load_dataset(str(source), name, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         if path.is_dir():
             raise FileNotFoundError(
                 f"{path} holds no images; expected one subfolder per class, or parquet or arrow files") from error
         raise FileNotFoundError(f"{source} is no folder or file here, and no data set on the Hub: {error}") from error
-    return {train_split: loaded} if isinstance(loaded, datasets.Dataset) else loaded
+    return loaded if isinstance(loaded, Mapping) else {train_split: loaded}
 
 
 def _describe(source: Any, name: str | None, split: str) -> dict[str, Any]:
@@ -205,6 +230,8 @@ def _find_column(rows: datasets.Dataset, column: str | None, feature: type, what
             raise ValueError(f"{_named(source)} has no column {column!r}; it has {', '.join(rows.features)}")
         return column
     found = [key for key, value in rows.features.items() if isinstance(value, feature)]
+    if what == "label" and not found and "cls" in rows.features:
+        return "cls"
     if len(found) == 1:
         return found[0]
     name_it = f"name one as {what}_column ({'--input-key' if what == 'image' else '--target-key'})"
@@ -217,32 +244,6 @@ def _find_column(rows: datasets.Dataset, column: str | None, feature: type, what
     )
 
 
-def _encode_labels(rows: datasets.Dataset, column: str, class_names: list[str] | None = None) -> datasets.Dataset:
-    """Make the column a ClassLabel, with the class names of the training split where they are given."""
-    feature = rows.features.get(column)
-    if feature is None:
-        raise ValueError(f"the validation split has no column {column!r}; it has {', '.join(rows.features)}")
-    if not isinstance(feature, datasets.ClassLabel):
-        if not isinstance(feature, datasets.Value):
-            raise TypeError(f"column {column!r} must hold one class index or name a row, got {feature}")
-        values = rows.unique(column)
-        if None in values or any(isinstance(value, float) for value in values):
-            raise TypeError(f"column {column!r} must hold class indices or names, got {feature}: {values[:3]}")
-        if isinstance(values[0], str):
-            names = class_names or sorted(values)
-            unknown = sorted(set(values) - set(names))
-            if unknown:
-                raise ValueError(f"classes {unknown[:5]} are in the validation split but not in the training split")
-        else:
-            names = class_names or [str(index) for index in range(max(values) + 1)]
-            _check_range(min(values), max(values), len(names), column)
-        feature = datasets.ClassLabel(names=names)
-        rows = rows.cast_column(column, feature)
-    if class_names is not None and feature.names != class_names:
-        raise ValueError(f"training and validation split differ in classes: {class_names[:5]}, {feature.names[:5]}")
-    return rows
-
-
 def _split(rows: datasets.Dataset, fraction: float, label_column: str, seed: int) -> tuple[datasets.Dataset, ...]:
     if not 0 < fraction < 1:
         raise ValueError(f"val_fraction must lie between 0 and 1, got {fraction}")
@@ -250,26 +251,6 @@ def _split(rows: datasets.Dataset, fraction: float, label_column: str, seed: int
     stratify = label_column if counts.min() > 1 and min(fraction, 1 - fraction) * len(rows) >= len(counts) else None
     parts = rows.train_test_split(fraction, seed=seed, stratify_by_column=stratify)
     return parts["train"], parts["test"]
-
-
-def _check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_name: str) -> np.ndarray:
-    """The labels that occur; raise for those that cannot be."""
-    if len(rows) == 0:
-        raise ValueError(f"the {split_name} split is empty")
-    labels = rows.select_columns([column]).with_format("arrow")[:][column]
-    if labels.null_count:
-        raise ValueError(f"{labels.null_count} of {len(rows)} rows of the {split_name} split have no label")
-    values = np.unique(labels.to_numpy())
-    _check_range(int(values[0]), int(values[-1]), num_classes, column)
-    return values
-
-
-def _check_range(low: int, high: int, num_classes: int, column: str) -> None:
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels in column {column!r} must lie in 0..{num_classes - 1}, got {low if low < 0 else high}"
-            + ("; -1 marks a split without labels: choose another" if low == -1 else "")
-        )
 
 
 def _named(source: Any) -> str:

@@ -1,5 +1,7 @@
 """The images of a run, batch by batch, on every process."""
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -8,36 +10,37 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .config import TrainConfig
 from .interrupt import leave_process_group
-from .sampling import EpochSampler, TrainImages
+from .sampling import Draw, EpochSampler, TrainImages
+from .stream import Place, StreamedImages, TrainStream
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""Images, class indices, and which of them took another's place."""
+"""Images, class indices, and which of them took another's place (of a stream: how many were left out before each)."""
 
 
-class Loading:
-    """Loaders of this process; loading processes live as long as they do.
+class IndexedBatches:
+    """Training batches of a map-style data set; the loading processes live as long as it does.
 
     Args:
-        train_data, val_data: see `Trainer`.
+        common: arguments of every DataLoader of the run.
 
     Raises:
         ValueError: the training images do not fill a batch.
     """
 
-    def __init__(self, train_data: Dataset, val_data: Dataset, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, data: Dataset, config: TrainConfig, accelerator: Accelerator, common: dict[str, Any]):
+        if config.steps_per_epoch is not None:
+            raise ValueError("steps_per_epoch is for streamed images; these have an end, which is that of the epoch")
         world, rank = accelerator.num_processes, accelerator.process_index
-        self.sampler = EpochSampler(len(train_data), config.batch_size * world, rank, world, config.seed)
-        self.seeds = torch.Generator()  # of the loading processes; without it they would be drawn from the run's own
-        common = {"num_workers": config.workers, "persistent_workers": config.workers > 0,
-                  "pin_memory": accelerator.device.type == "cuda", "worker_init_fn": leave_process_group,
-                  "generator": self.seeds}
-        self.train = DataLoader(
-            TrainImages(train_data, config.on_bad_sample), config.batch_size, sampler=self.sampler, drop_last=True,
-            **common)
-        own_share = Subset(val_data, range(rank, len(val_data), world))  # every image once, however they divide
-        self.val = DataLoader(own_share, config.validation_batch_size or config.batch_size, **common)
-        self.updates_per_epoch = -(-len(self.train) // config.grad_accum_steps)
+        self.images = TrainImages(data, config.on_bad_sample)
+        self.sampler = EpochSampler(len(data), config.batch_size * world, rank, world, config.seed)
+        self.global_batch, self.epoch_images = self.sampler.global_batch, self.sampler.usable
+        self.loader = DataLoader(self.images, config.batch_size, sampler=self.sampler, drop_last=True, **common)
         self.started: Iterator[Batch] | None = None
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return tuple(self.images[Draw(0, 0)][0].shape)
 
     def start(self, epoch: int) -> None:
         """Let the loading processes begin with an epoch whose batches are asked for later."""
@@ -50,4 +53,128 @@ class Loading:
 
     def _iterate(self, epoch: int, images: int) -> Iterator[Batch]:
         self.sampler.begin(epoch, images)
-        return iter(self.train)
+        return iter(self.loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: epoch and images say where it stands."""
+        return {}
+
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        pass
+
+
+class StreamedBatches:
+    """Training batches of a stream, which goes on from epoch to epoch: an epoch is so many steps.
+
+    Args:
+        common: see `IndexedBatches`.
+
+    Raises:
+        ValueError: nobody knows how long an epoch is, or the images do not fill a batch.
+    """
+
+    def __init__(self, data: StreamedImages, config: TrainConfig, accelerator: Accelerator, common: dict[str, Any]):
+        world, rank = self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
+        self.global_batch = config.batch_size * world
+        if config.steps_per_epoch is not None:
+            batches = config.steps_per_epoch * config.grad_accum_steps
+        elif data.length is None:
+            raise ValueError("the stream does not tell its length; give steps_per_epoch (--steps-per-epoch)")
+        else:
+            batches = data.length // self.global_batch
+            if not batches:
+                raise ValueError(f"{data.length} training images do not fill a batch of {self.global_batch}; use a"
+                                 " smaller batch_size")
+        self.epoch_images = batches * self.global_batch
+        share = data.share(rank, world, config.workers)
+        self.readers = min(config.workers, share.rows.num_shards)
+        if self.readers < config.workers and accelerator.is_main_process:
+            warnings.warn(
+                f"the stream has {share.rows.num_shards} shards for each process, so that {self.readers} of"
+                f" {config.workers} loading processes read it; more and smaller files load faster", stacklevel=4)
+        self.stream = TrainStream(
+            share, config.batch_size, config.shuffle_buffer, config.seed, rank, config.on_bad_sample)
+        self.settings = {**common, "num_workers": self.readers, "persistent_workers": False}
+        self.loader: Iterator[tuple[Batch, Place] | None] | None = None
+        self.number, self.next_reader = 0, 0
+        self.places: dict[int, Place] = {}
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return tuple(next(iter(self.stream.data))[0].shape)
+
+    def start(self, epoch: int) -> None:
+        """The loading processes have not stopped."""
+
+    def batches(self, epoch: int, images: int) -> Iterator[Batch]:
+        """The batches of an epoch after so many images (over all processes)."""
+        for _ in range((self.epoch_images - images) // self.global_batch):
+            yield self.next_batch()
+
+    def next_batch(self) -> Batch:
+        """The next one of this pass through the stream, or else of the one after it."""
+        while True:
+            if self.loader is None:
+                self.stream.begin(self.number, self.next_reader, dict(self.places))
+                self.loader = iter(DataLoader(self.stream, batch_size=None, collate_fn=_as_it_is, **self.settings))
+            for batch, place in filter(None, self.loader):
+                self.places[place.reader] = place
+                self.next_reader = (place.reader + 1) % max(self.readers, 1)
+                return batch
+            if not self.places:
+                raise ValueError(
+                    f"the part of the stream that process {self.rank} of {self.world_size} reads does not fill a batch"
+                    f" of {self.stream.batch_size} in any of its loading processes; use a smaller batch_size or fewer"
+                    " workers")
+            self.loader, self.number, self.next_reader, self.places = None, self.number + 1, 0, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this process stands in its share of the stream."""
+        return {"readers": max(self.readers, 1), "pass": self.number, "next_reader": self.next_reader,
+                "places": [tuple(place) for place in self.places.values()]}
+
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        """Go on, before the first batch, where the processes of a run stood.
+
+        Raises:
+            ValueError: they divided the stream in another way.
+        """
+        saved, own = (len(states), states[0].get("readers")), (self.world_size, max(self.readers, 1))
+        if saved != own:
+            raise ValueError(
+                f"the checkpoint's stream was divided between {saved[0]} processes with {saved[1]} loading processes"
+                f" each, this run has {own[0]} with {own[1]}; resume with the same")
+        state = states[self.rank]
+        self.number, self.next_reader = state["pass"], state["next_reader"]
+        self.places = {reader: Place(reader, *rest) for reader, *rest in state["places"]}
+
+
+TrainBatches = IndexedBatches | StreamedBatches
+
+
+def train_batches(data: Dataset, config: TrainConfig, accelerator: Accelerator) -> TrainBatches:
+    kind = StreamedBatches if isinstance(data, StreamedImages) else IndexedBatches
+    return kind(data, config, accelerator, _loader_settings(config, accelerator))
+
+
+def val_loader(data: Dataset, config: TrainConfig, accelerator: Accelerator) -> DataLoader:
+    """Every image once, however they divide between the processes."""
+    world, rank, settings = accelerator.num_processes, accelerator.process_index, _loader_settings(config, accelerator)
+    if isinstance(data, StreamedImages):
+        own_share = data.share(rank, world, config.workers)
+        workers = min(config.workers, own_share.rows.num_shards)
+        settings |= {"num_workers": workers, "persistent_workers": workers > 0}
+    else:
+        own_share = Subset(data, range(rank, len(data), world))
+    return DataLoader(own_share, config.validation_batch_size or config.batch_size, **settings)
+
+
+def _loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    seeds = torch.Generator()  # of the loading processes; without it they would be drawn from the run's own
+    return {"num_workers": config.workers, "persistent_workers": config.workers > 0,
+            "pin_memory": accelerator.device.type == "cuda", "worker_init_fn": leave_process_group, "generator": seeds}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -51,7 +51,13 @@ class ExitMeter:
         self.totals += torch.stack([_count(z.float(), target) for z in logits])
 
     def compute(self, totals: Tensor) -> list[ExitMetrics]:
-        """Metrics from `totals`, summed over all processes."""
+        """Metrics from `totals`, summed over all processes.
+
+        Raises:
+            ValueError: there was no image.
+        """
+        if not totals[0, 3]:
+            raise ValueError("there are no validation images")
         names: list[Any] = list(range(len(totals)))
         if len(names) > 1:
             names[-1] = "ensemble"

@@ -38,11 +38,13 @@ class SavedModels:
         self.unsaved: dict[str, int] = {}
         """Epochs of models that could not be written."""
         self.costs: list[dict[str, Any]] = []
+        self.val_images = 0
+        """Images that the metrics are of."""
         source = getattr(val_data, "source", None)
         described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
         self.license = config.hub_license
         self.facts = {
-            "dataset": {**source, "images": len(val_data)} if described else None,
+            "dataset": source if described else None,
             "settings": {key: value for key, value in config.to_dict().items()
                          if key not in PRIVATE_SETTINGS and not _tells_path(value)},
             "versions": {"timm-selfdistill": __version__, "Python": platform.python_version(),
@@ -85,6 +87,8 @@ class SavedModels:
         self.costs = self.costs or exit_costs(model, self.input_size)
         if metrics is not None:
             record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._origin(model), **self.facts}
+            if record["dataset"]:
+                record["dataset"] = {**record["dataset"], "images": self.val_images}
         if isinstance(model, SelfDistillModel):
             model.save_pretrained(folder, metrics=record, check=first)
         elif hasattr(model, "pretrained_cfg"):

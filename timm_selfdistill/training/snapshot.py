@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .config import TrainConfig
+from .loading import TrainBatches
 from .sharding import gather, spread_optimizer, spread_weights
 from .state import TrainState
 
 FIXED_SETTINGS = (
     "seed", "opt", "momentum", "weight_decay", "model_ema", "model", "exits", "head", "freeze_backbone", "baseline",
     "in_chans", "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key",
-    "target_key")
+    "target_key", "streaming", "shuffle_buffer", "num_classes")
 """A run that is resumed with others would be another run."""
 FREE_SETTINGS = {
     "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to", "profile",
@@ -32,8 +33,8 @@ class Snapshot(NamedTuple):
     weights: dict[str, Tensor]
     """Of the task, moving average included, under its own names, whatever wraps it."""
     rest: dict[str, Any]
-    """Optimizer, loss scale, random states of every process, `TrainState`, settings; what torch.load reads with
-    weights_only."""
+    """Optimizer, loss scale, random states and places in a stream of every process, `TrainState`, settings; what
+    torch.load reads with weights_only."""
 
 
 def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -42,17 +43,18 @@ def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def take_snapshot(
-        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, state: TrainState,
-        config: TrainConfig) -> Snapshot | None:
+        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, batches: TrainBatches,
+        state: TrainState, config: TrainConfig) -> Snapshot | None:
     """Copy the state of the run; call it on every process, the main one gets it."""
-    random_states = gather_object([get_random_states()])
+    random_states, places = zip(*gather_object([(get_random_states(), batches.state_dict())]))
     weights, optimizer_state = gather(plain(accelerator, task).state_dict()), gather(optimizer.state_dict())
     if not accelerator.is_main_process:
         return None
     rest = {
         "optimizer": optimizer_state,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        "random": random_states,
+        "random": list(random_states),
+        "batches": list(places),
         "state": state.state_dict(),
         "settings": _describe(accelerator, state, config),
     }
@@ -61,8 +63,8 @@ def take_snapshot(
 
 
 def restore(
-        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, state: TrainState,
-        config: TrainConfig, snapshot: Snapshot) -> None:
+        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, batches: TrainBatches,
+        state: TrainState, config: TrainConfig, snapshot: Snapshot) -> None:
     """Put a state back; processes that the run did not have keep their own random state.
 
     Raises:
@@ -70,6 +72,7 @@ def restore(
     """
     _check_settings(
         snapshot.rest["settings"], _describe(accelerator, state, config), warn=accelerator.is_main_process)
+    batches.load_state_dicts(snapshot.rest["batches"])
     _load_weights(plain(accelerator, task), snapshot.weights)
     state.load_state_dict(snapshot.rest["state"])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -17,20 +17,20 @@ from ..model import SelfDistillModel
 from .accelerator import create_accelerator
 from .checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from .config import TrainConfig
-from .data import check_classes
 from .interrupt import InterruptRequest
 from .interval import Interval
-from .loading import Loading
+from .labels import check_classes
+from .loading import train_batches, val_loader
 from .metrics import ExitMeter, ExitMetrics, exit_logits
 from .mixing import TargetMixer
 from .profiling import UpdateProfiler
 from .progress import ProgressReporter
 from .report import plot_curves, write_history
 from .run_directory import mark_launch, open_run, write_config
-from .sampling import Draw, TrainImages
 from .saved_models import SavedModels
 from .snapshot import plain, restore, take_snapshot
 from .state import TrainResult, TrainState
+from .stream import StreamedImages
 from .tracking import RunTrackers, memory_gib
 from .update import Losses, create_updater
 from .upload import check_pushable, create_uploader
@@ -44,7 +44,7 @@ class Trainer:
 
     Args:
         task: e.g. `SelfDistillTask`, or timm's `ClassificationTask`.
-        train_data: map-style data set of (image (C, H, W), class index).
+        train_data: map-style data set of (image (C, H, W), class index), or the `StreamedImages` of `load_images`.
         val_data: likewise; every image counts once.
         config: see `TrainConfig`.
 
@@ -59,21 +59,23 @@ class Trainer:
         if not isinstance(task, TrainingTask):
             raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
         for name, data in (("training", train_data), ("validation", val_data)):
-            if not len(data):
+            if not isinstance(data, StreamedImages) and not len(data):
                 raise ValueError(f"there are no {name} images")
         self.config = config = config or TrainConfig()
         self.accelerator = create_accelerator(config)
-        self.input_size = tuple(TrainImages(train_data, config.on_bad_sample)[Draw(0, 0)][0].shape)
         num_classes = check_classes(task.get_eval_model(), train_data)
-        self.loading = Loading(train_data, val_data, config, self.accelerator)
+        self.batches = train_batches(train_data, config, self.accelerator)
+        self.val_loader = val_loader(val_data, config, self.accelerator)
+        self.input_size = self.batches.input_size
+        self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
         self.update = create_updater(
-            self.accelerator, task, TargetMixer(config, num_classes), config, self.loading.updates_per_epoch)
+            self.accelerator, task, TargetMixer(config, num_classes), config, self.updates_per_epoch)
         check_pushable(config, self.eval_model)
         self.output, self.checkpoint = open_run(config, self.accelerator)
         """The run directory, and the checkpoint that is resumed."""
-        self.state = TrainState(self.loading.sampler.global_batch, self.loading.sampler.usable)
+        self.state = TrainState(self.batches.global_batch, self.batches.epoch_images)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint_hist)
         self.interval = Interval(config.checkpoint_interval)
         self.interrupt = InterruptRequest(self.accelerator)
@@ -103,7 +105,7 @@ class Trainer:
         if not self.checkpoint:
             self._save_model("last", None)
         self.progress = ProgressReporter(
-            self.loading.updates_per_epoch * self.config.epochs, self.state.updates, self.accelerator.is_main_process)
+            self.updates_per_epoch * self.config.epochs, self.state.updates, self.accelerator.is_main_process)
         if self.uploader:
             self.uploader.start()
         if self.accelerator.num_processes > 2:
@@ -156,16 +158,18 @@ class Trainer:
         model, accelerator = self.eval_model, self.accelerator
         meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
         with evaluating(model), torch.no_grad(), accelerator.autocast():
-            for batch in self.loading.val:
+            for batch in self.val_loader:
                 x, y = self.update.to_device(*batch)
                 meter.update(exit_logits(model, x), y)
-        return meter.compute(accelerator.reduce(meter.totals, "sum"))
+        totals = accelerator.reduce(meter.totals, "sum")
+        self.saved.val_images = int(totals[0, 3])
+        return meter.compute(totals)
 
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; False if a request to stop came before its end."""
         state, config = self.state, self.config
         self.update.task.train()
-        batches = self.loading.batches(state.epoch, state.images)
+        batches = self.batches.batches(state.epoch, state.images)
         images_per_batch = config.batch_size * self.accelerator.num_processes
         began, first_image, pending, replaced = time.perf_counter(), state.images, [], 0
         while group := list(islice(batches, config.grad_accum_steps)):
@@ -235,7 +239,7 @@ class Trainer:
         """Evaluate, record and save, while the images of the next epoch are being loaded."""
         state, accelerator = self.state, self.accelerator
         if state.epoch + 1 < self.config.epochs:
-            self.loading.start(state.epoch + 1)
+            self.batches.start(state.epoch + 1)
         if accelerator.num_processes > 1:
             distribute_bn(self.eval_model, accelerator.num_processes, reduce=self.config.dist_bn == "reduce")
         self.metrics = metrics = self.evaluate()
@@ -288,11 +292,11 @@ class Trainer:
     def _position(self) -> int:
         """Of the schedule: updates that are behind us, had all epochs been as long as this one."""
         state, accumulated = self.state, self.state.global_batch * self.config.grad_accum_steps
-        return state.epoch * self.loading.updates_per_epoch + -(-state.images // accumulated)
+        return state.epoch * self.updates_per_epoch + -(-state.images // accumulated)
 
     def _run_parts(self) -> tuple[Any, ...]:
         """The first arguments of `take_snapshot` and `restore`."""
-        return self.accelerator, self.update.task, self.update.optimizer, self.state, self.config
+        return self.accelerator, self.update.task, self.update.optimizer, self.batches, self.state, self.config
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.update.optimizer.param_groups)

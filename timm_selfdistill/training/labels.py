@@ -1,0 +1,104 @@
+"""Label columns: class indices with names."""
+from typing import Any
+
+import datasets
+import numpy as np
+from torch import nn
+from torch.utils.data import Dataset
+
+
+def encode_labels(
+        rows: datasets.Dataset, column: str, class_names: list[str] | None = None, num_classes: int | None = None,
+) -> datasets.Dataset:
+    """Make the column a ClassLabel, with the class names of the training split where they are given."""
+    _check_column(rows, column)
+    feature = rows.features[column]
+    if not isinstance(feature, datasets.ClassLabel):
+        values = rows.unique(column)
+        if None in values or any(isinstance(value, float) for value in values):
+            raise TypeError(f"column {column!r} must hold class indices or names, got {feature}: {values[:3]}")
+        if isinstance(values[0], str):
+            names = class_names or sorted(values)
+            unknown = sorted(set(values) - set(names))
+            if unknown:
+                raise ValueError(f"classes {unknown[:5]} are in the validation split but not in the training split")
+        else:
+            names = class_names or list(map(str, range(num_classes or max(values) + 1)))
+            check_range(min(values), max(values), len(names), column)
+        feature = datasets.ClassLabel(names=names)
+        rows = rows.cast_column(column, feature)
+    _check_names(feature.names, class_names, num_classes)
+    return rows
+
+
+def stream_class_names(
+        rows: datasets.IterableDataset, column: str, class_names: list[str] | None = None,
+        num_classes: int | None = None) -> list[str]:
+    """Of a column whose values nobody has seen yet.
+
+    Args:
+        class_names: those of the training split.
+        num_classes: K, needed where the column holds bare class indices.
+    """
+    _check_column(rows, column)
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        _check_names(feature.names, class_names, num_classes)
+        return feature.names
+    if not feature.dtype.startswith(("int", "uint")):
+        raise TypeError(
+            f"column {column!r} of a stream must hold class indices, got {feature}; their names are known only when all"
+            " rows were read: leave out streaming")
+    if class_names is None and num_classes is None:
+        raise ValueError(
+            f"column {column!r} of the stream does not say how many classes there are; give num_classes"
+            " (--num-classes)")
+    return class_names or list(map(str, range(num_classes)))
+
+
+def check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_name: str) -> np.ndarray:
+    """The labels that occur; raise for those that cannot be."""
+    if len(rows) == 0:
+        raise ValueError(f"the {split_name} split is empty")
+    labels = rows.select_columns([column]).with_format("arrow")[:][column]
+    if labels.null_count:
+        raise ValueError(f"{labels.null_count} of {len(rows)} rows of the {split_name} split have no label")
+    values = np.unique(labels.to_numpy())
+    check_range(int(values[0]), int(values[-1]), num_classes, column)
+    return values
+
+
+def check_range(low: int, high: int, num_classes: int, column: str) -> None:
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels in column {column!r} must lie in 0..{num_classes - 1}, got {low if low < 0 else high}"
+            + ("; -1 marks a split without labels: choose another" if low == -1 else "")
+        )
+
+
+def check_classes(model: nn.Module, data: Dataset) -> int:
+    """How many classes a model and its training images have, as far as either knows.
+
+    Raises:
+        ValueError: they differ.
+    """
+    classes, in_data = getattr(model, "num_classes", None), getattr(data, "num_classes", None)
+    if classes is not None and in_data is not None and classes != in_data:
+        raise ValueError(
+            f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}")
+    return classes or in_data
+
+
+def _check_column(rows: Any, column: str) -> None:
+    feature = rows.features.get(column)
+    if feature is None:
+        raise ValueError(f"the validation split has no column {column!r}; it has {', '.join(rows.features)}")
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
+        raise TypeError(f"column {column!r} must hold one class index or name a row, got {feature}")
+
+
+def _check_names(names: list[str], class_names: list[str] | None, num_classes: int | None) -> None:
+    if class_names is not None and names != class_names:
+        raise ValueError(f"training and validation split differ in classes: {class_names[:5]}, {names[:5]}")
+    if num_classes is not None and len(names) != num_classes:
+        raise ValueError(f"num_classes is {num_classes}, but the data have {len(names)} classes: {names[:5]}")
