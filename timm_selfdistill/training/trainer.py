@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from ..cost import evaluating
 from ..model import SelfDistillModel
 from .accelerator import create_accelerator
+from .batch_size import find_batch_size
 from .checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from .config import TrainConfig
 from .data import check_classes
@@ -61,15 +62,15 @@ class Trainer:
         for name, data in (("training", train_data), ("validation", val_data)):
             if not len(data):
                 raise ValueError(f"there are no {name} images")
-        self.config = config = config or TrainConfig()
+        config = config or TrainConfig()
         self.accelerator = create_accelerator(config)
         self.input_size = tuple(TrainImages(train_data, config.on_bad_sample)[Draw(0, 0)][0].shape)
-        num_classes = check_classes(task.get_eval_model(), train_data)
+        mixer = TargetMixer(config, check_classes(task.get_eval_model(), train_data))
+        self.config = config = find_batch_size(self.accelerator, task, mixer, config, self.input_size, len(train_data))
         self.loading = Loading(train_data, val_data, config, self.accelerator)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
-        self.update = create_updater(
-            self.accelerator, task, TargetMixer(config, num_classes), config, self.loading.updates_per_epoch)
+        self.update = create_updater(self.accelerator, task, mixer, config, self.loading.updates_per_epoch)
         check_pushable(config, self.eval_model)
         self.output, self.checkpoint = open_run(config, self.accelerator)
         """The run directory, and the checkpoint that is resumed."""
@@ -245,7 +246,7 @@ class Trainer:
             f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  top-1 "
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
             + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
-        self._track({key: value for key, value in row.items() if key not in ("epoch", "lr")})
+        self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
         deepest = next(metric for metric in reversed(metrics) if metric.exit != "ensemble")
         self._save_model("last", metrics)
         is_best = deepest.top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
