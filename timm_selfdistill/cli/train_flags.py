@@ -134,7 +134,8 @@ def int_or_auto(value: str) -> int | str:
     return value if value == "auto" else int(value)
 
 
-_TYPES = {"batch_size": int_or_auto, "validation_batch_size": int, "clip_grad": float, "hub_model_id": str, "hub_license": str}
+_TYPES = {"batch_size": int_or_auto, "validation_batch_size": int, "clip_grad": float, "hub_model_id": str,
+          "hub_license": str}
 _SHORT = {"batch_size": "-b", "workers": "-j"}
 _HELP = {
     "decay_epochs": "between two steps of the step schedule",

@@ -121,6 +121,8 @@ class TrainConfig:
             raise ValueError(f"profile must be a number of updates, got {self.profile!r}")
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
+        if isinstance(self.validation_batch_size, str):
+            raise ValueError(f"validation_batch_size must be a number, got {self.validation_batch_size!r}")
         for name in ("epochs", "batch_size", "validation_batch_size", "grad_accum_steps", "log_interval",
                      "checkpoint_hist"):
             value = getattr(self, name)

@@ -1,6 +1,7 @@
 """Accelerate's trackers: what they are told, where they write, and that they never stop a run."""
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,7 @@ MLFLOW_STORE = "MLFLOW_TRACKING_URI"
 class RunTrackers:
     """The trackers of `config.report_to`, started.
 
-    TensorBoard, W&B and MLflow write into `output` unless their own settings (WANDB_DIR, MLFLOW_TRACKING_URI) say where;
+    TensorBoard, W&B and MLflow write into `output`, the latter two unless WANDB_DIR or MLFLOW_TRACKING_URI says where;
     Trackio writes where TRACKIO_DIR says, or into its own folder. A tracker that fails in the middle of a run, or when
     one is resumed, is named in a warning and left alone from then on.
 
@@ -63,6 +64,7 @@ class RunTrackers:
                 _write_run(output, self.trackers[-1])
         except Exception as error:  # whatever a tracker's own client raises
             if not resumed:
+                self.finish()
                 raise RuntimeError(f"the tracker {name} does not start: {_first_line(error)}") from error
             _warn(name, error)
 
@@ -79,7 +81,8 @@ class RunTrackers:
             folder = (output.resolve() / "mlartifacts").as_uri() if self.own_store else None
             return {"logging_dir": folder, "run_name": output.name, "run_id": run}
         if name == "trackio":
-            return {"name": run, "resume": "allow" if run else "never", "embed": False}
+            return {"name": run or f"{output.name}-{secrets.token_hex(2)}", "resume": "allow" if run else "never",
+                    "embed": False}
         return {}
 
     def log(self, values: dict[str, float], step: int) -> None:
