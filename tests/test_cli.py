@@ -110,3 +110,11 @@ def test_a_run_can_be_repeated_from_its_config_yaml(tmp_path):
     assert again.output == "other"
     again.output = config.output
     assert again == config
+
+
+def test_a_batch_size_is_a_number_or_auto(tmp_path):
+    assert parse(tmp_path, "batch-size: auto").batch_size == "auto"
+    assert train_config(parse(tmp_path, "batch-size: auto")).batch_size == "auto"
+    assert parse(tmp_path, "batch-size: auto", "-b", "32").batch_size == 32
+    with pytest.raises(ValueError, match="argument -b/--batch-size: invalid int_or_auto value: 'much'"):
+        parse(tmp_path, "lr: 1", "-b", "much")

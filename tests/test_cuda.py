@@ -1,6 +1,10 @@
-"""What only a GPU shows: half precision, memory formats, compiled stages, the loss scale of fp16, and no waiting."""
+"""What only a GPU shows: half precision, memory formats, compiled stages, the loss scale of fp16, no waiting, and how
+large a batch its memory holds."""
+import copy
+
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 
 from timm_selfdistill import EarlyExit, SelfDistillLoss, SelfDistillModel, SelfDistillTask, TrainConfig, Trainer
@@ -119,3 +123,54 @@ def test_a_step_does_not_wait_for_the_gpu(changes, fashion_tensors, tmp_path, mo
     monkeypatch.setattr(Updater, "__call__", watched)
     fit(tmp_path, fashion_tensors, **changes)
     assert len(calls) > 2
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"opt": "adamw", "amp_dtype": "bfloat16", "channels_last": True, "mixup": 0.2}])
+def test_the_largest_batch_is_found_and_leaves_no_trace(changes, fashion_tensors, tmp_path):
+    """400 images: 256 is the largest power of two; in 2 GiB of memory, fewer of 224 pixels fit."""
+    amp = {"amp": "amp_dtype" in changes, **changes}
+    config = TrainConfig(output=str(tmp_path / "a"), epochs=1, batch_size="auto", workers=0, **amp)
+    task = SelfDistillTask(small_model("resnet18", in_chans=1))
+    expected = copy.deepcopy(task.state_dict())
+    before = torch.cuda.memory_allocated()
+    trainer = Trainer(task, *fashion_tensors, config)
+    assert trainer.config.batch_size == 256
+    for key, value in task.state_dict().items():
+        assert torch.equal(value.cpu(), expected[key]), key
+    weights = sum(value.numel() * value.element_size() for value in task.state_dict().values())
+    most = before + 2 * weights + 2**26  # the weights and cuBLAS's workspace, no copy with gradients and moments
+    assert torch.cuda.memory_allocated() < most
+    assert torch.cuda.max_memory_allocated() < most  # what the run reports
+    trainer.fit()
+    assert yaml.safe_load((tmp_path / "a/config.yaml").read_text())["batch_size"] == 256
+
+    AcceleratorState._reset_state(True)
+    del trainer, task
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(2**31 / total)
+    try:
+        config = TrainConfig(output=str(tmp_path / "b"), epochs=1, batch_size="auto", workers=0, **amp)
+        large = tuple(Enlarged(part) for part in fashion_tensors)
+        trainer = Trainer(SelfDistillTask(small_model("resnet18", in_chans=1)), *large, config)
+        assert 2 <= trainer.config.batch_size < 256
+        trainer.fit()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+class Enlarged(torch.utils.data.Dataset):
+    """The images of a data set at 224 pixels."""
+
+    num_classes = 10
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        return x.repeat_interleave(7, 1).repeat_interleave(7, 2), y

@@ -8,6 +8,8 @@ from timm_selfdistill import TrainConfig
 @pytest.mark.parametrize(("setting", "message"), [
     ({"epochs": 0}, "epochs must be at least 1, got 0"),
     ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"batch_size": "big"}, "batch_size must be a number or \"auto\", got 'big'"),
+    ({"validation_batch_size": "auto"}, "validation_batch_size must be a number, got 'auto'"),
     ({"grad_accum_steps": 0}, "grad_accum_steps must be at least 1"),
     ({"lr": math.nan}, "lr must be a number >= 0, got nan"),
     ({"seed": -1}, "seed must be a number >= 0, got -1"),
@@ -26,6 +28,10 @@ from timm_selfdistill import TrainConfig
 def test_values_that_cannot_work_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**setting)
+
+
+def test_a_batch_size_to_be_found_goes_with_mixup():
+    assert TrainConfig(batch_size="auto", mixup=0.2).batch_size == "auto"
 
 
 def test_precision_by_accelerates_name():

@@ -163,14 +163,13 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
     train = datasets.Dataset.from_dict(rows, features)
     train.to_parquet(tmp_path / "train.parquet")
     train.to_parquet(tmp_path / "test.parquet")
-    config = {"workers": 0, "shuffle_buffer": 40}
-
     def make(on_bad_sample: str) -> StreamedBatches:
         data, _ = load_images(tmp_path, streaming=True).transformed(model_data_config(small_backbone(), 32, 1))
         data.transform = numbers
         accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device="cpu")
-        return StreamedBatches(data, TrainConfig(batch_size=4, steps_per_epoch=8, on_bad_sample=on_bad_sample, **config),
-                               accelerator, {})
+        config = TrainConfig(
+            batch_size=4, steps_per_epoch=8, workers=0, shuffle_buffer=40, on_bad_sample=on_bad_sample)
+        return StreamedBatches(data, config, accelerator, {})
 
     batches = list(make("skip").batches(0, 0))
     assert sorted(torch.cat([x[:, 0, 1, 1] for x, *_ in batches]).tolist()) == [i for i in range(1, 41) if i % 5]
@@ -234,9 +233,12 @@ def test_too_few_images_for_a_batch(webdataset, tmp_path):
     ({"num_classes": 10, "label_column": "__key__"}, "must hold class indices, got .*string"),
 ])
 def test_streams_that_cannot_work(webdataset, arguments, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    def read() -> None:
         images = load_images(webdataset, streaming=True, **arguments)
         list(images.transformed(model_data_config(small_backbone(), 32, 1))[0])
+
+    with pytest.raises((ValueError, TypeError), match=message):
+        read()
 
 
 def test_a_stream_without_a_validation_split(tmp_path):

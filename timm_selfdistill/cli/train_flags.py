@@ -134,8 +134,12 @@ def parse_exit(exit: str) -> int | str:
     return int(exit) if re.fullmatch("-?[0-9]{1,9}", exit) else exit
 
 
-_OPTIONAL = {"validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float, "hub_model_id": str,
-             "hub_license": str}
+def int_or_auto(value: str) -> int | str:
+    return value if value == "auto" else int(value)
+
+
+_TYPES = {"batch_size": int_or_auto, "validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float,
+          "hub_model_id": str, "hub_license": str}
 _SHORT = {"batch_size": "-b", "workers": "-j"}
 _HELP = {
     "decay_epochs": "between two steps of the step schedule",
@@ -160,7 +164,8 @@ _HELP = {
     "dist_bn": "batch norm's statistics at the end of an epoch: mean of all processes, or the main one's",
     "profile": "trace so many updates, 0 is none",
     "output": "run directory (default: a new one under output/train)",
-    "batch_size": "images per process and forward pass",
+    "batch_size": "images per process and forward pass; auto: the largest power of two that the GPU's memory holds (lr"
+                  " stays as it is)",
     "opt": "any of timm's optimizers",
     "sched": ", ".join(SCHEDULES),
     "smoothing": "label smoothing",
@@ -201,5 +206,5 @@ def _add_config(group: Any) -> None:
         elif isinstance(field.default, tuple):
             options |= {"nargs": "+", "type": int if field.name == "decay_milestones" else str}
         else:
-            options["type"] = _OPTIONAL.get(field.name, type(field.default))
+            options["type"] = _TYPES.get(field.name, type(field.default))
         group.add_argument(*flags, **options)

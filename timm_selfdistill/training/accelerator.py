@@ -1,13 +1,17 @@
 """Accelerate as a run needs it: its precision and its processes."""
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, parse_flag_from_env
 
 from .config import TrainConfig
+
+Answer = TypeVar("Answer")
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
@@ -32,6 +36,20 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     # The Trainer divides the loss itself, so Accelerate, which may be told a number by its launcher, must not.
     return Accelerator(
         mixed_precision=precision, cpu=cpu, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+
+
+def ask_main_process(accelerator: Accelerator, call: Callable[[], Answer]) -> Answer:
+    """What a call returns on the main process, which alone makes it; an OSError or ValueError is raised on all."""
+    answer: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            answer = [call()]
+        except (OSError, ValueError) as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
 
 
 def _check_launcher(config: TrainConfig) -> None:

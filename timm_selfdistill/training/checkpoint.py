@@ -148,6 +148,11 @@ def read_checkpoint(path: Path) -> Snapshot:
     return Snapshot(load_file(path / WEIGHTS_FILE), rest)
 
 
+def read_settings(path: Path) -> dict[str, str]:
+    """The settings of the run that wrote a checkpoint, as text; its tensors stay on disk."""
+    return torch.load(path / REST_FILE, map_location="cpu", weights_only=True, mmap=True)["settings"]
+
+
 def warn_unwritten(path: Path, error: Exception) -> None:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     warnings.warn(f"{path} could not be written ({line}); the run goes on, what was saved before stays", stacklevel=2)

@@ -29,7 +29,8 @@ class TrainConfig:
         output: run directory; "" makes one under output/train, named after the time.
         resume: checkpoint folder or run directory to go on from; "latest" is the newest whole checkpoint in `output`,
             "auto" likewise, and a new run where there is none.
-        batch_size: images per process and forward pass.
+        batch_size: images per process and forward pass; "auto" is the largest power of two that the GPU's memory
+            holds, or that of the checkpoint that is resumed. The learning rate does not follow it.
         validation_batch_size: None is `batch_size`.
         steps_per_epoch: updates of an epoch of streamed images; None is all of them, where their number is known.
         shuffle_buffer: rows of a stream that each loading process shuffles together.
@@ -68,7 +69,7 @@ class TrainConfig:
     resume: str | None = None
     seed: int = 42
     epochs: int = 6
-    batch_size: int = 64
+    batch_size: int | str = 64
     validation_batch_size: int | None = None
     steps_per_epoch: int | None = None
     shuffle_buffer: int = 1000
@@ -122,10 +123,15 @@ class TrainConfig:
         self.checkpoint_interval = str(self.checkpoint_interval or "")
         if isinstance(self.profile, bool) or not isinstance(self.profile, int):
             raise ValueError(f"profile must be a number of updates, got {self.profile!r}")
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
+        if isinstance(self.validation_batch_size, str):
+            raise ValueError(f"validation_batch_size must be a number, got {self.validation_batch_size!r}")
         for name in ("epochs", "batch_size", "validation_batch_size", "steps_per_epoch", "shuffle_buffer",
                      "grad_accum_steps", "log_interval", "checkpoint_hist"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and (name, value) != ("batch_size", "auto") and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",
                      "mixup", "cutmix", "mixup_off_epoch", "workers", "profile"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -141,7 +147,7 @@ class TrainConfig:
             raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be > 0, got {self.clip_grad}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
+        if (self.mixup or self.cutmix) and self.batch_size != "auto" and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {self.batch_size}")
         known = list_optimizers()
         if self.opt.lower().removeprefix("lookahead_") not in known:

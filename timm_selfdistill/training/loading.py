@@ -31,16 +31,11 @@ class IndexedBatches:
         if config.steps_per_epoch is not None:
             raise ValueError("steps_per_epoch is for streamed images; these have an end, which is that of the epoch")
         world, rank = accelerator.num_processes, accelerator.process_index
-        self.images = TrainImages(data, config.on_bad_sample)
         self.sampler = EpochSampler(len(data), config.batch_size * world, rank, world, config.seed)
         self.global_batch, self.epoch_images = self.sampler.global_batch, self.sampler.usable
-        self.loader = DataLoader(self.images, config.batch_size, sampler=self.sampler, drop_last=True, **common)
+        self.loader = DataLoader(
+            TrainImages(data, config.on_bad_sample), config.batch_size, sampler=self.sampler, drop_last=True, **common)
         self.started: Iterator[Batch] | None = None
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
-        return tuple(self.images[Draw(0, 0)][0].shape)
 
     def start(self, epoch: int) -> None:
         """Let the loading processes begin with an epoch whose batches are asked for later."""
@@ -99,11 +94,6 @@ class StreamedBatches:
         self.number, self.next_reader = 0, 0
         self.places: dict[int, Place] = {}
 
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
-        return tuple(next(iter(self.stream.data))[0].shape)
-
     def start(self, epoch: int) -> None:
         """The loading processes have not stopped."""
 
@@ -148,6 +138,18 @@ class StreamedBatches:
         state = states[self.rank]
         self.number, self.next_reader = state["pass"], state["next_reader"]
         self.places = {reader: Place(reader, *rest) for reader, *rest in state["places"]}
+
+
+def image_count(data: Dataset) -> int | None:
+    """None for a stream that does not tell."""
+    return data.length if isinstance(data, StreamedImages) else len(data)
+
+
+def image_shape(data: Dataset, config: TrainConfig) -> tuple[int, int, int]:
+    """(C, H, W) of training images."""
+    if isinstance(data, StreamedImages):
+        return tuple(next(iter(data))[0].shape)
+    return tuple(TrainImages(data, config.on_bad_sample)[Draw(0, 0)][0].shape)
 
 
 TrainBatches = IndexedBatches | StreamedBatches

@@ -1,13 +1,13 @@
 """The run directory: who owns it, and what lies in it."""
 import os
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
+from .accelerator import ask_main_process
 from .checkpoint import find_checkpoint, list_checkpoints
 from .config import TrainConfig
 from .report import write_atomically
@@ -24,16 +24,15 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path 
         ValueError: all there is to resume is damaged.
         OSError: it cannot be written.
     """
-    answer: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            answer = [_claim(config)]
-        except (OSError, ValueError) as error:
-            answer = [error]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+    return ask_main_process(accelerator, partial(_claim, config))
+
+
+def find_resumed(config: TrainConfig) -> Path | None:
+    """The checkpoint that a run goes on from."""
+    checkpoint = find_checkpoint("auto", config.output) if _is_restarted(config) else None
+    if checkpoint is None and config.resume:
+        checkpoint = find_checkpoint(config.resume, config.output)
+    return checkpoint
 
 
 def mark_launch(output: Path) -> None:
@@ -60,10 +59,7 @@ def write_config(config: TrainConfig, output: Path) -> None:
 
 
 def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
-    restarted = _is_restarted(config)
-    checkpoint = find_checkpoint("auto", config.output) if restarted else None
-    if checkpoint is None and config.resume:
-        checkpoint = find_checkpoint(config.resume, config.output)
+    restarted, checkpoint = _is_restarted(config), find_resumed(config)
     if config.output:
         output = Path(config.output)
     elif checkpoint:

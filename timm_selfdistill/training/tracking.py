@@ -1,4 +1,7 @@
-"""Accelerate's trackers: what they are told, and that they never stop a run."""
+"""Accelerate's trackers: what they are told, where they write, and that they never stop a run."""
+import json
+import os
+import secrets
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -13,41 +16,74 @@ from accelerate.tracking import filter_trackers
 from PIL import Image
 
 from .config import TrainConfig
+from .report import write_atomically
 
 PROJECT = "timm-selfdistill"
+RUNS_FILE = ".trackers.json"
+"""Of the run directory: what each tracker calls this run, so that a resumed one is gone on with."""
+MLFLOW_STORE = "MLFLOW_TRACKING_URI"
 
 
 class RunTrackers:
-    """The trackers of `config.report_to`, started; those that write files write into `output`.
+    """The trackers of `config.report_to`, started.
 
-    A tracker that fails in the middle of a run, or when one is resumed, is named in a warning and left alone from then
-    on.
+    TensorBoard, W&B and MLflow write into `output`, the latter two unless WANDB_DIR or MLFLOW_TRACKING_URI says where;
+    Trackio writes where TRACKIO_DIR says, or into its own folder. A tracker that fails in the middle of a run, or when
+    one is resumed, is named in a warning and left alone from then on.
 
     Args:
         resumed: whether this is the start of a run that goes on.
 
     Raises:
-        Exception: a tracker fails at the start of a new run; whatever its client raises.
+        RuntimeError: a tracker fails at the start of a new run.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, output: Path, resumed: bool):
         self.accelerator = accelerator
         self.trackers: list[Any] = []
-        for name in config.report_to:
+        self.own_store = MLFLOW_STORE not in os.environ and "mlflow" in config.report_to
+        if self.own_store:
+            os.environ[MLFLOW_STORE] = f"sqlite:///{output.resolve() / 'mlflow.db'}"
+        for name in dict.fromkeys(config.report_to):
             self._start(name, config, output, resumed)
 
     def _start(self, name: str, config: TrainConfig, output: Path, resumed: bool) -> None:
-        accelerator, settings = self.accelerator, {**config.to_dict(), "output": str(output)}
+        accelerator = self.accelerator
+        run = _read_runs(output).get(name) if resumed else None
+        settings = {key: value if isinstance(value, (str, int, float)) else str(value)
+                    for key, value in {**config.to_dict(), "output": str(output)}.items()}
+        if name == "mlflow" and run:
+            settings = {}  # MLflow refuses to change what a run was told
         try:
             accelerator.project_configuration.set_directories(str(output))
             accelerator.log_with = filter_trackers([name], accelerator.logging_dir)
-            accelerator.init_trackers(PROJECT, config={
-                key: value for key, value in settings.items() if isinstance(value, (str, int, float))})
-            self.trackers += accelerator.trackers if accelerator.is_main_process else []
+            accelerator.trackers = []  # which Accelerate would start again
+            accelerator.init_trackers(PROJECT, settings, {name: self._arguments(name, output, run)})
+            if accelerator.is_main_process:
+                self.trackers += accelerator.trackers
+                _write_run(output, self.trackers[-1])
         except Exception as error:  # whatever a tracker's own client raises
             if not resumed:
-                raise
+                self.finish()
+                raise RuntimeError(f"the tracker {name} does not start: {_first_line(error)}") from error
             _warn(name, error)
+
+    def _arguments(self, name: str, output: Path, run: str | None) -> dict[str, Any]:
+        """Of a tracker's client.
+
+        Args:
+            run: what the tracker calls the run that goes on.
+        """
+        if name == "wandb":
+            folder = {} if "WANDB_DIR" in os.environ else {"dir": str(output)}
+            return {**folder, "name": output.name, "id": run, "resume": "allow" if run else None}
+        if name == "mlflow":
+            folder = (output.resolve() / "mlartifacts").as_uri() if self.own_store else None
+            return {"logging_dir": folder, "run_name": output.name, "run_id": run}
+        if name == "trackio":
+            return {"name": run or f"{output.name}-{secrets.token_hex(2)}", "resume": "allow" if run else "never",
+                    "embed": False}
+        return {}
 
     def log(self, values: dict[str, float], step: int) -> None:
         for tracker in list(self.trackers):
@@ -55,12 +91,14 @@ class RunTrackers:
 
     def log_pictures(self, folder: Path, step: int) -> None:
         """The run's PNG files, to trackers that take pictures."""
-        for tracker in [tracker for tracker in self.trackers if hasattr(tracker, "log_images")]:
-            self._call(tracker, partial(_log_pictures, tracker, folder, step))
+        for tracker in list(self.trackers):
+            self._call(tracker, partial(_log_pictures, tracker, sorted(folder.glob("*.png")), step))
 
     def finish(self) -> None:
         for tracker in list(self.trackers):
             self._call(tracker, tracker.finish)
+        if self.own_store:
+            os.environ.pop(MLFLOW_STORE, None)
 
     def _call(self, tracker: Any, call: Callable[[], None]) -> None:
         try:
@@ -71,15 +109,41 @@ class RunTrackers:
             _warn(tracker.name, error)
 
 
-def _log_pictures(tracker: Any, folder: Path, step: int) -> None:
-    pictures = {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in sorted(folder.glob("*.png"))}
-    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-    tracker.log_images(pictures, step=step, **layout)
+def _log_pictures(tracker: Any, paths: list[Path], step: int) -> None:
+    if tracker.name == "mlflow":
+        for path in paths:
+            tracker.log_artifact(str(path))
+    elif tracker.name == "trackio":
+        import trackio
+
+        tracker.log({path.stem: trackio.Image(path) for path in paths}, step=step)
+    elif hasattr(tracker, "log_images"):
+        pictures = {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in paths}
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images(pictures, step=step, **layout)
+
+
+def _read_runs(output: Path) -> dict[str, str]:
+    try:
+        return json.loads((output / RUNS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_run(output: Path, tracker: Any) -> None:
+    """Keep what a tracker calls this run, where it has a name or number to go on with."""
+    names = {"wandb": lambda run: run.id, "mlflow": lambda run: run.info.run_id, "trackio": lambda run: run.name}
+    if tracker.name in names:
+        runs = {**_read_runs(output), tracker.name: names[tracker.name](tracker.tracker)}
+        write_atomically(output / RUNS_FILE, json.dumps(runs, indent=2) + "\n")
 
 
 def _warn(name: str, error: Exception) -> None:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    warnings.warn(f"the tracker {name} failed and gets no more ({line})", stacklevel=3)
+    warnings.warn(f"the tracker {name} failed and gets no more ({_first_line(error)})", stacklevel=3)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def memory_gib(device: torch.device) -> float:

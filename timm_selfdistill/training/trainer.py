@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 from ..cost import evaluating
 from ..model import SelfDistillModel
 from .accelerator import create_accelerator
+from .batch_size import find_batch_size
 from .checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from .config import TrainConfig
 from .interrupt import InterruptRequest
 from .interval import Interval
 from .labels import check_classes
-from .loading import train_batches, val_loader
+from .loading import image_count, image_shape, train_batches, val_loader
 from .metrics import ExitMeter, ExitMetrics, exit_logits
 from .mixing import TargetMixer
 from .profiling import UpdateProfiler
@@ -30,7 +31,6 @@ from .run_directory import mark_launch, open_run, write_config
 from .saved_models import SavedModels
 from .snapshot import plain, restore, take_snapshot
 from .state import TrainResult, TrainState
-from .stream import StreamedImages
 from .tracking import RunTrackers, memory_gib
 from .update import Losses, create_updater
 from .upload import check_pushable, create_uploader
@@ -59,19 +59,20 @@ class Trainer:
         if not isinstance(task, TrainingTask):
             raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
         for name, data in (("training", train_data), ("validation", val_data)):
-            if not isinstance(data, StreamedImages) and not len(data):
+            if image_count(data) == 0:
                 raise ValueError(f"there are no {name} images")
-        self.config = config = config or TrainConfig()
+        config = config or TrainConfig()
         self.accelerator = create_accelerator(config)
-        num_classes = check_classes(task.get_eval_model(), train_data)
+        self.input_size = image_shape(train_data, config)
+        mixer = TargetMixer(config, check_classes(task.get_eval_model(), train_data))
+        self.config = config = find_batch_size(
+            self.accelerator, task, mixer, config, self.input_size, image_count(train_data))
         self.batches = train_batches(train_data, config, self.accelerator)
         self.val_loader = val_loader(val_data, config, self.accelerator)
-        self.input_size = self.batches.input_size
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
-        self.update = create_updater(
-            self.accelerator, task, TargetMixer(config, num_classes), config, self.updates_per_epoch)
+        self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         check_pushable(config, self.eval_model)
         self.output, self.checkpoint = open_run(config, self.accelerator)
         """The run directory, and the checkpoint that is resumed."""
@@ -249,7 +250,7 @@ class Trainer:
             f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  top-1 "
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
             + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
-        self._track({key: value for key, value in row.items() if key not in ("epoch", "lr")})
+        self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
         deepest = next(metric for metric in reversed(metrics) if metric.exit != "ensemble")
         self._save_model("last", metrics)
         is_best = deepest.top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere

@@ -85,8 +85,7 @@ class Updater:
         self._put_back(buffers)
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in (x, y))
-        return (x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x), y
+        return to_device(x, y, self.accelerator.device, self.config.channels_last)
 
     def _backward(self, group: list[Batch], epoch: int) -> Losses:
         losses: Losses = {}
@@ -127,6 +126,11 @@ class Updater:
                 buffer.copy_(before)
 
 
+def to_device(x: Tensor, y: Tensor, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
+    x, y = (tensor.to(device, non_blocking=True) for tensor in (x, y))
+    return (x.contiguous(memory_format=torch.channels_last) if channels_last else x), y
+
+
 def create_updater(
         accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig,
         updates_per_epoch: int) -> Updater:
@@ -142,8 +146,7 @@ def create_updater(
         model.to(memory_format=torch.channels_last)
     if config.torchcompile:
         model.compile()
-    optimizer = create_optimizer_v2(
-        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
+    optimizer = create_optimizer(model, config)
     schedule, _ = create_scheduler_v2(
         optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
         warmup_lr=config.warmup_lr, min_lr=config.min_lr, decay_epochs=config.decay_epochs,
@@ -153,6 +156,11 @@ def create_updater(
     if config.model_ema:
         updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     return updater
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    return create_optimizer_v2(
+        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
 
 
 def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
