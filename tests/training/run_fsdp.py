@@ -41,14 +41,15 @@ def make_task(name: str, seed: int = 0, **kwargs) -> SelfDistillTask:
 
 
 def settings(output: Path, batch_size: int = 8, **changes) -> TrainConfig:
-    return TrainConfig(output=str(output), epochs=2, batch_size=batch_size, workers=0, warmup_epochs=0, grad_accum_steps=2,
-                       checkpoint_interval="2", checkpoint_hist=9, **{"lr": 0.02, **changes})
+    return TrainConfig(output=str(output), epochs=2, batch_size=batch_size, workers=0, warmup_epochs=0,
+                       grad_accum_steps=2, checkpoint_interval="2", checkpoint_hist=9, **{"lr": 0.02, **changes})
 
 
 def fit(name: str, output: Path, fsdp: bool, freeze_backbone: bool = False, **changes) -> Trainer:
+    """A run; its processes begin with other weights, of which those of the first count."""
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer_module.create_accelerator = create_fsdp_accelerator if fsdp else create_accelerator
-    task = make_task(name, PartialState(cpu=True).process_index, freeze_backbone=freeze_backbone)  # the first one's count
+    task = make_task(name, PartialState(cpu=True).process_index, freeze_backbone=freeze_backbone)
     trainer = Trainer(task, images(96), images(21), settings(output, **changes))
     trainer.fit()
     assert is_sharded(trainer.update.task) == fsdp

@@ -15,7 +15,7 @@ def test_two_processes_agree_with_one_and_sharded_weights_with_whole_ones():
     assert done.stdout.split("\n").count("the same") == 1
 
 
-@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8's fully_shard adds up gradients where there are no GPUs")
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 adds gradients up where there are no GPUs")
 def test_a_run_with_fsdp_is_that_with_whole_weights(tmp_path):
     """In two processes; it is resumed there, and then in one, in whose hands the weights are whole."""
     done = run_python("tests/training/run_fsdp.py", tmp_path, launcher=TWO_PROCESSES, **NO_GPU)

@@ -10,8 +10,8 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_
 from .config import TrainConfig
 
 REFUSED = {
-    "DEEPSPEED": "steps in the backward pass, before gradients are accumulated and looked at, and keeps its own checkpoints"
-                 " (like its ZeRO-2 is fsdp_reshard_after_forward: false)",
+    "DEEPSPEED": "makes its steps in the backward pass, where gradients cannot be accumulated or looked at, and has"
+                 " checkpoints of its own (fsdp_reshard_after_forward: false is like its ZeRO-2)",
     "MEGATRON_LM": "needs a model of its own",
     "PARALLELISM_CONFIG": "lets several processes work on one image",
 }

@@ -23,7 +23,7 @@ def prepare_to_shard(accelerator: Accelerator, task: TrainingTask, config: Train
     """Make a task ready for FSDP2, on every process; Accelerate's `prepare` then spreads it over them.
 
     Returns:
-        A whole copy of its model, which `refresh` brings up to date. Only the task's forward pass may be called on
+        A whole copy of its model, which `gather_into` brings up to date. Only the task's forward pass may be called on
         sharded weights, by all processes at once, so that evaluating and saving need a model of their own.
 
     Raises:
@@ -45,18 +45,18 @@ def prepare_to_shard(accelerator: Accelerator, task: TrainingTask, config: Train
 
 def block_classes(model: nn.Module) -> list[str]:
     """Names of the classes of a network's innermost blocks: parts of a Sequential or ModuleList that have parts with
-    weights themselves, such as BasicBlock or ConvNeXtBlock. Each is gathered and let go on its own. There are none where
-    blocks share weights (CoaT)."""
+    weights themselves, such as BasicBlock or ConvNeXtBlock. Each is gathered and let go on its own; where parts
+    share weights (CoaT) the network as a whole is, and there are none."""
     if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters())):
         return []
     containers = (nn.Sequential, nn.ModuleList)
-    blocks = [block for container in model.modules() if isinstance(container, containers) for block in container
-              if not isinstance(block, containers) and any(True for part in block.children() for _ in part.parameters())]
-    outer = [block for block in blocks if any(part in blocks for part in block.modules() if part is not block)]
-    return sorted({type(block).__name__ for block in blocks if block not in outer})
+    parts = [part for container in model.modules() if isinstance(container, containers) for part in container
+             if not isinstance(part, containers)]
+    blocks = {part for part in parts if any(list(child.parameters()) for child in part.children())}
+    return sorted({type(block).__name__ for block in blocks if blocks.isdisjoint(list(block.modules())[1:])})
 
 
-def refresh(whole: nn.Module, sharded: nn.Module) -> None:
+def gather_into(whole: nn.Module, sharded: nn.Module) -> None:
     """Give a whole copy the weights that are trained; call it on every process."""
     whole.load_state_dict(gather(sharded.state_dict()))
 
@@ -76,8 +76,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def gather(tree: Any, keep: bool = True) -> Any:
-    """Tensors, alone or in dicts and lists; sharded ones as a whole, one after the other. Call it on every process where
-    any is sharded.
+    """Tensors, alone or in dicts and lists; sharded ones as a whole, one after the other. Call it on every process
+    where any is sharded.
 
     Args:
         keep: in the processor's memory; False puts None in their place.

@@ -29,8 +29,7 @@ from .report import plot_curves, write_history
 from .run_directory import mark_launch, open_run, write_config
 from .sampling import Draw, TrainImages
 from .saved_models import SavedModels
-from .sharding import refresh
-from .snapshot import plain, restore, take_snapshot
+from .snapshot import restore, take_snapshot
 from .state import TrainResult, TrainState
 from .tracking import RunTrackers, memory_gib
 from .update import Losses, create_updater
@@ -86,12 +85,7 @@ class Trainer:
     def eval_model(self) -> nn.Module:
         """What is evaluated and saved: the model, or its moving average; with FSDP a whole copy, as of the last
         `evaluate`."""
-        return self._trained_model if self.update.whole is None else self.update.whole
-
-    @property
-    def _trained_model(self) -> nn.Module:
-        model = self.update.plain_task.get_eval_model(ema=self.config.model_ema)
-        return plain(self.accelerator, getattr(model, "module", model))
+        return self.update.trained_model if self.update.whole is None else self.update.whole
 
     def fit(self) -> TrainResult:
         """Train, evaluate and save. SIGINT and SIGTERM end it early, with a checkpoint.
@@ -159,10 +153,8 @@ class Trainer:
 
     def evaluate(self) -> list[ExitMetrics]:
         """Accuracy of every exit and of the ensemble on the validation data; call it on every process."""
-        accelerator = self.accelerator
-        if self.update.whole is not None:
-            refresh(self.update.whole, self._trained_model)
-        model = self.eval_model.to(accelerator.device)
+        self.update.refresh_whole()
+        model, accelerator = self.eval_model, self.accelerator
         meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
         with evaluating(model), torch.no_grad(), accelerator.autocast():
             for batch in self.loading.val:
@@ -173,9 +165,7 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; False if a request to stop came before its end."""
         state, config = self.state, self.config
-        self.update.task.train()
-        if self.update.whole is not None:
-            self.update.whole.cpu()
+        self.update.train()
         batches = self.loading.batches(state.epoch, state.images)
         images_per_batch = config.batch_size * self.accelerator.num_processes
         began, first_image, pending, replaced = time.perf_counter(), state.images, [], 0
@@ -248,7 +238,7 @@ class Trainer:
         if state.epoch + 1 < self.config.epochs:
             self.loading.start(state.epoch + 1)
         if accelerator.num_processes > 1:
-            distribute_bn(self._trained_model, accelerator.num_processes, reduce=self.config.dist_bn == "reduce")
+            distribute_bn(self.update.trained_model, accelerator.num_processes, reduce=self.config.dist_bn == "reduce")
         self.metrics = metrics = self.evaluate()
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
         row = state.end_epoch(self._lr(), metrics)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .config import TrainConfig
 from .loading import Batch
 from .mixing import TargetMixer
-from .sharding import gather, prepare_to_shard, share_statistics
+from .sharding import gather, gather_into, prepare_to_shard, share_statistics
 from .snapshot import get_random_states, plain, set_random_states
 
 MOST_SKIPPED = 10
@@ -71,6 +71,23 @@ class Updater:
         self.skipped_in_a_row = 0
         self.plain_task.update_ema(step=update)
         return losses
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """What is to be evaluated and saved, perhaps sharded: the model, or its moving average."""
+        model = self.plain_task.get_eval_model(ema=self.config.model_ema)
+        return plain(self.accelerator, getattr(model, "module", model))
+
+    def refresh_whole(self) -> None:
+        """Bring the whole copy of a sharded model up to date, on the device; call it on every process."""
+        if self.whole is not None:
+            gather_into(self.whole.to(self.accelerator.device), self.trained_model)
+
+    def train(self) -> None:
+        """Go on with training, and leave the device's memory to it."""
+        self.task.train()
+        if self.whole is not None:
+            self.whole.cpu()
 
     def set_schedule(self, position: int) -> None:
         """The learning rate for the update after this one."""
