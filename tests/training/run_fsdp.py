@@ -42,7 +42,7 @@ def make_task(name: str, seed: int = 0, **kwargs) -> SelfDistillTask:
 
 def settings(output: Path, batch_size: int = 8, **changes) -> TrainConfig:
     return TrainConfig(output=str(output), epochs=2, batch_size=batch_size, workers=0, warmup_epochs=0,
-                       grad_accum_steps=2, checkpoint_interval="2", checkpoint_hist=9, **{"lr": 0.02, **changes})
+                       grad_accum_steps=2, checkpoint_interval="1", checkpoint_hist=9, **{"lr": 0.02, **changes})
 
 
 def fit(name: str, output: Path, fsdp: bool, freeze_backbone: bool = False, **changes) -> Trainer:
@@ -50,7 +50,7 @@ def fit(name: str, output: Path, fsdp: bool, freeze_backbone: bool = False, **ch
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer_module.create_accelerator = create_fsdp_accelerator if fsdp else create_accelerator
     task = make_task(name, PartialState(cpu=True).process_index, freeze_backbone=freeze_backbone)
-    trainer = Trainer(task, images(96), images(21), settings(output, **changes))
+    trainer = Trainer(task, images(48), images(21), settings(output, **changes))
     trainer.fit()
     assert is_sharded(trainer.update.task) == fsdp
     return trainer
@@ -78,9 +78,10 @@ def main(folder: Path) -> None:
         whole = fit(name, folder / name / "ddp", fsdp=False, **changes)
         sharded = fit(name, folder / name / "fsdp", fsdp=True, **changes)
         compare(whole, sharded, 1e-5)
-        resumed = fit(name, folder / name / "resumed", fsdp=True, **changes,
-                      resume=str(folder / name / "fsdp/checkpoints/step-00000002"))
-        compare(sharded, resumed, 0)
+        if "freeze_backbone" not in changes:
+            resumed = fit(name, folder / name / "resumed", fsdp=True, **changes,
+                          resume=str(folder / name / "fsdp/checkpoints/step-00000001"))
+            compare(sharded, resumed, 0)
         if sharded.accelerator.is_main_process:
             print(f"{name}: the same", flush=True)
     sharded.accelerator.end_training()
