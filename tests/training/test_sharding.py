@@ -3,6 +3,7 @@ import timm
 import torch
 
 from timm_selfdistill import SelfDistillModel, Trainer
+from timm_selfdistill.training.sharding import block_classes
 
 from ..conftest import TWO_PROCESSES, run_python
 from .run_fsdp import RUNS, images, make_task, settings
@@ -13,6 +14,14 @@ NO_GPU = {"PYTHONPATH": ".", "CUDA_VISIBLE_DEVICES": ""}
 def test_two_processes_agree_with_one_and_sharded_weights_with_whole_ones():
     done = run_python("tests/training/run_sharded.py", launcher=TWO_PROCESSES, **NO_GPU)
     assert done.stdout.split("\n").count("the same") == 1
+
+
+@pytest.mark.parametrize(("name", "classes"), [
+    ("resnet50", ["Bottleneck"]), ("test_vit", ["Block"]), ("swin_tiny_patch4_window7_224", ["SwinTransformerBlock"]),
+    ("efficientnet_b0", ["DepthwiseSeparableConv", "InvertedResidual"]), ("coat_tiny", [])])
+def test_the_blocks_that_are_gathered_one_by_one(name, classes):
+    with torch.device("meta"):
+        assert block_classes(timm.create_model(name)) == classes
 
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 adds gradients up where there are no GPUs")
