@@ -11,8 +11,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.data import TensorDataset
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, wrap_self_distill
+from timm_selfdistill.training.loading import train_batches
 from timm_selfdistill.training.sharding import gather, is_sharded
 from timm_selfdistill.training.snapshot import restore, take_snapshot
 from timm_selfdistill.training.state import TrainState
@@ -68,13 +70,14 @@ def main() -> None:
     for key, value in replicated.module.state_dict().items():
         torch.testing.assert_close(whole[key], value, rtol=1e-5, atol=1e-5, msg=key)
 
-    config, state = TrainConfig(model_ema=False), TrainState(8, 80)
-    snapshot = take_snapshot(accelerator, sharded, optimizer, state, config)
+    config, state = TrainConfig(batch_size=4, workers=0), TrainState(8, 80)
+    batches = train_batches(TensorDataset(torch.zeros(80)), config, accelerator)
+    snapshot = take_snapshot(accelerator, sharded, optimizer, batches, state, config)
     holder = [snapshot]
     torch.distributed.broadcast_object_list(holder)
     fresh = shard(copy.deepcopy(task))
     other = torch.optim.AdamW(fresh.parameters(), lr=1e-3)
-    restore(accelerator, fresh, other, state, config, holder[0])
+    restore(accelerator, fresh, other, batches, state, config, holder[0])
     for (key, value), expected in zip(fresh.state_dict().items(), sharded.state_dict().values()):
         assert isinstance(value, DTensor) == isinstance(expected, DTensor), key
         assert torch.equal(gather(value), gather(expected)), key

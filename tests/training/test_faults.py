@@ -15,6 +15,7 @@ from timm_selfdistill import SelfDistillModel, SelfDistillTask, Trainer
 from timm_selfdistill.training.checkpoint import WEIGHTS_FILE, Checkpoints, _checksum_of, list_checkpoints
 from timm_selfdistill.training.metrics import ExitMeter
 from timm_selfdistill.training.saved_models import SavedModels
+from timm_selfdistill.training.sharding import prepare_to_shard
 from timm_selfdistill.training.update import MOST_SKIPPED, Updater
 
 from ..conftest import ROOT, small_model, wait_for
@@ -362,11 +363,33 @@ def test_a_launcher_that_contradicts_the_flags(variable, value, changes, few, tm
         fit(tmp_path, few, **changes)
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_a_launcher_that_spreads_the_weights(name, few, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_a_launcher_of_another_kind(name, few, tmp_path, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match=f"accelerate launch asks for {name}"):
+    with pytest.raises(ValueError, match=f"accelerate launch asks for {name}, which .*; take FSDP2"):
         fit(tmp_path, few)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+    ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading, which is not supported"),
+    ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "set it to false, and grad_checkpointing"),
+    ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+    ({"CUDA_VISIBLE_DEVICES": ""}, "FSDP needs GPUs")])
+def test_a_launcher_that_shards_in_a_way_that_does_not_work(changes, message, few, tmp_path, monkeypatch):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **changes}.items():
+        monkeypatch.setenv(name, value)
+    if torch.cuda.is_available() and "CUDA_VISIBLE_DEVICES" in changes:
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, few)
+
+
+@pytest.mark.parametrize("changes", [{"model_ema": True}, {"torchcompile": True}, {"opt": "lamb"}])
+def test_what_sharded_weights_do_not_have(changes, few, tmp_path):
+    task = SelfDistillTask(small_model(in_chans=1))
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} .*is not supported with FSDP"):
+        prepare_to_shard(None, task, settings(tmp_path, **changes))
 
 
 def test_no_warning_in_an_ordinary_run(few, tmp_path):

@@ -7,11 +7,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 
 from .config import TrainConfig
 
 Answer = TypeVar("Answer")
+REFUSED = {
+    "DEEPSPEED": "makes its steps in the backward pass, where gradients cannot be accumulated or looked at, and has"
+                 " checkpoints of its own (fsdp_reshard_after_forward: false is like its ZeRO-2)",
+    "MEGATRON_LM": "needs a model of its own",
+    "PARALLELISM_CONFIG": "lets several processes work on one image",
+}
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
@@ -32,10 +43,14 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     if not cpu:
         torch.set_float32_matmul_precision("high")  # TF32, as timm's train.py
         torch.backends.cudnn.allow_tf32 = True
-    AcceleratorState._reset_state()  # which would keep the precision of an earlier run in this process
+    # Which would keep the precision of an earlier run in this process, and with FSDP not find the processes again.
+    AcceleratorState._reset_state(reset_partial_state=parse_flag_from_env("ACCELERATE_USE_FSDP"))
     # The Trainer divides the loss itself, so Accelerate, which may be told a number by its launcher, must not.
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision, cpu=cpu, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError("FSDP needs GPUs, and processes that accelerate launch starts; see configs/fsdp2.yaml")
+    return accelerator
 
 
 def ask_main_process(accelerator: Accelerator, call: Callable[[], Answer]) -> Answer:
@@ -54,11 +69,11 @@ def ask_main_process(accelerator: Accelerator, call: Callable[[], Answer]) -> An
 
 def _check_launcher(config: TrainConfig) -> None:
     """What `accelerate launch` was told, against what the run was told."""
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for name, reason in REFUSED.items():
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise ValueError(
-                f"accelerate launch asks for {name}, which spreads the weights over the processes; every process must"
-                " hold them whole here, see configs/multi_gpu.yaml")
+            raise ValueError(f"accelerate launch asks for {name}, which {reason}; take FSDP2, see configs/fsdp2.yaml")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        _check_fsdp()
     launched = {
         "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION"),
         "gradient_accumulation_steps": os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
@@ -68,3 +83,18 @@ def _check_launcher(config: TrainConfig) -> None:
         if value not in (None, "no", "1") and own[name] is not None and value != own[name]:
             raise ValueError(
                 f"accelerate launch says {name} {value}, the run's own flags say {own[name]}; change one of them")
+
+
+def _check_fsdp() -> None:
+    """What `accelerate launch` was told about FSDP."""
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("accelerate launch asks for FSDP1; set fsdp_version: 2, see configs/fsdp2.yaml")
+    for name in ("offload_params", "cpu_ram_efficient_loading", "activation_checkpointing"):
+        if parse_flag_from_env(f"FSDP_{name.upper()}"):
+            raise ValueError(
+                f"accelerate launch asks for fsdp_{name}, which is not supported; set it to false"
+                + (", and grad_checkpointing in the run" if name == "activation_checkpointing" else ""))
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP":
+        raise ValueError(
+            "accelerate launch asks for SIZE_BASED_WRAP, which wraps parts that are never called; set"
+            " fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, for which the blocks of any network are found")

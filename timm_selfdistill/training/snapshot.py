@@ -47,7 +47,8 @@ def take_snapshot(
         state: TrainState, config: TrainConfig) -> Snapshot | None:
     """Copy the state of the run; call it on every process, the main one gets it."""
     random_states, places = zip(*gather_object([(get_random_states(), batches.state_dict())]))
-    weights, optimizer_state = gather(plain(accelerator, task).state_dict()), gather(optimizer.state_dict())
+    whole = plain(accelerator, task).state_dict(), optimizer.state_dict()
+    weights, optimizer_state = gather(whole, keep=accelerator.is_main_process)
     if not accelerator.is_main_process:
         return None
     rest = {

@@ -29,7 +29,7 @@ from .progress import ProgressReporter
 from .report import plot_curves, write_history
 from .run_directory import mark_launch, open_run, write_config
 from .saved_models import SavedModels
-from .snapshot import plain, restore, take_snapshot
+from .snapshot import restore, take_snapshot
 from .state import TrainResult, TrainState
 from .tracking import RunTrackers, memory_gib
 from .update import Losses, create_updater
@@ -86,9 +86,9 @@ class Trainer:
 
     @property
     def eval_model(self) -> nn.Module:
-        """What is evaluated and saved: the model, or its moving average."""
-        model = self.update.plain_task.get_eval_model(ema=self.config.model_ema)
-        return plain(self.accelerator, getattr(model, "module", model))
+        """What is evaluated and saved: the model, or its moving average; with FSDP a whole copy, as of the last
+        `evaluate`."""
+        return self.update.trained_model if self.update.whole is None else self.update.whole
 
     def fit(self) -> TrainResult:
         """Train, evaluate and save. SIGINT and SIGTERM end it early, with a checkpoint.
@@ -109,10 +109,7 @@ class Trainer:
             self.updates_per_epoch * self.config.epochs, self.state.updates, self.accelerator.is_main_process)
         if self.uploader:
             self.uploader.start()
-        if self.accelerator.num_processes > 2:
-            count = self.config.batch_size
-            x = torch.randn(count, *self.input_size, generator=torch.Generator().manual_seed(0))
-            self.update.settle(x, torch.zeros(count, dtype=torch.long))
+        self.update.settle(self.input_size)
         try:
             summary = self._train()
         finally:
@@ -155,7 +152,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> list[ExitMetrics]:
-        """Accuracy of every exit and of the ensemble on the validation data."""
+        """Accuracy of every exit and of the ensemble on the validation data; call it on every process."""
+        self.update.refresh_whole()
         model, accelerator = self.eval_model, self.accelerator
         meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
         with evaluating(model), torch.no_grad(), accelerator.autocast():
@@ -169,7 +167,7 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; False if a request to stop came before its end."""
         state, config = self.state, self.config
-        self.update.task.train()
+        self.update.train()
         batches = self.batches.batches(state.epoch, state.images)
         images_per_batch = config.batch_size * self.accelerator.num_processes
         began, first_image, pending, replaced = time.perf_counter(), state.images, [], 0
@@ -242,7 +240,7 @@ class Trainer:
         if state.epoch + 1 < self.config.epochs:
             self.batches.start(state.epoch + 1)
         if accelerator.num_processes > 1:
-            distribute_bn(self.eval_model, accelerator.num_processes, reduce=self.config.dist_bn == "reduce")
+            distribute_bn(self.update.trained_model, accelerator.num_processes, reduce=self.config.dist_bn == "reduce")
         self.metrics = metrics = self.evaluate()
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
         row = state.end_epoch(self._lr(), metrics)

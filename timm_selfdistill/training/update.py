@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .config import TrainConfig
 from .loading import Batch
 from .mixing import TargetMixer
+from .sharding import gather, gather_into, prepare_to_shard, share_statistics
 from .snapshot import get_random_states, plain, set_random_states
 
 MOST_SKIPPED = 10
@@ -29,14 +30,16 @@ class Updater:
     Args:
         task: as Accelerate prepared it.
         schedule: of the learning rate; None is constant.
+        whole: a copy of the model, where the task's is sharded.
     """
 
     def __init__(
             self, accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer,
-            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig):
+            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig, whole: nn.Module | None = None):
         self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
         self.schedule, self.mixer, self.config = schedule, mixer, config
         self.plain_task: TrainingTask = plain(accelerator, task)
+        self.whole = whole
         self.skipped_in_a_row = 0
 
     def __call__(self, group: list[Batch], epoch: int, update: int, position: int) -> Losses | None:
@@ -69,15 +72,36 @@ class Updater:
         self.plain_task.update_ema(step=update)
         return losses
 
+    @property
+    def trained_model(self) -> nn.Module:
+        """What is to be evaluated and saved, perhaps sharded: the model, or its moving average."""
+        model = self.plain_task.get_eval_model(ema=self.config.model_ema)
+        return plain(self.accelerator, getattr(model, "module", model))
+
+    def refresh_whole(self) -> None:
+        """Bring the whole copy of a sharded model up to date, on the device; call it on every process."""
+        if self.whole is not None:
+            gather_into(self.whole.to(self.accelerator.device), self.trained_model)
+
+    def train(self) -> None:
+        """Go on with training, and leave the device's memory to it."""
+        self.task.train()
+        if self.whole is not None:
+            self.whole.cpu()
+
     def set_schedule(self, position: int) -> None:
         """The learning rate for the update after this one."""
         if self.schedule is not None:
             self.schedule.step_update(position)
 
-    def settle(self, x: Tensor, y: Tensor) -> None:
+    def settle(self, input_size: tuple[int, int, int]) -> None:
         """Two passes that leave no trace but in DistributedDataParallel, which puts its gradients in another order
         after the first: with more than two processes the first sums of a resumed run would differ in rounding."""
+        if self.accelerator.num_processes <= 2:
+            return
         states, buffers = get_random_states(), self._copy_buffers()
+        x = torch.randn(self.config.batch_size, *input_size, generator=torch.Generator().manual_seed(0))
+        y = torch.zeros(len(x), dtype=torch.long)
         for _ in range(2):
             self.accelerator.backward(self.task(*self.mixer(*self.to_device(x, y), epoch=0))["loss"])
             self.optimizer.zero_grad()
@@ -89,10 +113,13 @@ class Updater:
 
     def _backward(self, group: list[Batch], epoch: int) -> Losses:
         losses: Losses = {}
+        if self.whole is not None:
+            share_statistics(self.plain_task)
         for index, (x, y, _) in enumerate(group):
             x, y = self.mixer(*self.to_device(x, y), epoch)
             with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.task):
-                result = self.task(x, y)
+                with self.accelerator.autocast():  # which Accelerate's own forward pass has but with FSDP
+                    result = self.task(x, y)
                 self.accelerator.backward(result["loss"] / len(group))
             for name in (key for key in result if key.endswith("loss")):
                 losses[name] = losses.get(name, 0) + result[name].detach().float() / len(group)
@@ -106,7 +133,7 @@ class Updater:
             return True
         limit = float("inf") if self.config.clip_grad is None else self.config.clip_grad
         norm = self.accelerator.clip_grad_norm_(self.task.parameters(), limit)
-        return not watch or bool(norm.isfinite())
+        return not watch or bool(gather(norm).isfinite())
 
     def _copy_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Batch norm's statistics, which a forward pass has changed before anyone sees its loss."""
@@ -137,12 +164,13 @@ def create_updater(
     """Optimizer, schedule and moving average around a task, on Accelerate's devices.
 
     Raises:
-        ValueError: batch norm cannot work with these settings.
+        ValueError: batch norm or sharded weights cannot work with these settings.
     """
     set_seed(config.seed, device_specific=True)
     model = task.get_trainable_module()
     _prepare_batch_norm(accelerator, model, config)
-    if config.channels_last:
+    whole = prepare_to_shard(accelerator, task, config) if accelerator.is_fsdp2 else None
+    if config.channels_last and whole is None:
         model.to(memory_format=torch.channels_last)
     if config.torchcompile:
         model.compile()
@@ -152,7 +180,7 @@ def create_updater(
         warmup_lr=config.warmup_lr, min_lr=config.min_lr, decay_epochs=config.decay_epochs,
         decay_milestones=list(config.decay_milestones), decay_rate=config.decay_rate,
         step_on_epochs=False, updates_per_epoch=updates_per_epoch)
-    updater = Updater(accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config)
+    updater = Updater(accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, whole)
     if config.model_ema:
         updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     return updater
