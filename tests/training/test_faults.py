@@ -143,6 +143,15 @@ def test_an_image_that_cannot_be_read(workers, few, tmp_path):
     assert state["replaced_samples"] == 4  # two in each of two epochs
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_validation_image_that_cannot_be_read(workers, few, tmp_path):
+    data = few[0], Photos(few[1], {3})
+    with pytest.raises(ValueError, match="image 3 cannot be read"):
+        fit(tmp_path / "a", data, workers=workers)
+    with pytest.warns(UserWarning, match="1 validation images cannot be read and are left out"):
+        fit(tmp_path / "b", data, workers=workers, on_bad_sample="skip", validation_batch_size=1)
+
+
 def test_a_data_set_of_which_nothing_can_be_read(few, tmp_path):
     data = Photos(few[0], set(range(1, 100))), few[1]
     with pytest.raises(ValueError, match=r"neither image \d+ nor 10 others can be read; the last: image"):

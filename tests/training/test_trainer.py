@@ -329,6 +329,26 @@ def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(fashion_tensors,
     assert names == ["left-step-00000016", "left-step-00000024", "step-00000008", "step-00000010"]
 
 
+def test_checkpoints_that_were_set_aside_go_when_the_run_overtakes_them(fashion_tensors, tmp_path, monkeypatch):
+    fit(tmp_path, fashion_tensors, epochs=3)
+    fit("", fashion_tensors, epochs=2, resume=str(tmp_path / "checkpoints" / "step-00000008"))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["left-step-00000024", "step-00000008", "step-00000016"]
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_the_best_model_goes_along_to_another_directory(epochs, fashion_tensors, tmp_path):
+    """With an lr that spoils the model after its first epoch; the run is over, or goes on."""
+    fit(tmp_path / "a", fashion_tensors, epochs=1)
+    fit(tmp_path / "a", fashion_tensors, epochs=2, resume="latest", lr=30.0)
+    result, _ = fit(tmp_path / "b", fashion_tensors, epochs=epochs, resume=str(tmp_path / "a"), lr=30.0)
+    best = json.loads((tmp_path / "b/best/config.json").read_text())["self_distill"]["metrics"]
+    expected = max(result.history, key=lambda row: row["top1_exit_3"])
+    assert (best["epoch"], best["exits"][-2]["top1"]) == (expected["epoch"], expected["top1_exit_3"])
+    assert expected["epoch"] != 2
+    assert SelfDistillModel.from_pretrained(tmp_path / "b/best").exits == make_task().get_eval_model().exits
+
+
 def test_a_second_run_in_the_process_has_its_own_precision(fashion_tensors, tmp_path):
     data = tuple(Subset(part, range(100)) for part in fashion_tensors)
     for name, amp in (("a", True), ("b", False), ("c", True)):

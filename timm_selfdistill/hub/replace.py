@@ -15,10 +15,10 @@ STALE_SECONDS = 3600
 def replacing_files(folder: Path) -> Iterator[Path]:
     """A fresh folder, whose files take the place of those of the same name in `folder` when the block ends well.
 
-    Whenever the process dies, `folder` holds all the old files or all the new ones: the fresh folder gets its final
-    name in one step, and from then on `finish_replacing`, with which every reading begins, does what is left. Plain
-    timm does not call it: between two of these renamings it sees old weights beside a new config or the reverse, which
-    differ in nothing that it reads as long as they describe the same network.
+    Whenever the process dies or the power fails, `folder` holds all the old files or all the new ones: the fresh folder
+    is brought to disk and gets its final name in one step, and from then on `finish_replacing`, with which every
+    reading begins, does what is left. Plain timm does not call it: between two of these renamings it sees old weights
+    beside a new config or the reverse, which differ in nothing that it reads as long as they describe the same network.
 
     Raises:
         FileExistsError: `folder` is a file.
@@ -33,10 +33,23 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     try:
         yield fresh
         finish_replacing(folder)
+        for path in (*fresh.iterdir(), fresh):
+            sync(path)
         os.rename(fresh, folder / COMPLETE)
         finish_replacing(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows does not open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def finish_replacing(folder: Path) -> None:

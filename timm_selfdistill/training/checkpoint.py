@@ -13,10 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..hub.replace import sync
 from .snapshot import Snapshot
 
 FORMAT = 1
 WEIGHTS_FILE, REST_FILE, CHECKSUM_FILE = "model.safetensors", "run.pt", "checksums.json"
+LEFT = "left-"
 UNWRITABLE = (OSError, SafetensorError)
 """A full disk, as Python and safetensors tell it."""
 
@@ -65,20 +67,24 @@ class Checkpoints:
             torch.save(snapshot.rest, fresh / REST_FILE)
             _write_checksums(fresh)
             os.replace(fresh, final)
-            _sync(self.folder)
+            sync(self.folder)
             for old in list_checkpoints(self.folder)[:-self.keep]:
                 os.replace(old, old.with_name(f".{old.name}"))  # so that half of one is never taken for a whole
                 shutil.rmtree(old.with_name(f".{old.name}"))
+            for left in self.folder.glob(f"{LEFT}*"):
+                if left.name <= f"{LEFT}{final.name}":
+                    shutil.rmtree(left)
         except Exception as error:  # whatever it is, training must not end for it; it is told
             shutil.rmtree(fresh, ignore_errors=True)
             warn_unwritten(final, error)
 
     def set_newer_aside(self, checkpoint: Path) -> None:
-        """Rename the checkpoints that follow the resumed one: they belong to a history that this run leaves."""
+        """Rename the checkpoints that follow the resumed one: they belong to a history that this run leaves. They are
+        removed as the new one overtakes them."""
         for path in list_checkpoints(self.folder):
             if path.name > checkpoint.name:
-                shutil.rmtree(path.with_name(f"left-{path.name}"), ignore_errors=True)
-                os.replace(path, path.with_name(f"left-{path.name}"))
+                shutil.rmtree(path.with_name(f"{LEFT}{path.name}"), ignore_errors=True)
+                os.replace(path, path.with_name(f"{LEFT}{path.name}"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -166,13 +172,13 @@ def _write_checksums(folder: Path) -> None:
     """Last of all, of files that are on disk."""
     checksums = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         checksums[path.name] = _checksum(path)
     record = folder / CHECKSUM_FILE
     content = {"format": FORMAT, "sha256": checksums}
     record.write_text(json.dumps({**content, "record": _checksum_of(content)}, indent=2))
-    _sync(record)
-    _sync(folder)
+    sync(record)
+    sync(folder)
 
 
 def _checksum(path: Path) -> str:
@@ -185,14 +191,3 @@ def _checksum(path: Path) -> str:
 
 def _checksum_of(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows does not open folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .config import TrainConfig
 from .interrupt import leave_process_group
@@ -160,16 +160,38 @@ def train_batches(data: Dataset, config: TrainConfig, accelerator: Accelerator) 
     return kind(data, config, accelerator, _loader_settings(config, accelerator))
 
 
+class ValImages(Dataset):
+    """One of so many images of a map-style data set; None takes the place of one that cannot be read, if it may."""
+
+    def __init__(self, data: Dataset, rank: int, world_size: int, on_bad_sample: str):
+        self.data, self.indices = data, range(rank, len(data), world_size)
+        self.on_bad_sample = on_bad_sample
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any] | None:
+        try:
+            return self.data[self.indices[index]]
+        except (OSError, ValueError):
+            if self.on_bad_sample == "raise":
+                raise
+        return None
+
+
 def val_loader(data: Dataset, config: TrainConfig, accelerator: Accelerator) -> DataLoader:
-    """Every image once, however they divide between the processes."""
+    """Batches (images, class indices) of every image that can be read, once, however they divide between the
+    processes; None where no image of a batch can be read."""
     world, rank, settings = accelerator.num_processes, accelerator.process_index, _loader_settings(config, accelerator)
     if isinstance(data, StreamedImages):
         own_share = data.share(rank, world, config.workers)
         workers = min(config.workers, own_share.rows.num_shards)
         settings |= {"num_workers": workers, "persistent_workers": workers > 0}
+        own_share.skips_unreadable = config.on_bad_sample == "skip"
     else:
-        own_share = Subset(data, range(rank, len(data), world))
-    return DataLoader(own_share, config.validation_batch_size or config.batch_size, **settings)
+        own_share = ValImages(data, rank, world, config.on_bad_sample)
+    return DataLoader(
+        own_share, config.validation_batch_size or config.batch_size, collate_fn=_collate_readable, **settings)
 
 
 def _loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
@@ -180,3 +202,8 @@ def _loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str,
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _collate_readable(samples: list[tuple[Tensor, Any] | None]) -> Any:
+    found = [sample for sample in samples if sample is not None]
+    return default_collate(found) if found else None

@@ -1,11 +1,13 @@
 """Accuracy of every exit."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..cost import evaluating
 from ..model import SelfDistillModel
 
 
@@ -65,6 +67,18 @@ class ExitMeter:
             ExitMetrics(name, 100 * top1 / count, 100 * top5 / count, loss / count)
             for name, (loss, top1, top5, count) in zip(names, totals.tolist())
         ]
+
+
+def measure_exits(
+        model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator,
+) -> tuple[list[ExitMetrics], int]:
+    """Accuracy of every exit and of the ensemble over the batches of all processes, and how many images they have."""
+    meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
+    with evaluating(model), torch.no_grad(), accelerator.autocast():
+        for x, y in batches:
+            meter.update(exit_logits(model, x), y)
+    totals = accelerator.reduce(meter.totals, "sum")
+    return meter.compute(totals), int(totals[0, 3])
 
 
 def _count(logits: Tensor, target: Tensor) -> Tensor:

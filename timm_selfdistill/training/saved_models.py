@@ -1,5 +1,6 @@
 """best/ and last/ of a run: saved models, with a record of how they were made."""
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .. import hub
+from ..hub.replace import finish_replacing, replacing_files
 from ..model import SelfDistillModel
 from ..version import __version__
 from .checkpoint import UNWRITABLE, warn_unwritten
@@ -51,6 +53,14 @@ class SavedModels:
                          **{name: version(name) for name in PACKAGES}},
             "hardware": f"{accelerator.num_processes} x {device_name(accelerator.device)}",
         }
+
+    def take_over(self, run: Path) -> None:
+        """Copy the best model of a run that goes on in this directory from another one, if it is still there."""
+        best = self.output / "best"
+        if not best.exists() and (run / "best").is_dir():
+            finish_replacing(run / "best")
+            with replacing_files(best) as fresh:
+                shutil.copytree(run / "best", fresh, dirs_exist_ok=True)
 
     def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:
         """Save a model under its name; the first time, without metrics, after seeing that it can be loaded again.

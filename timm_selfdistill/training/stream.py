@@ -22,6 +22,9 @@ class StreamedImages(IterableDataset):
     Args: see `ImageDataset`.
     """
 
+    skips_unreadable = False
+    """Whether None takes the place of an image that cannot be read."""
+
     def __init__(self, rows: datasets.IterableDataset, image_column: str, label_column: str, transform: Any, mode: str,
                  num_classes: int, source: dict[str, Any] | None = None):
         rows = rows.select_columns([image_column, label_column])
@@ -71,9 +74,15 @@ class StreamedImages(IterableDataset):
         check_range(label, label, self.num_classes, self.label_column)
         return label
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | None]:
         for number, row in enumerate(self.rows):
-            yield self.image(row, number), self.label(row)
+            label = self.label(row)
+            try:
+                yield self.image(row, number), label
+            except (OSError, ValueError):
+                if not self.skips_unreadable:
+                    raise
+                yield None
 
 
 class Place(NamedTuple):

@@ -1,6 +1,7 @@
 """The training run around any `timm.task.TrainingTask`."""
 import math
 import time
+import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..cost import evaluating
 from ..model import SelfDistillModel
 from .accelerator import create_accelerator
 from .batch_size import find_batch_size
@@ -22,7 +22,7 @@ from .interrupt import InterruptRequest
 from .interval import Interval
 from .labels import check_classes
 from .loading import image_count, image_shape, train_batches, val_loader
-from .metrics import ExitMeter, ExitMetrics, exit_logits
+from .metrics import ExitMetrics, measure_exits
 from .mixing import TargetMixer
 from .profiling import UpdateProfiler
 from .progress import ProgressReporter
@@ -68,7 +68,7 @@ class Trainer:
         self.config = config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data))
         self.batches = train_batches(train_data, config, self.accelerator)
-        self.val_loader = val_loader(val_data, config, self.accelerator)
+        self.val_loader, self.val_count = val_loader(val_data, config, self.accelerator), image_count(val_data)
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
@@ -146,6 +146,7 @@ class Trainer:
             self.checkpoints.set_newer_aside(checkpoint)
             try:
                 write_config(self.config, self.output)
+                self.saved.take_over(checkpoint.parent.parent)
             except OSError as error:
                 warn_unwritten(self.output, error)
         self.update.set_schedule(self._position())
@@ -154,15 +155,12 @@ class Trainer:
     def evaluate(self) -> list[ExitMetrics]:
         """Accuracy of every exit and of the ensemble on the validation data; call it on every process."""
         self.update.refresh_whole()
-        model, accelerator = self.eval_model, self.accelerator
-        meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
-        with evaluating(model), torch.no_grad(), accelerator.autocast():
-            for batch in self.val_loader:
-                x, y = self.update.to_device(*batch)
-                meter.update(exit_logits(model, x), y)
-        totals = accelerator.reduce(meter.totals, "sum")
-        self.saved.val_images = int(totals[0, 3])
-        return meter.compute(totals)
+        batches = (self.update.to_device(*batch) for batch in self.val_loader if batch)
+        metrics, self.saved.val_images = measure_exits(self.eval_model, batches, self.accelerator)
+        left_out = (self.val_count or 0) - self.saved.val_images
+        if left_out > 0 and self.config.on_bad_sample == "skip" and self.accelerator.is_main_process:
+            warnings.warn(f"{left_out} validation images cannot be read and are left out", stacklevel=2)
+        return metrics
 
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; False if a request to stop came before its end."""
