@@ -1,0 +1,61 @@
+"""The loading processes of a run keep nothing of what they have read."""
+import io
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from timm_selfdistill import TrainConfig, load_images, model_data_config
+from timm_selfdistill.training.loading import train_batches
+
+from ..conftest import small_backbone
+
+IMAGES, SIZE = 1600, 96
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """44 MB of images that cannot be compressed, in eight files."""
+    folder, draw = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)})
+    for number in range(8):
+        files = [io.BytesIO() for _ in range(IMAGES // 8)]
+        for file in files:
+            Image.fromarray(draw.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(file, "png")
+        rows = {"image": [{"bytes": file.getvalue()} for file in files], "label": [0, 1] * (len(files) // 2)}
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"train-{number}.parquet", batch_size=50)
+    datasets.Dataset.from_dict({key: column[:2] for key, column in rows.items()}, features).to_parquet(
+        folder / "test-0.parquet")
+    return folder
+
+
+def own_memory() -> float:
+    """MB of the largest loading process, but for what it shares with files."""
+    children = psutil.Process(os.getpid()).children()
+    lines = [line for child in children for line in Path(f"/proc/{child.pid}/status").read_text().splitlines()]
+    return max(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_memory_is_flat(streaming, noise):
+    images = load_images(noise, streaming=streaming)
+    data, _ = images.transformed(model_data_config(small_backbone(), 32, 3))
+    steps = {"steps_per_epoch": IMAGES // 16, "shuffle_buffer": 50} if streaming else {}
+    accelerator = SimpleNamespace(
+        num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
+    batches = train_batches(data, TrainConfig(batch_size=16, workers=2, **steps), accelerator)
+    memory = []
+    for epoch in range(2):
+        for number, _ in enumerate(batches.batches(epoch, 0)):
+            if number % 25 == 24:
+                memory.append(own_memory())
+    assert len(memory) == 8
+    assert memory[-1] - memory[0] < 15, memory  # of 22 MB that each process reads in an epoch
