@@ -3,11 +3,11 @@
 Images per second of an epoch, all in turn, medians: `Trainer` with the self-distilled network and with the plain one,
 timm's own training step (`timm.task.ClassificationTask` in a bare loop, with timm's loader), and the same loop with the
 network of the authors' code. Images are those of examples/data at --img-size, or random tensors (--synthetic, where
-decoding would set the pace). Evaluation and saving are not counted. Memory is the peak of the epoch, less what there
-was before it: on a GPU of allocated memory, else of the process.
+decoding would set the pace). Evaluation and saving are not done. Memory is the peak of the epoch on a GPU; on a CPU,
+where a process's memory says little, it is counted: weights, gradients, momentum, and all that the backward pass needs.
 
     python benchmarks/train.py
-    python benchmarks/train.py --amp-dtype bfloat16
+    python benchmarks/train.py --amp-dtype bfloat16 --output benchmarks/results/train_bf16.json
     python benchmarks/train.py --device cuda --synthetic --img-size 128 -b 256 -j 12 --images 10240 \\
         --amp-dtype bfloat16 --channels-last
 """
@@ -17,12 +17,11 @@ import io
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import timm
 import torch
 from authors_network import AuthorsTask
@@ -57,11 +56,11 @@ class RandomImages(Dataset):
 
 
 def main() -> None:
-    parser = create_parser(__doc__, batch_size=64, rounds=5)
+    parser = create_parser(__doc__, batch_size=32, rounds=7)
     parser.add_argument("-j", "--workers", type=int, default=1)
-    parser.add_argument("--models", nargs="+", default=["cifar_resnet18", "cifar_resnet50"])
-    parser.add_argument("--images", type=int, default=640)
-    parser.add_argument("--img-size", type=int, default=32)
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--img-size", type=int, default=64)
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--amp-dtype", choices=["float16", "bfloat16"])
     parser.add_argument("--channels-last", action="store_true")
@@ -154,8 +153,8 @@ def bare_loop(task: TrainingTask, args: argparse.Namespace) -> Measured:
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.05, weight_decay=5e-4)
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else None
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    before, count = reset_peak(device), 0
-    began = time.perf_counter()
+    watch_memory(device)
+    began, count = time.perf_counter(), 0
     for step, (x, y) in enumerate(loader):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if args.channels_last:
@@ -170,7 +169,7 @@ def bare_loop(task: TrainingTask, args: argparse.Namespace) -> Measured:
         if step % 50 == 49:
             loss.item()
     loss.item()
-    return 1000 * (time.perf_counter() - began) / count, peak(device) - before
+    return 1000 * (time.perf_counter() - began) / count, gib_of_epoch(task, args)
 
 
 def with_trainer(task: TrainingTask, args: argparse.Namespace) -> Measured:
@@ -181,35 +180,44 @@ def with_trainer(task: TrainingTask, args: argparse.Namespace) -> Measured:
             amp=args.amp_dtype is not None, amp_dtype=args.amp_dtype or "float16", channels_last=args.channels_last,
             torchcompile=args.torchcompile)
         trainer = Trainer(task, train, val, config)
-        device = trainer.accelerator.device
-        before, found = reset_peak(device), []
-        finish = trainer._finish_epoch
+        watch_memory(trainer.accelerator.device)
 
-        def watched() -> None:
-            found.append(peak(device))
-            finish()
+        def end() -> None:
+            raise EndOfEpoch
 
-        trainer._finish_epoch = watched
-        with redirect_stdout(io.StringIO()):
+        trainer._finish_epoch = end
+        with redirect_stdout(io.StringIO()), suppress(EndOfEpoch):
             trainer.fit()
-        return 1000 / trainer.rate, found[0] - before
+        return 1000 / trainer.rate, gib_of_epoch(task, args)
 
 
-def reset_peak(device: torch.device) -> float:
-    """Begin to watch the memory; GiB that are in use now."""
+class EndOfEpoch(Exception):
+    """Raised in place of the evaluation."""
+
+
+def watch_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**30
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
-    return psutil.Process().memory_info().rss / 2**30
 
 
-def peak(device: torch.device) -> float:
-    if device.type == "cuda":
+def gib_of_epoch(task: TrainingTask, args: argparse.Namespace) -> float:
+    """The peak of an epoch since `watch_memory`, or what a step on a CPU holds on to."""
+    if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
+    tensors: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        tensors[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
+    dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else None
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            result = task(x, torch.zeros(len(x), dtype=torch.long))
+    weights = {weight.untyped_storage().data_ptr(): weight.nbytes for weight in task.parameters()}
+    return (sum((tensors | weights).values()) + 2 * sum(weights.values()) + result["loss"].nbytes) / 2**30
 
 
 if __name__ == "__main__":

@@ -154,8 +154,9 @@ def test_the_step_benchmark_runs(tmp_path):
     assert 1 < row["macs_ratio"] <= 1.048
 
 
-def test_the_loop_benchmark_runs(tmp_path):
-    run_python("benchmarks/loop.py", "--rounds", 1, "--images", 128, "--models", "test_resnet", "-j", 0, "--output",
-               tmp_path / "a.json")
+def test_the_training_benchmark_runs(tmp_path):
+    run_python("benchmarks/train.py", "--rounds", 1, "--images", 32, "-b", 16, "--models", "resnet18", "--img-size", 32,
+               "-j", 0, "--output", tmp_path / "a.json")
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert row["ratio"] > 0
+    assert row["plain_over_timm"] > 0
+    assert 1 < row["memory_ratio"] < 1.15

@@ -82,6 +82,10 @@ def main(folder: Path) -> None:
             resumed = fit(name, folder / name / "resumed", fsdp=True, **changes,
                           resume=str(folder / name / "fsdp/checkpoints/step-00000001"))
             compare(sharded, resumed, 0)
+        if name == "test_convnext":
+            changed = fit(name, folder / name / "changed", fsdp=True, **changes,
+                          resume=str(folder / name / "ddp/checkpoints/step-00000001"))
+            compare(whole, changed, 1e-5)
         if sharded.accelerator.is_main_process:
             print(f"{name}: the same", flush=True)
     sharded.accelerator.end_training()

@@ -53,9 +53,8 @@ def test_memory_is_flat(streaming, noise):
         num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
     batches = train_batches(data, TrainConfig(batch_size=16, workers=2, **steps), accelerator)
     memory = []
-    for epoch in range(2):
-        for number, _ in enumerate(batches.batches(epoch, 0)):
-            if number % 25 == 24:
-                memory.append(own_memory())
-    assert len(memory) == 8
-    assert memory[-1] - memory[0] < 15, memory  # of 22 MB that each process reads in an epoch
+    for number, _ in enumerate(batches.batches(0, 0)):
+        if number % 10 == 9 and len(psutil.Process(os.getpid()).children()) == 2:
+            memory.append(own_memory())
+    assert len(memory) >= 9
+    assert memory[-1] - memory[0] < 6, memory  # of 18 MB that each process reads in between

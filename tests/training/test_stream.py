@@ -2,17 +2,21 @@
 import io
 import itertools
 import json
+import shutil
 import tarfile
 from types import SimpleNamespace
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, load_images, model_data_config, wrap_self_distill
-from timm_selfdistill.training.loading import StreamedBatches, val_loader
+from timm_selfdistill.training.images import decode_image
+from timm_selfdistill.training.loading import StreamedBatches, ValBatches, train_batches
+from timm_selfdistill.training.stream import TrainStream
 
 from ..conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
 
@@ -95,7 +99,7 @@ def test_every_image_once(form, workers, request):
     assert found != sorted(found)
 
 
-@pytest.mark.parametrize("world", [2, 5])
+@pytest.mark.parametrize("world", [2, 3, 5, 7])
 def test_processes_share_the_images(parquet, world):
     shares = [first_pass(streamed(parquet, 1, rank, world, workers=1)) for rank in range(world)]
     assert sorted(itertools.chain(*shares)) == list(range(COUNT))
@@ -133,16 +137,55 @@ def test_a_state_survives_a_checkpoint(parquet, tmp_path):
     assert torch.load(tmp_path / "state.pt", weights_only=True) == batches.state_dict()
 
 
-def test_another_number_of_readers_is_refused(parquet):
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"workers": 1}, "loading processes 1 instead of 2"),
+    ({"shuffle_buffer": 20}, "rows in a block 20 instead of 16"),
+    ({"world": 5}, "processes 5 instead of 1"),
+])
+def test_another_division_is_refused(parquet, changes, message):
     state = streamed(parquet, workers=2).state_dict()
-    with pytest.raises(ValueError, match="1 processes with 2 loading processes each, this run has 1 with 1"):
-        streamed(parquet, workers=1).load_state_dicts([state])
+    with pytest.raises(ValueError, match=f"divided in another way: .*{message}.*; resume with the same"):
+        streamed(parquet, **{"workers": 2, **changes}).load_state_dicts([state])
+
+
+def test_other_files_are_refused(parquet, tmp_path):
+    for path in parquet.glob("*.parquet"):
+        if path.name != "train-3.parquet":
+            shutil.copy(path, tmp_path)
+    state = streamed(tmp_path, workers=2).state_dict()
+    with pytest.raises(ValueError, match="shards 5 instead of 4"):
+        streamed(parquet, workers=2).load_state_dicts([state])
+
+
+def test_no_loading_process_reads_what_one_would():
+    """`-j 0` and `-j 1` are the same."""
+    for workers in (0, 1):
+        images = load_images(EMBEDDED, streaming=True)
+        part = images.transformed(model_data_config(small_backbone(), 32, 1))[0].split_by_node(1, 2, workers)
+        assert part.shards == 1
+
+
+def test_a_checkpoint_of_the_other_kind_is_refused(parquet, fashion_tensors):
+    accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
+    indexed = train_batches(fashion_tensors[0], TrainConfig(workers=0), accelerator)
+    with pytest.raises(ValueError, match="of a run on streamed images; resume with streaming"):
+        indexed.load_state_dicts([streamed(parquet, workers=0).state_dict()])
+    with pytest.raises(ValueError, match="images that were not streamed; resume without"):
+        streamed(parquet, workers=0).load_state_dicts([indexed.state_dict()])
+
+
+def test_whole_shards_where_there_are_enough(parquet):
+    """20 row groups for 3 processes: 7, 7 and 6, not all of them for each."""
+    parts = [streamed(parquet, 1, rank, 3, workers=1) for rank in range(3)]
+    assert [part.stream.data.rows.num_shards for part in parts] == [7, 7, 6]
+    assert {part.division["shards"] for part in parts} == {20}
 
 
 def test_files_are_divided_where_there_are_too_few(parquet):
     data = streamed(parquet, workers=0).stream.data
     assert data.rows.num_shards == 5
-    assert data.share(0, 1, 8).rows.num_shards == sum(-(-size // 7) for size in SHARDS)  # a shard for each row group
+    row_groups = sum(-(-size // 7) for size in SHARDS)
+    assert data.split_by_node(0, 1, 8).rows.num_shards == row_groups == 20
 
 
 def test_evaluation_counts_every_image_once(webdataset):
@@ -152,7 +195,7 @@ def test_evaluation_counts_every_image_once(webdataset):
     seen = []
     for rank in range(2):
         accelerator = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
-        for x, _ in val_loader(val, TrainConfig(batch_size=5, workers=1), accelerator):
+        for x, _ in ValBatches(val, TrainConfig(batch_size=5, workers=1), accelerator):
             seen += x[:, 0, 1, 1].long().tolist()
     assert sorted(seen) == list(range(COUNT, COUNT + 12))
 
@@ -171,11 +214,57 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
             batch_size=4, steps_per_epoch=8, workers=0, shuffle_buffer=40, on_bad_sample=on_bad_sample)
         return StreamedBatches(data, config, accelerator, {})
 
+    _, val = load_images(tmp_path, streaming=True).transformed(model_data_config(small_backbone(), 32, 1))
+    val.transform = numbers
+    accelerator = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
+    batches = ValBatches(val, TrainConfig(batch_size=4, workers=0, on_bad_sample="skip"), accelerator)
+    assert sum(len(x) for x, _ in batches) == 32
+    assert batches.unreadable == 8
+
     batches = list(make("skip").batches(0, 0))
     assert sorted(torch.cat([x[:, 0, 1, 1] for x, *_ in batches]).tolist()) == [i for i in range(1, 41) if i % 5]
     assert 5 <= sum(int(left_out.sum()) for *_, left_out in batches) <= 8  # not those after the last good one
     with pytest.raises(ValueError, match="cannot read image"):
         list(make("raise").batches(0, 0))
+
+
+def test_rows_that_are_not_mixed(tmp_path):
+    for split in ("train", "test"):
+        for name in "abcd":
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(10):
+                (tmp_path / split / name / f"{index}.png").write_bytes(picture(index))
+    data, _ = load_images(tmp_path, streaming=True).transformed(model_data_config(small_backbone(), 32, 1))
+    accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device="cpu")
+    config = TrainConfig(batch_size=4, steps_per_epoch=2, workers=0, shuffle_buffer=10)
+    with pytest.warns(UserWarning, match="the first 10 rows of the stream are of 1 of 4 classes: they are not mixed"):
+        StreamedBatches(data, config, accelerator, {}).next_batch()
+
+
+def test_images_at_an_address():
+    """As those of a streamed folder on the Hub, hf://datasets/..."""
+    with fsspec.open("memory://folder/a.png", "wb") as file:
+        file.write(picture(7))
+    assert decode_image({"bytes": None, "path": "memory://folder/a.png"}).getpixel((0, 0)) == 7
+    with pytest.raises(ValueError, match="cannot read image memory://folder/b.png"):
+        decode_image({"bytes": None, "path": "memory://folder/b.png"})
+
+
+def test_a_connection_that_is_lost_ends_the_run_and_keeps_its_checkpoint(webdataset, tmp_path, monkeypatch):
+    run = train(webdataset, tmp_path, steps_per_epoch=20, checkpoint_interval="4", on_bad_sample="skip")
+    real, calls = TrainStream._blocks, itertools.count()
+
+    def blocks(self, place):
+        for found in real(self, place):
+            if next(calls) == 3:
+                raise ConnectionError("the Hub is gone")
+            yield found
+
+    monkeypatch.setattr(TrainStream, "_blocks", blocks)
+    run.batches.stream.block = 10
+    with pytest.raises(ConnectionError, match="the Hub is gone"):
+        run.fit()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
 
 def train(folder, output, **settings) -> Trainer:
@@ -246,8 +335,15 @@ def test_a_stream_without_a_validation_split(tmp_path):
         {"image": [{"bytes": picture(0)}], "label": [0]},
         datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)}))
     rows.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="has no validation split among 'train', and a stream cannot be divided"):
+    with pytest.raises(ValueError, match="has no validation split, and a stream cannot be divided"):
         load_images(tmp_path, streaming=True)
+
+
+def test_one_split_streamed_and_one_not(parquet):
+    splits = {"train": datasets.load_dataset(str(parquet), split="train"),
+              "test": datasets.load_dataset(str(parquet), split="test", streaming=True)}
+    with pytest.raises(TypeError, match="must both be streamed or neither, got Dataset and IterableDataset"):
+        load_images(splits)
 
 
 def test_webdataset_shards_without_streaming(webdataset):
@@ -259,7 +355,7 @@ def test_the_command_on_two_processes_is_resumed_exactly(parquet, tmp_path):
     """Stopped in the middle of its second epoch, and as if it had not been."""
     command = [str(ROOT / "examples/train.py"), "--data-dir", parquet, "--streaming", "--steps-per-epoch", 6, "--model",
                "test_resnet", "--img-size", 32, "--epochs", 2, "-b", 4, "-j", 2, "--checkpoint-interval", 4,
-               "--shuffle-buffer", 10, "--checkpoint-hist", 9]
+               "--shuffle-buffer", 10, "--checkpoint-hist", 9, "--grad-accum-steps", 2, "--mixup", 0.2, "--model-ema"]
     run_python(*command, "--output", tmp_path / "a", launcher=TWO_PROCESSES)
     checkpoints = sorted((tmp_path / "a/checkpoints").iterdir())
     assert [path.name[-2:] for path in checkpoints] == ["04", "06", "08", "12"]

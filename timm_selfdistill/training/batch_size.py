@@ -31,13 +31,15 @@ def find_batch_size(
         images: for training; None is not known.
 
     Raises:
-        ValueError: there is no GPU, or not even the smallest batch fits.
+        ValueError: there is no GPU, the weights are sharded, or not even the smallest batch fits.
     """
     if config.batch_size != "auto":
         return config
     resumed = ask_main_process(accelerator, partial(_resumed_batch_size, config))
     if resumed:
         return replace(config, batch_size=resumed)
+    if accelerator.is_fsdp2:
+        raise ValueError("batch_size auto tries a whole network on each GPU, which FSDP does not have; give a number")
     if accelerator.device.type == "cpu":
         raise ValueError("batch_size auto tries how much a GPU's memory holds, and there is no GPU; give a number")
     attempt = partial(try_updates, accelerator, task, mixer, config, input_size)

@@ -14,7 +14,7 @@ from .augmentation import create_train_transform
 from .images import decode_image, to_mode
 from .labels import check_labels, encode_labels, stream_class_names
 from .preprocessing import takes_other_sizes
-from .stream import StreamedImages, first_row
+from .stream import StreamedImages
 
 VAL_SPLITS = ("validation", "val", "valid", "test")
 
@@ -149,23 +149,19 @@ def load_images(
     elif val_split not in splits:
         raise ValueError(f"{_named(source)} has no split {val_split!r}; it has {', '.join(map(repr, splits))}")
     val = None if val_split is None else splits[val_split]
+    if val is not None and isinstance(val, datasets.IterableDataset) != isinstance(train, datasets.IterableDataset):
+        raise TypeError("training and validation images must both be streamed or neither, got"
+                        f" {type(train).__name__} and {type(val).__name__}")
     if isinstance(train, datasets.IterableDataset):
-        if val is None:
-            raise ValueError(
-                f"{_named(source)} has no validation split among {', '.join(map(repr, splits))}, and a stream cannot be"
-                " divided; name one as val_split (--val-split), or leave out streaming")
-        class_names = stream_class_names(train, label_column, num_classes=num_classes)
-        if isinstance(val, datasets.IterableDataset):
-            stream_class_names(val, label_column, class_names)
-        else:
-            val = encode_labels(val, label_column, class_names)
-        first = first_row(train.cast_column(image_column, datasets.Image(decode=False)), "training")
+        class_names = _label_stream(train, val, label_column, num_classes, source)
     else:
         train, val = _label(train, val, label_column, num_classes, source)
         class_names = train.features[label_column].names
         if val is None:
             train, val = _split(train, val_fraction, label_column, seed)
-        first = train.cast_column(image_column, datasets.Image(decode=False))[0]
+    first = next(iter(train.cast_column(image_column, datasets.Image(decode=False))), None)
+    if first is None:
+        raise ValueError(f"the training split of {_named(source)} is empty")
     image = decode_image(first[image_column], 0)
     in_chans = 1 if image.mode in ("1", "L", "I", "F", "I;16") else 3
     return ImageSplits(
@@ -186,6 +182,19 @@ def _label(train: datasets.Dataset, val: datasets.Dataset | None, column: str, n
         val = encode_labels(val, column, class_names)
         check_labels(val, column, len(class_names), "validation")
     return train, val
+
+
+def _label_stream(train: datasets.IterableDataset, val: datasets.IterableDataset | None, column: str,
+                  num_classes: int | None, source: Any) -> list[str]:
+    """The class names of both."""
+    if val is None:
+        raise ValueError(
+            f"{_named(source)} has no validation split, and a stream cannot be divided; name one as val_split"
+            " (--val-split), or leave out streaming")
+    class_names = stream_class_names(train, column, num_classes=num_classes)
+    if len(class_names) < 2:
+        raise ValueError(f"the training images of {_named(source)} are of one class only ({class_names}); 2 are needed")
+    return stream_class_names(val, column, class_names)
 
 
 def _read(source: Any, name: str | None, train_split: str, streaming: bool) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -30,12 +31,20 @@ def decode_image(image: dict[str, Any], row: int | None = None) -> Image.Image:
         ValueError: it is none that Pillow reads; `row` says which.
     """
     try:
-        decoded = Image.open(BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        decoded = Image.open(BytesIO(_content(image)))
         decoded.load()
         ImageOps.exif_transpose(decoded, in_place=True)
         return decoded
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, TypeError, SyntaxError) as error:
         raise ValueError(f"cannot read image {(image and image['path']) or f'in row {row}'}: {error}") from error
+
+
+def _content(image: dict[str, Any]) -> bytes:
+    """The file of an image of `datasets`; streamed folders give an address, such as hf://datasets/user/name/a.png."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    with fsspec.open(image["path"], "rb") as file:
+        return file.read()
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

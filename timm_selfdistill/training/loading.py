@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .config import TrainConfig
 from .interrupt import leave_process_group
-from .sampling import Draw, EpochSampler, TrainImages
+from .sampling import Batch, Draw, EpochSampler, TrainImages
 from .stream import Place, StreamedImages, TrainStream
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Images, class indices, and which of them took another's place (of a stream: how many were left out before each)."""
+EMPTY_PASSES = 3
+"""Through a stream, in a row, without one whole batch: the end of a run."""
 
 
 class IndexedBatches:
@@ -55,7 +55,9 @@ class IndexedBatches:
         return {}
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
-        pass
+        """Raise ValueError for those of a stream."""
+        if any(states):
+            raise ValueError("the checkpoint is of a run on streamed images; resume with streaming")
 
 
 class StreamedBatches:
@@ -81,17 +83,20 @@ class StreamedBatches:
                 raise ValueError(f"{data.length} training images do not fill a batch of {self.global_batch}; use a"
                                  " smaller batch_size")
         self.epoch_images = batches * self.global_batch
-        share = data.share(rank, world, config.workers)
-        self.readers = min(config.workers, share.rows.num_shards)
-        if self.readers < config.workers and accelerator.is_main_process:
+        part = data.split_by_node(rank, world, config.workers)
+        shards = part.rows.num_shards
+        workers = min(config.workers, shards)
+        if workers < config.workers and accelerator.is_main_process:
             warnings.warn(
-                f"the stream has {share.rows.num_shards} shards for each process, so that {self.readers} of"
-                f" {config.workers} loading processes read it; more and smaller files load faster", stacklevel=4)
+                f"the stream has {shards} shards for each process, so that {workers} of {config.workers} loading"
+                " processes read it; more and smaller files load faster", stacklevel=4)
+        self.division = {"processes": world, "loading processes": max(workers, 1), "shards": part.shards,
+                         "rows in a block": config.shuffle_buffer}
         self.stream = TrainStream(
-            share, config.batch_size, config.shuffle_buffer, config.seed, rank, config.on_bad_sample)
-        self.settings = {**common, "num_workers": self.readers, "persistent_workers": False}
+            part, config.batch_size, config.shuffle_buffer, config.seed, rank, config.on_bad_sample)
+        self.settings = {**common, "num_workers": workers, "persistent_workers": False}
         self.loader: Iterator[tuple[Batch, Place] | None] | None = None
-        self.number, self.next_reader = 0, 0
+        self.number, self.next_worker, self.empty_passes = 0, 0, 0
         self.places: dict[int, Place] = {}
 
     def start(self, epoch: int) -> None:
@@ -106,38 +111,41 @@ class StreamedBatches:
         """The next one of this pass through the stream, or else of the one after it."""
         while True:
             if self.loader is None:
-                self.stream.begin(self.number, self.next_reader, dict(self.places))
+                self.stream.begin(self.number, self.next_worker, dict(self.places))
                 self.loader = iter(DataLoader(self.stream, batch_size=None, collate_fn=_as_it_is, **self.settings))
             for batch, place in filter(None, self.loader):
-                self.places[place.reader] = place
-                self.next_reader = (place.reader + 1) % max(self.readers, 1)
+                self.places[place.worker] = place
+                self.next_worker = (place.worker + 1) % self.division["loading processes"]
                 return batch
-            if not self.places:
+            self.empty_passes = 0 if self.places else self.empty_passes + 1
+            if self.empty_passes == EMPTY_PASSES:
                 raise ValueError(
                     f"the part of the stream that process {self.rank} of {self.world_size} reads does not fill a batch"
                     f" of {self.stream.batch_size} in any of its loading processes; use a smaller batch_size or fewer"
                     " workers")
-            self.loader, self.number, self.next_reader, self.places = None, self.number + 1, 0, {}
+            self.loader, self.number, self.next_worker, self.places = None, self.number + 1, 0, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands in its share of the stream."""
-        return {"readers": max(self.readers, 1), "pass": self.number, "next_reader": self.next_reader,
+        return {"division": self.division, "pass": self.number, "next_worker": self.next_worker,
                 "places": [tuple(place) for place in self.places.values()]}
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """Go on, before the first batch, where the processes of a run stood.
 
         Raises:
-            ValueError: they divided the stream in another way.
+            ValueError: they divided the stream in another way, or read none.
         """
-        saved, own = (len(states), states[0].get("readers")), (self.world_size, max(self.readers, 1))
-        if saved != own:
-            raise ValueError(
-                f"the checkpoint's stream was divided between {saved[0]} processes with {saved[1]} loading processes"
-                f" each, this run has {own[0]} with {own[1]}; resume with the same")
+        if not all(states):
+            raise ValueError("the checkpoint is of a run on images that were not streamed; resume without streaming")
+        saved = states[0]["division"]
+        if differing := [f"{key} {value} instead of {saved[key]}" for key, value in self.division.items()
+                         if value != saved[key]]:
+            raise ValueError(f"the checkpoint's stream was divided in another way: {', '.join(differing)}; resume with"
+                             " the same processes, workers, files and shuffle_buffer")
         state = states[self.rank]
-        self.number, self.next_reader = state["pass"], state["next_reader"]
-        self.places = {reader: Place(reader, *rest) for reader, *rest in state["places"]}
+        self.number, self.next_worker = state["pass"], state["next_worker"]
+        self.places = {worker: Place(worker, *rest) for worker, *rest in state["places"]}
 
 
 def image_count(data: Dataset) -> int | None:
@@ -179,19 +187,34 @@ class ValImages(Dataset):
         return None
 
 
-def val_loader(data: Dataset, config: TrainConfig, accelerator: Accelerator) -> DataLoader:
-    """Batches (images, class indices) of every image that can be read, once, however they divide between the
-    processes; None where no image of a batch can be read."""
-    world, rank, settings = accelerator.num_processes, accelerator.process_index, _loader_settings(config, accelerator)
-    if isinstance(data, StreamedImages):
-        own_share = data.share(rank, world, config.workers)
-        workers = min(config.workers, own_share.rows.num_shards)
-        settings |= {"num_workers": workers, "persistent_workers": workers > 0}
-        own_share.skips_unreadable = config.on_bad_sample == "skip"
-    else:
-        own_share = ValImages(data, rank, world, config.on_bad_sample)
-    return DataLoader(
-        own_share, config.validation_batch_size or config.batch_size, collate_fn=_collate_readable, **settings)
+class ValBatches:
+    """Batches (images, class indices) of every validation image that can be read, once, however they divide between the
+    processes.
+
+    Attributes:
+        unreadable: images of this process's part that could not be read the last time.
+    """
+
+    def __init__(self, data: Dataset, config: TrainConfig, accelerator: Accelerator):
+        world, rank = accelerator.num_processes, accelerator.process_index
+        settings = _loader_settings(config, accelerator)
+        if isinstance(data, StreamedImages):
+            part = data.split_by_node(rank, world, config.workers)
+            part.skips_unreadable = config.on_bad_sample == "skip"
+            workers = min(config.workers, part.rows.num_shards)
+            settings |= {"num_workers": workers, "persistent_workers": workers > 0}
+        else:
+            part = ValImages(data, rank, world, config.on_bad_sample)
+        self.unreadable = 0
+        self.loader = DataLoader(
+            part, config.validation_batch_size or config.batch_size, collate_fn=_collate_readable, **settings)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.unreadable = 0
+        for *batch, unreadable in self.loader:
+            self.unreadable += unreadable
+            if batch:
+                yield tuple(batch)
 
 
 def _loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
@@ -206,4 +229,4 @@ def _as_it_is(batch: Any) -> Any:
 
 def _collate_readable(samples: list[tuple[Tensor, Any] | None]) -> Any:
     found = [sample for sample in samples if sample is not None]
-    return default_collate(found) if found else None
+    return [*(default_collate(found) if found else ()), len(samples) - len(found)]

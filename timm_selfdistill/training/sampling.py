@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images (B, C, H, W), class indices (B,), and which of them took another's place; of a stream, how many were left out
+before each."""
+
 
 class Draw(NamedTuple):
     """One image of an epoch."""

@@ -54,13 +54,18 @@ class SavedModels:
             "hardware": f"{accelerator.num_processes} x {device_name(accelerator.device)}",
         }
 
-    def take_over(self, run: Path) -> None:
-        """Copy the best model of a run that goes on in this directory from another one, if it is still there."""
-        best = self.output / "best"
-        if not best.exists() and (run / "best").is_dir():
-            finish_replacing(run / "best")
+    def take_over(self, run: Path, epoch: int) -> bool:
+        """Whether the best model of the epochs so far is here; it is copied where the run goes on in another directory.
+        After an older checkpoint it may be one of an epoch that is to come again.
+        """
+        best, other = self.output / "best", run / "best"
+        if not best.exists() and other.is_dir() and _epoch_of(other) <= epoch:
+            finish_replacing(other)
             with replacing_files(best) as fresh:
-                shutil.copytree(run / "best", fresh, dirs_exist_ok=True)
+                for path in other.iterdir():
+                    if path.is_file():
+                        shutil.copy(path, fresh)
+        return best.exists() and _epoch_of(best) <= epoch
 
     def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:
         """Save a model under its name; the first time, without metrics, after seeing that it can be loaded again.
@@ -128,6 +133,11 @@ class SavedModels:
         base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id") if pretrained else None
         license = self.license or ("apache-2.0" if pretrained is False else None)
         return {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}
+
+
+def _epoch_of(folder: Path) -> int:
+    """Of a saved model; 0 for one that does not tell."""
+    return (hub.read_metrics(folder) or {}).get("epoch", 0)
 
 
 def _tells_path(value: Any) -> bool:

@@ -19,7 +19,7 @@ from .state import TrainState
 FIXED_SETTINGS = (
     "seed", "opt", "momentum", "weight_decay", "model_ema", "model", "exits", "head", "freeze_backbone", "baseline",
     "in_chans", "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key",
-    "target_key", "streaming", "shuffle_buffer", "num_classes")
+    "target_key", "streaming", "num_classes")
 """A run that is resumed with others would be another run."""
 FREE_SETTINGS = {
     "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to", "profile",

@@ -1,5 +1,7 @@
 """Images that come one after the other, without an index: `datasets` in streaming mode."""
+import warnings
 from collections.abc import Iterator
+from copy import copy
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -11,9 +13,10 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .images import decode_image, to_mode
 from .labels import check_range
-from .sampling import ATTEMPTS, seeded
+from .sampling import ATTEMPTS, Batch, seeded
 
-Batch = tuple[Tensor, Tensor, Tensor]
+FEW_SHARDS = 4
+"""For each process: with fewer, one shard more or less would be too much of a difference."""
 
 
 class StreamedImages(IterableDataset):
@@ -31,7 +34,7 @@ class StreamedImages(IterableDataset):
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.image_column, self.label_column = image_column, label_column
         self.transform, self.mode = transform, mode
-        self.num_classes, self.source = num_classes, source
+        self.num_classes, self.source, self.shards = num_classes, source, rows.num_shards
 
     @property
     def length(self) -> int | None:
@@ -39,17 +42,22 @@ class StreamedImages(IterableDataset):
         split = (self.rows.info.splits or {}).get(str(self.rows.split))
         return split.num_examples or None if split else None
 
-    def share(self, rank: int, world_size: int, workers: int) -> "StreamedImages":
-        """What one of several processes reads: some shards, or where they do not divide, one row of so many.
+    def split_by_node(self, rank: int, world_size: int, workers: int) -> "StreamedImages":
+        """What one of several processes reads: every so many shards one, or where there are few that do not
+        divide, all of them and every so many rows one.
 
         Args:
-            workers: loading processes; files are divided into smaller shards where there are too few for all.
+            workers: loading processes; parquet files are divided by row groups where they do not divide between all.
         """
-        share = StreamedImages.__new__(StreamedImages)
-        share.__dict__.update(self.__dict__)
-        rows = self.rows.reshard() if self.rows.num_shards < world_size * workers else self.rows
-        share.rows = split_dataset_by_node(rows, rank, world_size)
-        return share
+        rows, part = self.rows, copy(self)
+        if rows.num_shards % world_size or rows.num_shards < world_size * max(workers, 1):
+            rows = rows.reshard()
+        if rows.num_shards % world_size and rows.num_shards >= FEW_SHARDS * world_size:
+            part.rows = rows.shard(world_size, rank, contiguous=False)
+        else:
+            part.rows = split_dataset_by_node(rows, rank, world_size)
+        part.shards = rows.num_shards
+        return part
 
     def image(self, row: dict[str, Any], number: int) -> Tensor:
         """The image of a row.
@@ -88,8 +96,8 @@ class StreamedImages(IterableDataset):
 class Place(NamedTuple):
     """Where a loading process stands in its share of the stream, after a batch."""
 
-    reader: int
-    """The loading process."""
+    worker: int
+    """Number of the loading process."""
     rows: dict[str, Any] | None
     """State of `datasets` where the block begins; None is the beginning."""
     block: int
@@ -105,7 +113,7 @@ class TrainStream(IterableDataset):
     The last, incomplete batch of each loading process is left out.
 
     Args:
-        data: the process's share.
+        data: what the process reads.
         block: rows that are shuffled together.
         on_bad_sample: "raise", or "skip": a row that cannot be read is left out; the row after it counts it.
     """
@@ -113,21 +121,21 @@ class TrainStream(IterableDataset):
     def __init__(self, data: StreamedImages, batch_size: int, block: int, seed: int, rank: int, on_bad_sample: str):
         self.data, self.batch_size, self.block, self.seed, self.rank = data, batch_size, block, seed, rank
         self.on_bad_sample = on_bad_sample
-        self.number, self.next_reader, self.places = 0, 0, {}
+        self.number, self.next_worker, self.places = 0, 0, {}
 
-    def begin(self, number: int, next_reader: int = 0, places: dict[int, Place] | None = None) -> None:
+    def begin(self, number: int, next_worker: int = 0, places: dict[int, Place] | None = None) -> None:
         """Set the pass, and in the middle of one, whose batch comes first and where everyone stands."""
-        self.number, self.next_reader, self.places = number, next_reader, places or {}
+        self.number, self.next_worker, self.places = number, next_worker, places or {}
         # Not in the loading processes, which share it. `datasets` takes 0 for "not shuffled".
         self.data.rows.set_epoch(1 + self.seed + number)
 
     def __iter__(self) -> Iterator[tuple[Batch, Place] | None]:
         """None stands for a batch that was taken before."""
-        worker = get_worker_info()
-        reader = worker.id if worker else 0
-        if reader < self.next_reader:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        if worker < self.next_worker:
             yield None  # torch begins with the first loading process
-        begin = self.places.get(reader, Place(reader, None, 0, 0))
+        begin = self.places.get(worker, Place(worker, None, 0, 0))
         samples: list[tuple[Tensor, int, int]] = []
         for place, sample in self._samples(begin):
             samples.append(sample)
@@ -137,20 +145,24 @@ class TrainStream(IterableDataset):
 
     def _samples(self, begin: Place) -> Iterator[tuple[Place, tuple[Tensor, int, int]]]:
         """Samples (image, label, unreadable rows before it) after a place, each with the place behind it."""
+        unreadable = 0
         for place, block in self._blocks(begin):
-            draw = np.random.default_rng([self.seed, self.number, self.rank, place.reader, place.block])
-            order, seeds = draw.permutation(len(block)), draw.integers(2**63 - 1, size=len(block))
-            unreadable = 0
+            draw = np.random.default_rng([self.seed, self.number, self.rank, place.worker, place.block])
+            order, seeds = draw.permutation(len(block)).tolist(), draw.integers(2**63 - 1, size=len(block)).tolist()
             for position in range(place.offset, len(block)):
-                index = int(order[position])
-                label = self.data.label(block[index])
+                index = order[position]
+                row, block[index] = block[index], None  # so that the next block takes the memory of this one
+                label = self.data.label(row)
                 try:
-                    with seeded(int(seeds[position])):
-                        image = self.data.image(block[index], place.block * self.block + index)
-                except (OSError, ValueError):
+                    with seeded(seeds[position]):
+                        image = self.data.image(row, place.block * self.block + index)
+                except (OSError, ValueError) as error:
                     unreadable += 1
-                    if self.on_bad_sample == "raise" or unreadable > ATTEMPTS:
+                    if self.on_bad_sample == "raise":
                         raise
+                    if unreadable > ATTEMPTS:
+                        raise ValueError(
+                            f"{unreadable} rows of the stream in a row cannot be read; the last: {error}") from error
                     continue
                 yield place._replace(offset=position + 1), (image, label, unreadable)
                 unreadable = 0
@@ -164,12 +176,17 @@ class TrainStream(IterableDataset):
             block = list(islice(stream, self.block))
             if not block:
                 return
+            if place == (0, None, 0, 0) and not self.number and not self.rank:
+                self._check_mixed(block)
             yield place, block
-            place = Place(place.reader, rows.state_dict(), number + 1, 0)
+            place = Place(place.worker, rows.state_dict(), number + 1, 0)
 
-
-def first_row(rows: datasets.IterableDataset, split_name: str) -> dict[str, Any]:
-    row = next(iter(rows), None)
-    if row is None:
-        raise ValueError(f"the {split_name} split is empty")
-    return row
+    def _check_mixed(self, block: list[dict[str, Any]]) -> None:
+        """Warn where the rows come class by class, as those of a folder do."""
+        classes = self.data.num_classes
+        found = len({self.data.label(row) for row in block})
+        expected = classes * (1 - (1 - 1 / classes) ** len(block))
+        if found < expected / 2:
+            warnings.warn(
+                f"the first {len(block)} rows of the stream are of {found} of {classes} classes: they are not mixed,"
+                " which spoils training; write the rows in random order, or leave out streaming", stacklevel=2)

@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .interrupt import InterruptRequest
 from .interval import Interval
 from .labels import check_classes
-from .loading import image_count, image_shape, train_batches, val_loader
+from .loading import ValBatches, image_count, image_shape, train_batches
 from .metrics import ExitMetrics, measure_exits
 from .mixing import TargetMixer
 from .profiling import UpdateProfiler
@@ -68,7 +68,7 @@ class Trainer:
         self.config = config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data))
         self.batches = train_batches(train_data, config, self.accelerator)
-        self.val_loader, self.val_count = val_loader(val_data, config, self.accelerator), image_count(val_data)
+        self.val_batches = ValBatches(val_data, config, self.accelerator)
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
@@ -103,14 +103,14 @@ class Trainer:
             mark_launch(self.output)
         self.trackers = RunTrackers(self.accelerator, self.config, self.output, resumed=self.checkpoint is not None)
         self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
-        if not self.checkpoint:
-            self._save_model("last", None)
         self.progress = ProgressReporter(
             self.updates_per_epoch * self.config.epochs, self.state.updates, self.accelerator.is_main_process)
-        if self.uploader:
-            self.uploader.start()
-        self.update.settle(self.input_size)
         try:
+            if not self.checkpoint:
+                self._save_model("last", None)
+            if self.uploader:
+                self.uploader.start()
+            self.update.settle(self.input_size)
             summary = self._train()
         finally:
             self.checkpoints.wait()
@@ -146,7 +146,8 @@ class Trainer:
             self.checkpoints.set_newer_aside(checkpoint)
             try:
                 write_config(self.config, self.output)
-                self.saved.take_over(checkpoint.parent.parent)
+                if not self.saved.take_over(checkpoint.parent.parent, self.state.epoch):
+                    self.state.best_top1 = -1.0
             except OSError as error:
                 warn_unwritten(self.output, error)
         self.update.set_schedule(self._position())
@@ -155,11 +156,11 @@ class Trainer:
     def evaluate(self) -> list[ExitMetrics]:
         """Accuracy of every exit and of the ensemble on the validation data; call it on every process."""
         self.update.refresh_whole()
-        batches = (self.update.to_device(*batch) for batch in self.val_loader if batch)
+        batches = (self.update.to_device(*batch) for batch in self.val_batches)
         metrics, self.saved.val_images = measure_exits(self.eval_model, batches, self.accelerator)
-        left_out = (self.val_count or 0) - self.saved.val_images
-        if left_out > 0 and self.config.on_bad_sample == "skip" and self.accelerator.is_main_process:
-            warnings.warn(f"{left_out} validation images cannot be read and are left out", stacklevel=2)
+        unreadable = self._sum(self.val_batches.unreadable)
+        if unreadable and self.accelerator.is_main_process:
+            warnings.warn(f"{unreadable} validation images cannot be read and are left out", stacklevel=2)
         return metrics
 
     def _train_epoch(self) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import TrainConfig
-from .loading import Batch
 from .mixing import TargetMixer
+from .sampling import Batch
 from .sharding import gather, gather_into, prepare_to_shard, share_statistics
 from .snapshot import get_random_states, plain, set_random_states
 
