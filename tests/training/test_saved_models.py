@@ -24,6 +24,7 @@ def record(tmp_path, model: nn.Module | None = None, source=None, **config) -> d
     images = Images(range(7))
     images.source = source
     saved = SavedModels(tmp_path / "run", TrainConfig(**config), Accelerator(cpu=True), images, (3, 32, 32))
+    saved.val_images = 7  # as the evaluation counts them
     saved.save("best", model or small_model(), 1, METRICS)
     return json.loads((tmp_path / "run/best/config.json").read_text())["self_distill"]["metrics"]
 
