@@ -12,6 +12,7 @@ from .heads import HeadFactory, check_output, create_head, resize_feature
 from .hub import HubMixin, measured_rows
 from .stages import check_timm_classifier, explain_misfit, select_stages
 from .summary import Summary, summarize
+from .timm_methods import TimmMethods
 
 
 class SelfDistillOutput(NamedTuple):
@@ -56,7 +57,7 @@ def wrap_self_distill(
         model, exits=exits, head=head, head_args=head_args, model_args=model_args, freeze_backbone=freeze_backbone)
 
 
-class SelfDistillModel(nn.Module, HubMixin):
+class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
     """A timm model with shallow classifiers; made by `wrap_self_distill`.
 
     Attributes:
@@ -188,15 +189,6 @@ class SelfDistillModel(nn.Module, HubMixin):
         if isinstance(exit, bool) or not isinstance(exit, int) or not -count <= exit < count:
             raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
         return exit % count
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that the backbone exempts from weight decay, for timm's optimizer factory."""
-        exempt = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name in exempt}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Save memory in training: the backbone computes activations again in the backward pass, where it can."""
-        self.backbone.set_grad_checkpointing(enable)
 
     def strip(self) -> nn.Module:
         """The plain timm model, for good: the shallow classifiers are not needed at inference."""
