@@ -145,7 +145,7 @@ _SHORT = {"batch_size": "-b", "workers": "-j"}
 _HELP = {
     "layer_decay": "factor of the learning rate from each group of layers to the one below it",
     "head_lr_scale": "factor of the learning rate of the shallow classifiers",
-    "head_warmup_epochs": "epochs at the beginning in which the shallow classifiers learn alone",
+    "head_warmup_epochs": "epochs at the beginning in which the classifiers learn alone",
     "decay_epochs": "between two steps of the step schedule",
     "decay_milestones": "epochs of the steps of the multistep schedule",
     "decay_rate": "factor of a step",

@@ -38,8 +38,8 @@ class TrainConfig:
         layer_decay: factor of the learning rate from each group of layers to the one below it (arXiv:2106.08254); None
             is 1 for all.
         head_lr_scale: factor of the learning rate of the shallow classifiers.
-        head_warmup_epochs: epochs at the beginning in which the shallow classifiers learn alone, while the backbone
-            stays as it is and in eval mode.
+        head_warmup_epochs: epochs at the beginning in which all classifiers learn alone, the deepest included, while
+            the backbone's features stay as they are.
         sched: learning-rate schedule, stepped every update; decay_epochs, decay_milestones and decay_rate belong to
             "step" and "multistep".
         smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
