@@ -85,7 +85,7 @@ class Updater:
             gather_into(self.whole.to(self.accelerator.device), self.trained_model)
 
     def train(self, epoch: int) -> None:
-        """Go on with training, and leave the device's memory to it; in the first epochs perhaps of classifiers alone."""
+        """Go on with training, and leave the device's memory to it; the first epochs may be of classifiers alone."""
         self.task.train()
         if self.config.head_warmup_epochs:
             self.plain_task.get_trainable_module().train_classifiers_alone(epoch < self.config.head_warmup_epochs)
