@@ -1,15 +1,16 @@
-"""The classes that a self-distilled model sees in a picture, at any exit.
+"""The classes that a model sees in a picture, a self-distilled one at any exit.
 
     python examples/predict.py image.jpg --model user/name
     python examples/predict.py image.jpg --model runs/first/best --exit 0     # the first exit: the fastest
     python examples/predict.py image.jpg --model runs/first/best --exit ensemble
+    python examples/predict.py image.jpg --model local-dir:pretrained         # any of timm's, or hf-hub:ID
 """
+import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_selfdistill import SelfDistillModel
 from timm_selfdistill.cli import Parser, parse_exit, run
-from timm_selfdistill.model import TruncatedModel
 from timm_selfdistill.training.images import open_image
 
 
@@ -24,17 +25,21 @@ def main() -> int:
     if args.topk < 1:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
 
-    model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
-    if isinstance(model, TruncatedModel) and args.exit != "-1":
-        raise ValueError(f"{args.model} is exit {model.exit} alone; it has no other")
-    config = resolve_model_data_config(model.backbone)
+    if args.model.startswith(("local-dir:", "hf-hub:")):
+        model = backbone = timm.create_model(args.model, pretrained=True).eval()
+    else:
+        model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
+        backbone = model.backbone
+    if not isinstance(model, SelfDistillModel) and args.exit != "-1":
+        raise ValueError(f"{args.model} has one exit only; leave out --exit")
+    config = resolve_model_data_config(backbone)
     image = open_image(args.image, config["input_size"][0])
     with torch.no_grad():
         x = create_transform(**config)(image)[None]
-        logits = model(x) if isinstance(model, TruncatedModel) else model.predict(x, parse_exit(args.exit))
+        logits = model.predict(x, parse_exit(args.exit)) if isinstance(model, SelfDistillModel) else model(x)
         probabilities = logits[0].softmax(0)
 
-    names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
+    names = backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     for probability, index in zip(*probabilities.topk(min(args.topk, model.num_classes))):
         print(f"{probability:7.2%}  {names[index]}")
     return 0

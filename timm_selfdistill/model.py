@@ -12,6 +12,7 @@ from .heads import HeadFactory, check_output, create_head, resize_feature
 from .hub import HubMixin, measured_rows
 from .stages import check_timm_classifier, explain_misfit, select_stages
 from .summary import Summary, summarize
+from .timm_methods import TimmMethods
 
 
 class SelfDistillOutput(NamedTuple):
@@ -56,7 +57,7 @@ def wrap_self_distill(
         model, exits=exits, head=head, head_args=head_args, model_args=model_args, freeze_backbone=freeze_backbone)
 
 
-class SelfDistillModel(nn.Module, HubMixin):
+class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
     """A timm model with shallow classifiers; made by `wrap_self_distill`.
 
     Attributes:
@@ -89,6 +90,7 @@ class SelfDistillModel(nn.Module, HubMixin):
         self.head, self.head_args, self.model_args = head, dict(head_args or {}), dict(model_args or {})
         self.freeze_backbone = freeze_backbone
         self.early_exit: dict[str, Any] | None = None
+        self._waiting: list[nn.Parameter] = []
         self.backbone = model
         self.heads = nn.ModuleList(
             create_head(head, stage, self._last_stage, self.num_classes, self.head_args, type(model).__name__)
@@ -105,9 +107,20 @@ class SelfDistillModel(nn.Module, HubMixin):
 
     def train(self, mode: bool = True) -> "SelfDistillModel":
         super().train(mode)
-        if self.freeze_backbone:
+        if self.freeze_backbone or self._waiting:
             self.backbone.eval()
         return self
+
+    def train_classifiers_alone(self, alone: bool) -> None:
+        """Let the backbone's features wait, in eval mode and without gradients, while its classifier and the shallow
+        ones learn; or let all learn again that did before."""
+        if alone and not self._waiting:
+            classifier = set(map(id, self.get_classifier().parameters()))
+            self._waiting = [p for p in self.backbone.parameters() if p.requires_grad and id(p) not in classifier]
+        for parameter in self._waiting:
+            parameter.requires_grad_(not alone)
+        self._waiting = self._waiting if alone else []
+        self.train(self.training)
 
     def forward(self, x: Tensor) -> SelfDistillOutput | Tensor:
         """Training mode: what every classifier says. Eval mode: the deepest logits (B, K), the backbone's own.
@@ -120,8 +133,10 @@ class SelfDistillModel(nn.Module, HubMixin):
     def forward_exits(self, x: Tensor) -> SelfDistillOutput:
         """What every classifier says, in either mode, for images (B, in_chans, H, W)."""
         indices = [stage.index for stage in [*self.stages, self._last_stage]]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+        learning = torch.is_grad_enabled() and not self.freeze_backbone
+        with torch.set_grad_enabled(learning and not self._waiting):
             final, maps = self._run(x, lambda x: self.backbone.forward_intermediates(x, indices=indices))
+        with torch.set_grad_enabled(learning):
             deepest = self.backbone.forward_head(final)
         self._check_deepest(deepest, x.shape[0])
         teacher = maps[-1]
@@ -188,15 +203,6 @@ class SelfDistillModel(nn.Module, HubMixin):
         if isinstance(exit, bool) or not isinstance(exit, int) or not -count <= exit < count:
             raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
         return exit % count
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that the backbone exempts from weight decay, for timm's optimizer factory."""
-        exempt = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name in exempt}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Save memory in training: the backbone computes activations again in the backward pass, where it can."""
-        self.backbone.set_grad_checkpointing(enable)
 
     def strip(self) -> nn.Module:
         """The plain timm model, for good: the shallow classifiers are not needed at inference."""

@@ -139,9 +139,13 @@ def int_or_auto(value: str) -> int | str:
 
 
 _TYPES = {"batch_size": int_or_auto, "validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float,
+          "layer_decay": float,
           "hub_model_id": str, "hub_license": str}
 _SHORT = {"batch_size": "-b", "workers": "-j"}
 _HELP = {
+    "layer_decay": "factor of the learning rate from each group of layers to the one below it",
+    "head_lr_scale": "factor of the learning rate of the shallow classifiers",
+    "head_warmup_epochs": "epochs at the beginning in which the classifiers learn alone",
     "decay_epochs": "between two steps of the step schedule",
     "decay_milestones": "epochs of the steps of the multistep schedule",
     "decay_rate": "factor of a step",

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
     broadcast_object_list,
@@ -46,8 +47,11 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     # Which would keep the precision of an earlier run in this process, and with FSDP not find the processes again.
     AcceleratorState._reset_state(reset_partial_state=parse_flag_from_env("ACCELERATE_USE_FSDP"))
     # The Trainer divides the loss itself, so Accelerate, which may be told a number by its launcher, must not.
+    # While the classifiers learn alone, the backbone has no gradients for DistributedDataParallel to wait for.
+    kwargs = DistributedDataParallelKwargs(find_unused_parameters=config.head_warmup_epochs > 0)
     accelerator = Accelerator(
-        mixed_precision=precision, cpu=cpu, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+        mixed_precision=precision, cpu=cpu, kwargs_handlers=[kwargs],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("FSDP needs GPUs, and processes that accelerate launch starts; see configs/fsdp2.yaml")
     return accelerator

@@ -13,9 +13,10 @@ from .accelerator import ask_main_process
 from .checkpoint import read_settings
 from .config import TrainConfig
 from .mixing import TargetMixer
+from .optimizer import create_optimizer
 from .run_directory import find_resumed
 from .snapshot import get_random_states, set_random_states
-from .update import create_optimizer, to_device
+from .update import to_device
 
 LARGEST, SMALLEST = 1024, 2
 """Batches tried, in powers of two; batch norm learns nothing from one image, and mixup pairs them."""

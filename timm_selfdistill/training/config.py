@@ -35,6 +35,11 @@ class TrainConfig:
         steps_per_epoch: updates of an epoch of streamed images; None is all of them, where their number is known.
         shuffle_buffer: rows of a stream that each loading process shuffles together.
         lr: highest learning rate.
+        layer_decay: factor of the learning rate from each group of layers to the one below it (arXiv:2106.08254); None
+            is 1 for all.
+        head_lr_scale: factor of the learning rate of the shallow classifiers.
+        head_warmup_epochs: epochs at the beginning in which all classifiers learn alone, the deepest included, while
+            the backbone's features stay as they are.
         sched: learning-rate schedule, stepped every update; decay_epochs, decay_milestones and decay_rate belong to
             "step" and "multistep".
         smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
@@ -77,6 +82,9 @@ class TrainConfig:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    layer_decay: float | None = None
+    head_lr_scale: float = 1.0
+    head_warmup_epochs: int = 0
     sched: str = "cosine"
     warmup_epochs: float = 1.0
     warmup_lr: float = 1e-5
@@ -133,7 +141,7 @@ class TrainConfig:
             if value is not None and (name, value) != ("batch_size", "auto") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",
-                     "mixup", "cutmix", "mixup_off_epoch", "workers", "profile"):
+                     "head_lr_scale", "head_warmup_epochs", "mixup", "cutmix", "mixup_off_epoch", "workers", "profile"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
         for name in ("mixup_prob", "mixup_switch_prob", "model_ema_decay"):
@@ -143,6 +151,12 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         Interval(self.checkpoint_interval)
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
+        if self.head_warmup_epochs >= self.epochs and self.head_warmup_epochs:
+            raise ValueError(
+                f"head_warmup_epochs must be less than epochs ({self.epochs}), got {self.head_warmup_epochs}; to train"
+                " the heads alone, freeze the backbone")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
         if self.clip_grad is not None and not self.clip_grad > 0:

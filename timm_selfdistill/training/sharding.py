@@ -31,7 +31,7 @@ def prepare_to_shard(accelerator: Accelerator, task: TrainingTask, config: Train
     """
     if config.opt not in SHARDED_OPTIMIZERS:
         raise ValueError(f"opt {config.opt!r} is not supported with FSDP; take {', '.join(SHARDED_OPTIMIZERS)}")
-    for name in ("model_ema", "torchcompile"):
+    for name in ("model_ema", "torchcompile", "head_warmup_epochs"):
         if getattr(config, name):
             raise ValueError(f"{name} is not supported with FSDP; leave it out, or train with configs/multi_gpu.yaml")
     # Sharded weights stay float32 and autocast lowers the precision, as without FSDP: batch norm runs only so.

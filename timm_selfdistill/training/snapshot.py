@@ -17,9 +17,9 @@ from .sharding import gather, spread_optimizer, spread_weights
 from .state import TrainState
 
 FIXED_SETTINGS = (
-    "seed", "opt", "momentum", "weight_decay", "model_ema", "model", "exits", "head", "freeze_backbone", "baseline",
-    "in_chans", "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key",
-    "target_key", "streaming", "num_classes")
+    "seed", "opt", "momentum", "weight_decay", "layer_decay", "head_lr_scale", "head_warmup_epochs", "model_ema",
+    "model", "exits", "head", "freeze_backbone", "baseline", "in_chans", "img_size", "dataset", "dataset_config",
+    "train_split", "val_split", "val_fraction", "input_key", "target_key", "streaming", "num_classes")
 """A run that is resumed with others would be another run."""
 FREE_SETTINGS = {
     "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to", "profile",

@@ -166,7 +166,7 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; False if a request to stop came before its end."""
         state, config = self.state, self.config
-        self.update.train()
+        self.update.train(state.epoch)
         batches = self.batches.batches(state.epoch, state.images)
         images_per_batch = config.batch_size * self.accelerator.num_processes
         began, first_image, pending, replaced = time.perf_counter(), state.images, [], 0

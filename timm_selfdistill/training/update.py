@@ -5,15 +5,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..model import SelfDistillModel
 from .config import TrainConfig
 from .mixing import TargetMixer
+from .optimizer import create_optimizer
 from .sampling import Batch
 from .sharding import gather, gather_into, prepare_to_shard, share_statistics
 from .snapshot import get_random_states, plain, set_random_states
@@ -83,9 +84,11 @@ class Updater:
         if self.whole is not None:
             gather_into(self.whole.to(self.accelerator.device), self.trained_model)
 
-    def train(self) -> None:
-        """Go on with training, and leave the device's memory to it."""
+    def train(self, epoch: int) -> None:
+        """Go on with training, and leave the device's memory to it; the first epochs may be of classifiers alone."""
         self.task.train()
+        if self.config.head_warmup_epochs:
+            self.plain_task.get_trainable_module().train_classifiers_alone(epoch < self.config.head_warmup_epochs)
         if self.whole is not None:
             self.whole.cpu()
 
@@ -168,6 +171,8 @@ def create_updater(
     """
     set_seed(config.seed, device_specific=True)
     model = task.get_trainable_module()
+    if config.head_warmup_epochs and not (isinstance(model, SelfDistillModel) and not model.freeze_backbone):
+        raise ValueError("head_warmup_epochs is for shallow classifiers on a backbone that learns with them later")
     _prepare_batch_norm(accelerator, model, config)
     whole = prepare_to_shard(accelerator, task, config) if accelerator.is_fsdp2 else None
     if config.channels_last and whole is None:
@@ -180,15 +185,13 @@ def create_updater(
         warmup_lr=config.warmup_lr, min_lr=config.min_lr, decay_epochs=config.decay_epochs,
         decay_milestones=list(config.decay_milestones), decay_rate=config.decay_rate,
         step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+    if schedule is None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     updater = Updater(accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, whole)
     if config.model_ema:
         updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     return updater
-
-
-def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    return create_optimizer_v2(
-        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
 
 
 def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
