@@ -59,5 +59,3 @@ def test_fine_tuning_keeps_the_preprocessing_of_the_weights(lite0, tmp_path):
     assert config["architecture"] == "tf_efficientnet_lite0"
     assert config["pretrained_cfg"]["mean"] == config["pretrained_cfg"]["std"] == [0.5, 0.5, 0.5]
     assert config["pretrained_cfg"]["interpolation"] == "bicubic"
-    deepest = json.loads((tmp_path / "summary.json").read_text())["exits"][-2]
-    assert deepest["top1"] > 20, "no better than chance, which is 10 %"
