@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .cost import count_cost, default_input_size
 from .heads import HeadFactory, check_output, create_head, resize_feature
 from .hub import HubMixin, measured_rows
-from .stages import check_timm_classifier, explain_misfit, select_stages
+from .stages import check_logits, check_timm_classifier, explain_misfit, select_stages
 from .summary import Summary, summarize
 from .timm_methods import TimmMethods
 
@@ -138,7 +138,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             final, maps = self._run(x, lambda x: self.backbone.forward_intermediates(x, indices=indices))
         with torch.set_grad_enabled(learning):
             deepest = self.backbone.forward_head(final)
-        self._check_deepest(deepest, x.shape[0])
+        check_logits(self.backbone, deepest, (x.shape[0], self.num_classes))
         teacher = maps[-1]
         shallow = [self._run_head(exit, feature_map) for exit, feature_map in enumerate(maps[:-1])]
         return SelfDistillOutput(
@@ -151,17 +151,6 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         where = f"{type(self.backbone).__name__} at {stage}"
         return check_output(
             self.heads[exit](feature_map), feature_map.shape[0], self.num_classes, self._last_stage.channels, where)
-
-    def _check_deepest(self, logits: Any, batch: int) -> None:
-        name = type(self.backbone).__name__
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"{name} gives {len(logits)} logits instead of one in training mode; call its"
-                " set_distilled_training(False), which gives their mean")
-        if logits.shape != (batch, self.num_classes):
-            raise ValueError(
-                f"{name} gives logits {tuple(logits.shape)}, expected {(batch, self.num_classes)}; it must pool its"
-                " features (global_pool), and be wrapped again after reset_classifier")
 
     def _run(self, x: Tensor, call: Callable[[Tensor], Any]) -> Any:
         """Call the backbone; if it fails on images that it cannot take, say so."""

@@ -45,6 +45,19 @@ def check_timm_classifier(model: nn.Module) -> None:
         )
 
 
+def check_logits(model: nn.Module, logits: Any, shape: tuple[int, int]) -> None:
+    """Raise where a backbone's own classifier does not give logits (B, K)."""
+    name = type(model).__name__
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{name} gives {len(logits)} logits instead of one in training mode; call its"
+            " set_distilled_training(False), which gives their mean")
+    if logits.shape != shape:
+        raise ValueError(
+            f"{name} gives logits {tuple(logits.shape)}, expected {shape}; it must pool its features (global_pool), and"
+            " be wrapped again after reset_classifier")
+
+
 def explain_misfit(model: nn.Module, x: Tensor, model_args: dict[str, Any] | None = None) -> str | None:
     """Why a timm model cannot take images x (B, in_chans, H, W), as far as their shape says; else None."""
     channels, *size = default_input_size(model, model_args)

@@ -3,18 +3,17 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, release_memory
 from timm.task import TrainingTask
 
-from .accelerator import ask_main_process
 from .checkpoint import read_settings
 from .config import TrainConfig
 from .mixing import TargetMixer
 from .optimizer import create_optimizer
-from .run_directory import find_resumed
 from .snapshot import get_random_states, set_random_states
 from .update import to_device
 
@@ -24,21 +23,21 @@ LARGEST, SMALLEST = 1024, 2
 
 def find_batch_size(
         accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig,
-        input_size: tuple[int, int, int], images: int | None) -> TrainConfig:
+        input_size: tuple[int, int, int], images: int | None, checkpoint: Path | None) -> TrainConfig:
     """The config with a number where it says "auto": that of the checkpoint it resumes, or the largest that fits.
 
     Args:
         input_size: (channels, height, width) of the images.
         images: for training; None is not known.
+        checkpoint: that is resumed.
 
     Raises:
         ValueError: there is no GPU, the weights are sharded, or not even the smallest batch fits.
     """
     if config.batch_size != "auto":
         return config
-    resumed = ask_main_process(accelerator, partial(_resumed_batch_size, config))
-    if resumed:
-        return replace(config, batch_size=resumed)
+    if checkpoint:
+        return replace(config, batch_size=int(read_settings(checkpoint)["batch_size"]))
     if accelerator.is_fsdp2:
         raise ValueError("batch_size auto tries a whole network on each GPU, which FSDP does not have; give a number")
     if accelerator.device.type == "cpu":
@@ -116,7 +115,3 @@ def try_updates(
     finally:
         set_random_states(states)
 
-
-def _resumed_batch_size(config: TrainConfig) -> int | None:
-    checkpoint = find_resumed(config)
-    return int(read_settings(checkpoint)["batch_size"]) if checkpoint else None

@@ -15,20 +15,30 @@ from .report import write_atomically
 CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
-    """The run directory and the checkpoint to resume, the same on every process.
+def find_resumed(config: TrainConfig, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that a run goes on from, the same on every process.
+
+    Raises:
+        FileNotFoundError: there is nothing to resume.
+        ValueError: all there is to resume is damaged.
+    """
+    return ask_main_process(accelerator, partial(_find_resumed, config))
+
+
+def open_run(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Path:
+    """The run directory, the same on every process.
+
+    Args:
+        checkpoint: that is resumed.
 
     Raises:
         FileExistsError: the directory holds another run, or is a file.
-        FileNotFoundError: there is nothing to resume.
-        ValueError: all there is to resume is damaged.
         OSError: it cannot be written.
     """
-    return ask_main_process(accelerator, partial(_claim, config))
+    return ask_main_process(accelerator, partial(_claim, config, checkpoint))
 
 
-def find_resumed(config: TrainConfig) -> Path | None:
-    """The checkpoint that a run goes on from."""
+def _find_resumed(config: TrainConfig) -> Path | None:
     checkpoint = find_checkpoint("auto", config.output) if _is_restarted(config) else None
     if checkpoint is None and config.resume:
         checkpoint = find_checkpoint(config.resume, config.output)
@@ -58,8 +68,7 @@ def write_config(config: TrainConfig, output: Path) -> None:
     write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
-def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
-    restarted, checkpoint = _is_restarted(config), find_resumed(config)
+def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:
     if config.output:
         output = Path(config.output)
     elif checkpoint:
@@ -67,7 +76,7 @@ def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
     else:
         output = Path("output/train") / datetime.now().strftime("%Y%m%d-%H%M%S")
     resumed_here = checkpoint is not None and checkpoint.parent.parent.resolve() == output.resolve()
-    if (output / CONFIG_FILE).exists() and not (resumed_here or restarted or config.resume == "auto"):
+    if (output / CONFIG_FILE).exists() and not (resumed_here or _is_restarted(config) or config.resume == "auto"):
         go_on = f"go on with --resume {output}" if list_checkpoints(output / "checkpoints") else "remove it"
         raise FileExistsError(f"{output} holds another run; {go_on}, or choose another output")
     try:
@@ -76,4 +85,4 @@ def _claim(config: TrainConfig) -> tuple[Path, Path | None]:
             write_config(config, output)
     except OSError as error:
         raise OSError(f"cannot write the run directory {output} ({error.strerror}); choose another output") from error
-    return output, checkpoint
+    return output

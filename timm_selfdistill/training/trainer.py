@@ -27,7 +27,7 @@ from .mixing import TargetMixer
 from .profiling import UpdateProfiler
 from .progress import ProgressReporter
 from .report import plot_curves, write_history
-from .run_directory import mark_launch, open_run, write_config
+from .run_directory import find_resumed, mark_launch, open_run, write_config
 from .saved_models import SavedModels
 from .snapshot import restore, take_snapshot
 from .state import TrainResult, TrainState
@@ -65,8 +65,9 @@ class Trainer:
         self.accelerator = create_accelerator(config)
         self.input_size = image_shape(train_data, config)
         mixer = TargetMixer(config, check_classes(task.get_eval_model(), train_data))
+        self.checkpoint = find_resumed(config, self.accelerator)
         self.config = config = find_batch_size(
-            self.accelerator, task, mixer, config, self.input_size, image_count(train_data))
+            self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
         self.batches = train_batches(train_data, config, self.accelerator)
         self.val_batches = ValBatches(val_data, config, self.accelerator)
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
@@ -74,8 +75,7 @@ class Trainer:
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         check_pushable(config, self.eval_model)
-        self.output, self.checkpoint = open_run(config, self.accelerator)
-        """The run directory, and the checkpoint that is resumed."""
+        self.output = open_run(config, self.accelerator, self.checkpoint)
         self.state = TrainState(self.batches.global_batch, self.batches.epoch_images)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint_hist)
         self.interval = Interval(config.checkpoint_interval)
