@@ -139,8 +139,7 @@ def int_or_auto(value: str) -> int | str:
 
 
 _TYPES = {"batch_size": int_or_auto, "validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float,
-          "layer_decay": float,
-          "hub_model_id": str, "hub_license": str}
+          "layer_decay": float, "hub_model_id": str, "hub_license": str}
 _SHORT = {"batch_size": "-b", "workers": "-j"}
 _HELP = {
     "layer_decay": "factor of the learning rate from each group of layers to the one below it",

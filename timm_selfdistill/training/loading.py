@@ -126,7 +126,7 @@ class StreamedBatches:
             self.loader, self.number, self.next_worker, self.places = None, self.number + 1, 0, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this process stands in its share of the stream."""
+        """Where this process stands in its part of the stream."""
         return {"division": self.division, "pass": self.number, "next_worker": self.next_worker,
                 "places": [tuple(place) for place in self.places.values()]}
 

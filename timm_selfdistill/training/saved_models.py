@@ -64,7 +64,7 @@ class SavedModels:
             with replacing_files(best) as fresh:
                 for path in other.iterdir():
                     if path.is_file():
-                        shutil.copy(path, fresh)
+                        shutil.copyfile(path, fresh / path.name)  # not its mode, which may be read-only
         return best.exists() and _epoch_of(best) <= epoch
 
     def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:

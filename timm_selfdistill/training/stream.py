@@ -94,7 +94,7 @@ class StreamedImages(IterableDataset):
 
 
 class Place(NamedTuple):
-    """Where a loading process stands in its share of the stream, after a batch."""
+    """Where a loading process stands in its part of the stream, after a batch."""
 
     worker: int
     """Number of the loading process."""
@@ -106,7 +106,7 @@ class Place(NamedTuple):
 
 
 class TrainStream(IterableDataset):
-    """Batches of one pass through a process's share of the stream, each with the place behind it.
+    """Batches of one pass through a process's part of the stream, each with the place behind it.
 
     The order of the shards depends on (seed, pass). Rows are read in blocks, which are shuffled; order and augmentation
     depend on (seed, pass, process, loading process, block), so that the stream goes on from any place as it would have.
