@@ -8,6 +8,7 @@
 import os
 import shlex
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from timm_selfdistill import (
 )
 from timm_selfdistill.cli import (
     NOT_UPLOADED,
+    check_frozen_flags,
     parse_args,
     parse_exit,
     run,
@@ -32,30 +34,34 @@ from timm_selfdistill.cli import (
     train_parser,
     upload_lines,
 )
-from timm_selfdistill.training.preprocessing import create_backbone
-from timm_selfdistill.training.report import print_exits
+from timm_selfdistill.training.preprocessing import create_backbone, warn_new_classifier
+from timm_selfdistill.training.report import print_exits, summary_title
 
 
 def main() -> int:
     args = parse_args(train_parser(__doc__.splitlines()[0], default_data=str(Path(__file__).parent / "data")))
     config = train_config(args)
+    check_frozen_flags(args)
 
     images = load_images(
         args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
         val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
-        num_classes=args.num_classes, streaming=args.streaming, seed=args.seed)
+        num_classes=args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled, seed=args.seed)
     in_chans = args.in_chans or images.in_chans
     torch.manual_seed(config.seed)
     backbone = create_backbone(
-        args.model, args.img_size, pretrained=args.pretrained, num_classes=images.num_classes, in_chans=in_chans,
-        drop_rate=args.drop, drop_path_rate=args.drop_path)
+        args.model, args.img_size, pretrained=args.pretrained, num_classes=images.num_classes or args.num_classes,
+        in_chans=in_chans, drop_rate=args.drop, drop_path_rate=args.drop_path,
+        initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path)
+    if args.freeze_backbone and (args.pretrained or args.pretrained_path):
+        warn_new_classifier(backbone)
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
     img_size = args.img_size
-    if img_size is None and not args.pretrained:
+    if img_size is None and not (args.pretrained or args.pretrained_path):
         img_size = images.fitting_size(backbone)
     data_config = model_data_config(
-        backbone, img_size, in_chans, class_names=images.class_names, mean=args.mean, std=args.std,
+        backbone, img_size, in_chans, class_names=images.class_names or None, mean=args.mean, std=args.std,
         interpolation=args.interpolation, crop_pct=args.crop_pct)
     augmentation = {"no_aug": True} if args.no_aug else {
         "train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,
@@ -79,9 +85,8 @@ def main() -> int:
         console.print(f"stopped by {result.interrupted_by.name}; go on with the same command and --resume:")
         console.print(f"  {same_command('--resume', str(result.output))}", markup=False, highlight=False)
     else:
-        title = f"{result.summary['model']} after {result.summary['epochs']} epochs"
-        print_exits(console, title, result.summary["exits"])
-        console.print(next_lines(result.output, args.baseline, config.push_to_hub), markup=False, highlight=False)
+        print_exits(console, summary_title(result.summary), result.summary["exits"])
+        console.print(next_lines(result.output, args), markup=False, highlight=False)
     if result.upload:
         console.print(upload_lines(result.upload, config.hub_private), markup=False, highlight=False)
     if result.interrupted_by:  # torchrun starts again what ends with another code than 0
@@ -89,13 +94,13 @@ def main() -> int:
     return NOT_UPLOADED if result.upload and result.upload.failure else 0
 
 
-def next_lines(output: Path, baseline: bool, pushed: bool) -> str:
+def next_lines(output: Path, args: Namespace) -> str:
     lines = [f"run directory: {output}  (summary.json, exits.png, curves.png, best/, last/)", "next, in Python:"]
     lines += [f"  timm.create_model('local-dir:{output}/best', pretrained=True)   # plain timm"]
-    if not baseline:
+    if not args.baseline:
         lines += [f"  SelfDistillModel.from_pretrained('{output}/best')               # all exits"]
-        if "--resume" not in sys.argv:
-            no_push = ["--no-push-to-hub"] if pushed else []  # it would take the model's place
+        if "--resume" not in sys.argv and not args.freeze_backbone:
+            no_push = ["--no-push-to-hub"] if args.push_to_hub else []  # it would take the model's place
             lines += ["or train the plain network, to compare:",
                       f"  {same_command('--baseline', '--output', f'{output}-baseline', *no_push)}"]
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 from . import models
 from .inference import EarlyExit, EarlyExitOutput
 from .loss import SelfDistillLoss
-from .model import SelfDistillModel, SelfDistillOutput, wrap_self_distill
+from .model import SelfDistillModel, wrap_self_distill
+from .output import SelfDistillOutput
 from .task import SelfDistillTask
 from .training import TrainConfig, Trainer, TrainResult, load_images, model_data_config
 from .version import __version__

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import SelfDistillOutput
+from .output import SelfDistillOutput
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
 

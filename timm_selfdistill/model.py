@@ -1,8 +1,8 @@
 """One verb turns a timm model into a network that teaches itself."""
 from collections.abc import Callable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +10,10 @@ from torch import Tensor, nn
 from .cost import count_cost, default_input_size
 from .heads import HeadFactory, check_output, create_head, resize_feature
 from .hub import HubMixin, measured_rows
+from .output import BackboneOutput, SelfDistillOutput
 from .stages import check_logits, check_timm_classifier, explain_misfit, select_stages
 from .summary import Summary, summarize
 from .timm_methods import TimmMethods
-
-
-class SelfDistillOutput(NamedTuple):
-    """What every classifier says, shallow to deep; the last entries are the teacher's."""
-
-    logits: tuple[Tensor, ...]
-    """C tensors (B, K)."""
-    features: tuple[Tensor, ...]
-    """C tensors (B, D, H, W), all of the shape of the backbone's last feature map."""
 
 
 def wrap_self_distill(
@@ -122,16 +114,28 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         self._waiting = self._waiting if alone else []
         self.train(self.training)
 
-    def forward(self, x: Tensor) -> SelfDistillOutput | Tensor:
+    def forward(self, x: Tensor | BackboneOutput) -> SelfDistillOutput | Tensor:
         """Training mode: what every classifier says. Eval mode: the deepest logits (B, K), the backbone's own.
 
         Args:
-            x: images (B, in_chans, H, W).
+            x: images (B, in_chans, H, W); in training mode also what `forward_backbone` gave for them.
         """
         return self.forward_exits(x) if self.training else self._run(x, self.backbone)
 
-    def forward_exits(self, x: Tensor) -> SelfDistillOutput:
-        """What every classifier says, in either mode, for images (B, in_chans, H, W)."""
+    def forward_exits(self, x: Tensor | BackboneOutput) -> SelfDistillOutput:
+        """What every classifier says, in either mode, for images (B, in_chans, H, W), or for what `forward_backbone`
+        gave for them."""
+        maps, deepest = x if isinstance(x, BackboneOutput) else self.forward_backbone(x)
+        teacher = maps[-1]
+        shallow = [self._run_head(exit, feature_map) for exit, feature_map in enumerate(maps[:-1])]
+        return SelfDistillOutput(
+            logits=(*(logits for logits, _ in shallow), deepest),
+            features=(*(resize_feature(feature, teacher) for _, feature in shallow), teacher),
+        )
+
+    def forward_backbone(self, x: Tensor) -> BackboneOutput:
+        """What the backbone gives the shallow classifiers for images (B, in_chans, H, W); a frozen one always the
+        same."""
         indices = [stage.index for stage in [*self.stages, self._last_stage]]
         learning = torch.is_grad_enabled() and not self.freeze_backbone
         with torch.set_grad_enabled(learning and not self._waiting):
@@ -139,12 +143,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         with torch.set_grad_enabled(learning):
             deepest = self.backbone.forward_head(final)
         check_logits(self.backbone, deepest, (x.shape[0], self.num_classes))
-        teacher = maps[-1]
-        shallow = [self._run_head(exit, feature_map) for exit, feature_map in enumerate(maps[:-1])]
-        return SelfDistillOutput(
-            logits=(*(logits for logits, _ in shallow), deepest),
-            features=(*(resize_feature(feature, teacher) for _, feature in shallow), teacher),
-        )
+        return BackboneOutput(tuple(maps), deepest)
 
     def _run_head(self, exit: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         stage = self.stages[exit]
@@ -192,6 +191,12 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         if isinstance(exit, bool) or not isinstance(exit, int) or not -count <= exit < count:
             raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
         return exit % count
+
+    def with_heads(self, heads: nn.ModuleList) -> "SelfDistillModel":
+        """The same model, its backbone shared, with other heads of the same kind."""
+        other = copy(self)
+        other._modules = {**self._modules, "heads": heads}
+        return other
 
     def strip(self) -> nn.Module:
         """The plain timm model, for good: the shallow classifiers are not needed at inference."""

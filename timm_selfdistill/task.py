@@ -1,16 +1,20 @@
 """Self distillation as a timm training task."""
+from typing import Any
+
 from timm.task import ClassificationTask
-from timm.utils import unwrap_model
-from torch import Tensor
+from timm.utils import ModelEmaV3, unwrap_model
+from torch import Tensor, nn
 
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel
+from .output import BackboneOutput
 
 
 class SelfDistillTask(ClassificationTask):
     """A `timm.task.TrainingTask` that pairs a `SelfDistillModel` with its loss.
 
-    Distribution, compilation, EMA and checkpoints are those of timm's `ClassificationTask`.
+    Distribution, compilation, EMA and checkpoints are those of timm's `ClassificationTask`; the EMA of a model with a
+    frozen backbone is of its heads alone.
 
     Args:
         model: of `wrap_self_distill`.
@@ -31,11 +35,34 @@ class SelfDistillTask(ClassificationTask):
         device = next(model.parameters()).device
         super().__init__(model, SelfDistillLoss() if criterion is None else criterion, device=device, verbose=False)
 
-    def forward(self, input: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+    def setup_ema(self, **settings: Any) -> nn.Module:
+        """Keep a moving average; `settings` are those of timm's `ModelEmaV3`."""
+        if not self._frozen:
+            return super().setup_ema(**settings)
+        self.trainable_module_ema = ModelEmaV3(unwrap_model(self.trainable_module).heads, **settings)
+        return self.trainable_module_ema
+
+    def update_ema(self, step: int | None = None) -> None:
+        if not self._frozen:
+            super().update_ema(step)
+        elif self.has_ema():
+            self.trainable_module_ema.update(unwrap_model(self.trainable_module).heads, step)
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        model = super().get_eval_model(module, ema)
+        if not (ema and self._frozen and self.has_ema() and module is None):
+            return model
+        return unwrap_model(self.trainable_module).with_heads(model.module)
+
+    @property
+    def _frozen(self) -> bool:
+        return unwrap_model(self.trainable_module).freeze_backbone
+
+    def forward(self, input: Tensor | BackboneOutput, target: Tensor | None = None) -> dict[str, Tensor]:
         """Run all exits and the loss, in training and in eval mode.
 
         Args:
-            input: images (B, in_chans, H, W).
+            input: images (B, in_chans, H, W), or what `SelfDistillModel.forward_backbone` gave for them.
             target: class indices (B,), soft labels (B, K), or None for images without labels.
 
         Returns:

@@ -2,6 +2,7 @@
 import argparse
 import re
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def _add_data(group: Any, default_data: str) -> None:
     group.add_argument("--val-fraction", type=float, default=0.1, help="of the training split, where there is no other")
     group.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type)")
     group.add_argument("--target-key", metavar="COLUMN", help="label column (default: found by its type)")
-    group.add_argument("--num-classes", type=int, help="where the labels have no names and are streamed")
+    group.add_argument("--num-classes", type=int,
+                       help="of the model (default: those of the data, or without labels the model's own)")
     group.add_argument("--streaming", action=_BOOLEAN, default=False,
                        help="read the images while training instead of downloading and converting them first")
     group.add_argument("--img-size", type=int, help="pixels (default: the model's, less where the images are small)")
@@ -73,6 +75,10 @@ def _add_model(group: Any) -> None:
     group.add_argument("--model", default="resnet18", help="name of a timm model, or local-dir:FOLDER, hf-hub:ID")
     group.add_argument("--pretrained", action=_BOOLEAN, default=False,
                        help="start from the model's pretrained weights")
+    group.add_argument("--pretrained-path", metavar="FILE",
+                       help="start from a checkpoint as if it were the pretrained weights, with a new classifier")
+    group.add_argument("--initial-checkpoint", metavar="FILE",
+                       help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it")
     group.add_argument("--drop", type=float, help="dropout rate (default: the model's)")
     group.add_argument("--drop-path", type=float, help="stochastic depth rate (default: the model's)")
     group.add_argument("--grad-checkpointing", action=_BOOLEAN, default=False,
@@ -93,6 +99,29 @@ def _add_distillation(group: Any) -> None:
     group.add_argument("--freeze-backbone", action=_BOOLEAN, default=False, help="only the shallow classifiers learn")
     group.add_argument("--baseline", action=_BOOLEAN, default=False,
                        help="train the plain model in the same loop instead")
+
+
+def check_frozen_flags(args: argparse.Namespace) -> None:
+    """Look at flags that go with --freeze-backbone.
+
+    Raises:
+        ValueError: --cache-features would keep what augmentation changes, or nothing is left to train.
+    """
+    if args.freeze_backbone and args.baseline:
+        raise ValueError("--baseline trains the plain network, and --freeze-backbone keeps it as it is; leave one out")
+    if args.freeze_backbone and not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
+        warnings.warn("--freeze-backbone keeps random weights, from which exits learn little: no weights are loaded;"
+                      " give --pretrained or --initial-checkpoint", stacklevel=2)
+    if args.no_aug or not args.cache_features:
+        return
+    on = [f"--train-crop-mode {args.train_crop_mode}"] if args.train_crop_mode != "rkrc" else []
+    on += [f"--{name.replace('_', '-')} {getattr(args, name)}"
+           for name in ("hflip", "vflip", "color_jitter", "aa", "reprob", "cutout") if getattr(args, name)]
+    if args.train_interpolation == "random":
+        on.append("--train-interpolation random")
+    if on:
+        raise ValueError(f"--cache-features keeps what the backbone says of each image, and augmentation changes images"
+                         f" in every epoch ({', '.join(on)}); add --no-aug")
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
@@ -145,6 +174,8 @@ _HELP = {
     "layer_decay": "factor of the learning rate from each group of layers to the one below it",
     "head_lr_scale": "factor of the learning rate of the shallow classifiers",
     "head_warmup_epochs": "epochs at the beginning in which the classifiers learn alone",
+    "unlabelled": "training images need no labels: the exits of a frozen backbone learn from the deepest alone",
+    "cache_features": "run a frozen backbone once and keep what it gives in files; needs --no-aug",
     "decay_epochs": "between two steps of the step schedule",
     "decay_milestones": "epochs of the steps of the multistep schedule",
     "decay_rate": "factor of a step",

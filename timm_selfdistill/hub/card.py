@@ -30,7 +30,8 @@ def create_card(
     Args:
         config: content of config.json.
         rows: of every classifier and the ensemble: exit, module, and any of top1, top5, macs, share, speedup.
-        metrics: as `Trainer` records them: epoch, dataset, settings, versions, hardware, base_model; all optional.
+        metrics: as `Trainer` records them: epoch, dataset, settings, versions, hardware, base_model, and reference
+            where the accuracies are not against labels; all optional.
         picture: exits.png lies beside the card.
         card_data: further metadata, or other than what is found, e.g. `license="mit"`.
     """
@@ -43,7 +44,8 @@ def create_card(
     name = config["architecture"] + ("-self-distilled" if settings else "")
     if truncated is not None:
         name += f"-{_exit_name(truncated).replace(' ', '-')}"
-    results = _eval_results(rows, dataset) if dataset else []
+    agreement = metrics.get("reference") is not None
+    results = _eval_results(rows, dataset) if dataset and not agreement else []
     data = ModelCardData(**{
         **_license(metrics.get("license") or config["pretrained_cfg"].get("license")),
         "library_name": "timm",
@@ -63,6 +65,7 @@ def create_card(
         card_data=data.to_yaml(), mark=MARK, model_name=name, repo_id=repo_id, architecture=config["architecture"],
         exits=len(settings["exits"]) + 1 if settings else 0,
         truncated=None if truncated is None else _exit_name(truncated),
+        frozen=bool(training.get("freeze_backbone")), unlabelled=bool(training.get("unlabelled")), agreement=agreement,
         own_head=bool(settings) and settings["head"] is None, early_exit=_early_exit_words(settings),
         num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
         rows=[_table_row(row) for row in rows],

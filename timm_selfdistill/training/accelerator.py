@@ -47,8 +47,9 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     # Which would keep the precision of an earlier run in this process, and with FSDP not find the processes again.
     AcceleratorState._reset_state(reset_partial_state=parse_flag_from_env("ACCELERATE_USE_FSDP"))
     # The Trainer divides the loss itself, so Accelerate, which may be told a number by its launcher, must not.
-    # While the classifiers learn alone, the backbone has no gradients for DistributedDataParallel to wait for.
-    kwargs = DistributedDataParallelKwargs(find_unused_parameters=config.head_warmup_epochs > 0)
+    # Where classifiers learn alone, or features, there are parameters without gradients, for which
+    # DistributedDataParallel must not wait.
+    kwargs = DistributedDataParallelKwargs(find_unused_parameters=config.head_warmup_epochs > 0 or config.unlabelled)
     accelerator = Accelerator(
         mixed_precision=precision, cpu=cpu, kwargs_handlers=[kwargs],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))

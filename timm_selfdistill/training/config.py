@@ -40,6 +40,10 @@ class TrainConfig:
         head_lr_scale: factor of the learning rate of the shallow classifiers.
         head_warmup_epochs: epochs at the beginning in which all classifiers learn alone, the deepest included, while
             the backbone's features stay as they are.
+        unlabelled: the training images have no labels, or these are not used: the exits of a frozen backbone learn from
+            the deepest classifier alone.
+        cache_features: let a frozen backbone see each image once and keep what it gives, in files in the run directory
+            while the run goes on. Images must not be augmented.
         sched: learning-rate schedule, stepped every update; decay_epochs, decay_milestones and decay_rate belong to
             "step" and "multistep".
         smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
@@ -85,6 +89,8 @@ class TrainConfig:
     layer_decay: float | None = None
     head_lr_scale: float = 1.0
     head_warmup_epochs: int = 0
+    unlabelled: bool = False
+    cache_features: bool = False
     sched: str = "cosine"
     warmup_epochs: float = 1.0
     warmup_lr: float = 1e-5
@@ -163,6 +169,14 @@ class TrainConfig:
             raise ValueError(f"clip_grad must be > 0, got {self.clip_grad}")
         if (self.mixup or self.cutmix) and self.batch_size != "auto" and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {self.batch_size}")
+        if self.unlabelled and self.smoothing:
+            raise ValueError("smoothing is of labels, which unlabelled images do not have; leave one of them out")
+        for name in ("mixup", "cutmix") if self.cache_features else ():
+            if getattr(self, name):
+                raise ValueError(f"cache_features keeps what the backbone says of each image, and {name} (--{name})"
+                                 " changes them in every epoch; leave one of them out")
+        if self.cache_features and self.on_bad_sample != "raise":
+            raise ValueError("cache_features needs every image; on_bad_sample must be 'raise'")
         known = list_optimizers()
         if self.opt.lower().removeprefix("lookahead_") not in known:
             raise ValueError(f"unknown optimizer {self.opt!r}; timm has {', '.join(known)}")

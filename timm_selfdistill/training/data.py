@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .augmentation import create_train_transform
 from .images import decode_image, to_mode
-from .labels import check_labels, encode_labels, stream_class_names
+from .labels import NO_LABEL, check_labels, encode_labels, stream_class_names
 from .preprocessing import takes_other_sizes
 from .stream import StreamedImages
 
@@ -23,15 +23,16 @@ class ImageDataset(torch.utils.data.Dataset):
     """Rows of a `datasets.Dataset` as (image (C, H, W), class index).
 
     Args:
-        rows: with an image column and a column of class indices.
+        rows: with an image column and perhaps a column of class indices.
+        label_column: None gives every image the class index -1.
         transform: PIL image -> tensor, e.g. of `timm.data.create_transform`.
         mode: PIL mode that images are converted to: "L" (one channel) or "RGB".
         source: see `ImageSplits`.
     """
 
-    def __init__(self, rows: datasets.Dataset, image_column: str, label_column: str, transform: Any, mode: str,
-                 num_classes: int, source: dict[str, Any] | None = None):
-        self.rows = rows.select_columns([image_column, label_column])
+    def __init__(self, rows: datasets.Dataset, image_column: str, label_column: str | None, transform: Any, mode: str,
+                 num_classes: int | None, source: dict[str, Any] | None = None):
+        self.rows = rows.select_columns(list(filter(None, (image_column, label_column))))
         self.rows = self.rows.cast_column(image_column, datasets.Image(decode=False))
         self.image_column, self.label_column = image_column, label_column
         self.transform = transform
@@ -44,7 +45,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self.rows[index]
-        return self.transform(to_mode(decode_image(row[self.image_column], index), self.mode)), row[self.label_column]
+        image = self.transform(to_mode(decode_image(row[self.image_column], index), self.mode))
+        return image, NO_LABEL if self.label_column is None else row[self.label_column]
 
 
 @dataclass
@@ -54,18 +56,22 @@ class ImageSplits:
     train: datasets.Dataset | datasets.IterableDataset
     val: datasets.Dataset | datasets.IterableDataset
     image_column: str
-    label_column: str
+    label_column: str | None
+    """None where the validation images have no labels."""
     class_names: list[str]
+    """Empty where there are no labels."""
     in_chans: int
     """1 where the first image is grey, else 3."""
     size: tuple[int, int]
     """(height, width) of the first image."""
     source: dict[str, Any]
     """Where the validation images come from, in the Hub's terms: name, type, config, split, hub_id."""
+    unlabelled: bool = False
+    """Whether the training images have no labels, or theirs are not used."""
 
     @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+    def num_classes(self) -> int | None:
+        return len(self.class_names) or None
 
     def fitting_size(self, backbone: nn.Module) -> int:
         """Pixels to train a timm model at: its own size, or where the images are smaller and the model takes other
@@ -97,10 +103,11 @@ class ImageSplits:
         except (AssertionError, KeyError) as error:  # timm's answer to an unknown policy or interpolation
             raise ValueError(f"timm does not know a setting of the transforms: {error}") from error
         mode = "L" if channels == 1 else "RGB"
+        train_labels = None if self.unlabelled else self.label_column
         return tuple(
             (StreamedImages if isinstance(rows, datasets.IterableDataset) else ImageDataset)(
-                rows, self.image_column, self.label_column, transform, mode, self.num_classes, self.source)
-            for rows, transform in ((self.train, train), (self.val, val)))
+                rows, self.image_column, labels, transform, mode, self.num_classes, self.source)
+            for rows, labels, transform in ((self.train, train_labels, train), (self.val, self.label_column, val)))
 
 
 def load_images(
@@ -114,6 +121,7 @@ def load_images(
         label_column: str | None = None,
         num_classes: int | None = None,
         streaming: bool = False,
+        unlabelled: bool = False,
         seed: int = 42,
 ) -> ImageSplits:
     """Find images, labels, class names and a validation split.
@@ -127,9 +135,11 @@ def load_images(
             `val_fraction` of the training split, drawn by `seed`, class by class where every class has two images.
         image_column, label_column: None finds them by their feature type, Image and ClassLabel, or in WebDataset shards
             by the name "cls".
-        num_classes: K; a stream whose labels have no names must be told.
+        num_classes: K; a stream whose labels have no names must be told. It may be larger than the number of names.
         streaming: read the images one after the other while training, instead of downloading and converting them
             first. There must be a validation split.
+        unlabelled: the training images need no labels; those that they have are not used. Validation images may have
+            some.
 
     Raises:
         FileNotFoundError: nothing is there, or no images in it.
@@ -142,8 +152,6 @@ def load_images(
     if train.features is None:
         raise ValueError(f"{_named(source)} does not tell its columns before it is read; leave out streaming")
     image_column = _find_column(train, image_column, datasets.Image, "image", source)
-    label_column = _find_column(train, label_column, datasets.ClassLabel, "label", source)
-
     if val_split is None:
         val_split = next((split for split in VAL_SPLITS if split in splits and split != train_split), None)
     elif val_split not in splits:
@@ -152,8 +160,20 @@ def load_images(
     if val is not None and isinstance(val, datasets.IterableDataset) != isinstance(train, datasets.IterableDataset):
         raise TypeError("training and validation images must both be streamed or neither, got"
                         f" {type(train).__name__} and {type(val).__name__}")
+    if unlabelled:
+        label_column = _find_val_labels(train if val is None else val, label_column, source)
+    else:
+        label_column = _find_column(train, label_column, datasets.ClassLabel, "label", source)
     if isinstance(train, datasets.IterableDataset):
-        class_names = _label_stream(train, val, label_column, num_classes, source)
+        if val is None:
+            raise ValueError(
+                f"{_named(source)} has no validation split, and a stream cannot be divided; name one as val_split"
+                " (--val-split), or leave out streaming")
+        class_names = _label_stream(None if unlabelled else train, val, label_column, num_classes, source)
+    elif unlabelled:
+        if val is None:
+            train, val = _split(train, val_fraction, None, seed)
+        val, class_names = _label_val(val, label_column, num_classes)
     else:
         train, val = _label(train, val, label_column, num_classes, source)
         class_names = train.features[label_column].names
@@ -166,7 +186,7 @@ def load_images(
     in_chans = 1 if image.mode in ("1", "L", "I", "F", "I;16") else 3
     return ImageSplits(
         train, val, image_column, label_column, class_names, in_chans, image.size[::-1],
-        _describe(source, name, val_split or f"{val_fraction:g} of {train_split}"))
+        _describe(source, name, val_split or f"{val_fraction:g} of {train_split}"), unlabelled)
 
 
 def _label(train: datasets.Dataset, val: datasets.Dataset | None, column: str, num_classes: int | None, source: Any,
@@ -179,22 +199,37 @@ def _label(train: datasets.Dataset, val: datasets.Dataset | None, column: str, n
         names = [class_names[label] for label in found]
         raise ValueError(f"the training images of {_named(source)} are of one class only ({names}); 2 are needed")
     if val is not None:
-        val = encode_labels(val, column, class_names)
+        val = encode_labels(val, column, class_names, len(class_names))
         check_labels(val, column, len(class_names), "validation")
     return train, val
 
 
-def _label_stream(train: datasets.IterableDataset, val: datasets.IterableDataset | None, column: str,
+def _label_val(
+        val: datasets.Dataset, column: str | None, num_classes: int | None) -> tuple[datasets.Dataset, list[str]]:
+    """Validation images, the only ones whose labels are looked at, if they have any, and the class names."""
+    if column is None:
+        return val, []
+    val = encode_labels(val, column, num_classes=num_classes)
+    class_names = val.features[column].names
+    check_labels(val, column, len(class_names), "validation")
+    return val, class_names
+
+
+def _label_stream(train: datasets.IterableDataset | None, val: datasets.IterableDataset, column: str | None,
                   num_classes: int | None, source: Any) -> list[str]:
-    """The class names of both."""
-    if val is None:
-        raise ValueError(
-            f"{_named(source)} has no validation split, and a stream cannot be divided; name one as val_split"
-            " (--val-split), or leave out streaming")
+    """The class names of both, or of validation images alone, if they have any."""
+    if train is None:
+        return [] if column is None else stream_class_names(val, column, num_classes=num_classes)
     class_names = stream_class_names(train, column, num_classes=num_classes)
     if len(class_names) < 2:
         raise ValueError(f"the training images of {_named(source)} are of one class only ({class_names}); 2 are needed")
-    return stream_class_names(val, column, class_names)
+    return stream_class_names(val, column, class_names, len(class_names))
+
+
+def _find_val_labels(val: Any, column: str | None, source: Any) -> str | None:
+    """The label column of validation images, if they have one."""
+    found = column is not None or any(isinstance(value, datasets.ClassLabel) for value in val.features.values())
+    return _find_column(val, column, datasets.ClassLabel, "label", source) if found else None
 
 
 def _read(source: Any, name: str | None, train_split: str, streaming: bool) -> Mapping[str, Any]:
@@ -253,10 +288,11 @@ def _find_column(rows: datasets.Dataset, column: str | None, feature: type, what
     )
 
 
-def _split(rows: datasets.Dataset, fraction: float, label_column: str, seed: int) -> tuple[datasets.Dataset, ...]:
+def _split(
+        rows: datasets.Dataset, fraction: float, label_column: str | None, seed: int) -> tuple[datasets.Dataset, ...]:
     if not 0 < fraction < 1:
         raise ValueError(f"val_fraction must lie between 0 and 1, got {fraction}")
-    counts = np.bincount(rows.with_format("numpy")[label_column][:])
+    counts = np.bincount(rows.with_format("numpy")[label_column][:]) if label_column else np.zeros(1)
     stratify = label_column if counts.min() > 1 and min(fraction, 1 - fraction) * len(rows) >= len(counts) else None
     parts = rows.train_test_split(fraction, seed=seed, stratify_by_column=stratify)
     return parts["train"], parts["test"]

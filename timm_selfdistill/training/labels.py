@@ -6,11 +6,18 @@ import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
+NO_LABEL = -1
+"""In the place of a class index, as `datasets` has it in splits whose labels are kept secret."""
+
 
 def encode_labels(
         rows: datasets.Dataset, column: str, class_names: list[str] | None = None, num_classes: int | None = None,
 ) -> datasets.Dataset:
-    """Make the column a ClassLabel, with the class names of the training split where they are given."""
+    """Make the column a ClassLabel, with the class names of the training split where they are given.
+
+    Args:
+        num_classes: K; classes beyond those that the column names are named by their index.
+    """
     _check_column(rows, column)
     feature = rows.features[column]
     if not isinstance(feature, datasets.ClassLabel):
@@ -18,7 +25,7 @@ def encode_labels(
         if None in values or any(isinstance(value, float) for value in values):
             raise TypeError(f"column {column!r} must hold class indices or names, got {feature}: {values[:3]}")
         if isinstance(values[0], str):
-            names = class_names or sorted(values)
+            names = class_names or _extended(sorted(values), num_classes)
             unknown = sorted(set(values) - set(names))
             if unknown:
                 raise ValueError(f"classes {unknown[:5]} are in the validation split but not in the training split")
@@ -26,9 +33,8 @@ def encode_labels(
             names = class_names or list(map(str, range(num_classes or max(values) + 1)))
             check_range(min(values), max(values), len(names), column)
         feature = datasets.ClassLabel(names=names)
-        rows = rows.cast_column(column, feature)
-    _check_names(feature.names, class_names, num_classes)
-    return rows
+    _check_names(_extended(feature.names, num_classes), class_names, num_classes)
+    return rows.cast_column(column, datasets.ClassLabel(names=_extended(feature.names, num_classes)))
 
 
 def stream_class_names(
@@ -43,8 +49,9 @@ def stream_class_names(
     _check_column(rows, column)
     feature = rows.features[column]
     if isinstance(feature, datasets.ClassLabel):
-        _check_names(feature.names, class_names, num_classes)
-        return feature.names
+        names = _extended(feature.names, num_classes)
+        _check_names(names, class_names, num_classes)
+        return names
     if not feature.dtype.startswith(("int", "uint")):
         raise TypeError(
             f"column {column!r} of a stream must hold class indices, got {feature}; their names are known only when all"
@@ -97,8 +104,12 @@ def _check_column(rows: Any, column: str) -> None:
         raise TypeError(f"column {column!r} must hold one class index or name a row, got {feature}")
 
 
+def _extended(names: list[str], num_classes: int | None) -> list[str]:
+    return [*names, *map(str, range(len(names), num_classes or 0))]
+
+
 def _check_names(names: list[str], class_names: list[str] | None, num_classes: int | None) -> None:
     if class_names is not None and names != class_names:
         raise ValueError(f"training and validation split differ in classes: {class_names[:5]}, {names[:5]}")
-    if num_classes is not None and len(names) != num_classes:
+    if num_classes is not None and len(names) > num_classes:
         raise ValueError(f"num_classes is {num_classes}, but the data have {len(names)} classes: {names[:5]}")

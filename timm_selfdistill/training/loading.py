@@ -148,6 +148,13 @@ class StreamedBatches:
         self.places = {worker: Place(worker, *rest) for worker, *rest in state["places"]}
 
 
+def check_counts(train_data: Dataset, val_data: Dataset) -> None:
+    """Raise ValueError where there are no images."""
+    for name, data in (("training", train_data), ("validation", val_data)):
+        if image_count(data) == 0:
+            raise ValueError(f"there are no {name} images")
+
+
 def image_count(data: Dataset) -> int | None:
     """None for a stream that does not tell."""
     return data.length if isinstance(data, StreamedImages) else len(data)
@@ -165,7 +172,7 @@ TrainBatches = IndexedBatches | StreamedBatches
 
 def train_batches(data: Dataset, config: TrainConfig, accelerator: Accelerator) -> TrainBatches:
     kind = StreamedBatches if isinstance(data, StreamedImages) else IndexedBatches
-    return kind(data, config, accelerator, _loader_settings(config, accelerator))
+    return kind(data, config, accelerator, loader_settings(config, accelerator))
 
 
 class ValImages(Dataset):
@@ -197,7 +204,7 @@ class ValBatches:
 
     def __init__(self, data: Dataset, config: TrainConfig, accelerator: Accelerator):
         world, rank = accelerator.num_processes, accelerator.process_index
-        settings = _loader_settings(config, accelerator)
+        settings = loader_settings(config, accelerator)
         if isinstance(data, StreamedImages):
             part = data.split_by_node(rank, world, config.workers)
             part.skips_unreadable = config.on_bad_sample == "skip"
@@ -217,7 +224,7 @@ class ValBatches:
                 yield tuple(batch)
 
 
-def _loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+def loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     seeds = torch.Generator()  # of the loading processes; without it they would be drawn from the run's own
     return {"num_workers": config.workers, "persistent_workers": config.workers > 0,
             "pin_memory": accelerator.device.type == "cuda", "worker_init_fn": leave_process_group, "generator": seeds}

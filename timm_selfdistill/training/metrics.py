@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..cost import evaluating
 from ..model import SelfDistillModel
+from ..output import BackboneOutput
 
 
 class ExitMetrics(NamedTuple):
@@ -27,7 +28,7 @@ class ExitMetrics(NamedTuple):
         return self.exit if self.exit == "ensemble" else f"exit_{self.exit}"
 
 
-def exit_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def exit_logits(model: nn.Module, x: Tensor | BackboneOutput) -> tuple[Tensor, ...]:
     """Logits (B, K) of every classifier of a self-distilled model, or of the only one of another."""
     return model.forward_exits(x).logits if isinstance(model, SelfDistillModel) else (model(x),)
 
@@ -70,15 +71,28 @@ class ExitMeter:
 
 
 def measure_exits(
-        model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator,
+        model: nn.Module, batches: Iterable[tuple[Tensor | BackboneOutput, Tensor]], accelerator: Accelerator,
+        labelled: bool = True,
 ) -> tuple[list[ExitMetrics], int]:
-    """Accuracy of every exit and of the ensemble over the batches of all processes, and how many images they have."""
+    """Accuracy of every exit and of the ensemble over the batches of all processes, and how many images they have.
+
+    Args:
+        labelled: False counts as right what the deepest classifier says.
+    """
     meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
     with evaluating(model), torch.no_grad(), accelerator.autocast():
         for x, y in batches:
-            meter.update(exit_logits(model, x), y)
+            logits = exit_logits(model, x)
+            meter.update(logits, y if labelled else logits[-1].argmax(1))
     totals = accelerator.reduce(meter.totals, "sum")
     return meter.compute(totals), int(totals[0, 3])
+
+
+def deciding_top1(metrics: list[ExitMetrics], frozen: bool) -> float:
+    """By which one model is better than another, in per cent: that of the deepest exit, or where it is frozen the mean
+    of the others."""
+    *shallow, deepest = [metric.top1 for metric in metrics if metric.exit != "ensemble"]
+    return sum(shallow) / len(shallow) if frozen else deepest
 
 
 def _count(logits: Tensor, target: Tensor) -> Tensor:

@@ -21,10 +21,14 @@ class TargetMixer:
             mode=config.mixup_mode, label_smoothing=config.smoothing, num_classes=num_classes,
         ) if config.mixup or config.cutmix else None
 
-    def __call__(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and class indices (B,) to images and labels, soft (B, K) where anything is on."""
+    def __call__(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Images (B, C, H, W) and class indices (B,) to images and labels, soft (B, K) where anything is on; without
+        labels to images and None."""
         off = self.config.mixup_off_epoch
-        if self.mixup is not None and not (off and epoch >= off):
+        mixing = self.mixup is not None and not (off and epoch >= off)
+        if self.config.unlabelled:
+            return (self.mixup(x, torch.zeros_like(y))[0] if mixing else x), None
+        if mixing:
             return self.mixup(x, y)
         if self.config.smoothing or self.mixup is not None:
             return x, mixup_target(y, self.num_classes, smoothing=self.config.smoothing).to(torch.float32)

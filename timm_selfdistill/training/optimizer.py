@@ -7,26 +7,30 @@ from torch import nn
 
 from ..model import SelfDistillModel
 from .config import TrainConfig
+from .frozen import is_frozen, trained_part
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """An optimizer whose groups of parameters have, where asked for, an `lr_scale`, which timm's schedules heed.
+    """An optimizer of what learns, whose groups of parameters have, where asked for, an `lr_scale`, which timm's
+    schedules heed.
 
     Raises:
-        ValueError: the model has no groups of layers, or no shallow classifiers.
+        ValueError: the model has no groups of layers, no shallow classifiers, or a frozen backbone.
     """
+    if config.head_lr_scale != 1 and not isinstance(model, SelfDistillModel):
+        raise ValueError(f"head_lr_scale is for shallow classifiers, which a {type(model).__name__} does not have")
+    if config.layer_decay is not None and is_frozen(model):
+        raise ValueError("layer_decay is for a backbone that learns, and this one is frozen; leave one of them out")
     settings = {"opt": config.opt, "lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    trained = trained_part(model)
     if config.layer_decay is None and config.head_lr_scale == 1:
-        return create_optimizer_v2(model, **settings)
-    exempt = getattr(model, "no_weight_decay", set)()
+        return create_optimizer_v2(trained, **settings)
+    exempt = getattr(trained, "no_weight_decay", set)()
     if config.layer_decay is None:
-        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+        groups = param_groups_weight_decay(trained, config.weight_decay, no_weight_decay_list=exempt)
     else:
-        groups = param_groups_layer_decay(
-            model, config.weight_decay, exempt, layer_decay=config.layer_decay)
+        groups = param_groups_layer_decay(trained, config.weight_decay, exempt, layer_decay=config.layer_decay)
     if config.head_lr_scale != 1:
-        if not isinstance(model, SelfDistillModel):
-            raise ValueError(f"head_lr_scale is for shallow classifiers, which a {type(model).__name__} does not have")
         groups = _scale(groups, list(model.heads.parameters()), config.head_lr_scale)
     return create_optimizer_v2(groups, **settings)
 

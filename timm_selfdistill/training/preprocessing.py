@@ -1,9 +1,13 @@
 """The preprocessing that a model was made for, and what a run changes of it."""
+import warnings
+from pathlib import Path
 from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
 from torch import nn
+
+from .initial_weights import load_initial_checkpoint
 
 
 def takes_other_sizes(backbone: nn.Module) -> bool:
@@ -11,12 +15,38 @@ def takes_other_sizes(backbone: nn.Module) -> bool:
     return not backbone.pretrained_cfg.get("fixed_input_size") or hasattr(backbone, "set_input_size")
 
 
-def create_backbone(name: str, img_size: int | None = None, **kwargs: Any) -> nn.Module:
+def create_backbone(
+        name: str, img_size: int | None = None, initial_checkpoint: str | None = None,
+        pretrained_path: str | None = None, **kwargs: Any) -> nn.Module:
     """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
 
     Args:
+        initial_checkpoint: whose weights to load, all of them; see `load_initial_checkpoint`.
+        pretrained_path: a checkpoint in the place of the model's pretrained weights; where num_classes is given, its
+            classifier is left out.
         kwargs: further arguments of `timm.create_model`.
     """
+    if pretrained_path:
+        if not Path(pretrained_path).is_file():
+            raise FileNotFoundError(f"pretrained_path {pretrained_path} is no file; expected .safetensors or .pth")
+        overlay = {"file": pretrained_path, **({"num_classes": -1} if kwargs.get("num_classes") else {})}
+        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    model = _create(name, img_size, **kwargs)
+    if initial_checkpoint:
+        load_initial_checkpoint(model, initial_checkpoint)
+    return model
+
+
+def warn_new_classifier(backbone: nn.Module) -> None:
+    """Warn where pretrained weights for another number of classes left a backbone, which is to be frozen, a random
+    classifier. Before `model_data_config`, which writes the new number down."""
+    if backbone.pretrained_cfg["num_classes"] != backbone.num_classes:
+        warnings.warn(
+            f"the frozen backbone's classifier for {backbone.num_classes} classes is new, with random weights, and has"
+            " nothing to teach the exits; fine-tune the network first", stacklevel=2)
+
+
+def _create(name: str, img_size: int | None, **kwargs: Any) -> nn.Module:
     model = timm.create_model(name, **kwargs)
     channels, *size = model.pretrained_cfg["input_size"]
     if img_size is None or size == [img_size, img_size] or takes_other_sizes(model):

@@ -14,6 +14,14 @@ from rich.table import Table
 from ..hub import exit_style
 
 
+def summary_title(summary: dict[str, Any]) -> str:
+    """What stands over the table of a run's exits."""
+    title = f"{summary['model']} after {summary['epochs']} epochs"
+    if "reference" in summary:
+        title += f"; without labels, top-1 and top-5 tell how often an exit agrees with the {summary['reference']}"
+    return title
+
+
 def print_exits(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up."""
     table = Table(title=title, title_justify="left")

@@ -3,14 +3,15 @@ import os
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
 from .accelerator import ask_main_process
-from .checkpoint import find_checkpoint, list_checkpoints
+from .checkpoint import find_checkpoint, list_checkpoints, warn_unwritten
 from .config import TrainConfig
-from .report import write_atomically
+from .report import plot_curves, write_atomically, write_history
 
 CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
 
@@ -66,6 +67,15 @@ def _is_restarted(config: TrainConfig) -> bool:
 
 def write_config(config: TrainConfig, output: Path) -> None:
     write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def report_history(output: Path, history: list[dict[str, Any]]) -> None:
+    """history.csv and curves.png; a disk that is full is no reason to end the run."""
+    try:
+        write_history(output / "history.csv", history)
+        plot_curves(output / "curves.png", history)
+    except OSError as error:
+        warn_unwritten(output, error)
 
 
 def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:

@@ -20,7 +20,7 @@ from .metrics import ExitMetrics
 from .report import write_json
 from .summary import exit_costs, exit_speedups, merge_rows, model_name
 
-PRIVATE_SETTINGS = {"output", "resume", "data_dir"}
+PRIVATE_SETTINGS = {"output", "resume", "data_dir", "initial_checkpoint", "pretrained_path"}
 """Paths on this machine, which no published file tells."""
 PACKAGES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub")
 
@@ -44,9 +44,15 @@ class SavedModels:
         """Images that the metrics are of."""
         source = getattr(val_data, "source", None)
         described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
+        self.val_labelled = getattr(val_data, "label_column", "") is not None
+        self.reference = {} if self.val_labelled else {"reference": "deepest"}
+        """In the place of labels: then accuracies tell how often an exit agrees with the deepest."""
         self.license = config.hub_license
+        told = config.settings
+        self.from_scratch = told.get("pretrained") is False and not (
+            told.get("initial_checkpoint") or told.get("pretrained_path"))
         self.facts = {
-            "dataset": source if described else None,
+            "dataset": source if described else None, **self.reference,
             "settings": {key: value for key, value in config.to_dict().items()
                          if key not in PRIVATE_SETTINGS and not _tells_path(value)},
             "versions": {"timm-selfdistill": __version__, "Python": platform.python_version(),
@@ -117,7 +123,7 @@ class SavedModels:
         rows = merge_rows(metrics, self.costs or exit_costs(model, self.input_size))
         speedups = exit_speedups(model, rows, self.input_size)
         summary = {"model": model_name(model), "epochs": epochs, "input_size": list(self.input_size),
-                   "exits": _with_speedups(rows, speedups)}
+                   **self.reference, "exits": _with_speedups(rows, speedups)}
         write_json(self.output / "summary.json", summary)
         hub.plot_exits(self.output / "exits.png", summary["model"], summary["exits"])
         for folder in (self.output / "best", self.output / "last"):
@@ -131,7 +137,7 @@ class SavedModels:
         backbone = model.backbone if isinstance(model, SelfDistillModel) else model
         pretrained = self.facts["settings"].get("pretrained")
         base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id") if pretrained else None
-        license = self.license or ("apache-2.0" if pretrained is False else None)
+        license = self.license or ("apache-2.0" if self.from_scratch else None)
         return {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}
 
 

@@ -31,7 +31,7 @@ def prepare_to_shard(accelerator: Accelerator, task: TrainingTask, config: Train
     """
     if config.opt not in SHARDED_OPTIMIZERS:
         raise ValueError(f"opt {config.opt!r} is not supported with FSDP; take {', '.join(SHARDED_OPTIMIZERS)}")
-    for name in ("model_ema", "torchcompile", "head_warmup_epochs"):
+    for name in ("model_ema", "torchcompile", "head_warmup_epochs", "cache_features"):
         if getattr(config, name):
             raise ValueError(f"{name} is not supported with FSDP; leave it out, or train with configs/multi_gpu.yaml")
     # Sharded weights stay float32 and autocast lowers the precision, as without FSDP: batch norm runs only so.
@@ -96,9 +96,9 @@ def spread_like(whole: Tensor, example: Tensor) -> Tensor:
     return distribute_tensor(whole.to(example.device), example.device_mesh, example.placements)
 
 
-def spread_weights(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """A state dict as the module holds it."""
-    return {key: spread_like(weights[key], own) for key, own in module.state_dict().items()}
+def spread_weights(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as a module holds its own."""
+    return {key: spread_like(weights[key], value) for key, value in own.items()}
 
 
 def spread_optimizer(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:

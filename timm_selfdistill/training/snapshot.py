@@ -8,18 +8,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
+from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .config import TrainConfig
+from .frozen import trained_state
 from .loading import TrainBatches
 from .sharding import gather, spread_optimizer, spread_weights
 from .state import TrainState
 
 FIXED_SETTINGS = (
     "seed", "opt", "momentum", "weight_decay", "layer_decay", "head_lr_scale", "head_warmup_epochs", "model_ema",
-    "model", "exits", "head", "freeze_backbone", "baseline", "in_chans", "img_size", "dataset", "dataset_config",
-    "train_split", "val_split", "val_fraction", "input_key", "target_key", "streaming", "num_classes")
+    "model", "exits", "head", "freeze_backbone", "unlabelled", "baseline", "in_chans", "img_size", "dataset",
+    "dataset_config", "train_split", "val_split", "val_fraction", "input_key", "target_key", "streaming", "num_classes")
 """A run that is resumed with others would be another run."""
 FREE_SETTINGS = {
     "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to", "profile",
@@ -31,7 +33,7 @@ class Snapshot(NamedTuple):
     """In the memory of the main process; nothing that trains on touches it."""
 
     weights: dict[str, Tensor]
-    """Of the task, moving average included, under its own names, whatever wraps it."""
+    """Of what learns in the task, moving average included, under its own names, whatever wraps it."""
     rest: dict[str, Any]
     """Optimizer, loss scale, random states and places in a stream of every process, `TrainState`, settings; what
     torch.load reads with weights_only."""
@@ -47,7 +49,7 @@ def take_snapshot(
         state: TrainState, config: TrainConfig) -> Snapshot | None:
     """Copy the state of the run; call it on every process, the main one gets it."""
     random_states, places = zip(*gather_object([(get_random_states(), batches.state_dict())]))
-    whole = plain(accelerator, task).state_dict(), optimizer.state_dict()
+    whole = trained_state(plain(accelerator, task)), optimizer.state_dict()
     weights, optimizer_state = gather(whole, keep=accelerator.is_main_process)
     if not accelerator.is_main_process:
         return None
@@ -109,8 +111,9 @@ def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool) -> N
         warnings.warn(f"resumed with other settings than before: {', '.join(said.values())}", stacklevel=2)
 
 
-def _load_weights(task: nn.Module, saved: dict[str, Tensor]) -> None:
-    shapes = {key: tuple(value.shape) for key, value in task.state_dict().items()}
+def _load_weights(task: TrainingTask, saved: dict[str, Tensor]) -> None:
+    own = trained_state(task)
+    shapes = {key: tuple(value.shape) for key, value in own.items()}
     differing = sorted(
         key for key in shapes.keys() | saved.keys()
         if key not in saved or key not in shapes or tuple(saved[key].shape) != shapes[key])
@@ -118,7 +121,7 @@ def _load_weights(task: nn.Module, saved: dict[str, Tensor]) -> None:
         raise ValueError(
             f"the checkpoint is of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
             " resume with the model, exits, head, number of classes and model_ema that it was made with")
-    task.load_state_dict(spread_weights(saved, task))
+    task.load_state_dict(spread_weights(saved, own), strict=False)  # without a frozen backbone
 
 
 def get_random_states() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .images import decode_image, to_mode
-from .labels import check_range
+from .labels import NO_LABEL, check_range
 from .sampling import ATTEMPTS, Batch, seeded
 
 FEW_SHARDS = 4
@@ -28,9 +28,9 @@ class StreamedImages(IterableDataset):
     skips_unreadable = False
     """Whether None takes the place of an image that cannot be read."""
 
-    def __init__(self, rows: datasets.IterableDataset, image_column: str, label_column: str, transform: Any, mode: str,
-                 num_classes: int, source: dict[str, Any] | None = None):
-        rows = rows.select_columns([image_column, label_column])
+    def __init__(self, rows: datasets.IterableDataset, image_column: str, label_column: str | None, transform: Any,
+                 mode: str, num_classes: int | None, source: dict[str, Any] | None = None):
+        rows = rows.select_columns(list(filter(None, (image_column, label_column))))
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.image_column, self.label_column = image_column, label_column
         self.transform, self.mode = transform, mode
@@ -71,11 +71,13 @@ class StreamedImages(IterableDataset):
         return self.transform(to_mode(decode_image(row[self.image_column], number), self.mode))
 
     def label(self, row: dict[str, Any]) -> int:
-        """The class index of a row.
+        """The class index of a row, or -1 without a label column.
 
         Raises:
             ValueError: it is none of `num_classes`.
         """
+        if self.label_column is None:
+            return NO_LABEL
         label = row[self.label_column]
         if label is None:
             raise ValueError(f"a row of the stream has no label in column {self.label_column!r}")
@@ -183,6 +185,8 @@ class TrainStream(IterableDataset):
 
     def _check_mixed(self, block: list[dict[str, Any]]) -> None:
         """Warn where the rows come class by class, as those of a folder do."""
+        if self.data.label_column is None:
+            return
         classes = self.data.num_classes
         found = len({self.data.label(row) for row in block})
         expected = classes * (1 - (1 - 1 / classes) ** len(block))

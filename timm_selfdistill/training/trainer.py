@@ -18,16 +18,18 @@ from .accelerator import create_accelerator
 from .batch_size import find_batch_size
 from .checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from .config import TrainConfig
+from .feature_cache import FeatureCache, drop_caches, fill_caches
+from .frozen import check_frozen_settings, frozen_digest, is_frozen, trained_part
+from .initial_weights import check_task
 from .interrupt import InterruptRequest
 from .interval import Interval
 from .labels import check_classes
-from .loading import ValBatches, image_count, image_shape, train_batches
-from .metrics import ExitMetrics, measure_exits
+from .loading import ValBatches, check_counts, image_count, image_shape, train_batches
+from .metrics import ExitMetrics, deciding_top1, measure_exits
 from .mixing import TargetMixer
 from .profiling import UpdateProfiler
 from .progress import ProgressReporter
-from .report import plot_curves, write_history
-from .run_directory import find_resumed, mark_launch, open_run, write_config
+from .run_directory import find_resumed, mark_launch, open_run, report_history, write_config
 from .saved_models import SavedModels
 from .snapshot import restore, take_snapshot
 from .state import TrainResult, TrainState
@@ -56,27 +58,28 @@ class Trainer:
     """
 
     def __init__(self, task: TrainingTask, train_data: Dataset, val_data: Dataset, config: TrainConfig | None = None):
-        if not isinstance(task, TrainingTask):
-            raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
-        for name, data in (("training", train_data), ("validation", val_data)):
-            if image_count(data) == 0:
-                raise ValueError(f"there are no {name} images")
         config = config or TrainConfig()
+        check_task(task)
+        check_counts(train_data, val_data)
+        check_frozen_settings(task, config, train_data)
         self.accelerator = create_accelerator(config)
         self.input_size = image_shape(train_data, config)
         mixer = TargetMixer(config, check_classes(task.get_eval_model(), train_data))
         self.checkpoint = find_resumed(config, self.accelerator)
         self.config = config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
-        self.batches = train_batches(train_data, config, self.accelerator)
-        self.val_batches = ValBatches(val_data, config, self.accelerator)
+        data = train_data, val_data
+        self.caches = [FeatureCache(part) for part in data] if config.cache_features else []
+        data = self.caches or data
+        self.batches = train_batches(data[0], config, self.accelerator)
+        self.val_batches = ValBatches(data[1], config, self.accelerator)
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         check_pushable(config, self.eval_model)
         self.output = open_run(config, self.accelerator, self.checkpoint)
-        self.state = TrainState(self.batches.global_batch, self.batches.epoch_images)
+        self.state = TrainState(self.batches.global_batch, self.batches.epoch_images, frozen_digest(self.eval_model))
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint_hist)
         self.interval = Interval(config.checkpoint_interval)
         self.interrupt = InterruptRequest(self.accelerator)
@@ -111,9 +114,11 @@ class Trainer:
             if self.uploader:
                 self.uploader.start()
             self.update.settle(self.input_size)
+            fill_caches(self.caches, self.update, self.output, self.config)
             summary = self._train()
         finally:
             self.checkpoints.wait()
+            drop_caches(self.caches, self.output, self.accelerator)
             self.profiler.finish()
             upload = self.uploader and self.uploader.finish(self.progress)
             self.trackers.finish()
@@ -154,10 +159,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> list[ExitMetrics]:
-        """Accuracy of every exit and of the ensemble on the validation data; call it on every process."""
+        """Accuracy of every exit and of the ensemble on the validation data, or where these have no labels, how often
+        each agrees with the deepest; call it on every process."""
         self.update.refresh_whole()
         batches = (self.update.to_device(*batch) for batch in self.val_batches)
-        metrics, self.saved.val_images = measure_exits(self.eval_model, batches, self.accelerator)
+        metrics, self.saved.val_images = measure_exits(
+            self.eval_model, batches, self.accelerator, self.saved.val_labelled)
         unreadable = self._sum(self.val_batches.unreadable)
         if unreadable and self.accelerator.is_main_process:
             warnings.warn(f"{unreadable} validation images cannot be read and are left out", stacklevel=2)
@@ -239,7 +246,8 @@ class Trainer:
         if state.epoch + 1 < self.config.epochs:
             self.batches.start(state.epoch + 1)
         if accelerator.num_processes > 1:
-            distribute_bn(self.update.trained_model, accelerator.num_processes, reduce=self.config.dist_bn == "reduce")
+            distribute_bn(trained_part(self.update.trained_model), accelerator.num_processes,
+                          reduce=self.config.dist_bn == "reduce")
         self.metrics = metrics = self.evaluate()
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
         row = state.end_epoch(self._lr(), metrics)
@@ -248,14 +256,14 @@ class Trainer:
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
             + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
         self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
-        deepest = next(metric for metric in reversed(metrics) if metric.exit != "ensemble")
+        top1 = deciding_top1(metrics, is_frozen(self.eval_model))
         self._save_model("last", metrics)
-        is_best = deepest.top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
+        is_best = top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
         is_best = is_best and self._save_model("best", metrics)
         if is_best:
-            state.best_top1 = deepest.top1
+            state.best_top1 = top1
         if accelerator.is_main_process:
-            self._report()
+            report_history(self.output, state.history)
         self._save_checkpoint()
         if self.uploader:
             self.uploader.finish_epoch(state.epoch, is_best, self.progress)
@@ -266,16 +274,9 @@ class Trainer:
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.saved.save_missing(self.eval_model, self.state.epoch, metrics)
-            self._report()
+            report_history(self.output, self.state.history)
             answer = [self.saved.summarize(self.eval_model, metrics, self.state.epoch)]
         return broadcast_object_list(answer)[0]
-
-    def _report(self) -> None:
-        try:
-            write_history(self.output / "history.csv", self.state.history)
-            plot_curves(self.output / "curves.png", self.state.history)
-        except OSError as error:
-            warn_unwritten(self.output, error)
 
     def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> bool:
         """Whether it is saved; the main process, which does it, keeps the books."""

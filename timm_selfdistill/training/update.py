@@ -3,16 +3,19 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from ..model import SelfDistillModel
+from ..output import BackboneOutput
 from .config import TrainConfig
+from .frozen import trained_part
 from .mixing import TargetMixer
 from .optimizer import create_optimizer
 from .sampling import Batch
@@ -23,6 +26,8 @@ MOST_SKIPPED = 10
 """Updates in a row that `on_nan="skip"` leaves out before it gives up."""
 
 Losses = dict[str, Tensor]
+Input = Tensor | BackboneOutput
+"""Images, or what a frozen backbone gave for them."""
 
 
 class Updater:
@@ -111,7 +116,7 @@ class Updater:
         set_random_states(states)
         self._put_back(buffers)
 
-    def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def to_device(self, x: Input, y: Tensor) -> tuple[Input, Tensor]:
         return to_device(x, y, self.accelerator.device, self.config.channels_last)
 
     def _backward(self, group: list[Batch], epoch: int) -> Losses:
@@ -156,9 +161,13 @@ class Updater:
                 buffer.copy_(before)
 
 
-def to_device(x: Tensor, y: Tensor, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
-    x, y = (tensor.to(device, non_blocking=True) for tensor in (x, y))
-    return (x.contiguous(memory_format=torch.channels_last) if channels_last else x), y
+def to_device(x: Input, y: Tensor, device: torch.device, channels_last: bool) -> tuple[Input, Tensor]:
+    x, y = send_to_device((x, y), device, non_blocking=True)
+    return (tree_map_only(Tensor, _channels_last, x) if channels_last else x), y
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
 def create_updater(
@@ -195,6 +204,7 @@ def create_updater(
 
 
 def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
+    model = trained_part(model)
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
     if norms and config.batch_size == 1 and not (config.sync_bn and accelerator.num_processes > 1):
         raise ValueError(
