@@ -50,11 +50,13 @@ def main() -> int:
     in_chans = args.in_chans or images.in_chans
     torch.manual_seed(config.seed)
     backbone = create_backbone(
-        args.model, args.img_size, pretrained=args.pretrained, num_classes=images.num_classes or args.num_classes,
-        in_chans=in_chans, drop_rate=args.drop, drop_path_rate=args.drop_path,
-        initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path)
+        args.model, args.img_size, pretrained=args.pretrained, in_chans=in_chans,
+        num_classes=args.num_classes or (None if args.unlabelled else images.num_classes), drop_rate=args.drop,
+        drop_path_rate=args.drop_path, initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path)
     if args.freeze_backbone and (args.pretrained or args.pretrained_path):
         warn_new_classifier(backbone)
+    if args.unlabelled:
+        images = images.fitting_labels(backbone.num_classes)
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
     img_size = args.img_size

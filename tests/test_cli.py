@@ -1,7 +1,9 @@
+import re
+
 import pytest
 import yaml
 
-from timm_selfdistill.cli import parse_args, train_config, train_parser
+from timm_selfdistill.cli import check_frozen_flags, parse_args, train_config, train_parser
 
 from .conftest import ROOT, run_python
 
@@ -118,3 +120,32 @@ def test_a_batch_size_is_a_number_or_auto(tmp_path):
     assert parse(tmp_path, "batch-size: auto", "-b", "32").batch_size == 32
     with pytest.raises(ValueError, match="argument -b/--batch-size: invalid int_or_auto value: 'much'"):
         parse(tmp_path, "lr: 1", "-b", "much")
+
+
+@pytest.mark.parametrize(("flags", "on"), [
+    ([], "(--train-crop-mode rrc, --hflip 0.5, --color-jitter 0.4, --train-interpolation random)"),
+    (["--train-crop-mode", "rkrc", "--hflip", "0", "--color-jitter", "0", "--train-interpolation", "bicubic", "--aa",
+      "rand-m5", "--reprob", "0.2", "--cutout", "8"], "(--aa rand-m5, --reprob 0.2, --cutout 8)"),
+])
+def test_the_cache_of_features_names_the_augmentation_that_is_on(flags, on):
+    argv = ["--freeze-backbone", "--pretrained", "--cache-features", *flags]
+    parser = train_parser("", "images")
+    with pytest.raises(ValueError, match=re.escape(f"{on}; add --no-aug")):
+        check_frozen_flags(parse_args(parser, argv))
+    check_frozen_flags(parse_args(parser, [*argv, "--no-aug"]))
+    none = ["--train-crop-mode", "rkrc", "--hflip", "0", "--color-jitter", "0", "--train-interpolation", "bicubic"]
+    check_frozen_flags(parse_args(parser, [*argv[:3], *none]))
+
+
+def test_a_frozen_backbone_without_weights_is_warned_of():
+    parser = train_parser("", "images")
+    with pytest.warns(UserWarning, match="--freeze-backbone keeps random weights.* no weights are loaded; give --pre"):
+        check_frozen_flags(parse_args(parser, ["--freeze-backbone"]))
+    with pytest.raises(ValueError, match="--baseline trains the plain network, and --freeze-backbone keeps it"):
+        check_frozen_flags(parse_args(parser, ["--freeze-backbone", "--pretrained", "--baseline"]))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("source", [["--pretrained"], ["--initial-checkpoint", "a"], ["--pretrained-path", "a"]])
+def test_a_frozen_backbone_with_weights_is_not_warned_of(source):
+    check_frozen_flags(parse_args(train_parser("", "images"), ["--freeze-backbone", *source]))

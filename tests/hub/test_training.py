@@ -147,3 +147,21 @@ def test_an_interrupted_run_waits_for_its_upload(hub, environment, flags, tmp_pa
     assert "on the Hub: " in out
     assert "--resume" in out
     assert hub.repositories["user/model"].files("main")["self_distill.safetensors"]
+
+
+def test_pretrained_weights_from_the_hub_are_fine_tuned_and_get_exits(hub, command, flags, tmp_path):
+    """The way of a user: a network on the Hub, fine-tuned, pushed, and given exits while frozen, pushed again."""
+    command(sys.executable, ROOT / "examples/efficientnet_lite0.py", "lite0")
+    command("hf", "upload", "user/lite0", "lite0", ".")
+    train, small = [sys.executable, *flags[:3], *flags[7:]], ["--in-chans", 3, "--img-size", 32, "--epochs", 1]
+    tuned = command(*train, *small, "--model", "hf-hub:user/lite0", "--pretrained", "--output", "tuned",
+                    "--hub-model-id", "user/tuned")
+    assert tuned.stderr == ""
+    command(*train, *small, "--model", "hf-hub:user/tuned", "--pretrained", "--freeze-backbone", "--no-aug",
+            "--cache-features", "--output", "exits", "--hub-model-id", "user/exits")
+    files = {name: hub.repositories[f"user/{name}"].files("main") for name in ("lite0", "tuned", "exits")}
+    assert files["exits"]["model.safetensors"] == files["tuned"]["model.safetensors"]
+    config = json.loads(files["exits"]["config.json"])
+    assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
+    assert len(config["self_distill"]["exits"]) == 3
+    assert ModelCard(files["exits"]["README.md"].decode()).data.base_model == "user/tuned"

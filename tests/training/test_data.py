@@ -248,3 +248,49 @@ def test_splits_with_other_classes_are_refused():
 
     with pytest.raises(ValueError, match="training and validation split differ in classes"):
         load_images(datasets.DatasetDict(train=rows(["a", "b"]), test=rows(["b", "a"])))
+
+
+def test_a_folder_of_images_without_labels(tmp_path):
+    for index in range(20):
+        picture().save(tmp_path / f"{index}.png")
+    images = load_images(tmp_path, unlabelled=True, val_fraction=0.2)
+    assert (len(images.train), len(images.val), images.num_classes, images.label_column) == (16, 4, None, None)
+    train, val = images.transformed(model_data_config(small_backbone(), 32), no_aug=True)
+    assert [label for _, label in train] == [-1] * 16
+    assert [label for _, label in val] == [-1] * 4
+    assert train[0][0].shape == (3, 32, 32)
+    with pytest.raises(ValueError, match="has no label column"):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_unlabelled_images_are_used_for_validation_only(streaming):
+    images = load_images(EMBEDDED, unlabelled=True, streaming=streaming)
+    assert images.class_names == CLASSES
+    train, val = images.transformed(model_data_config(small_backbone(in_chans=1), 32, in_chans=1), no_aug=True)
+    assert (train.label_column, val.label_column) == (None, "label")
+    assert next(iter(train))[1] == -1
+    assert next(iter(val))[1] >= 0
+    assert images.fitting_labels(10) is images
+    with pytest.warns(UserWarning, match="are of 10 classes, the network has 1000: they are not used"):
+        without = images.fitting_labels(1000)
+    assert (without.label_column, without.num_classes) == (None, None)
+
+
+def test_labels_of_training_images_that_are_not_used_may_be_missing():
+    splits = {"train": table([0, None, 1]), "test": table(["a", "b", "a"])}
+    images = load_images(splits, unlabelled=True, label_column="label")
+    assert images.class_names == ["a", "b"]
+    splits = {"train": table([0, None, 1]).remove_columns("label"), "test": table([0, 1]).cast_column("label", AB)}
+    assert load_images(splits, unlabelled=True).class_names == ["a", "b"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_network_may_have_more_classes_than_the_images(streaming):
+    images = load_images(EMBEDDED, num_classes=12, streaming=streaming)
+    assert images.class_names == [*CLASSES, "10", "11"]
+    if not streaming:
+        assert images.train.features["label"].names == images.val.features["label"].names == images.class_names
+        assert images.train[:5]["label"] == load_images(EMBEDDED).train[:5]["label"]
+    with pytest.raises(ValueError, match="num_classes is 9, but the data have 10 classes"):
+        load_images(EMBEDDED, num_classes=9, streaming=streaming)

@@ -1,6 +1,7 @@
 """Images and labels from anything that `datasets` reads, as tensors that timm's transforms made."""
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,16 @@ class ImageSplits:
     @property
     def num_classes(self) -> int | None:
         return len(self.class_names) or None
+
+    def fitting_labels(self, num_classes: int) -> "ImageSplits":
+        """The same images for a network of K classes that learns without labels; those for validation have none
+        either, with a warning, where theirs are of another number of classes."""
+        if self.num_classes in (None, num_classes):
+            return self
+        warnings.warn(
+            f"the labels of the validation images are of {self.num_classes} classes, the network has {num_classes}:"
+            " they are not used, agreement with the deepest classifier is measured", stacklevel=2)
+        return replace(self, label_column=None, class_names=[])
 
     def fitting_size(self, backbone: nn.Module) -> int:
         """Pixels to train a timm model at: its own size, or where the images are smaller and the model takes other

@@ -1,0 +1,293 @@
+"""Exits on a backbone that must not change: what stays, what learns, and from whom."""
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.task import ClassificationTask
+from torch.utils.data import Dataset, Subset
+
+from timm_selfdistill import (
+    SelfDistillLoss,
+    SelfDistillModel,
+    SelfDistillTask,
+    TrainConfig,
+    Trainer,
+    load_images,
+    wrap_self_distill,
+)
+from timm_selfdistill.hub import read_metrics
+from timm_selfdistill.training.metrics import ExitMetrics, deciding_top1
+
+from ..conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
+
+
+def frozen_model(name: str = "test_resnet", seed: int = 0, **kwargs) -> SelfDistillModel:
+    torch.manual_seed(seed)
+    return small_model(name, in_chans=1, freeze_backbone=True, **kwargs)
+
+
+def fit(model: SelfDistillModel, data, output, criterion: SelfDistillLoss | None = None, **settings) -> Trainer:
+    config = TrainConfig(output=str(output), warmup_epochs=0, seed=0,
+                         **{"epochs": 3, "batch_size": 40, "workers": 0, **settings})
+    trainer = Trainer(SelfDistillTask(model, criterion), *data, config)
+    trainer.fit()
+    return trainer
+
+
+class WithoutLabels(Dataset):
+    """The images of a data set."""
+
+    label_column = None
+
+    def __init__(self, data: Dataset):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        return self.data[index][0], -1
+
+
+@pytest.fixture
+def few(fashion_tensors):
+    """95 images: the last batch of an epoch is not full."""
+    return Subset(fashion_tensors[0], range(95)), Subset(fashion_tensors[1], range(50))
+
+
+@pytest.fixture
+def without_labels(few):
+    return tuple(map(WithoutLabels, few))
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+@pytest.mark.parametrize("settings", [{}, {"model_ema": True, "on_nan": "skip", "opt": "adamw", "lr": 1e-3}])
+def test_no_bit_of_the_backbone_changes(name, settings, few, tmp_path):
+    size = {"img_size": 32} if name == "test_vit" else {}
+    backbone = small_backbone(name, in_chans=1, drop_rate=0.5, **size)
+    model = wrap_self_distill(backbone, freeze_backbone=True, model_args=size)
+    before = copy.deepcopy(model.state_dict())
+    run = fit(model, few, tmp_path, **settings)
+    after = model.state_dict()
+    for key, value in before.items():
+        if key.startswith("backbone."):
+            assert torch.equal(after[key], value), key
+    assert not all(torch.equal(after[key], value) for key, value in before.items())
+    model.train()
+    assert not any(part.training for part in model.backbone.modules())
+    assert all(head.training for head in model.heads.modules())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.backbone.parameters())
+    saved = load_file(run.output / "last/model.safetensors")
+    assert equal(saved, {key.removeprefix("backbone."): value for key, value in before.items() if "backbone." in key})
+
+
+def test_the_backbone_leaves_no_graph():
+    model, x = frozen_model().train(), torch.randn(4, 1, 32, 32)
+
+    def saved_by(call) -> list[int]:
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+            call()
+        return saved
+
+    maps = model.forward_backbone(x)
+    assert not any(part.requires_grad for part in [*maps.maps, maps.logits])
+    assert len(saved_by(lambda: model(x))) == len(saved_by(lambda: model(maps))) > 0
+    assert saved_by(lambda: model.forward_backbone(x)) == []
+
+
+def test_what_the_backbone_gave_says_the_same_as_the_images():
+    model, x = frozen_model().eval(), torch.randn(4, 1, 32, 32)
+    direct, later = model.forward_exits(x), model.forward_exits(model.forward_backbone(x))
+    for one, other in zip([*direct.logits, *direct.features], [*later.logits, *later.features], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_optimizer_average_and_checkpoints_hold_the_heads_only(few, tmp_path):
+    model = frozen_model()
+    run = fit(model, few, tmp_path, model_ema=True, weight_decay=0.0)
+    in_optimizer = {id(param) for group in run.update.optimizer.param_groups for param in group["params"]}
+    assert in_optimizer == set(map(id, model.heads.parameters()))
+    weights = load_file(run.checkpoints.newest / "model.safetensors")
+    names = model.heads.state_dict().keys()
+    assert weights.keys() == {f"trainable_module.heads.{name}" for name in names} | {
+        f"trainable_module_ema.module.{name}" for name in names}
+
+
+def test_the_average_of_the_heads_is_what_is_evaluated_and_saved(few, tmp_path):
+    model = frozen_model()
+    run = fit(model, few, tmp_path, model_ema=True, model_ema_decay=0.5)
+    average = run.update.plain_task.trainable_module_ema.module.state_dict()
+    assert run.eval_model.backbone is model.backbone
+    assert equal(load_file(run.output / "last/self_distill.safetensors"), dict(average))
+    assert not equal(dict(average), dict(model.heads.state_dict()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"model_ema": True, "cache_features": True}])
+def test_a_resumed_run_gives_the_same_heads(settings, few, tmp_path):
+    whole = fit(frozen_model(), few, tmp_path / "whole", **settings)
+    fit(frozen_model(), few, tmp_path / "part", resume=str(tmp_path / "whole/checkpoints/step-00000002"), **settings)
+    for name in ("last/self_distill.safetensors", "history.csv"):
+        assert (tmp_path / "part" / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_a_checkpoint_of_heads_on_another_backbone_is_refused(few, tmp_path):
+    fit(frozen_model(), few, tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="frozen backbone, which had other weights than this one"):
+        fit(frozen_model(seed=1), few, tmp_path, resume="latest")
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"batch_size": 20, "grad_accum_steps": 2, "workers": 2}, {"channels_last": True, "smoothing": 0.1},
+    {"amp": True, "amp_dtype": "bfloat16"}], ids=str)
+def test_cached_features_give_the_same_result(settings, few, tmp_path):
+    seen = fit(frozen_model(), few, tmp_path / "seen", **settings)
+    cached = fit(frozen_model(), few, tmp_path / "cached", cache_features=True, **settings)
+    heads, other = (run.eval_model.heads.state_dict() for run in (seen, cached))
+    for key, value in heads.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "cached/features").exists()
+    assert [row["top1_exit_0"] for row in seen.state.history] == [row["top1_exit_0"] for row in cached.state.history]
+
+
+def test_with_cached_features_the_backbone_sees_each_image_once(few, tmp_path):
+    model, seen = frozen_model(), []
+    model.backbone.layer1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    trainer = Trainer(SelfDistillTask(model), *few, TrainConfig(
+        output=str(tmp_path), workers=0, batch_size=40, epochs=3, cache_features=True))
+    summarize, counts = trainer._summarize, []
+    trainer._summarize = lambda: (counts.append(sum(seen)), summarize())[1]
+    seen.clear()
+    trainer._save_model = lambda *_: True  # which runs the model, to see that it can be loaded
+    trainer.fit()
+    one_for_its_shape = 1
+    assert counts == [95 + 50 + 2 * one_for_its_shape]
+
+
+def test_two_processes_train_frozen_exits_and_share_the_cache(tmp_path):
+    command = [ROOT / "examples/train.py", "--model", "test_resnet", "--img-size", 32, "--epochs", 2, "-b", 400,
+               "-j", 0, "--freeze-backbone", "--no-aug", "--unlabelled"]
+    run_python(*command, "--output", tmp_path / "seen", launcher=TWO_PROCESSES)
+    run_python(*command, "--output", tmp_path / "cached", "--cache-features", launcher=TWO_PROCESSES)
+    seen, cached = (load_file(tmp_path / name / "last/self_distill.safetensors") for name in ("seen", "cached"))
+    for key, value in seen.items():
+        torch.testing.assert_close(cached[key], value, rtol=1e-4, atol=1e-5)
+    backbones = [load_file(tmp_path / name / "last/model.safetensors") for name in ("seen", "cached")]
+    assert equal(*backbones)
+
+
+@pytest.mark.parametrize(("loss", "learns"), [
+    ({"alpha": 0.3, "beta": 0.03}, "bottleneck fc"),
+    ({"alpha": 0.5, "hint": None}, "bottleneck fc"),
+    ({"alpha": 0.0, "beta": 1.0}, "bottleneck"),
+    ({"alpha": 0.0, "beta": 1.0, "hint": "pooled"}, "bottleneck")], ids=str)
+@pytest.mark.filterwarnings("ignore:with alpha=0 and no labels")
+def test_exits_learn_without_labels_from_maps_and_logits(loss, learns, without_labels, tmp_path):
+    model = frozen_model()
+    before = copy.deepcopy(model.heads.state_dict())
+    run = fit(model, without_labels, tmp_path, SelfDistillLoss(**loss), unlabelled=True, weight_decay=0.0)
+    changed = {key.split(".")[1] for key, value in model.heads.state_dict().items()
+               if not torch.equal(value, before[key])}
+    assert changed == set(learns.split())
+    rows = run.state.history
+    assert rows[0]["train_label_loss"] == 0
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_the_labels_of_unlabelled_runs_are_not_used(few, without_labels, tmp_path):
+    with_labels = fit(frozen_model(), few, tmp_path / "with", unlabelled=True)
+    without = fit(frozen_model(), without_labels, tmp_path / "without", unlabelled=True)
+    assert equal(*(dict(run.eval_model.heads.state_dict()) for run in (with_labels, without)))
+
+
+def test_without_labels_agreement_with_the_deepest_is_measured_and_called_so(without_labels, tmp_path):
+    run = fit(frozen_model(), without_labels, tmp_path, unlabelled=True)
+    deepest = run.metrics[-2]
+    assert (deepest.top1, deepest.top5) == (100.0, 100.0)
+    record = read_metrics(run.output / "best")
+    assert record["reference"] == "deepest"
+    card = (run.output / "best/README.md").read_text()
+    assert "how often an exit agrees with the deepest" in card
+    assert "model-index" not in card
+
+
+def test_mixup_of_images_without_labels(without_labels, tmp_path):
+    run = fit(frozen_model(), without_labels, tmp_path, unlabelled=True, mixup=0.5, mixup_off_epoch=2)
+    assert all(row["train_label_loss"] == 0 for row in run.state.history)
+
+
+def test_the_best_exits_are_those_of_the_best_mean():
+    metrics = [ExitMetrics(0, 40.0, 90, 1), ExitMetrics(1, 60.0, 90, 1), ExitMetrics(2, 80.0, 90, 1),
+               ExitMetrics("ensemble", 70.0, 90, 1)]
+    assert deciding_top1(metrics, frozen=True) == 50
+    assert deciding_top1(metrics, frozen=False) == 80
+    assert deciding_top1([ExitMetrics(0, 30.0, 90, 1)], frozen=False) == 30
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"unlabelled": True}, r"unlabelled \(--unlabelled\) needs a model with a frozen backbone"),
+    ({"cache_features": True}, r"cache_features \(--cache-features\) needs a model with a frozen backbone"),
+])
+def test_what_needs_a_frozen_backbone(settings, message, few, tmp_path):
+    for task in (SelfDistillTask(small_model(in_chans=1)),
+                 ClassificationTask(small_backbone(in_chans=1), verbose=False)):
+        with pytest.raises(ValueError, match=message):
+            Trainer(task, *few, TrainConfig(output=str(tmp_path / "out"), **settings))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"unlabelled": True, "smoothing": 0.1}, "smoothing is of labels, which unlabelled images do not have"),
+    ({"cache_features": True, "mixup": 0.2}, r"mixup \(--mixup\) changes them in every epoch"),
+    ({"cache_features": True, "cutmix": 1.0}, r"cutmix \(--cutmix\) changes them in every epoch"),
+    ({"cache_features": True, "on_bad_sample": "skip"}, "cache_features needs every image"),
+])
+def test_settings_that_contradict(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
+def test_a_cache_of_augmented_images_is_refused(fashion, tmp_path):
+    data = fashion.transformed({"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear",
+                                "crop_pct": 1.0}, hflip=0.5)
+    with pytest.raises(ValueError, match=r"augmented: not the same each time .* no_aug=True \(--no-aug\)"):
+        fit(frozen_model(), data, tmp_path / "out", cache_features=True)
+
+
+def test_a_cache_of_a_stream_is_refused(tmp_path):
+    data = load_images(EMBEDDED, streaming=True).transformed(
+        {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0},
+        no_aug=True)
+    with pytest.raises(ValueError, match="which a stream is not; leave out streaming or cache_features"):
+        fit(frozen_model(), data, tmp_path / "out", cache_features=True)
+
+
+def test_a_disk_that_is_too_small_for_the_cache(few, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
+    with pytest.raises(OSError, match=r"the features of 95 images take 0.0 GB, and .* has 0.0 GB free; leave out"):
+        fit(frozen_model(), few, tmp_path, cache_features=True)
+
+
+def test_nothing_to_learn_from(without_labels, tmp_path):
+    for loss in ({"alpha": 0.0, "beta": 0.0}, {"alpha": 0.0, "hint": None}):
+        with pytest.raises(ValueError, match="alpha=0 and no hint leave nothing to learn from"):
+            fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(**loss), unlabelled=True)
+    with pytest.warns(UserWarning, match="only the features of the exits learn, their classifiers stay"):
+        fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(alpha=0.0), unlabelled=True, epochs=1)
+
+
+def test_layer_decay_of_a_frozen_backbone(few, tmp_path):
+    with pytest.raises(ValueError, match="layer_decay is for a backbone that learns, and this one is frozen"):
+        fit(frozen_model(), few, tmp_path, layer_decay=0.5)
+
+
+def test_the_card_tells_that_the_network_is_as_it_was(few, tmp_path):
+    fit(frozen_model(), few, tmp_path, epochs=1, settings={"freeze_backbone": True})
+    card = (tmp_path / "best/README.md").read_text()
+    assert "The network itself is as it was: frozen, it taught the shallow ones, which learned from the labels" in card
+    assert "trained together" not in card

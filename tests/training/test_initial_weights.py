@@ -1,0 +1,110 @@
+"""Networks that users have already."""
+import argparse
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.task import ClassificationTask
+
+from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer
+from timm_selfdistill.training.preprocessing import create_backbone
+
+from ..conftest import ROOT, run_python, small_backbone, small_model
+
+
+@pytest.fixture
+def trained():
+    """A network with 12 classes whose weights are its own."""
+    torch.manual_seed(7)
+    return small_backbone(num_classes=12, in_chans=1)
+
+
+def write(folder, state, suffix: str):
+    path = folder / f"model{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+def test_a_checkpoint_gives_every_tensor(trained, tmp_path):
+    state = trained.state_dict()
+    average = {key: value + 1 for key, value in state.items()}
+    cases = {
+        ".safetensors": (state, 0), ".pth": (state, 0), ".pt": ({"state_dict": state}, 0),
+        ".pth.tar": ({"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3,
+                      "args": argparse.Namespace(lr=0.1)}, 0),
+        ".tar": ({"state_dict": state, "state_dict_ema": average}, 1)}
+    for suffix, (content, added) in cases.items():
+        path = write(tmp_path, content, suffix)
+        model = create_backbone("test_resnet", initial_checkpoint=str(path), num_classes=12, in_chans=1)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, state[key] + added), (suffix, key)
+
+
+def test_a_checkpoint_as_pretrained_weights_gives_all_but_the_classifier(trained, tmp_path):
+    path = write(tmp_path, trained.state_dict(), ".pth")
+    model = create_backbone("test_resnet", pretrained_path=str(path), num_classes=10, in_chans=1)
+    assert model.fc.weight.shape[0] == 10
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in model.state_dict().items()
+               if not key.startswith("fc."))
+
+
+@pytest.mark.parametrize(("name", "classes", "message"), [
+    ("test_resnet", 10, r"does not fit ResNet: fc.weight \(12, 96\) instead of \(10, 96\), fc.bias \(12,\) instead of"
+     r" \(10,\); it was made for 12 classes, not 10: --num-classes 12 keeps its classifier, --pretrained-path instead"),
+    ("test_convnext", 12, r"does not fit ConvNeXt: .*stem.0.weight is missing.* and \d+ more; give the --model,"
+     " --in-chans and --num-classes that it was made with"),
+])
+def test_a_checkpoint_of_another_network(name, classes, message, trained, tmp_path):
+    path = write(tmp_path, trained.state_dict(), ".safetensors")
+    with pytest.raises(ValueError, match=message):
+        create_backbone(name, initial_checkpoint=str(path), num_classes=classes, in_chans=1)
+
+
+def test_what_is_no_checkpoint(tmp_path, trained):
+    def create(path):
+        create_backbone("test_resnet", initial_checkpoint=str(path), num_classes=12, in_chans=1)
+
+    with pytest.raises(FileNotFoundError, match="missing.pth is no file"):
+        create(tmp_path / "missing.pth")
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        create(tmp_path)
+    with pytest.raises(FileNotFoundError, match="pretrained_path .*missing.pth is no file"):
+        create_backbone("test_resnet", pretrained_path=str(tmp_path / "missing.pth"), num_classes=12)
+    whole = write(tmp_path, trained.state_dict(), ".safetensors").read_bytes()
+    broken = {"cut.safetensors": whole[:5000], "empty.pth": b"", "text.pth": b"hello", "cut.pth": whole[:99],
+              "empty.safetensors": b""}
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"cannot read the checkpoint .*{name}"):
+            create(tmp_path / name)
+    torch.save(trained, tmp_path / "pickled.pth")
+    with pytest.raises(ValueError, match="cannot read the checkpoint .*weights_only=True"):
+        create(tmp_path / "pickled.pth")
+    torch.save({"lr": 0.1}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        create(tmp_path / "numbers.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value, fashion_tensors, tmp_path):
+    model, plain = small_model(in_chans=1), small_backbone(in_chans=1)
+    for backbone in (model.backbone, plain):
+        backbone.layer1[0].bn1.running_var[3] = value
+    for task in (SelfDistillTask(model), ClassificationTask(plain, verbose=False)):
+        with pytest.raises(ValueError, match=r"not finite before the first update: .*layer1.0.bn1.running_var"):
+            Trainer(task, *fashion_tensors, TrainConfig(output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_more_classes_than_the_images_get_its_exits(trained, tmp_path):
+    path = write(tmp_path, trained.state_dict(), ".safetensors")
+    command = [ROOT / "examples/train.py", "--model", "test_resnet", "--initial-checkpoint", path, "--img-size", 32,
+               "--epochs", 1, "-b", 500, "-j", 0, "--freeze-backbone", "--no-aug", "--output", tmp_path / "run"]
+    refused = run_python(*command, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "--num-classes 12 keeps its classifier" in refused.stderr
+    run_python(*command, "--num-classes", 12)
+    saved = timm.create_model(f"local-dir:{tmp_path / 'run/best'}", pretrained=True)
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in saved.state_dict().items())
