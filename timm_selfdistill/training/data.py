@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .augmentation import create_train_transform
 from .images import decode_image, to_mode
-from .labels import NO_LABEL, check_labels, encode_labels, stream_class_names
+from .labels import NO_LABEL, label_splits, label_streams, label_val
 from .preprocessing import takes_other_sizes
 from .stream import StreamedImages
 
@@ -156,17 +156,18 @@ def load_images(
         FileNotFoundError: nothing is there, or no images in it.
         ValueError: a split or column is missing or ambiguous, there is only one class, or a label is out of range.
     """
+    named = _named(source)
     splits = _read(source, name, train_split, streaming)
     if train_split not in splits:
-        raise ValueError(f"{_named(source)} has no split {train_split!r}; it has {', '.join(map(repr, splits))}")
+        raise ValueError(f"{named} has no split {train_split!r}; it has {', '.join(map(repr, splits))}")
     train = splits[train_split]
     if train.features is None:
-        raise ValueError(f"{_named(source)} does not tell its columns before it is read; leave out streaming")
+        raise ValueError(f"{named} does not tell its columns before it is read; leave out streaming")
     image_column = _find_column(train, image_column, datasets.Image, "image", source)
     if val_split is None:
         val_split = next((split for split in VAL_SPLITS if split in splits and split != train_split), None)
     elif val_split not in splits:
-        raise ValueError(f"{_named(source)} has no split {val_split!r}; it has {', '.join(map(repr, splits))}")
+        raise ValueError(f"{named} has no split {val_split!r}; it has {', '.join(map(repr, splits))}")
     val = None if val_split is None else splits[val_split]
     if val is not None and isinstance(val, datasets.IterableDataset) != isinstance(train, datasets.IterableDataset):
         raise TypeError("training and validation images must both be streamed or neither, got"
@@ -178,63 +179,26 @@ def load_images(
     if isinstance(train, datasets.IterableDataset):
         if val is None:
             raise ValueError(
-                f"{_named(source)} has no validation split, and a stream cannot be divided; name one as val_split"
+                f"{named} has no validation split, and a stream cannot be divided; name one as val_split"
                 " (--val-split), or leave out streaming")
-        class_names = _label_stream(None if unlabelled else train, val, label_column, num_classes, source)
+        class_names = label_streams(None if unlabelled else train, val, label_column, num_classes, named)
     elif unlabelled:
         if val is None:
             train, val = _split(train, val_fraction, None, seed)
-        val, class_names = _label_val(val, label_column, num_classes)
+        val, class_names = label_val(val, label_column, num_classes)
     else:
-        train, val = _label(train, val, label_column, num_classes, source)
+        train, val = label_splits(train, val, label_column, num_classes, named)
         class_names = train.features[label_column].names
         if val is None:
             train, val = _split(train, val_fraction, label_column, seed)
     first = next(iter(train.cast_column(image_column, datasets.Image(decode=False))), None)
     if first is None:
-        raise ValueError(f"the training split of {_named(source)} is empty")
+        raise ValueError(f"the training split of {named} is empty")
     image = decode_image(first[image_column], 0)
     in_chans = 1 if image.mode in ("1", "L", "I", "F", "I;16") else 3
     return ImageSplits(
         train, val, image_column, label_column, class_names, in_chans, image.size[::-1],
         _describe(source, name, val_split or f"{val_fraction:g} of {train_split}"), unlabelled)
-
-
-def _label(train: datasets.Dataset, val: datasets.Dataset | None, column: str, num_classes: int | None, source: Any,
-           ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Both with class indices that were looked at."""
-    train = encode_labels(train, column, num_classes=num_classes)
-    class_names = train.features[column].names
-    found = check_labels(train, column, len(class_names), "training")
-    if len(found) < 2:
-        names = [class_names[label] for label in found]
-        raise ValueError(f"the training images of {_named(source)} are of one class only ({names}); 2 are needed")
-    if val is not None:
-        val = encode_labels(val, column, class_names, len(class_names))
-        check_labels(val, column, len(class_names), "validation")
-    return train, val
-
-
-def _label_val(
-        val: datasets.Dataset, column: str | None, num_classes: int | None) -> tuple[datasets.Dataset, list[str]]:
-    """Validation images, the only ones whose labels are looked at, if they have any, and the class names."""
-    if column is None:
-        return val, []
-    val = encode_labels(val, column, num_classes=num_classes)
-    class_names = val.features[column].names
-    check_labels(val, column, len(class_names), "validation")
-    return val, class_names
-
-
-def _label_stream(train: datasets.IterableDataset | None, val: datasets.IterableDataset, column: str | None,
-                  num_classes: int | None, source: Any) -> list[str]:
-    """The class names of both, or of validation images alone, if they have any."""
-    if train is None:
-        return [] if column is None else stream_class_names(val, column, num_classes=num_classes)
-    class_names = stream_class_names(train, column, num_classes=num_classes)
-    if len(class_names) < 2:
-        raise ValueError(f"the training images of {_named(source)} are of one class only ({class_names}); 2 are needed")
-    return stream_class_names(val, column, class_names, len(class_names))
 
 
 def _find_val_labels(val: Any, column: str | None, source: Any) -> str | None:

@@ -10,6 +10,45 @@ NO_LABEL = -1
 """In the place of a class index, as `datasets` has it in splits whose labels are kept secret."""
 
 
+def label_splits(
+        train: datasets.Dataset, val: datasets.Dataset | None, column: str, num_classes: int | None, name: str,
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Both with class indices that were looked at."""
+    train = encode_labels(train, column, num_classes=num_classes)
+    class_names = train.features[column].names
+    found = check_labels(train, column, len(class_names), "training")
+    if len(found) < 2:
+        names = [class_names[label] for label in found]
+        raise ValueError(f"the training images of {name} are of one class only ({names}); 2 are needed")
+    if val is not None:
+        val = encode_labels(val, column, class_names, len(class_names))
+        check_labels(val, column, len(class_names), "validation")
+    return train, val
+
+
+def label_val(
+        val: datasets.Dataset, column: str | None, num_classes: int | None) -> tuple[datasets.Dataset, list[str]]:
+    """Validation images, the only ones whose labels are looked at, if they have any, and the class names."""
+    if column is None:
+        return val, []
+    val = encode_labels(val, column, num_classes=num_classes)
+    class_names = val.features[column].names
+    check_labels(val, column, len(class_names), "validation")
+    return val, class_names
+
+
+def label_streams(
+        train: datasets.IterableDataset | None, val: datasets.IterableDataset, column: str | None,
+        num_classes: int | None, name: str) -> list[str]:
+    """The class names of both, or of validation images alone, if they have any."""
+    if train is None:
+        return [] if column is None else stream_class_names(val, column, num_classes=num_classes)
+    class_names = stream_class_names(train, column, num_classes=num_classes)
+    if len(class_names) < 2:
+        raise ValueError(f"the training images of {name} are of one class only ({class_names}); 2 are needed")
+    return stream_class_names(val, column, class_names, len(class_names))
+
+
 def encode_labels(
         rows: datasets.Dataset, column: str, class_names: list[str] | None = None, num_classes: int | None = None,
 ) -> datasets.Dataset:
@@ -33,8 +72,9 @@ def encode_labels(
             names = class_names or list(map(str, range(num_classes or max(values) + 1)))
             check_range(min(values), max(values), len(names), column)
         feature = datasets.ClassLabel(names=names)
-    _check_names(_extended(feature.names, num_classes), class_names, num_classes)
-    return rows.cast_column(column, datasets.ClassLabel(names=_extended(feature.names, num_classes)))
+    feature = datasets.ClassLabel(names=_extended(feature.names, num_classes))
+    _check_names(feature.names, class_names, num_classes)
+    return rows if rows.features[column] == feature else rows.cast_column(column, feature)
 
 
 def stream_class_names(

@@ -1,0 +1,215 @@
+"""What does it cost to train exits on a backbone that is frozen?
+
+Milliseconds an image of an epoch of `Trainer`, all in turn on the same real images (those of examples/data at
+--img-size), medians:
+
+- over a forward pass of the plain network over the same images plus the heads' own forward and backward passes;
+- with `cache_features`, the second epoch over the heads alone: forward, backward and update on features in memory.
+
+Memory is the peak of a training step over that of inference at the same batch size: on a GPU as allocated, on a CPU the
+largest sum of the tensors that live at one time, weights included.
+
+    python benchmarks/frozen.py
+    python benchmarks/frozen.py --img-size 224 --images 64 --output benchmarks/results/frozen_224.json
+"""
+import argparse
+import gc
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+from hardware import create_parser, write_json
+from timing import median_ratio
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from timm_selfdistill import (
+    SelfDistillLoss,
+    SelfDistillModel,
+    SelfDistillTask,
+    TrainConfig,
+    Trainer,
+    load_images,
+    model_data_config,
+    wrap_self_distill,
+)
+
+IMAGES = Path(__file__).parents[1] / "examples/data"
+CLASSES = 10
+
+
+class EndOfRun(Exception):
+    """Raised in place of an evaluation."""
+
+
+class PeakMemory(TorchDispatchMode):
+    """The largest sum of the bytes of tensors that live at one time, those of a module and of all that is computed."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+        self._look(list(module.state_dict().values()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._look(tree_leaves(result))
+        return result
+
+    def _look(self, values: list[Any]) -> None:
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for storage in (value.untyped_storage() for value in values if isinstance(value, Tensor)):
+            self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+
+
+def main() -> None:
+    parser = create_parser(__doc__, batch_size=32, rounds=7)
+    parser.add_argument("--models", nargs="+", default=["resnet50"])
+    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--img-size", type=int, default=64)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    rows = []
+    print(f"{'network':<12}{'forward ms':>12}{'heads':>8}{'frozen':>8}{'ratio':>8}{'cached':>8}{'heads':>8}{'ratio':>8}"
+          f"{'memory':>8}")
+    for name in args.models:
+        row = measure(name, args)
+        rows.append({"network": name, "batch_size": args.batch_size, "images": args.images, "img_size": args.img_size,
+                     **row})
+        print(f"{name:<12}{row['forward_ms']:>12.2f}{row['heads_ms']:>8.2f}{row['frozen_ms']:>8.2f}"
+              f"{row['frozen_ratio']:>8.3f}{row['cached_ms']:>8.2f}{row['heads_update_ms']:>8.2f}"
+              f"{row['cached_ratio']:>8.3f}{row['memory_ratio']:>8.3f}", flush=True)
+    write_json(args.output, args.device, rows)
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    data = images(name, args)
+    model = create(name, args).to(args.device).train()
+    features = [(model.forward_backbone(x.to(args.device)), y.to(args.device)) for x, y in batches(data, args)]
+    contenders: dict[str, Callable[[], None]] = {
+        "forward": lambda: forward(model.backbone, batches(data, args), args),
+        "heads": lambda: train_heads(model, features, None),
+        "heads_update": lambda: train_heads(
+            model, features, torch.optim.SGD(model.heads.parameters(), lr=0.01, momentum=0.9)),
+    }
+    times: dict[str, list[float]] = {key: [] for key in (*contenders, "frozen", "cached")}
+    for number in range(args.rounds + 1):
+        gc.collect()
+        for key, call in contenders.items():
+            began = time.perf_counter()
+            call()
+            synchronize(args.device)
+            times[key].append(1000 * (time.perf_counter() - began) / args.images)
+        times["frozen"].append(epoch(create(name, args), data, args, cache=False))
+        times["cached"].append(epoch(create(name, args), data, args, cache=True))
+        if not number:  # the first is for warming up
+            times = {key: [] for key in times}
+    expected = [sum(pair) for pair in zip(times["forward"], times["heads"])]
+    return {**{f"{key}_ms": median(values) for key, values in times.items()},
+            "frozen_ratio": median_ratio(times["frozen"], expected),
+            "cached_ratio": median_ratio(times["cached"], times["heads_update"]),
+            "memory_ratio": step_memory(model, args) / inference_memory(model.backbone, args)}
+
+
+def create(name: str, args: argparse.Namespace) -> SelfDistillModel:
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, num_classes=CLASSES)
+    model_data_config(backbone, args.img_size, 3)
+    return wrap_self_distill(backbone, freeze_backbone=True)
+
+
+def images(name: str, args: argparse.Namespace) -> Dataset:
+    config = model_data_config(timm.create_model(name), args.img_size, 3)
+    train, _ = load_images(IMAGES).transformed(config, no_aug=True)
+    return Subset(train, range(args.images))
+
+
+def batches(data: Dataset, args: argparse.Namespace) -> DataLoader:
+    return DataLoader(data, args.batch_size, pin_memory=args.device == "cuda")
+
+
+@torch.no_grad()
+def forward(backbone: nn.Module, loader: DataLoader, args: argparse.Namespace) -> None:
+    for x, _ in loader:
+        backbone(x.to(args.device, non_blocking=True))
+
+
+def train_heads(model: SelfDistillModel, features: list[Any], optimizer: torch.optim.Optimizer | None) -> None:
+    criterion = SelfDistillLoss()
+    for x, y in features:
+        criterion(model(x), y).backward()
+        if optimizer:
+            optimizer.step()
+        model.zero_grad()
+
+
+def epoch(model: SelfDistillModel, data: Dataset, args: argparse.Namespace, cache: bool) -> float:
+    """Milliseconds an image of an epoch, with a cache of the second."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(SelfDistillTask(model), data, Subset(data, range(1)), TrainConfig(
+            output=folder, epochs=3, batch_size=args.batch_size, workers=0, warmup_epochs=0, cache_features=cache))
+
+        def go_on() -> None:
+            if trainer.state.epoch == cache:
+                raise EndOfRun
+            trainer.state.epoch, trainer.state.images = 1, 0
+
+        trainer._finish_epoch = go_on
+        with redirect_stdout(io.StringIO()), suppress(EndOfRun):
+            trainer.fit()
+        return 1000 / trainer.rate
+
+
+def inference_memory(backbone: nn.Module, args: argparse.Namespace) -> float:
+    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    with torch.no_grad():
+        return peak_memory(backbone, lambda: backbone(x), args)
+
+
+def step_memory(model: SelfDistillModel, args: argparse.Namespace) -> float:
+    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    y = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
+    criterion, optimizer = SelfDistillLoss(), torch.optim.SGD(model.heads.parameters(), lr=0.01, momentum=0.9)
+
+    def step() -> None:
+        criterion(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the momentum
+    momentum = sum(state["momentum_buffer"].nbytes for state in optimizer.state.values())
+    return peak_memory(model, step, args) + (0 if args.device == "cuda" else momentum)
+
+
+def peak_memory(module: nn.Module, call: Callable[[], Any], args: argparse.Namespace) -> float:
+    """Bytes."""
+    gc.collect()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated()
+    with PeakMemory(module) as memory:
+        call()
+    return memory.peak
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
