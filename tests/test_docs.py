@@ -15,7 +15,7 @@ from .hub.server import TOKEN, HubServer
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page != "docs/models.md"]  # which is a table of results
-SMALL = "--model test_resnet --epochs 1 --data-dir {images} -b 32 -j 0"
+SMALL = "--epochs 1 --data-dir {images} -b 32 -j 0"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -35,7 +35,8 @@ def workplace(tmp_path):
     for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "timm_selfdistill", "recipes"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "examples" / "data").mkdir(parents=True)
-    for name in ("train.py", "predict.py", "early_exit.py", "onnx_early_exit.py", "ankle_boot.png"):
+    for name in ("train.py", "predict.py", "early_exit.py", "onnx_early_exit.py", "efficientnet_lite0.py",
+                 "add_exits.py", "ankle_boot.png"):
         (folder / "examples" / name).symlink_to(ROOT / "examples" / name)
     images = load_images(EMBEDDED)
     images.train.select(range(160)).to_parquet(folder / "examples/data/train.parquet")
@@ -72,6 +73,8 @@ def test_commands(page, workplace, environment):
             arguments += ["--no-deps", "--no-build-isolation", "--dry-run", "--no-index"]
         elif "examples/train.py" in arguments:
             arguments += shlex.split(SMALL.format(images=workplace / "examples/data"))
+            if not {"--pretrained", "--initial-checkpoint"} & set(arguments):
+                arguments += ["--model", "test_resnet"]
             if "--resume" in arguments:
                 arguments += ["--epochs", "2"]
         elif "--max-accuracy-drop" in arguments:
