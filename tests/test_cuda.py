@@ -189,3 +189,21 @@ def test_a_run_with_fsdp(precision, tmp_path):
 
     refused = run_python(*flags, "--model-ema", "--output", tmp_path / "ema", launcher=launcher, check=False)
     assert "model_ema is not supported with FSDP" in refused.stdout + refused.stderr
+
+
+@pytest.mark.parametrize("amp_dtype", [None, "float16", "bfloat16"])
+def test_exits_on_a_frozen_backbone_with_cached_features(amp_dtype, fashion_tensors, tmp_path):
+    """Not a bit of the backbone changes, and the cache gives what the images give."""
+    runs = []
+    for cache in (False, True):
+        torch.manual_seed(0)
+        model = small_model("resnet18", in_chans=1, freeze_backbone=True)
+        before = copy.deepcopy(model.backbone.state_dict())
+        amp = {"amp": amp_dtype is not None, "amp_dtype": amp_dtype or "float16"}
+        config = TrainConfig(output=str(tmp_path / str(cache)), epochs=2, batch_size=50, workers=0, model_ema=True,
+                             channels_last=True, unlabelled=True, cache_features=cache, **amp)
+        Trainer(SelfDistillTask(model), *fashion_tensors, config).fit()
+        assert all(torch.equal(value.cpu(), before[key]) for key, value in model.backbone.state_dict().items())
+        runs.append(model.heads.state_dict())
+    for key, value in runs[0].items():
+        torch.testing.assert_close(runs[1][key], value, rtol=1e-2, atol=1e-3)

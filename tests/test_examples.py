@@ -160,3 +160,11 @@ def test_the_training_benchmark_runs(tmp_path):
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["plain_over_timm"] > 0
     assert 1 < row["memory_ratio"] < 1.15
+
+
+def test_the_benchmark_of_frozen_backbones_runs(tmp_path):
+    run_python("benchmarks/frozen.py", "--rounds", 1, "--images", 32, "-b", 16, "--models", "resnet18", "--img-size",
+               32, "--output", tmp_path / "a.json")
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["frozen_ms"] > row["forward_ms"] > 0
+    assert 1 < row["memory_ratio"] < 1.2

@@ -20,9 +20,9 @@ from timm_selfdistill.training.sharding import is_sharded
 create_accelerator = trainer_module.create_accelerator
 
 
-def create_fsdp_accelerator(config: TrainConfig) -> Accelerator:
+def create_fsdp_accelerator(*args, **kwargs) -> Accelerator:
     """Accelerate turns FSDP on only where there are GPUs."""
-    accelerator = create_accelerator(config)
+    accelerator = create_accelerator(*args, **kwargs)
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP

@@ -26,8 +26,11 @@ REFUSED = {
 }
 
 
-def create_accelerator(config: TrainConfig) -> Accelerator:
+def create_accelerator(config: TrainConfig, find_unused: bool = False) -> Accelerator:
     """An Accelerator in the precision of the config, or else of `accelerate launch`.
+
+    Args:
+        find_unused: there may be parameters without gradients, for which DistributedDataParallel must not wait.
 
     Raises:
         ValueError: a tracker is not installed, fp16 is asked for on a CPU, or config and launcher contradict.
@@ -47,9 +50,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     # Which would keep the precision of an earlier run in this process, and with FSDP not find the processes again.
     AcceleratorState._reset_state(reset_partial_state=parse_flag_from_env("ACCELERATE_USE_FSDP"))
     # The Trainer divides the loss itself, so Accelerate, which may be told a number by its launcher, must not.
-    # Where classifiers learn alone, or features, there are parameters without gradients, for which
-    # DistributedDataParallel must not wait.
-    kwargs = DistributedDataParallelKwargs(find_unused_parameters=config.head_warmup_epochs > 0 or config.unlabelled)
+    kwargs = DistributedDataParallelKwargs(find_unused_parameters=find_unused)
     accelerator = Accelerator(
         mixed_precision=precision, cpu=cpu, kwargs_handlers=[kwargs],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))

@@ -47,6 +47,12 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def learns_in_parts(task: TrainingTask, config: TrainConfig) -> bool:
+    """Whether parameters that learn at some time have no gradients at another, or never: classifiers learn alone first,
+    or without labels and alpha only features do."""
+    return config.head_warmup_epochs > 0 or (config.unlabelled and not task.criterion.alpha)
+
+
 def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: Dataset) -> None:
     """Raise ValueError where settings need a frozen backbone and there is none, or leave nothing to learn from."""
     frozen = is_frozen(task.get_trainable_module())

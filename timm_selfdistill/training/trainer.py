@@ -19,7 +19,7 @@ from .batch_size import find_batch_size
 from .checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from .config import TrainConfig
 from .feature_cache import FeatureCache, drop_caches, fill_caches
-from .frozen import check_frozen_settings, frozen_digest, is_frozen, trained_part
+from .frozen import check_frozen_settings, frozen_digest, is_frozen, learns_in_parts, trained_part
 from .initial_weights import check_task
 from .interrupt import InterruptRequest
 from .interval import Interval
@@ -62,7 +62,7 @@ class Trainer:
         check_task(task)
         check_counts(train_data, val_data)
         check_frozen_settings(task, config, train_data)
-        self.accelerator = create_accelerator(config)
+        self.accelerator = create_accelerator(config, find_unused=learns_in_parts(task, config))
         self.input_size = image_shape(train_data, config)
         mixer = TargetMixer(config, check_classes(task.get_eval_model(), train_data))
         self.checkpoint = find_resumed(config, self.accelerator)
