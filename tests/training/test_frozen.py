@@ -241,6 +241,12 @@ def test_what_needs_a_frozen_backbone(settings, message, few, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_task_that_needs_labels(few, tmp_path):
+    with pytest.raises(TypeError, match="needs a SelfDistillTask, .* ClassificationTask learns from labels"):
+        Trainer(ClassificationTask(frozen_model(), verbose=False), *few,
+                TrainConfig(output=str(tmp_path / "out"), unlabelled=True))
+
+
 @pytest.mark.parametrize(("settings", "message"), [
     ({"unlabelled": True, "smoothing": 0.1}, "smoothing is of labels, which unlabelled images do not have"),
     ({"cache_features": True, "mixup": 0.2}, r"mixup \(--mixup\) changes them in every epoch"),

@@ -1,7 +1,6 @@
 """Runs in which the backbone is frozen: its heads alone learn, are averaged and kept in checkpoints."""
 import hashlib
 import warnings
-from typing import Any
 
 import torch
 from timm.task import TrainingTask
@@ -10,6 +9,7 @@ from torch.utils.data import Dataset
 
 from ..loss import SelfDistillLoss
 from ..model import SelfDistillModel
+from ..task import SelfDistillTask
 from .config import TrainConfig
 from .sampling import Draw, TrainImages
 from .stream import StreamedImages
@@ -68,11 +68,14 @@ def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: D
     if config.cache_features:
         _check_unchanging(train_data)
     if config.unlabelled:
+        if not isinstance(task, SelfDistillTask):
+            raise TypeError(f"unlabelled (--unlabelled) needs a SelfDistillTask, whose exits learn from the deepest;"
+                            f" {type(task).__name__} learns from labels")
         _check_teaching(task.criterion)
 
 
-def _check_teaching(loss: Any) -> None:
-    if not isinstance(loss, SelfDistillLoss) or loss.alpha:
+def _check_teaching(loss: SelfDistillLoss) -> None:
+    if loss.alpha:
         return
     if not loss.beta or loss.hint is None:
         raise ValueError("without labels alpha=0 and no hint leave nothing to learn from; give alpha, beta or hint")
