@@ -16,6 +16,8 @@ from timm_selfdistill import (
     wrap_self_distill,
 )
 from timm_selfdistill.cli import Parser, run
+from timm_selfdistill.cost import default_input_size
+from timm_selfdistill.training.preprocessing import own_class_names
 from timm_selfdistill.training.report import print_exits, summary_title
 
 
@@ -25,15 +27,17 @@ def main() -> int:
     parser.add_argument("--model", required=True, metavar="ID", help="of timm, or local-dir:FOLDER, hf-hub:ID")
     parser.add_argument("--img-size", type=int, help="pixels (default: the model's)")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("-b", "--batch-size", type=int, default=64)
     parser.add_argument("--output", default="", metavar="DIR", help="run directory (default: named after the time)")
     args = parser.parse_args()
 
     backbone = timm.create_model(args.model, pretrained=True)
-    data_config = model_data_config(backbone, args.img_size, in_chans=backbone.pretrained_cfg["input_size"][0])
-    images = load_images(args.images, unlabelled=True).fitting_labels(backbone.num_classes)
+    images = load_images(args.images, unlabelled=True)
+    images = images.fitting_labels(backbone.num_classes, own_class_names(backbone))
+    data_config = model_data_config(backbone, args.img_size, default_input_size(backbone)[0])
     task = SelfDistillTask(wrap_self_distill(backbone, freeze_backbone=True), SelfDistillLoss(alpha=1.0))
-    config = TrainConfig(output=args.output, epochs=args.epochs, opt="adamw", lr=1e-3, unlabelled=True,
-                         cache_features=True, settings={"model": args.model, "freeze_backbone": True})
+    config = TrainConfig(output=args.output, epochs=args.epochs, batch_size=args.batch_size, opt="adamw", lr=1e-3,
+                         unlabelled=True, cache_features=True, settings={"model": args.model, "pretrained": True})
     result = Trainer(task, *images.transformed(data_config, no_aug=True), config).fit()
     if result.summary:
         print_exits(Console(soft_wrap=True), summary_title(result.summary), result.summary["exits"])

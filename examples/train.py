@@ -34,7 +34,8 @@ from timm_selfdistill.cli import (
     train_parser,
     upload_lines,
 )
-from timm_selfdistill.training.preprocessing import create_backbone, warn_new_classifier
+from timm_selfdistill.cost import default_input_size
+from timm_selfdistill.training.preprocessing import create_backbone, frozen_class_names, own_class_names
 from timm_selfdistill.training.report import print_exits, summary_title
 
 
@@ -47,23 +48,24 @@ def main() -> int:
         args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
         val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
         num_classes=args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled, seed=args.seed)
-    in_chans = args.in_chans or images.in_chans
     torch.manual_seed(config.seed)
+    # A network that stays as it is keeps its own channels, classes and size, unless flags say otherwise.
+    frozen = args.freeze_backbone and (args.pretrained or args.initial_checkpoint)
     backbone = create_backbone(
-        args.model, args.img_size, pretrained=args.pretrained, in_chans=in_chans,
+        args.model, args.img_size, pretrained=args.pretrained,
+        in_chans=args.in_chans or (None if frozen else images.in_chans),
         num_classes=args.num_classes or (None if args.unlabelled else images.num_classes), drop_rate=args.drop,
         drop_path_rate=args.drop_path, initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path)
-    if args.freeze_backbone and (args.pretrained or args.pretrained_path):
-        warn_new_classifier(backbone)
-    if args.unlabelled:
-        images = images.fitting_labels(backbone.num_classes)
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
+    if args.unlabelled:
+        images = images.fitting_labels(backbone.num_classes, own_class_names(backbone))
+    class_names = (frozen_class_names(backbone, images.class_names) if frozen else images.class_names) or None
     img_size = args.img_size
-    if img_size is None and not (args.pretrained or args.pretrained_path):
+    if img_size is None and not (args.pretrained or frozen):
         img_size = images.fitting_size(backbone)
     data_config = model_data_config(
-        backbone, img_size, in_chans, class_names=images.class_names or None, mean=args.mean, std=args.std,
+        backbone, img_size, default_input_size(backbone)[0], class_names=class_names, mean=args.mean, std=args.std,
         interpolation=args.interpolation, crop_pct=args.crop_pct)
     augmentation = {"no_aug": True} if args.no_aug else {
         "train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,

@@ -122,30 +122,29 @@ def test_a_batch_size_is_a_number_or_auto(tmp_path):
         parse(tmp_path, "lr: 1", "-b", "much")
 
 
-@pytest.mark.parametrize(("flags", "on"), [
-    ([], "(--train-crop-mode rrc, --hflip 0.5, --color-jitter 0.4, --train-interpolation random)"),
-    (["--train-crop-mode", "rkrc", "--hflip", "0", "--color-jitter", "0", "--train-interpolation", "bicubic", "--aa",
-      "rand-m5", "--reprob", "0.2", "--cutout", "8"], "(--aa rand-m5, --reprob 0.2, --cutout 8)"),
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--cache-features"], "(--train-crop-mode rrc, --hflip 0.5, --color-jitter 0.4); add --no-aug"),
+    (["--cache-features", "--train-crop-mode", "rkrc", "--hflip", "0", "--color-jitter", "0", "--aa", "rand-m5"],
+     "(--train-crop-mode rkrc, --aa rand-m5); add --no-aug"),
+    (["--no-freeze-backbone", "--cache-features"], "--cache-features is for exits on a network that stays as it is"),
+    (["--no-freeze-backbone", "--unlabelled"], "--unlabelled is for exits on a network that stays as it is; give --fr"),
+    (["--baseline"], "--baseline trains the plain network, and --freeze-backbone keeps it"),
+    (["--pretrained-path", "a"], "begins with a new classifier, which --freeze-backbone would keep random; give --in"),
+    (["--num-classes", "0"], "--num-classes must be at least 1, got 0"),
 ])
-def test_the_cache_of_features_names_the_augmentation_that_is_on(flags, on):
-    argv = ["--freeze-backbone", "--pretrained", "--cache-features", *flags]
-    parser = train_parser("", "images")
-    with pytest.raises(ValueError, match=re.escape(f"{on}; add --no-aug")):
-        check_frozen_flags(parse_args(parser, argv))
-    check_frozen_flags(parse_args(parser, [*argv, "--no-aug"]))
-    none = ["--train-crop-mode", "rkrc", "--hflip", "0", "--color-jitter", "0", "--train-interpolation", "bicubic"]
-    check_frozen_flags(parse_args(parser, [*argv[:3], *none]))
+def test_flags_that_contradict(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_frozen_flags(parse_args(train_parser("", "images"), ["--freeze-backbone", *flags]))
 
 
 def test_a_frozen_backbone_without_weights_is_warned_of():
-    parser = train_parser("", "images")
     with pytest.warns(UserWarning, match="--freeze-backbone keeps random weights.* no weights are loaded; give --pre"):
-        check_frozen_flags(parse_args(parser, ["--freeze-backbone"]))
-    with pytest.raises(ValueError, match="--baseline trains the plain network, and --freeze-backbone keeps it"):
-        check_frozen_flags(parse_args(parser, ["--freeze-backbone", "--pretrained", "--baseline"]))
+        check_frozen_flags(parse_args(train_parser("", "images"), ["--freeze-backbone"]))
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("source", [["--pretrained"], ["--initial-checkpoint", "a"], ["--pretrained-path", "a"]])
+@pytest.mark.parametrize("source", [["--pretrained"], ["--initial-checkpoint", "a"]])
 def test_a_frozen_backbone_with_weights_is_not_warned_of(source):
-    check_frozen_flags(parse_args(train_parser("", "images"), ["--freeze-backbone", *source]))
+    argv = ["--freeze-backbone", "--cache-features", "--no-aug", "--unlabelled", *source]
+    check_frozen_flags(parse_args(train_parser("", "images"), argv))

@@ -38,3 +38,14 @@ def test_other_models_and_criteria_are_refused():
         SelfDistillTask(small_backbone())
     with pytest.raises(TypeError, match=r"SelfDistillLoss\(label_loss=criterion\)"):
         SelfDistillTask(small_model(), nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("freeze_backbone", [False, True])
+def test_the_moving_average_compiles(freeze_backbone):
+    task = SelfDistillTask(small_model(freeze_backbone=freeze_backbone))
+    task.setup_ema(decay=0.5)
+    task.update_ema()
+    task.compile_ema(backend="eager")
+    x = torch.randn(2, 3, 32, 32)
+    expected = task.get_eval_model(ema=True)._orig_mod.eval()(x)
+    assert torch.equal(task.get_eval_model(ema=True)(x), expected)

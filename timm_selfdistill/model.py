@@ -118,9 +118,11 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         """Training mode: what every classifier says. Eval mode: the deepest logits (B, K), the backbone's own.
 
         Args:
-            x: images (B, in_chans, H, W); in training mode also what `forward_backbone` gave for them.
+            x: images (B, in_chans, H, W), or what `forward_backbone` gave for them.
         """
-        return self.forward_exits(x) if self.training else self._run(x, self.backbone)
+        if self.training:
+            return self.forward_exits(x)
+        return x.logits if isinstance(x, BackboneOutput) else self._run(x, self.backbone)
 
     def forward_exits(self, x: Tensor | BackboneOutput) -> SelfDistillOutput:
         """What every classifier says, in either mode, for images (B, in_chans, H, W), or for what `forward_backbone`

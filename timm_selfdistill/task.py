@@ -13,8 +13,8 @@ from .output import BackboneOutput
 class SelfDistillTask(ClassificationTask):
     """A `timm.task.TrainingTask` that pairs a `SelfDistillModel` with its loss.
 
-    Distribution, compilation, EMA and checkpoints are those of timm's `ClassificationTask`; the EMA of a model with a
-    frozen backbone is of its heads alone.
+    Distribution, compilation, EMA and `get_checkpoint_state` are those of timm's `ClassificationTask`; the EMA of a
+    model with a frozen backbone is of its heads alone.
 
     Args:
         model: of `wrap_self_distill`.
@@ -50,7 +50,7 @@ class SelfDistillTask(ClassificationTask):
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         model = super().get_eval_model(module, ema)
-        if not (ema and self._frozen and self.has_ema() and module is None):
+        if not ema or not self._frozen or model is not self.get_trainable_module(ema=True) or model is None:
             return model
         return unwrap_model(self.trainable_module).with_heads(model.module)
 

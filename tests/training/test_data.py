@@ -272,9 +272,11 @@ def test_labels_of_unlabelled_images_are_used_for_validation_only(streaming):
     assert next(iter(train))[1] == -1
     assert next(iter(val))[1] >= 0
     assert images.fitting_labels(10) is images
-    with pytest.warns(UserWarning, match="are of 10 classes, the network has 1000: they are not used"):
-        without = images.fitting_labels(1000)
-    assert (without.label_column, without.num_classes) == (None, None)
+    assert images.fitting_labels(10, CLASSES) is images
+    for others in ((1000,), (10, CLASSES[::-1])):
+        with pytest.warns(UserWarning, match="of other classes .* than the network's .* agreement with the deepest"):
+            without = images.fitting_labels(*others)
+        assert (without.label_column, without.num_classes) == (None, None)
 
 
 def test_labels_of_training_images_that_are_not_used_may_be_missing():
@@ -283,6 +285,8 @@ def test_labels_of_training_images_that_are_not_used_may_be_missing():
     assert images.class_names == ["a", "b"]
     splits = {"train": table([0, None, 1]).remove_columns("label"), "test": table([0, 1]).cast_column("label", AB)}
     assert load_images(splits, unlabelled=True).class_names == ["a", "b"]
+    secret = {"train": table([0, 1]), "test": table([-1, -1]).cast_column("label", AB)}
+    assert load_images(secret, unlabelled=True).label_column is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,15 +1,15 @@
 """Exits on a backbone that must not change: what stays, what learns, and from whom."""
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from timm.task import ClassificationTask
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from timm_selfdistill import (
-    SelfDistillLoss,
-    SelfDistillModel,
     SelfDistillTask,
     TrainConfig,
     Trainer,
@@ -20,49 +20,7 @@ from timm_selfdistill.hub import read_metrics
 from timm_selfdistill.training.metrics import ExitMetrics, deciding_top1
 
 from ..conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
-
-
-def frozen_model(name: str = "test_resnet", seed: int = 0, **kwargs) -> SelfDistillModel:
-    torch.manual_seed(seed)
-    return small_model(name, in_chans=1, freeze_backbone=True, **kwargs)
-
-
-def fit(model: SelfDistillModel, data, output, criterion: SelfDistillLoss | None = None, **settings) -> Trainer:
-    config = TrainConfig(output=str(output), warmup_epochs=0, seed=0,
-                         **{"epochs": 3, "batch_size": 40, "workers": 0, **settings})
-    trainer = Trainer(SelfDistillTask(model, criterion), *data, config)
-    trainer.fit()
-    return trainer
-
-
-class WithoutLabels(Dataset):
-    """The images of a data set."""
-
-    label_column = None
-
-    def __init__(self, data: Dataset):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int):
-        return self.data[index][0], -1
-
-
-@pytest.fixture
-def few(fashion_tensors):
-    """95 images: the last batch of an epoch is not full."""
-    return Subset(fashion_tensors[0], range(95)), Subset(fashion_tensors[1], range(50))
-
-
-@pytest.fixture
-def without_labels(few):
-    return tuple(map(WithoutLabels, few))
-
-
-def equal(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+from .frozen_runs import equal, fit, frozen_model
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
@@ -181,46 +139,6 @@ def test_two_processes_train_frozen_exits_and_share_the_cache(tmp_path):
     assert equal(*backbones)
 
 
-@pytest.mark.parametrize(("loss", "learns"), [
-    ({"alpha": 0.3, "beta": 0.03}, "bottleneck fc"),
-    ({"alpha": 0.5, "hint": None}, "bottleneck fc"),
-    ({"alpha": 0.0, "beta": 1.0}, "bottleneck"),
-    ({"alpha": 0.0, "beta": 1.0, "hint": "pooled"}, "bottleneck")], ids=str)
-@pytest.mark.filterwarnings("ignore:with alpha=0 and no labels")
-def test_exits_learn_without_labels_from_maps_and_logits(loss, learns, without_labels, tmp_path):
-    model = frozen_model()
-    before = copy.deepcopy(model.heads.state_dict())
-    run = fit(model, without_labels, tmp_path, SelfDistillLoss(**loss), unlabelled=True, weight_decay=0.0)
-    changed = {key.split(".")[1] for key, value in model.heads.state_dict().items()
-               if not torch.equal(value, before[key])}
-    assert changed == set(learns.split())
-    rows = run.state.history
-    assert rows[0]["train_label_loss"] == 0
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
-
-
-def test_the_labels_of_unlabelled_runs_are_not_used(few, without_labels, tmp_path):
-    with_labels = fit(frozen_model(), few, tmp_path / "with", unlabelled=True)
-    without = fit(frozen_model(), without_labels, tmp_path / "without", unlabelled=True)
-    assert equal(*(dict(run.eval_model.heads.state_dict()) for run in (with_labels, without)))
-
-
-def test_without_labels_agreement_with_the_deepest_is_measured_and_called_so(without_labels, tmp_path):
-    run = fit(frozen_model(), without_labels, tmp_path, unlabelled=True)
-    deepest = run.metrics[-2]
-    assert (deepest.top1, deepest.top5) == (100.0, 100.0)
-    record = read_metrics(run.output / "best")
-    assert record["reference"] == "deepest"
-    card = (run.output / "best/README.md").read_text()
-    assert "how often an exit agrees with the deepest" in card
-    assert "model-index" not in card
-
-
-def test_mixup_of_images_without_labels(without_labels, tmp_path):
-    run = fit(frozen_model(), without_labels, tmp_path, unlabelled=True, mixup=0.5, mixup_off_epoch=2)
-    assert all(row["train_label_loss"] == 0 for row in run.state.history)
-
-
 def test_the_best_exits_are_those_of_the_best_mean():
     metrics = [ExitMetrics(0, 40.0, 90, 1), ExitMetrics(1, 60.0, 90, 1), ExitMetrics(2, 80.0, 90, 1),
                ExitMetrics("ensemble", 70.0, 90, 1)]
@@ -241,12 +159,6 @@ def test_what_needs_a_frozen_backbone(settings, message, few, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_task_that_needs_labels(few, tmp_path):
-    with pytest.raises(TypeError, match="needs a SelfDistillTask, .* ClassificationTask learns from labels"):
-        Trainer(ClassificationTask(frozen_model(), verbose=False), *few,
-                TrainConfig(output=str(tmp_path / "out"), unlabelled=True))
-
-
 @pytest.mark.parametrize(("settings", "message"), [
     ({"unlabelled": True, "smoothing": 0.1}, "smoothing is of labels, which unlabelled images do not have"),
     ({"cache_features": True, "mixup": 0.2}, r"mixup \(--mixup\) changes them in every epoch"),
@@ -258,33 +170,59 @@ def test_settings_that_contradict(settings, message):
         TrainConfig(**settings)
 
 
+DATA_CONFIG = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
+
+
 def test_a_cache_of_augmented_images_is_refused(fashion, tmp_path):
-    data = fashion.transformed({"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear",
-                                "crop_pct": 1.0}, hflip=0.5)
-    with pytest.raises(ValueError, match=r"augmented: not the same each time .* no_aug=True \(--no-aug\)"):
-        fit(frozen_model(), data, tmp_path / "out", cache_features=True)
+    train, val = fashion.transformed(DATA_CONFIG, hflip=0.5)
+    for data in (train, Subset(train, range(100))):  # which tells, and of which some images are read twice
+        with pytest.raises(ValueError, match=r"augmented: not the same each time .* no_aug=True \(--no-aug\)"):
+            fit(frozen_model(), (data, val), tmp_path / "out", cache_features=True)
 
 
 def test_a_cache_of_a_stream_is_refused(tmp_path):
-    data = load_images(EMBEDDED, streaming=True).transformed(
-        {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0},
-        no_aug=True)
-    with pytest.raises(ValueError, match="which a stream is not; leave out streaming or cache_features"):
-        fit(frozen_model(), data, tmp_path / "out", cache_features=True)
+    stream = load_images(EMBEDDED, streaming=True).transformed(DATA_CONFIG, no_aug=True)
+    whole = load_images(EMBEDDED).transformed(DATA_CONFIG, no_aug=True)
+    for data in (stream, (whole[0], stream[1])):
+        with pytest.raises(ValueError, match="which a stream is not; leave out streaming or cache_features"):
+            fit(frozen_model(), data, tmp_path / "out", cache_features=True)
 
 
 def test_a_disk_that_is_too_small_for_the_cache(few, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
-    with pytest.raises(OSError, match=r"the features of 95 images take 0.0 GB, and .* has 0.0 GB free; leave out"):
+    message = r"the features of the images take \d+ MB, and .* has 1 MB free \(.*\); leave out cache_features, or"
+    with pytest.raises(OSError, match=message):
         fit(frozen_model(), few, tmp_path, cache_features=True)
+    assert not (tmp_path / "features").exists()
+    assert (tmp_path / "last").exists()
 
 
-def test_nothing_to_learn_from(without_labels, tmp_path):
-    for loss in ({"alpha": 0.0, "beta": 0.0}, {"alpha": 0.0, "hint": None}):
-        with pytest.raises(ValueError, match="alpha=0 and no hint leave nothing to learn from"):
-            fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(**loss), unlabelled=True)
-    with pytest.warns(UserWarning, match="only the features of the exits learn, their classifiers stay"):
-        fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(alpha=0.0), unlabelled=True, epochs=1)
+def test_a_disk_that_fills_up_before_there_is_room_for_the_cache(few, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match=r"features of the images take .* \(No space left on device\)"):
+        fit(frozen_model(), few, tmp_path, cache_features=True)
+    assert not (tmp_path / "features").exists()
+
+
+def test_a_run_that_was_killed_leaves_no_features(few, tmp_path):
+    run = fit(frozen_model(), few, tmp_path, epochs=1)
+    (run.output / "features/train").mkdir(parents=True)
+    (run.output / "features/train/0.bin").write_bytes(b"left")
+    fit(frozen_model(), few, tmp_path, epochs=2, resume="latest")
+    assert not (run.output / "features").exists()
+
+
+def test_a_cache_is_the_images_before_and_after_a_run(few, tmp_path):
+    trainer = Trainer(SelfDistillTask(frozen_model()), *few, TrainConfig(
+        output=str(tmp_path), epochs=1, batch_size=40, workers=0, cache_features=True))
+    before = trainer.evaluate()
+    trainer.fit()
+    assert trainer.evaluate() == trainer.metrics
+    assert [metric.exit for metric in before] == [metric.exit for metric in trainer.metrics]
+    assert "features" not in Path("/proc/self/maps").read_text()
 
 
 def test_layer_decay_of_a_frozen_backbone(few, tmp_path):
@@ -293,7 +231,35 @@ def test_layer_decay_of_a_frozen_backbone(few, tmp_path):
 
 
 def test_the_card_tells_that_the_network_is_as_it_was(few, tmp_path):
-    fit(frozen_model(), few, tmp_path, epochs=1, settings={"freeze_backbone": True})
-    card = (tmp_path / "best/README.md").read_text()
-    assert "The network itself is as it was: frozen, it taught the shallow ones, which learned from the labels" in card
-    assert "trained together" not in card
+    run = fit(frozen_model(), few, tmp_path, epochs=1)
+    record = read_metrics(run.output / "best")
+    run.eval_model.truncate(0).save_pretrained(tmp_path / "first", metrics=record)
+    for name in ("best", "first"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "as it was: frozen, it taught the shallow classifiers, which learned from the labels, too" in card
+        assert "trained together" not in card
+
+
+def test_nothing_that_learns(few, tmp_path):
+    with pytest.raises(ValueError, match="the backbone is frozen and head_lr_scale is 0: nothing would learn"):
+        fit(frozen_model(), few, tmp_path, head_lr_scale=0.0)
+
+
+def test_the_class_names_of_a_frozen_network_are_kept(tmp_path):
+    """Also where those of the data differ, of which there is a warning; without labels the data's are not used."""
+    backbone = small_backbone()
+    backbone.pretrained_cfg.update(label_names=[f"own{index}" for index in range(10)], input_size=(3, 32, 32))
+    wrap_self_distill(backbone).save_pretrained(tmp_path / "own")
+    command = [ROOT / "examples/train.py", "--model", f"local-dir:{tmp_path / 'own'}", "--pretrained", "--epochs", 1,
+               "-b", 500, "-j", 0, "--freeze-backbone", "--no-aug"]
+    done = run_python(*command, "--output", tmp_path / "a")
+    assert done.stderr == ("warning: class 0 is 'own0' for the frozen backbone and 'T-shirt/top' in the data; the"
+                           " backbone's names are kept, and labels must mean the same classes in the same order\n")
+    done = run_python(*command, "--unlabelled", "--output", tmp_path / "b")
+    assert "of other classes (10: T-shirt/top, ...) than the network's (10: own0, ...): they are not" in done.stderr
+    assert "agreement with the deepest" in done.stdout
+    for name in ("a", "b"):
+        config = json.loads((tmp_path / name / "best/config.json").read_text())
+        assert config["label_names"] == backbone.pretrained_cfg["label_names"]
+        before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("own", f"{name}/best"))
+        assert equal(before, after)  # three channels, although the images are grey

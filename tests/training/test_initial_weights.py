@@ -47,6 +47,12 @@ def test_a_checkpoint_as_pretrained_weights_gives_all_but_the_classifier(trained
     assert model.fc.weight.shape[0] == 10
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in model.state_dict().items()
                if not key.startswith("fc."))
+    with pytest.raises(ValueError, match="does not fit ConvNeXt: .*stem.0.weight is missing"):
+        create_backbone("test_convnext", pretrained_path=str(path), num_classes=10, in_chans=1)
+    with pytest.raises(ValueError, match=r"conv1.0.weight \(\d+, 1, 3, 3\) instead of \(\d+, 3, 3, 3\)"):
+        create_backbone("test_resnet", pretrained_path=str(path), num_classes=10)
+    with pytest.raises(ValueError, match="are two ways to load a checkpoint; give one of them"):
+        create_backbone("test_resnet", pretrained_path=str(path), initial_checkpoint=str(path))
 
 
 @pytest.mark.parametrize(("name", "classes", "message"), [
@@ -69,8 +75,6 @@ def test_what_is_no_checkpoint(tmp_path, trained):
         create(tmp_path / "missing.pth")
     with pytest.raises(FileNotFoundError, match="is no file"):
         create(tmp_path)
-    with pytest.raises(FileNotFoundError, match="pretrained_path .*missing.pth is no file"):
-        create_backbone("test_resnet", pretrained_path=str(tmp_path / "missing.pth"), num_classes=12)
     whole = write(tmp_path, trained.state_dict(), ".safetensors").read_bytes()
     broken = {"cut.safetensors": whole[:5000], "empty.pth": b"", "text.pth": b"hello", "cut.pth": whole[:99],
               "empty.safetensors": b""}
@@ -81,9 +85,12 @@ def test_what_is_no_checkpoint(tmp_path, trained):
     torch.save(trained, tmp_path / "pickled.pth")
     with pytest.raises(ValueError, match="cannot read the checkpoint .*weights_only=True"):
         create(tmp_path / "pickled.pth")
-    torch.save({"lr": 0.1}, tmp_path / "numbers.pth")
-    with pytest.raises(ValueError, match="holds no state dict"):
-        create(tmp_path / "numbers.pth")
+    weights = torch.zeros(3)
+    for name, content in {"numbers": {"lr": 0.1}, "list": [weights], "tensor": weights, "text": {"state_dict": "x"},
+                          "none": {"model": None}, "keys": {1: weights}}.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(ValueError, match="holds no state dict|cannot read the checkpoint"):
+            create(tmp_path / f"{name}.pth")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -100,7 +107,8 @@ def test_weights_that_are_not_finite(value, fashion_tensors, tmp_path):
 def test_a_network_of_more_classes_than_the_images_get_its_exits(trained, tmp_path):
     path = write(tmp_path, trained.state_dict(), ".safetensors")
     command = [ROOT / "examples/train.py", "--model", "test_resnet", "--initial-checkpoint", path, "--img-size", 32,
-               "--epochs", 1, "-b", 500, "-j", 0, "--freeze-backbone", "--no-aug", "--output", tmp_path / "run"]
+               "--epochs", 1, "-b", 500, "-j", 0, "--freeze-backbone", "--no-aug", "--in-chans", 1, "--output",
+               tmp_path / "run"]
     refused = run_python(*command, check=False)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

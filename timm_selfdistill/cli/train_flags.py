@@ -105,23 +105,28 @@ def check_frozen_flags(args: argparse.Namespace) -> None:
     """Look at flags that go with --freeze-backbone.
 
     Raises:
-        ValueError: --cache-features would keep what augmentation changes, or nothing is left to train.
+        ValueError: flags contradict, or --cache-features would keep what augmentation changes.
     """
+    for name in ("unlabelled", "cache_features"):
+        if getattr(args, name) and not args.freeze_backbone:
+            raise ValueError(f"--{name.replace('_', '-')} is for exits on a network that stays as it is; give"
+                             " --freeze-backbone, too")
+    if args.num_classes is not None and args.num_classes < 1:
+        raise ValueError(f"--num-classes must be at least 1, got {args.num_classes}")
     if args.freeze_backbone and args.baseline:
         raise ValueError("--baseline trains the plain network, and --freeze-backbone keeps it as it is; leave one out")
-    if args.freeze_backbone and not (args.pretrained or args.pretrained_path or args.initial_checkpoint):
+    if args.freeze_backbone and args.pretrained_path:
+        raise ValueError("--pretrained-path begins with a new classifier, which --freeze-backbone would keep random;"
+                         " give --initial-checkpoint instead")
+    if args.cache_features and not args.no_aug:
+        on = [f"--{name.replace('_', '-')} {getattr(args, name)}"
+              for name in ("train_crop_mode", "hflip", "vflip", "color_jitter", "aa", "reprob", "cutout")
+              if getattr(args, name)]
+        raise ValueError("--cache-features keeps the features of each image, and augmentation changes images in every"
+                         f" epoch ({', '.join(on)}); add --no-aug")
+    if args.freeze_backbone and not (args.pretrained or args.initial_checkpoint):
         warnings.warn("--freeze-backbone keeps random weights, from which exits learn little: no weights are loaded;"
                       " give --pretrained or --initial-checkpoint", stacklevel=2)
-    if args.no_aug or not args.cache_features:
-        return
-    on = [f"--train-crop-mode {args.train_crop_mode}"] if args.train_crop_mode != "rkrc" else []
-    on += [f"--{name.replace('_', '-')} {getattr(args, name)}"
-           for name in ("hflip", "vflip", "color_jitter", "aa", "reprob", "cutout") if getattr(args, name)]
-    if args.train_interpolation == "random":
-        on.append("--train-interpolation random")
-    if on:
-        raise ValueError(f"--cache-features keeps what the backbone says of each image, and augmentation changes images"
-                         f" in every epoch ({', '.join(on)}); add --no-aug")
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:

@@ -30,8 +30,8 @@ def create_card(
     Args:
         config: content of config.json.
         rows: of every classifier and the ensemble: exit, module, and any of top1, top5, macs, share, speedup.
-        metrics: as `Trainer` records them: epoch, dataset, settings, versions, hardware, base_model, and reference
-            where the accuracies are not against labels; all optional.
+        metrics: as `Trainer` records them: epoch, dataset, settings, versions, hardware, base_model, frozen, and
+            reference where the accuracies are not against labels; all optional.
         picture: exits.png lies beside the card.
         card_data: further metadata, or other than what is found, e.g. `license="mit"`.
     """
@@ -65,7 +65,7 @@ def create_card(
         card_data=data.to_yaml(), mark=MARK, model_name=name, repo_id=repo_id, architecture=config["architecture"],
         exits=len(settings["exits"]) + 1 if settings else 0,
         truncated=None if truncated is None else _exit_name(truncated),
-        frozen=bool(training.get("freeze_backbone")), unlabelled=bool(training.get("unlabelled")), agreement=agreement,
+        frozen=metrics.get("frozen") is True, unlabelled=bool(training.get("unlabelled")), agreement=agreement,
         own_head=bool(settings) and settings["head"] is None, early_exit=_early_exit_words(settings),
         num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
         rows=[_table_row(row) for row in rows],

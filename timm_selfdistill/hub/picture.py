@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 def plot_exits(
         path: Path, model: str, rows: list[dict[str, Any]], curve: Sequence[dict[str, Any]] = (),
-        calibrated: dict[str, Any] | None = None, baseline: dict[str, Any] | None = None,
+        calibrated: dict[str, Any] | None = None, baseline: dict[str, Any] | None = None, agreement: bool = False,
 ) -> None:
     """Draw the rows, each with exit, module, top1 (per cent), macs and share.
 
@@ -16,6 +16,7 @@ def plot_exits(
         curve: further points, top1 and macs, of early exit.
         calibrated: the point of the thresholds that are saved with the model.
         baseline: the same network trained without exits.
+        agreement: top1 tells how often an exit agrees with the deepest, not with labels.
     """
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
@@ -38,8 +39,9 @@ def plot_exits(
         axes.scatter(baseline["macs"] / 1e6, baseline["top1"], s=80, color="black", marker="x", zorder=4,
                      label=f"plain network, trained alone: {baseline['top1']:.2f} %")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), fontsize=9, frameon=False)
-    axes.set(xlabel="multiply-adds per image, millions", ylabel="top-1 %", xlim=(0, None),
-             title=f"{model}: accuracy over compute")
+    axes.set(xlabel="multiply-adds per image, millions", xlim=(0, None),
+             ylabel="agreement with the deepest exit, %" if agreement else "top-1 %",
+             title=f"{model}: {'agreement' if agreement else 'accuracy'} over compute")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

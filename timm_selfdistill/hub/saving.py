@@ -116,7 +116,7 @@ def _save_card(
     config = read_json(fresh / CONFIG)
     picture = bool(rows) and all({"top1", "macs", "share"} <= row.keys() for row in rows)
     if picture:
-        plot_exits(fresh / PICTURE, config["architecture"], rows)
+        plot_exits(fresh / PICTURE, config["architecture"], rows, agreement="reference" in (metrics or {}))
     else:
         (folder / PICTURE).unlink(missing_ok=True)  # which would be another model's
     if may_replace(folder / CARD):
@@ -189,8 +189,9 @@ def _save_config(
     pretrained_cfg = filter_pretrained_cfg(backbone.pretrained_cfg, remove_source=True) | {
         "input_size": default_input_size(backbone, model_args), "num_classes": backbone.num_classes, "first_conv": None}
     model_config: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
-    if backbone.pretrained_cfg.get("label_names"):
-        model_config["label_names"] = backbone.pretrained_cfg["label_names"]
+    names = pretrained_cfg.pop("label_names", None)
+    if names and len(names) == backbone.num_classes:  # not those of pretrained weights for other classes
+        model_config["label_names"] = names
     if settings is not None:
         versions = {"format_version": FORMAT_VERSION, "timm_selfdistill_version": __version__}
         model_config["self_distill"] = versions | settings

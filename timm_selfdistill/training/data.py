@@ -31,6 +31,9 @@ class ImageDataset(torch.utils.data.Dataset):
         source: see `ImageSplits`.
     """
 
+    augmented: bool | None = None
+    """Whether an image is another one each time that it is read; None is not known."""
+
     def __init__(self, rows: datasets.Dataset, image_column: str, label_column: str | None, transform: Any, mode: str,
                  num_classes: int | None, source: dict[str, Any] | None = None):
         self.rows = rows.select_columns(list(filter(None, (image_column, label_column))))
@@ -74,14 +77,19 @@ class ImageSplits:
     def num_classes(self) -> int | None:
         return len(self.class_names) or None
 
-    def fitting_labels(self, num_classes: int) -> "ImageSplits":
+    def fitting_labels(self, num_classes: int, class_names: list[str] | None = None) -> "ImageSplits":
         """The same images for a network of K classes that learns without labels; those for validation have none
-        either, with a warning, where theirs are of another number of classes."""
-        if self.num_classes in (None, num_classes):
+        either, with a warning, where theirs are of other classes.
+
+        Args:
+            class_names: of the network; None is not known.
+        """
+        if self.num_classes is None or (self.num_classes == num_classes and class_names in (None, self.class_names)):
             return self
         warnings.warn(
-            f"the labels of the validation images are of {self.num_classes} classes, the network has {num_classes}:"
-            " they are not used, agreement with the deepest classifier is measured", stacklevel=2)
+            f"the labels of the validation images are of other classes ({self.num_classes}: {self.class_names[0]}, ...)"
+            f" than the network's ({num_classes}{': ' + class_names[0] + ', ...' if class_names else ''}): they are not"
+            " used, agreement with the deepest classifier is measured", stacklevel=2)
         return replace(self, label_column=None, class_names=[])
 
     def fitting_size(self, backbone: nn.Module) -> int:
@@ -115,10 +123,12 @@ class ImageSplits:
             raise ValueError(f"timm does not know a setting of the transforms: {error}") from error
         mode = "L" if channels == 1 else "RGB"
         train_labels = None if self.unlabelled else self.label_column
-        return tuple(
+        made = tuple(
             (StreamedImages if isinstance(rows, datasets.IterableDataset) else ImageDataset)(
                 rows, self.image_column, labels, transform, mode, self.num_classes, self.source)
             for rows, labels, transform in ((self.train, train_labels, train), (self.val, self.label_column, val)))
+        made[0].augmented = not augmentation.get("no_aug", False)
+        return made
 
 
 def load_images(
@@ -185,7 +195,7 @@ def load_images(
     elif unlabelled:
         if val is None:
             train, val = _split(train, val_fraction, None, seed)
-        val, class_names = label_val(val, label_column, num_classes)
+        val, label_column, class_names = label_val(val, label_column, num_classes)
     else:
         train, val = label_splits(train, val, label_column, num_classes, named)
         class_names = train.features[label_column].names
@@ -203,7 +213,8 @@ def load_images(
 
 def _find_val_labels(val: Any, column: str | None, source: Any) -> str | None:
     """The label column of validation images, if they have one."""
-    found = column is not None or any(isinstance(value, datasets.ClassLabel) for value in val.features.values())
+    found = column is not None or "cls" in val.features or any(
+        isinstance(value, datasets.ClassLabel) for value in val.features.values())
     return _find_column(val, column, datasets.ClassLabel, "label", source) if found else None
 
 

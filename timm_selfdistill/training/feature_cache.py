@@ -1,7 +1,10 @@
 """What a frozen backbone gives for a data set, kept in files, so that it runs once."""
+import os
 import shutil
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from errno import ENOSPC
+from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,9 @@ from .accelerator import ask_main_process
 from .config import TrainConfig
 from .loading import loader_settings
 from .update import Updater
+
+FOLDER = "features"
+"""In the run directory."""
 
 
 class TensorFile(NamedTuple):
@@ -36,57 +42,53 @@ class TensorFile(NamedTuple):
 
 
 class FeatureCache(Dataset):
-    """(BackboneOutput, label) of each image of a data set, once `fill` was called.
+    """(BackboneOutput, label) of each image of a data set; where it is not filled, the images themselves.
 
     Args:
         data: map-style data set of (image (C, H, W), label).
     """
 
     def __init__(self, data: Dataset):
-        self.data: Dataset | None = data
-        self.count = len(data)
+        self.data = data
         self.files: list[TensorFile] = []
+        self.tensors: list[Tensor] = []
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[BackboneOutput, Any]:
+    def __getitem__(self, index: int) -> tuple[Tensor | BackboneOutput, Any]:
+        if not self.files:
+            return self.data[index]
+        if not self.tensors:
+            self.tensors = [file.open() for file in self.files]
         *maps, logits, label = (tensor[index] for tensor in self.tensors)
         return BackboneOutput(tuple(maps), logits), label
 
     def __getstate__(self) -> dict[str, Any]:
         """For a loading process, which maps the files itself."""
-        return {"data": None, "count": self.count, "files": self.files}
+        return {**vars(self), "tensors": []}
 
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        return [file.open() for file in self.files]
-
-    def fill(self, update: Updater, folder: Path, config: TrainConfig) -> None:
-        """Run the backbone over the images; call it on every process, each does its part.
-
-        Args:
-            update: holds the model.
-            folder: gets the files; every process must see it.
-
-        Raises:
-            OSError: the disk is too small.
-        """
-        accelerator = update.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
+    def plan(self, update: Updater, folder: Path) -> list[TensorFile]:
+        """The files that will be filled, whose shapes and types the first image tells."""
         first = self._compute(update, *default_collate([self.data[0]]))
-        self.files = [TensorFile(str(folder / f"{index}.bin"), self.count, tuple(value.shape[1:]), value.dtype)
-                      for index, value in enumerate(first)]
-        ask_main_process(accelerator, partial(_create, folder, self.files))
-        begin = rank
-        loader = DataLoader(
-            Subset(self.data, range(rank, self.count, world)), config.batch_size,
-            **loader_settings(config, accelerator) | {"persistent_workers": False})
+        return [TensorFile(str(folder / f"{index}.bin"), len(self), tuple(value.shape[1:]), value.dtype)
+                for index, value in enumerate(first)]
+
+    def fill(self, update: Updater, files: list[TensorFile], config: TrainConfig) -> None:
+        """Run the backbone over the images; call it on every process, each does its part."""
+        rank, world = update.accelerator.process_index, update.accelerator.num_processes
+        settings = loader_settings(config, update.accelerator) | {"persistent_workers": False}
+        loader = DataLoader(Subset(self.data, range(rank, len(self), world)), config.batch_size, **settings)
+        tensors, begin = [file.open() for file in files], rank
         for batch in loader:
-            for tensor, value in zip(self.tensors, self._compute(update, *batch)):
+            for tensor, value in zip(tensors, self._compute(update, *batch)):
                 tensor[begin::world][:len(value)] = value
-            begin += world * len(value)
-        accelerator.wait_for_everyone()
+            begin += world * len(batch[0])
+        update.accelerator.wait_for_everyone()
+        self.files, self.tensors = files, tensors
+
+    def empty(self) -> None:
+        self.files, self.tensors = [], []
 
     @torch.no_grad()
     def _compute(self, update: Updater, x: Tensor, label: Tensor) -> list[Tensor]:
@@ -96,24 +98,55 @@ class FeatureCache(Dataset):
         return [*(value.cpu() for value in (*maps, logits)), label]
 
 
-def fill_caches(caches: list[FeatureCache], update: Updater, output: Path, config: TrainConfig) -> None:
-    """Fill those of training and validation images; their files lie in the run directory."""
-    for cache, name in zip(caches, ("train", "val")):
-        cache.fill(update, output / "features" / name, config)
+def fill_caches(
+        caches: list[FeatureCache], update: Updater, output: Path, config: TrainConfig, say: Callable[[str], None],
+) -> None:
+    """Fill those of training and validation images; the files lie in the run directory, which every process must see.
+
+    Raises:
+        OSError: the disk is too small.
+    """
+    if not caches:
+        return
+    folder = output / FOLDER
+    plans = [cache.plan(update, folder / name) for cache, name in zip(caches, ("train", "val"))]
+    files = list(chain(*plans))
+    ask_main_process(update.accelerator, partial(_create, folder, files))
+    say(f"the backbone looks at {sum(map(len, caches)):,} images; their features take"
+        f" {sum(file.bytes for file in files) / 1e6:,.0f} MB in {folder} until the run ends")
+    for cache, plan in zip(caches, plans):
+        cache.fill(update, plan, config)
 
 
 def drop_caches(caches: list[FeatureCache], output: Path, accelerator: Accelerator) -> None:
     """Remove the files, at the end of a run."""
-    if caches and accelerator.is_main_process:
-        shutil.rmtree(output / "features", ignore_errors=True)
+    for cache in caches:
+        cache.empty()
+    if accelerator.is_main_process:
+        remove_features(output)
+
+
+def remove_features(output: Path) -> None:
+    """Also those that a run left which was killed."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
 def _create(folder: Path, files: Sequence[TensorFile]) -> None:
-    """Make room."""
+    """Make room: writing to a mapped file for which there is none would end the process without a word."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    needed, free = sum(file.bytes for file in files), shutil.disk_usage(folder).free
-    if needed > free:
+    needed, free = sum(file.bytes for file in files), shutil.disk_usage(folder.parent).free
+    try:
+        if needed > free:
+            raise OSError(ENOSPC, "no space left on device")
+        for file in files:
+            path = Path(file.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as opened:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(opened.fileno(), 0, file.bytes)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
-            f"the features of {files[0].count} images take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB"
-            " free; leave out cache_features, or choose another output, fewer images or a smaller image size")
+            f"the features of the images take {needed / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB free"
+            f" ({error.strerror}); leave out cache_features, or choose another output, fewer images or a smaller image"
+            " size") from error

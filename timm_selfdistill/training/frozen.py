@@ -5,17 +5,16 @@ import warnings
 import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from ..loss import SelfDistillLoss
 from ..model import SelfDistillModel
 from ..task import SelfDistillTask
 from .config import TrainConfig
+from .labels import is_labelled
 from .sampling import Draw, TrainImages
-from .stream import StreamedImages
 
-READS = 4
-"""Of one image, to see whether it is the same every time."""
+IMAGES_READ = 16
+"""Twice, to see whether they are the same."""
 
 
 def is_frozen(model: nn.Module) -> bool:
@@ -53,39 +52,56 @@ def learns_in_parts(task: TrainingTask, config: TrainConfig) -> bool:
     return config.head_warmup_epochs > 0 or (config.unlabelled and not task.criterion.alpha)
 
 
-def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: Dataset) -> None:
-    """Raise ValueError where settings need a frozen backbone and there is none, or leave nothing to learn from."""
-    frozen = is_frozen(task.get_trainable_module())
+def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: Dataset, val_data: Dataset) -> None:
+    """Raise where settings need a frozen backbone and there is none, or leave nothing to learn, or to learn from.
+
+    Raises:
+        ValueError, TypeError: it is so.
+    """
+    model = task.get_trainable_module()
     for name, reason in (("unlabelled", "which alone can teach without labels"),
-                         ("cache_features", "which alone says the same of an image in every epoch")):
-        if getattr(config, name) and not frozen:
+                         ("cache_features", "whose features of an image alone are the same in every epoch")):
+        if getattr(config, name) and not is_frozen(model):
             raise ValueError(
                 f"{name} (--{name.replace('_', '-')}) needs a model with a frozen backbone, {reason};"
                 " wrap_self_distill(model, freeze_backbone=True) makes one (--freeze-backbone)")
-    if config.cache_features and isinstance(train_data, StreamedImages):
-        raise ValueError("cache_features keeps what the backbone says of each image of a data set, which a stream is"
-                         " not; leave out streaming or cache_features")
+    if is_frozen(model) and not config.head_lr_scale:
+        raise ValueError("the backbone is frozen and head_lr_scale is 0: nothing would learn; leave one of them out")
     if config.cache_features:
-        _check_unchanging(train_data)
+        _check_unchanging(train_data, val_data)
     if config.unlabelled:
-        if not isinstance(task, SelfDistillTask):
-            raise TypeError(f"unlabelled (--unlabelled) needs a SelfDistillTask, whose exits learn from the deepest;"
-                            f" {type(task).__name__} learns from labels")
-        _check_teaching(task.criterion)
+        _check_teaching(task)
+    elif not is_labelled(train_data):
+        raise ValueError("the training images have no labels; give unlabelled=True (--unlabelled), which needs a model"
+                         " with a frozen backbone, or images with labels")
 
 
-def _check_teaching(loss: SelfDistillLoss) -> None:
-    if loss.alpha:
-        return
-    if not loss.beta or loss.hint is None:
+def _check_teaching(task: TrainingTask) -> None:
+    if not isinstance(task, SelfDistillTask):
+        raise TypeError(f"unlabelled (--unlabelled) needs a SelfDistillTask, whose exits learn from the deepest;"
+                        f" {type(task).__name__} learns from labels")
+    loss = task.criterion
+    if loss.teacher != "deepest":
+        raise ValueError(f'teacher {loss.teacher!r} learns itself, from labels; unlabelled needs the teacher "deepest"')
+    if not loss.alpha and (not loss.beta or loss.hint is None):
         raise ValueError("without labels alpha=0 and no hint leave nothing to learn from; give alpha, beta or hint")
-    warnings.warn("with alpha=0 and no labels only the features of the exits learn, their classifiers stay as they are",
-                  stacklevel=2)
+    if not loss.alpha:
+        warnings.warn("with alpha=0 and no labels only the features of the exits learn, their classifiers stay as they"
+                      " are", stacklevel=2)
 
 
-def _check_unchanging(data: Dataset) -> None:
-    """Raise ValueError for images that are augmented: not the same each time that they are read."""
-    images = [TrainImages(data, "raise")[Draw(seed, 0)][0] for seed in range(READS)]
-    if not all(torch.equal(image, images[0]) for image in images):
-        raise ValueError("cache_features keeps what the backbone says of each image, but the training images are"
-                         " augmented: not the same each time that they are read; make them with no_aug=True (--no-aug)")
+def _check_unchanging(train_data: Dataset, val_data: Dataset) -> None:
+    """Raise ValueError for images whose features cannot be kept: of a stream, or augmented, as the data set tells or
+    some of its images show."""
+    if any(isinstance(data, IterableDataset) for data in (train_data, val_data)):
+        raise ValueError("cache_features keeps the features of each image of a data set, which a stream is not; leave"
+                         " out streaming or cache_features")
+    augmented = getattr(train_data, "augmented", None)
+    if augmented is None:
+        step = -(-len(train_data) // IMAGES_READ)
+        augmented = not all(
+            torch.equal(*(TrainImages(train_data, "raise")[Draw(seed, index)][0] for seed in range(2)))
+            for index in range(0, len(train_data), step))
+    if augmented:
+        raise ValueError("cache_features keeps the features of each image, but the training images are augmented: not"
+                         " the same each time that they are read; make them with no_aug=True (--no-aug)")

@@ -12,24 +12,35 @@ SHOWN = 3
 """Tensors that an error names."""
 
 
-def load_initial_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load a timm checkpoint, .safetensors or what torch.load reads with weights_only, as timm's `--initial-checkpoint`
-    does: every tensor, the moving average where there is one.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, LookupError,
+              AttributeError)
+"""What timm and torch raise at files that are no checkpoint."""
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = False) -> None:
+    """Load a checkpoint of timm's, .safetensors or what torch.load reads with weights_only: every tensor, the moving
+    average where there is one.
+
+    Args:
+        new_classifier: leave the model's own as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or is of another network.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"initial_checkpoint {path} is no file; expected .safetensors or .pth")
+        raise FileNotFoundError(f"checkpoint {path} is no file; expected .safetensors or .pth")
     try:
         saved = load_state_dict(str(path))
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot read the checkpoint {path} ({reason}); expected .safetensors, or weights alone as"
                          " torch.load(..., weights_only=True) reads them") from error
     if not saved or not all(isinstance(value, Tensor) for value in saved.values()):
         raise ValueError(f"{path} holds no state dict: names and tensors")
+    if new_classifier:
+        own = model.state_dict()
+        saved |= {name: own[name] for name in _classifier_names(model) if name in own}
     _check_fits(model, saved, path)
     model.load_state_dict(saved)
 
@@ -58,9 +69,7 @@ def _check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) ->
                 *(f"{name} is unknown" for name in saved if name not in own)]
     if not problems:
         return
-    classifier = model.pretrained_cfg.get("classifier") or ()
-    names = [f"{name}.{part}" for name in ([classifier] if isinstance(classifier, str) else classifier)
-             for part in ("weight", "bias")]
+    names = _classifier_names(model)
     found = next((saved[name].shape[0] for name in names if name in saved), None)
     if len(problems) == len(differing) and {text.split()[0] for text in differing} <= set(names):
         advice = (f"it was made for {found} classes, not {model.num_classes}: --num-classes {found} keeps its"
@@ -68,6 +77,12 @@ def _check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) ->
     else:
         advice = "give the --model, --in-chans and --num-classes that it was made with"
     raise ValueError(f"{path} does not fit {type(model).__name__}: {_shorten(problems)}; {advice}")
+
+
+def _classifier_names(model: nn.Module) -> list[str]:
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    return [f"{name}.{part}" for name in ([classifier] if isinstance(classifier, str) else classifier)
+            for part in ("weight", "bias")]
 
 
 def _shorten(items: list[str]) -> str:

@@ -3,8 +3,10 @@ from typing import Any
 
 import datasets
 import numpy as np
-from torch import nn
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from .sampling import ATTEMPTS
 
 NO_LABEL = -1
 """In the place of a class index, as `datasets` has it in splits whose labels are kept secret."""
@@ -27,14 +29,16 @@ def label_splits(
 
 
 def label_val(
-        val: datasets.Dataset, column: str | None, num_classes: int | None) -> tuple[datasets.Dataset, list[str]]:
-    """Validation images, the only ones whose labels are looked at, if they have any, and the class names."""
-    if column is None:
-        return val, []
+        val: datasets.Dataset, column: str | None, num_classes: int | None,
+) -> tuple[datasets.Dataset, str | None, list[str]]:
+    """Validation images, the only ones whose labels are looked at, with label column and class names, if they have any
+    labels that are not kept secret."""
+    if column is None or set(val.unique(column)) == {NO_LABEL}:
+        return val, None, []
     val = encode_labels(val, column, num_classes=num_classes)
     class_names = val.features[column].names
     check_labels(val, column, len(class_names), "validation")
-    return val, class_names
+    return val, column, class_names
 
 
 def label_streams(
@@ -124,7 +128,7 @@ def check_range(low: int, high: int, num_classes: int, column: str) -> None:
 
 
 def check_classes(model: nn.Module, data: Dataset) -> int:
-    """How many classes a model and its training images have, as far as either knows.
+    """How many classes a model and its images have, as far as either knows.
 
     Raises:
         ValueError: they differ.
@@ -132,8 +136,50 @@ def check_classes(model: nn.Module, data: Dataset) -> int:
     classes, in_data = getattr(model, "num_classes", None), getattr(data, "num_classes", None)
     if classes is not None and in_data is not None and classes != in_data:
         raise ValueError(
-            f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}")
+            f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}, or for"
+            f" a model that stays as it is take the images without labels: load_images(..., unlabelled=True) and"
+            f" images.fitting_labels({classes})")
     return classes or in_data
+
+
+def is_labelled(data: Dataset) -> bool:
+    """Whether the images of a data set have labels, which its `label_column` tells, or its first sample."""
+    if hasattr(data, "label_column"):
+        return data.label_column is not None
+    label = next(iter(data))[1] if isinstance(data, IterableDataset) else _first(data)[1]
+    return not (np.ndim(label) == 0 and int(label) == NO_LABEL)
+
+
+class ImagesAlone(Dataset):
+    """A data set of images (C, H, W) with no labels, as (image, -1)."""
+
+    label_column = None
+
+    def __init__(self, images: Dataset):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], NO_LABEL
+
+
+def paired(data: Dataset) -> Dataset:
+    """A map-style data set of images alone with -1 for their labels; any other as it is."""
+    if hasattr(data, "label_column") or isinstance(data, IterableDataset):
+        return data
+    return ImagesAlone(data) if isinstance(_first(data), Tensor) else data
+
+
+def _first(data: Dataset) -> Any:
+    """The first sample that can be read."""
+    for index in range(min(ATTEMPTS, len(data))):
+        try:
+            return data[index]
+        except (OSError, ValueError) as error:  # `on_bad_sample` decides about it when the images are loaded
+            last = error
+    raise last
 
 
 def _check_column(rows: Any, column: str) -> None:

@@ -1,13 +1,12 @@
 """The preprocessing that a model was made for, and what a run changes of it."""
 import warnings
-from pathlib import Path
 from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from .initial_weights import load_initial_checkpoint
+from .initial_weights import load_checkpoint
 
 
 def takes_other_sizes(backbone: nn.Module) -> bool:
@@ -21,29 +20,44 @@ def create_backbone(
     """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
 
     Args:
-        initial_checkpoint: whose weights to load, all of them; see `load_initial_checkpoint`.
-        pretrained_path: a checkpoint in the place of the model's pretrained weights; where num_classes is given, its
-            classifier is left out.
+        initial_checkpoint: file whose tensors to load, all of them; see `load_checkpoint`.
+        pretrained_path: likewise, but with a new classifier.
         kwargs: further arguments of `timm.create_model`.
     """
-    if pretrained_path:
-        if not Path(pretrained_path).is_file():
-            raise FileNotFoundError(f"pretrained_path {pretrained_path} is no file; expected .safetensors or .pth")
-        overlay = {"file": pretrained_path, **({"num_classes": -1} if kwargs.get("num_classes") else {})}
-        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    if initial_checkpoint and pretrained_path:
+        raise ValueError("initial_checkpoint and pretrained_path are two ways to load a checkpoint; give one of them")
     model = _create(name, img_size, **kwargs)
     if initial_checkpoint:
-        load_initial_checkpoint(model, initial_checkpoint)
+        load_checkpoint(model, initial_checkpoint)
+        model.pretrained_cfg["num_classes"] = model.num_classes
+    elif pretrained_path:
+        load_checkpoint(model, pretrained_path, new_classifier=True)
     return model
 
 
-def warn_new_classifier(backbone: nn.Module) -> None:
-    """Warn where pretrained weights for another number of classes left a backbone, which is to be frozen, a random
-    classifier. Before `model_data_config`, which writes the new number down."""
+def own_class_names(backbone: nn.Module) -> list[str] | None:
+    """Those that came with a timm model's weights; None where there are none, or its classifier is for other ones."""
+    names = backbone.pretrained_cfg.get("label_names")
+    return list(names) if names and len(names) == backbone.num_classes else None
+
+
+def frozen_class_names(backbone: nn.Module, class_names: list[str]) -> list[str]:
+    """The class names of a backbone that is to be frozen: its own, or where it has none those of the data, if any.
+
+    A warning says where they differ, and where pretrained weights for another number of classes left the backbone a
+    random classifier; to be called before `model_data_config`, which writes the new number down.
+    """
+    own = own_class_names(backbone)
     if backbone.pretrained_cfg["num_classes"] != backbone.num_classes:
         warnings.warn(
             f"the frozen backbone's classifier for {backbone.num_classes} classes is new, with random weights, and has"
             " nothing to teach the exits; fine-tune the network first", stacklevel=2)
+    elif own and class_names and own != class_names:
+        index = next(i for i, pair in enumerate(zip(own, class_names)) if len(set(pair)) > 1)
+        warnings.warn(
+            f"class {index} is {own[index]!r} for the frozen backbone and {class_names[index]!r} in the data; the"
+            " backbone's names are kept, and labels must mean the same classes in the same order", stacklevel=2)
+    return own or class_names
 
 
 def _create(name: str, img_size: int | None, **kwargs: Any) -> nn.Module:

@@ -54,8 +54,9 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
-    """curves.png: training loss, and validation accuracy of every exit, over the epochs."""
+def plot_curves(path: Path, history: list[dict[str, Any]], labelled: bool = True) -> None:
+    """curves.png: training loss, and validation accuracy of every exit, or without labels its agreement with the
+    deepest, over the epochs."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
@@ -66,7 +67,8 @@ def plot_curves(path: Path, history: list[dict[str, Any]]) -> None:
         name = key.removeprefix("top1_").replace("_", " ")
         style = exit_style(index, len(keys), name)
         accuracy.plot(epochs, [row[key] for row in history], marker=".", label=name, **style)
-    accuracy.set(xlabel="epoch", ylabel="top-1 %", title="validation accuracy")
+    accuracy.set(xlabel="epoch", ylabel="top-1 %",
+                 title="validation accuracy" if labelled else "agreement with the deepest exit")
     accuracy.legend()
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)

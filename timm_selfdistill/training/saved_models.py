@@ -15,7 +15,9 @@ from ..model import SelfDistillModel
 from ..version import __version__
 from .checkpoint import UNWRITABLE, warn_unwritten
 from .config import TrainConfig
+from .frozen import is_frozen
 from .hardware import device_name
+from .labels import is_labelled
 from .metrics import ExitMetrics
 from .report import write_json
 from .summary import exit_costs, exit_speedups, merge_rows, model_name
@@ -44,13 +46,15 @@ class SavedModels:
         """Images that the metrics are of."""
         source = getattr(val_data, "source", None)
         described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
-        self.val_labelled = getattr(val_data, "label_column", "") is not None
+        self.val_labelled = is_labelled(val_data)
         self.reference = {} if self.val_labelled else {"reference": "deepest"}
         """In the place of labels: then accuracies tell how often an exit agrees with the deepest."""
         self.license = config.hub_license
         told = config.settings
-        self.from_scratch = told.get("pretrained") is False and not (
-            told.get("initial_checkpoint") or told.get("pretrained_path"))
+        if told.get("initial_checkpoint") or told.get("pretrained_path"):
+            self.known_license = "unknown"
+        else:
+            self.known_license = "apache-2.0" if told.get("pretrained") is False else None
         self.facts = {
             "dataset": source if described else None, **self.reference,
             "settings": {key: value for key, value in config.to_dict().items()
@@ -107,7 +111,8 @@ class SavedModels:
         folder, record, first = self.output / name, None, metrics is None
         self.costs = self.costs or exit_costs(model, self.input_size)
         if metrics is not None:
-            record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._origin(model), **self.facts}
+            record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._origin(model), **self.facts,
+                      **({"frozen": True} if is_frozen(model) else {})}
             if record["dataset"]:
                 record["dataset"] = {**record["dataset"], "images": self.val_images}
         if isinstance(model, SelfDistillModel):
@@ -125,7 +130,8 @@ class SavedModels:
         summary = {"model": model_name(model), "epochs": epochs, "input_size": list(self.input_size),
                    **self.reference, "exits": _with_speedups(rows, speedups)}
         write_json(self.output / "summary.json", summary)
-        hub.plot_exits(self.output / "exits.png", summary["model"], summary["exits"])
+        hub.plot_exits(
+            self.output / "exits.png", summary["model"], summary["exits"], agreement=not self.val_labelled)
         for folder in (self.output / "best", self.output / "last"):
             record = hub.read_metrics(folder)
             if record:
@@ -137,7 +143,7 @@ class SavedModels:
         backbone = model.backbone if isinstance(model, SelfDistillModel) else model
         pretrained = self.facts["settings"].get("pretrained")
         base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id") if pretrained else None
-        license = self.license or ("apache-2.0" if self.from_scratch else None)
+        license = self.license or self.known_license
         return {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}
 
 

@@ -75,7 +75,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ValueError where a run cannot go on with this frozen backbone, or an epoch that was begun with other
         batches or data cannot be finished with these."""
-        if state["backbone"] != self.backbone:
+        if state.get("backbone", "") != self.backbone:
             raise ValueError("the checkpoint is of heads on a frozen backbone, which had other weights than this one;"
                              " resume with the model and the pretrained weights that the run began with")
         saved, own = ((place["global_batch"], place["epoch_images"]) for place in (state, vars(self)))

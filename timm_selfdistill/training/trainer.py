@@ -18,12 +18,12 @@ from .accelerator import create_accelerator
 from .batch_size import find_batch_size
 from .checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from .config import TrainConfig
-from .feature_cache import FeatureCache, drop_caches, fill_caches
+from .feature_cache import FeatureCache, drop_caches, fill_caches, remove_features
 from .frozen import check_frozen_settings, frozen_digest, is_frozen, learns_in_parts, trained_part
 from .initial_weights import check_task
 from .interrupt import InterruptRequest
 from .interval import Interval
-from .labels import check_classes
+from .labels import check_classes, paired
 from .loading import ValBatches, check_counts, image_count, image_shape, train_batches
 from .metrics import ExitMetrics, deciding_top1, measure_exits
 from .mixing import TargetMixer
@@ -61,10 +61,11 @@ class Trainer:
         config = config or TrainConfig()
         check_task(task)
         check_counts(train_data, val_data)
-        check_frozen_settings(task, config, train_data)
+        train_data, val_data = paired(train_data), paired(val_data)
+        check_frozen_settings(task, config, train_data, val_data)
         self.accelerator = create_accelerator(config, find_unused=learns_in_parts(task, config))
         self.input_size = image_shape(train_data, config)
-        mixer = TargetMixer(config, check_classes(task.get_eval_model(), train_data))
+        mixer = TargetMixer(config, check_classes(task.get_eval_model(), val_data if config.unlabelled else train_data))
         self.checkpoint = find_resumed(config, self.accelerator)
         self.config = config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
@@ -104,6 +105,7 @@ class Trainer:
             self._resume(self.checkpoint)
         if self.accelerator.is_main_process:
             mark_launch(self.output)
+            remove_features(self.output)
         self.trackers = RunTrackers(self.accelerator, self.config, self.output, resumed=self.checkpoint is not None)
         self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
         self.progress = ProgressReporter(
@@ -114,7 +116,6 @@ class Trainer:
             if self.uploader:
                 self.uploader.start()
             self.update.settle(self.input_size)
-            fill_caches(self.caches, self.update, self.output, self.config)
             summary = self._train()
         finally:
             self.checkpoints.wait()
@@ -131,6 +132,8 @@ class Trainer:
         with self.progress, self.interrupt.listening():
             if self.checkpoint:
                 self.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
+            if state.epoch < config.epochs:
+                fill_caches(self.caches, self.update, self.output, config, self.progress.say)
             while state.epoch < config.epochs and not self.interrupt.agreed:
                 if self._train_epoch():
                     self._finish_epoch()
@@ -252,7 +255,8 @@ class Trainer:
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
         row = state.end_epoch(self._lr(), metrics)
         self.progress.say(
-            f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  top-1 "
+            f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  "
+            f"{'top-1' if self.saved.val_labelled else 'agreement with the deepest'} "
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
             + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
         self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
@@ -263,7 +267,7 @@ class Trainer:
         if is_best:
             state.best_top1 = top1
         if accelerator.is_main_process:
-            report_history(self.output, state.history)
+            report_history(self.output, state.history, self.saved.val_labelled)
         self._save_checkpoint()
         if self.uploader:
             self.uploader.finish_epoch(state.epoch, is_best, self.progress)
@@ -274,7 +278,7 @@ class Trainer:
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.saved.save_missing(self.eval_model, self.state.epoch, metrics)
-            report_history(self.output, self.state.history)
+            report_history(self.output, self.state.history, self.saved.val_labelled)
             answer = [self.saved.summarize(self.eval_model, metrics, self.state.epoch)]
         return broadcast_object_list(answer)[0]
 
