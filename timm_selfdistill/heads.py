@@ -9,6 +9,7 @@ from itertools import pairwise
 from math import log2, sqrt
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, SeparableConvNormAct
 from torch import Tensor, nn
@@ -158,6 +159,14 @@ def create_head(
     return made
 
 
+def move_alike(heads: nn.Module, backbone: nn.Module) -> None:
+    """Give heads the device, dtype and memory format of a backbone."""
+    like = next(p for p in backbone.parameters() if p.is_floating_point())
+    heads.to(device=like.device, dtype=like.dtype)
+    if any(p.ndim == 4 and _is_channels_last(p) for p in backbone.parameters()):
+        heads.to(memory_format=torch.channels_last)
+
+
 def check_output(output: Any, batch: int, num_classes: int, channels: int, where: str) -> tuple[Tensor, Tensor]:
     """The logits and the feature that a head returned.
 
@@ -199,3 +208,6 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0, sqrt(2 / fan_out))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

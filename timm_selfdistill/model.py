@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .cost import count_cost, default_input_size
-from .heads import HeadFactory, check_output, create_head, resize_feature
+from .heads import HeadFactory, check_output, create_head, move_alike, resize_feature
 from .hub import HubMixin, measured_rows
 from .output import BackboneOutput, SelfDistillOutput
 from .stages import check_logits, check_timm_classifier, explain_misfit, select_stages
@@ -88,10 +88,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             create_head(head, stage, self._last_stage, self.num_classes, self.head_args, type(model).__name__)
             for stage in self.stages)
 
-        like = next(p for p in model.parameters() if p.is_floating_point())
-        self.heads.to(device=like.device, dtype=like.dtype)
-        if any(p.ndim == 4 and _is_channels_last(p) for p in model.parameters()):
-            self.heads.to(memory_format=torch.channels_last)
+        move_alike(self.heads, model)
         self.training = model.training
         self.heads.train(model.training)
         if freeze_backbone:
@@ -298,7 +295,3 @@ class TruncatedModel(nn.Module, HubMixin):
     def rebuild(self, folder: Path) -> tuple[nn.Module, nn.Module]:
         head = None if isinstance(self.model.head, str) else self.model.head
         return self, SelfDistillModel.from_pretrained(folder, head=head)
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

@@ -85,3 +85,14 @@ class TrainState:
                 f" (batch_size times processes), this run has {own[1]} in batches of {own[0]}; resume with the same"
             )
         vars(self).update(state, global_batch=own[0], epoch_images=own[1])
+
+
+def diverged(what: str, newest: Path | None) -> FloatingPointError:
+    """The error of a run that cannot go on.
+
+    Args:
+        newest: checkpoint.
+    """
+    kept = f"{newest} stays" if newest else "there was no checkpoint yet"
+    return FloatingPointError(
+        f"{what}; {kept}; try a lower lr, clip_grad, or bfloat16 instead of float16")

@@ -32,7 +32,7 @@ from .progress import ProgressReporter
 from .run_directory import find_resumed, mark_launch, open_run, report_history, write_config
 from .saved_models import SavedModels
 from .snapshot import restore, take_snapshot
-from .state import TrainResult, TrainState
+from .state import TrainResult, TrainState, diverged
 from .tracking import RunTrackers, memory_gib
 from .update import Losses, create_updater
 from .upload import check_pushable, create_uploader
@@ -69,9 +69,8 @@ class Trainer:
         self.checkpoint = find_resumed(config, self.accelerator)
         self.config = config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
-        data = train_data, val_data
-        self.caches = [FeatureCache(part) for part in data] if config.cache_features else []
-        data = self.caches or data
+        self.caches = [FeatureCache(data) for data in (train_data, val_data)] if config.cache_features else []
+        data = self.caches or [train_data, val_data]
         self.batches = train_batches(data[0], config, self.accelerator)
         self.val_batches = ValBatches(data[1], config, self.accelerator)
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
@@ -236,12 +235,8 @@ class Trainer:
         for loss in losses:
             if not math.isfinite(loss):
                 self.checkpoints.wait()
-                newest = self.checkpoints.newest
-                kept = f"{newest} stays" if newest else "there was no checkpoint yet"
-                raise FloatingPointError(
-                    f"the {what} is {loss} at update {update} (epoch {self.state.epoch + 1}); {kept};"
-                    " try a lower lr, clip_grad, or bfloat16 instead of float16"
-                )
+                raise diverged(f"the {what} is {loss} at update {update} (epoch {self.state.epoch + 1})",
+                               self.checkpoints.newest)
 
     def _finish_epoch(self) -> None:
         """Evaluate, record and save, while the images of the next epoch are being loaded."""
