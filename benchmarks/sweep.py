@@ -55,7 +55,7 @@ def main() -> int:
     with progress.open("a") as file:
         for row in sweep(kind, left, args):
             done[row["name"]] = row
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" + json.dumps(row))  # on a line of its own, also after one that was cut short
             file.flush()
             print(f"{row['name']:<44}{row['seconds']:>7.1f} s  {row['error'] or 'passed'}", flush=True)
 

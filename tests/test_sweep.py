@@ -29,7 +29,7 @@ def test_small_networks_of_30_classes_pass_on_real_tensors(tmp_path):
 def test_a_sweep_goes_on_where_it_stopped_and_names_what_fails(tmp_path):
     progress = tmp_path / "meta.jsonl"
     rows = [{"name": "test_resnet", "error": None}, {"name": "test_vit", "error": "TimeoutError: took too long"}]
-    progress.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"name": "test_vi\n')  # cut off
+    progress.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"name": "test_vi')  # cut off
     names = ("test_resnet", "test_vit", "qwen3_vit_88m_enc")
     done = run_python("benchmarks/sweep.py", "--progress", progress, "--models", *names, "--workers", 1, check=False)
     assert done.returncode == 1
