@@ -53,9 +53,11 @@ def main() -> int:
     left = [name for name in names if name not in done]
     print(f"{len(names)} networks, {len(names) - len(left)} of them done before ({progress})")
     with progress.open("a") as file:
+        if file.tell():
+            file.write("\n")  # the last row may be cut off
         for row in sweep(kind, left, args):
             done[row["name"]] = row
-            file.write("\n" + json.dumps(row))  # on a line of its own, also after one that was cut short
+            file.write(json.dumps(row) + "\n")
             file.flush()
             print(f"{row['name']:<44}{row['seconds']:>7.1f} s  {row['error'] or 'passed'}", flush=True)
 
