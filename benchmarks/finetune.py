@@ -3,7 +3,7 @@
 EfficientNet-Lite0 with its ImageNet weights, fine-tuned on 2,000 images of Fashion-MNIST (the first 200 of each class)
 in four ways: "plain", the network alone; "dsn", with the shallow classifiers but no distillation; "deepest" and
 "ensemble", with distillation from either teacher, all else at its default. Each way has its learning rate chosen from
-the same three, by the deepest exit's top-1 on the next 200 images of each class, with seed 0; the lower of equals. With
+the same four, by the deepest exit's top-1 on the next 200 images of each class, with seed 0; the lower of equals. With
 it, each is trained with --rounds other seeds, and measured after the last epoch on the 10,000 test images. A seed sets
 the order and crops of the images and the backbone's new classifier, and the same seeds serve all ways, so that their
 differences are paired. Intervals are of 95 %, by Student's t over the seeds: the images are always the same.
@@ -62,7 +62,7 @@ LOSSES = {
     "deepest": SelfDistillLoss(),
     "ensemble": SelfDistillLoss(teacher="ensemble"),
 }
-LRS = [1e-3, 3e-3, 1e-2]
+LRS = [1e-3, 3e-3, 1e-2, 3e-2]
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Quantiles of Student's t by degrees of freedom."""
 Row = dict[str, Any]
