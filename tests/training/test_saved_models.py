@@ -21,7 +21,7 @@ class Images(list):
 
 def record(tmp_path, model: nn.Module | None = None, source=None, **config) -> dict:
     """Of a saved model."""
-    images = Images(range(7))
+    images = Images([(None, 0)] * 7)
     images.source = source
     saved = SavedModels(tmp_path / "run", TrainConfig(**config), Accelerator(cpu=True), images, (3, 32, 32))
     saved.val_images = 7  # as the evaluation counts them
@@ -74,7 +74,7 @@ def test_a_data_set_that_says_where_it_is_from(tmp_path):
 
 
 def test_a_plain_networks_record_is_where_timm_does_not_look(tmp_path):
-    saved = SavedModels(tmp_path, TrainConfig(), Accelerator(cpu=True), Images(), (3, 32, 32))
+    saved = SavedModels(tmp_path, TrainConfig(), Accelerator(cpu=True), Images([(None, 0)]), (3, 32, 32))
     saved.save("best", timm.create_model("test_resnet", num_classes=3), 1, METRICS[:1])
     config = json.loads((tmp_path / "best/config.json").read_text())
     assert config["metrics"]["exits"][0]["top1"] == 50.0
