@@ -5,9 +5,10 @@ in four ways: "plain", the network alone; "dsn", with the shallow classifiers bu
 "ensemble", with distillation from either teacher, all else at its default. Each way has its learning rate chosen from
 the same four, by the deepest exit's top-1 on the next 200 images of each class, with seed 0; the lower of equals. With
 it, each is trained with --rounds other seeds, and measured after the last epoch on the 10,000 test images. A seed sets
-the order and crops of the images and the backbone's new classifier, and the same seeds serve all ways, so that their
-differences are paired. That classifier begins with zeros: timm's random one is so large in EfficientNets that it spoils
-the features (the plain network ends three points lower). Intervals are of 95 %, by Student's t over the seeds: the images are always the same.
+the order and crops of the images and the heads, and the same seeds serve all ways, so that their differences are
+paired. The backbone's new classifier begins with zeros: timm's random one is so large in EfficientNets that it spoils
+the features (with it the plain network ends three points lower). Intervals are of 95 %, by Student's t over the seeds:
+the images are always the same.
 
     apt-get install dataset-fashion-mnist
     pip install -e ".[examples]"
