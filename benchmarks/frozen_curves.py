@@ -1,15 +1,12 @@
 """Accuracy over compute of early exit: our calibration, and what thresholds give on test images."""
-from functools import cache
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_selfdistill import EarlyExit, SelfDistillModel
-from timm_selfdistill.inference import calibration
-from timm_selfdistill.inference.calibration import Answers
+from timm_selfdistill.inference.calibration import Answers, Calibration, collect_logits
 from timm_selfdistill.inference.thresholds import ExitCosts, simulate
 
 BUDGETS = [step / 20 for step in range(5, 21)]
@@ -19,18 +16,13 @@ Thresholds = list[float | None]
 
 
 def our_curve(model: SelfDistillModel, calibration_data: Dataset, test_data: Dataset, seed: int) -> dict[str, Any]:
-    """`EarlyExit.calibrate` for every budget; logits and costs are the same each time and are kept."""
-    early_exit, loader = EarlyExit(model), batches(calibration_data)
-    first, _ = test_data[0]
-    costs = early_exit.find_costs("macs", first[None])
-    chosen = []
-    with (mock.patch.object(calibration, "collect_logits", cache(calibration.collect_logits)),
-          mock.patch.object(early_exit, "find_costs", return_value=costs)):
-        for budget in BUDGETS:
-            report = early_exit.calibrate(loader, max_macs=budget * costs.plain, seed=seed)
-            chosen.append(report.thresholds)
-    logits, labels, _ = calibration.collect_logits(model, batches(test_data))
-    return measure(Answers.of(logits, labels, torch.arange(len(labels)), report.temperatures, "confidence"),
+    """What `EarlyExit.calibrate` finds for every budget."""
+    early_exit = EarlyExit(model)
+    calibration = Calibration(model, early_exit.policy, batches(calibration_data), early_exit.find_costs, seed)
+    costs = calibration.costs("macs")
+    chosen = [calibration.find({"max_macs": budget * costs.plain}).thresholds for budget in BUDGETS]
+    logits, labels, _ = collect_logits(model, batches(test_data))
+    return measure(Answers.of(logits, labels, torch.arange(len(labels)), calibration.temperatures, early_exit.policy),
                    chosen, costs)
 
 

@@ -1,6 +1,6 @@
 """After training: early exit."""
 from .batch_run import EarlyExitOutput
-from .calibration import CalibrationReport
+from .calibration_report import CalibrationReport
 from .early_exit import EarlyExit
 
 __all__ = ["CalibrationReport", "EarlyExit", "EarlyExitOutput"]

@@ -1,14 +1,15 @@
 """Temperatures and thresholds from data that the network has not seen in training."""
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from ..cost import measure_speedups
 from ..model import SelfDistillModel
+from .calibration_report import CalibrationReport
 from .policy import find_policy
 from .settings import check_images
 from .thresholds import EVERYBODY, ExitCosts, OperatingPoint, find_curve, simulate
@@ -21,54 +22,6 @@ MARGIN = 2.0
 """Standard errors by which a promise must be kept on the images that thresholds are found on. There are two sources of
 error, these images and those that check it."""
 BUDGETS = ("max_accuracy_drop", "max_macs", "min_speedup")
-
-
-@dataclass
-class CalibrationReport:
-    """What calibration found. Accuracies are in per cent, and those of images that had no part in finding it."""
-
-    budget: dict[str, float]
-    """What was asked for."""
-    met: bool
-    """Whether that holds on the last part of the data."""
-    accuracy: float
-    plain_accuracy: float
-    """Of the deepest exit, for all images."""
-    shares: list[float]
-    """Of the images, per exit; they sum to 1."""
-    macs: float
-    """Mean multiply-adds of an image."""
-    plain_macs: float
-    speedup: float | None
-    """Expected from the measured times of the exits; only where `min_speedup` was asked for."""
-    ece_before: list[float]
-    ece_after: list[float]
-    """Expected calibration error of every exit without and with its temperature, 0 to 1."""
-    policy: str
-    thresholds: list[float | None]
-    temperatures: list[float]
-    images: list[int]
-    """Of the three parts: for temperatures, for thresholds, and for all of the above."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __rich__(self) -> Table:
-        (name, value), = self.budget.items()
-        met = "met" if self.met else "NOT MET"
-        table = Table(
-            title=f"{name} {value:g}: {met} on {self.images[2]} images", title_justify="left",
-            caption=f"top-1 {self.accuracy:.2f} %, plain network {self.plain_accuracy:.2f} %; "
-                    f"{self.macs / 1e6:,.1f} M multiply-adds, {self.macs / self.plain_macs:.1%} of the plain network's"
-                    + (f"; {self.speedup:.2f}x as fast" if self.speedup else ""), caption_justify="left")
-        for column in ("exit", "images", "threshold", "temperature", "ECE before", "ECE after"):
-            table.add_column(column, justify="right")
-        for exit, share in enumerate(self.shares):
-            threshold = self.thresholds[exit] if exit < len(self.thresholds) else None
-            table.add_row(
-                str(exit), f"{share:.1%}", "" if threshold is None else f"{threshold:.4f}",
-                f"{self.temperatures[exit]:.3f}", f"{self.ece_before[exit]:.3f}", f"{self.ece_after[exit]:.3f}")
-        return table
 
 
 def collect_logits(
@@ -132,42 +85,63 @@ def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     return float(gaps.abs().sum() / len(labels))
 
 
-def calibrate(
-        model: SelfDistillModel, policy: str, loader: Iterable[tuple[Tensor, Tensor]],
-        find_costs: Callable[[str, Tensor], ExitCosts], budget: dict[str, float | None], seed: int,
-) -> CalibrationReport:
-    """See `EarlyExit.calibrate`.
+class Calibration:
+    """What all exits say to some images, from which the thresholds for any budget follow: `EarlyExit.calibrate`.
 
     Args:
+        loader: gives (images (B, C, H, W), class indices (B,)).
         find_costs: of "macs" or "time", the latter measured on some images.
-        budget: of `BUDGETS`, one of which is a number.
+        seed: of the split into three parts.
     """
-    budget = check_budget(budget)
-    logits, labels, images = collect_logits(model, loader)
-    check_labels(labels)
-    parts = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tensor_split(3)
-    temperatures = [fit_temperature(part[parts[0]], labels[parts[0]]) for part in logits]
-    data = [Answers.of(logits, labels, part, temperatures, policy) for part in parts]
 
-    macs = find_costs("macs", images)
-    costs = find_costs("time", images) if "min_speedup" in budget else macs
-    point = choose_point(find_curve(data[1].sureness, data[1].right, costs), data[1], costs, budget)
-    check = data[2]
-    exits, macs_each = simulate(check.sureness, point.thresholds, macs)
-    _, cost_each = simulate(check.sureness, point.thresholds, costs)
-    accuracy = float(check.right.gather(0, exits[None]).double().mean())
-    found = OperatingPoint(point.thresholds, accuracy, float(cost_each.mean()))
-    return CalibrationReport(
-        budget=budget, met=is_met(found, check.plain_accuracy, costs, budget), accuracy=100 * accuracy,
-        plain_accuracy=100 * check.plain_accuracy,
-        shares=[float((exits == exit).double().mean()) for exit in range(len(logits))],
-        macs=float(macs_each.mean()), plain_macs=macs.plain,
-        speedup=costs.plain / found.cost if "min_speedup" in budget else None,
-        ece_before=[calibration_error(part[parts[2]].softmax(1), labels[parts[2]]) for part in logits],
-        ece_after=[calibration_error((part[parts[2]] / temperature).softmax(1), labels[parts[2]])
-                   for part, temperature in zip(logits, temperatures)],
-        policy=policy, temperatures=temperatures, images=[len(part) for part in parts],
-        thresholds=[to_threshold(value, policy, model.num_classes) for value in point.thresholds])
+    def __init__(
+            self, model: SelfDistillModel, policy: str, loader: Iterable[tuple[Tensor, Tensor]],
+            find_costs: Callable[[str, Tensor], ExitCosts], seed: int):
+        self.logits, self.labels, images = collect_logits(model, loader)
+        check_labels(self.labels)
+        self.policy, self.classes = policy, model.num_classes
+        self.parts = torch.randperm(
+            len(self.labels), generator=torch.Generator().manual_seed(seed)).tensor_split(3)
+        first = self.parts[0]
+        self.temperatures = [fit_temperature(part[first], self.labels[first]) for part in self.logits]
+        self.costs = cache(lambda unit: find_costs(unit, images))
+        self.curve = cache(self._find_curve)
+
+    def find(self, budget: dict[str, float]) -> CalibrationReport:
+        """The thresholds for one of `BUDGETS`, see `check_budget`, and what they keep of it on the last part."""
+        unit = "time" if "min_speedup" in budget else "macs"
+        macs, costs = self.costs("macs"), self.costs(unit)
+        point = choose_point(self.curve(unit), self._answers(1), costs, budget)
+        check = self._answers(2)
+        exits, macs_each = simulate(check.sureness, point.thresholds, macs)
+        _, cost_each = simulate(check.sureness, point.thresholds, costs)
+        accuracy = float(check.right.gather(0, exits[None]).double().mean())
+        found = OperatingPoint(point.thresholds, accuracy, float(cost_each.mean()))
+        ece_before, ece_after = self._calibration_errors()
+        return CalibrationReport(
+            budget=budget, met=is_met(found, check.plain_accuracy, costs, budget), accuracy=100 * accuracy,
+            plain_accuracy=100 * check.plain_accuracy,
+            shares=[float((exits == exit).double().mean()) for exit in range(len(self.logits))],
+            macs=float(macs_each.mean()), plain_macs=macs.plain,
+            speedup=costs.plain / found.cost if unit == "time" else None,
+            ece_before=ece_before, ece_after=ece_after,
+            policy=self.policy, temperatures=self.temperatures, images=[len(part) for part in self.parts],
+            thresholds=[to_threshold(value, self.policy, self.classes) for value in point.thresholds])
+
+    def _find_curve(self, unit: str) -> list[OperatingPoint]:
+        data = self._answers(1)
+        return find_curve(data.sureness, data.right, self.costs(unit))
+
+    def _answers(self, part: int) -> "Answers":
+        return Answers.of(self.logits, self.labels, self.parts[part], self.temperatures, self.policy)
+
+    def _calibration_errors(self) -> tuple[list[float], list[float]]:
+        """Of every exit on the last part, without and with its temperature."""
+        rows = self.parts[2]
+        return tuple(
+            [calibration_error((part[rows] / temperature).softmax(1), self.labels[rows])
+             for part, temperature in zip(self.logits, temperatures)]
+            for temperatures in ([1.0] * len(self.logits), self.temperatures))
 
 
 def to_threshold(sureness: float | None, policy: str, classes: int) -> float | None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..cost import default_input_size
 from ..model import SelfDistillModel
 from .batch_run import BatchRun, EarlyExitOutput
-from .calibration import CalibrationReport, calibrate, macs_of_exits, times_of_exits
+from .calibration import Calibration, check_budget, macs_of_exits, times_of_exits
+from .calibration_report import CalibrationReport
 from .policy import find_policy
 from .row_dropping import Route, StageHook, find_route
 from .settings import check_images, check_temperatures, check_thresholds
@@ -135,8 +136,9 @@ class EarlyExit:
                 labels out of range; the model is in training mode.
         """
         _check_mode(self._parts)
-        budget = {"max_accuracy_drop": max_accuracy_drop, "max_macs": max_macs, "min_speedup": min_speedup}
-        report = calibrate(self.model, self.policy, loader, self.find_costs, budget, seed)
+        budget = check_budget(
+            {"max_accuracy_drop": max_accuracy_drop, "max_macs": max_macs, "min_speedup": min_speedup})
+        report = Calibration(self.model, self.policy, loader, self.find_costs, seed).find(budget)
         if report.met:
             self.thresholds, self.temperatures = report.thresholds, report.temperatures
             self.model.early_exit = report.to_dict()
