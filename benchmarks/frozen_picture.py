@@ -4,17 +4,16 @@
 """
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
+from intervals import mean_interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 BUDGETS = [0.75, 0.5, 0.35]
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""The 97.5 % quantile of the t-distribution by degrees of freedom."""
 LINES = {"ours": "tab:blue", "ours, linear": "tab:cyan", "earlyon": "tab:orange", "earlyon, 20 epochs": "tab:red"}
 Row = dict[str, Any]
 
@@ -50,8 +49,8 @@ def interval(values: list[float]) -> tuple[float, float]:
     """The 95 % t-interval of the mean."""
     if len(values) < 2:
         return float("-inf"), float("inf")
-    half = STUDENT[len(values) - 1] * stdev(values) / len(values) ** 0.5
-    return mean(values) - half, mean(values) + half
+    middle, half = mean_interval(values)
+    return middle - half, middle + half
 
 
 def static_networks(rows: list[Row]) -> dict[str, tuple[float, float]]:

@@ -27,8 +27,6 @@ Finished parts are kept in --folder: a run that was stopped goes on where it was
 """
 import argparse
 import io
-import json
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -41,10 +39,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from earlyon.models import custom_ee
+from fashion_mnist import read_idx
 from frozen_curves import batches, our_curve, top1
 from frozen_earlyon import earlyon_curve, train_exits
 from frozen_picture import compare, draw, print_table
 from hardware import create_parser, write_json
+from json_lines import append_line, read_lines
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
@@ -80,13 +80,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     args.folder.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(args.folder / "rows.jsonl")
+    rows = read_lines(args.folder / "rows.jsonl")
     for network, seed, method in parts(args):
         if not any((row["network"], row["seed"], row["method"]) == (network, seed, method) for row in rows):
             row = {"network": network, "seed": seed, "method": method, **measure_method(network, seed, method, args)}
             rows.append(row)
-            with (args.folder / "rows.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(args.folder / "rows.jsonl", row)
             print(f"{network}, seed {seed}, {method}: exits "
                   + " ".join(f"{value:.2f}" for value in row["exit_top1"]), flush=True)
     comparisons = compare(rows)
@@ -95,11 +94,6 @@ def main() -> None:
                 if key.endswith(("images", "epochs")) or key == "batch_size"}
     write_json(args.output, args.device, [{**settings, "seeds": args.rounds}, *rows, *comparisons])
     draw(Path(args.output), Path(args.picture))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def parts(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
@@ -139,7 +133,6 @@ def measure_method(network: str, seed: int, method: str, args: argparse.Namespac
 
 def load_data(size: int, in_chans: int, seed: int, args: argparse.Namespace) -> Data:
     """Images (C, size, size) from -1 to 1; training and calibration images are drawn from the training file."""
-    read_idx = runpy.run_path(str(EXAMPLES / "data/make_fashion_mnist.py"))["read_idx"]
     order = torch.randperm(60000, generator=torch.Generator().manual_seed(seed))
     train, calibration = order.split([args.train_images, 60000 - args.train_images])
     rows = {"train": ("train", train), "calibration": ("train", calibration[:args.calibration_images]),
