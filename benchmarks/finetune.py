@@ -90,7 +90,7 @@ def main() -> None:
 def describe(phase: str, method: str, lr: float, seed: int, args: argparse.Namespace) -> Row:
     """What tells a run from another."""
     return {"phase": phase, "method": method, "lr": lr, "seed": seed, "epochs": args.epochs,
-            "batch_size": args.batch_size, "img_size": args.img_size}
+            "batch_size": args.batch_size, "img_size": args.img_size, "classifier": "zeros"}
 
 
 def complete(runs: list[Row], pretrained: str, args: argparse.Namespace) -> list[Row]:

@@ -95,6 +95,7 @@ def main() -> None:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    memory_ratio = step_memory(name, args) / inference_memory(name, args)  # while nothing else is on the device
     data = images(name, args)
     model = create(name, args).to(args.device).train()
     features = [(model.forward_backbone(x.to(args.device)), y.to(args.device)) for x, y in batches(data, args)]
@@ -120,7 +121,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {**{f"{key}_ms": median(values) for key, values in times.items()},
             "frozen_ratio": median_ratio(times["frozen"], expected),
             "cached_ratio": median_ratio(times["cached"], times["heads_update"]),
-            "memory_ratio": step_memory(model, args) / inference_memory(model.backbone, args)}
+            "memory_ratio": memory_ratio}
 
 
 def create(name: str, args: argparse.Namespace) -> SelfDistillModel:
@@ -172,13 +173,16 @@ def epoch(model: SelfDistillModel, data: Dataset, args: argparse.Namespace, cach
         return 1000 / trainer.rate
 
 
-def inference_memory(backbone: nn.Module, args: argparse.Namespace) -> float:
+def inference_memory(name: str, args: argparse.Namespace) -> float:
+    backbone = create(name, args).backbone.to(args.device).eval()
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     with torch.no_grad():
         return peak_memory(backbone, lambda: backbone(x), args)
 
 
-def step_memory(model: SelfDistillModel, args: argparse.Namespace) -> float:
+def step_memory(name: str, args: argparse.Namespace) -> float:
+    """Of a step as `Trainer` makes it: forward, loss, backward, update."""
+    model = create(name, args).to(args.device).train()
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     y = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
     criterion, optimizer = SelfDistillLoss(), torch.optim.SGD(model.heads.parameters(), lr=0.01, momentum=0.9)

@@ -19,12 +19,13 @@ Row = dict[str, Any]
 
 
 def compare(rows: list[Row]) -> list[Row]:
-    """Means over the seeds at each budget, and ours less earlyon's, paired by seed, with its 95 % t-interval."""
+    """Means over the seeds at each budget that a method can keep, and ours less earlyon's, paired by seed, with its 95 % t-interval."""
     comparisons = []
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]
         for budget in BUDGETS:
-            by_seed = {method: {row["seed"]: at_share(row["points"], budget) for row in own if row["method"] == method}
+            by_seed = {method: {row["seed"]: at_share(row["points"], budget) for row in own
+                                if row["method"] == method and min(point["share"] for point in row["points"]) <= budget}
                        for method in LINES}
             differences = {
                 method: [ours - by_seed[method][seed] for seed, ours in by_seed["ours"].items()
@@ -32,10 +33,27 @@ def compare(rows: list[Row]) -> list[Row]:
             comparisons.append({
                 "network": network, "budget": budget,
                 "top1": {method: mean(found.values()) for method, found in by_seed.items() if found},
-                "ours_less": {method: {"mean": mean(values), "interval": interval(values), "by_seed": values}
-                              for method, values in differences.items() if values},
+                "ours_less": {method: describe(values) for method, values in differences.items() if values},
                 "static": best_static(own, budget)})
     return comparisons
+
+
+def compare_static(rows: list[Row]) -> list[Row]:
+    """Ours less each smaller network, at that one's share of the multiply-adds; likewise."""
+    comparisons = []
+    ours = {(row["network"], row["seed"]): row["points"] for row in rows if row["method"] == "ours"}
+    for network, method in dict.fromkeys((row["network"], row["method"]) for row in rows):
+        if method not in LINES:
+            points = {row["seed"]: row["points"][0] for row in rows
+                      if (row["network"], row["method"]) == (network, method)}
+            values = [at_share(ours[network, seed], point["share"]) - point["top1"] for seed, point in points.items()]
+            share = mean(point["share"] for point in points.values())
+            comparisons.append({"network": network, "static": method, "share": share, "ours_less": describe(values)})
+    return comparisons
+
+
+def describe(values: list[float]) -> Row:
+    return {"mean": mean(values), "interval": interval(values), "by_seed": values}
 
 
 def at_share(points: list[dict[str, float]], share: float) -> float:
@@ -69,7 +87,7 @@ def best_static(rows: list[Row], budget: float) -> Row | None:
     return max(found, key=lambda network: network["top1"], default=None)
 
 
-def print_table(comparisons: list[Row]) -> None:
+def print_table(comparisons: list[Row], static: list[Row]) -> None:
     for row in comparisons:
         print(f"{row['network']} at {row['budget']:.0%}: "
               + ", ".join(f"{method} {top1:.2f}" for method, top1 in row["top1"].items()))
@@ -78,6 +96,10 @@ def print_table(comparisons: list[Row]) -> None:
             print(f"    ours less {method}: {difference['mean']:+.2f} [{low:+.2f}, {high:+.2f}]")
         if row["static"]:
             print("    static: {network}, {top1:.2f} at {share:.0%}".format(**row["static"]))
+    for row in static:
+        low, high = row["ours_less"]["interval"]
+        print(f"{row['network']}: ours less {row['static']} at its {row['share']:.2%}: {row['ours_less']['mean']:+.2f}"
+              f" [{low:+.2f}, {high:+.2f}]")
 
 
 def draw(results: Path, picture: Path) -> None:

@@ -42,7 +42,7 @@ from earlyon.models import custom_ee
 from fashion_mnist import read_idx
 from frozen_curves import batches, our_curve, top1
 from frozen_earlyon import earlyon_curve, train_exits
-from frozen_picture import compare, draw, print_table
+from frozen_picture import compare, compare_static, draw, print_table
 from hardware import create_parser, write_json
 from json_lines import append_line, read_lines
 from timm.task import ClassificationTask, TrainingTask
@@ -88,11 +88,11 @@ def main() -> None:
             append_line(args.folder / "rows.jsonl", row)
             print(f"{network}, seed {seed}, {method}: exits "
                   + " ".join(f"{value:.2f}" for value in row["exit_top1"]), flush=True)
-    comparisons = compare(rows)
-    print_table(comparisons)
+    comparisons, static = compare(rows), compare_static(rows)
+    print_table(comparisons, static)
     settings = {key: value for key, value in vars(args).items()
                 if key.endswith(("images", "epochs")) or key == "batch_size"}
-    write_json(args.output, args.device, [{**settings, "seeds": args.rounds}, *rows, *comparisons])
+    write_json(args.output, args.device, [{**settings, "seeds": args.rounds}, *rows, *comparisons, *static])
     draw(Path(args.output), Path(args.picture))
 
 
@@ -159,7 +159,9 @@ def load_backbone(network: str, seed: int, data: Data, args: argparse.Namespace)
     settings, path = NETWORKS[network], args.folder / f"{network}-{seed}.pt"
     if not path.exists():
         model = create_pretrained() if settings["pretrained"] else create(network, settings["in_chans"])
-        torch.save(train_plain(model, data, seed, args, settings["pretrained"]).state_dict(), path)
+        model = train_plain(model, data, seed, args, settings["pretrained"])
+        torch.save(model.state_dict(), path.with_suffix(".new"))  # a kill leaves no half of a file
+        path.with_suffix(".new").rename(path)
     model = create(network, settings["in_chans"])
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.to(memory_format=torch.channels_last)

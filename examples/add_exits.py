@@ -39,8 +39,10 @@ def main() -> int:
     config = TrainConfig(output=args.output, epochs=args.epochs, batch_size=args.batch_size, opt="adamw", lr=1e-3,
                          unlabelled=True, cache_features=True, settings={"model": args.model, "pretrained": True})
     result = Trainer(task, *images.transformed(data_config, no_aug=True), config).fit()
-    if result.summary:
-        print_exits(Console(soft_wrap=True), summary_title(result.summary), result.summary["exits"])
+    if result.interrupted_by:
+        print(f"stopped by {result.interrupted_by.name}; the exits so far are in {result.output}/last")
+        return 128 + result.interrupted_by
+    print_exits(Console(soft_wrap=True), summary_title(result.summary), result.summary["exits"])
     return 0
 
 

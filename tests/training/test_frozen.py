@@ -1,6 +1,8 @@
 """Exits on a backbone that must not change: what stays, what learns, and from whom."""
 import copy
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from timm.task import ClassificationTask
 from torch.utils.data import Subset
 
 from timm_selfdistill import (
+    SelfDistillModel,
     SelfDistillTask,
     TrainConfig,
     Trainer,
@@ -17,6 +20,7 @@ from timm_selfdistill import (
     wrap_self_distill,
 )
 from timm_selfdistill.hub import read_metrics
+from timm_selfdistill.training.feature_cache import FOLDER
 from timm_selfdistill.training.metrics import ExitMetrics, deciding_top1
 
 from ..conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
@@ -109,7 +113,7 @@ def test_cached_features_give_the_same_result(settings, few, tmp_path):
     heads, other = (run.eval_model.heads.state_dict() for run in (seen, cached))
     for key, value in heads.items():
         torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5)
-    assert not (tmp_path / "cached/features").exists()
+    assert not (tmp_path / "cached" / FOLDER).exists()
     assert [row["top1_exit_0"] for row in seen.state.history] == [row["top1_exit_0"] for row in cached.state.history]
 
 
@@ -193,7 +197,7 @@ def test_a_disk_that_is_too_small_for_the_cache(few, tmp_path, monkeypatch):
     message = r"the features of the images take \d+ MB, and .* has 1 MB free \(.*\); leave out cache_features, or"
     with pytest.raises(OSError, match=message):
         fit(frozen_model(), few, tmp_path, cache_features=True)
-    assert not (tmp_path / "features").exists()
+    assert not (tmp_path / FOLDER).exists()
     assert (tmp_path / "last").exists()
 
 
@@ -204,15 +208,42 @@ def test_a_disk_that_fills_up_before_there_is_room_for_the_cache(few, tmp_path, 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(OSError, match=r"features of the images take .* \(No space left on device\)"):
         fit(frozen_model(), few, tmp_path, cache_features=True)
-    assert not (tmp_path / "features").exists()
+    assert not (tmp_path / FOLDER).exists()
 
 
 def test_a_run_that_was_killed_leaves_no_features(few, tmp_path):
     run = fit(frozen_model(), few, tmp_path, epochs=1)
-    (run.output / "features/train").mkdir(parents=True)
-    (run.output / "features/train/0.bin").write_bytes(b"left")
+    (run.output / FOLDER / "train").mkdir(parents=True)
+    (run.output / FOLDER / "train/0.bin").write_bytes(b"left")
     fit(frozen_model(), few, tmp_path, epochs=2, resume="latest")
-    assert not (run.output / "features").exists()
+    assert not (run.output / FOLDER).exists()
+
+
+def test_a_folder_of_the_users_own_stays(few, tmp_path):
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/mine.txt").write_text("mine")
+    fit(frozen_model(), few, tmp_path, epochs=1, cache_features=True)
+    assert (tmp_path / "features/mine.txt").read_text() == "mine"
+
+
+def test_a_signal_while_the_backbone_looks_at_the_images(few, tmp_path):
+    """It is heeded before the next batch; the run goes on afterwards as if nothing had been."""
+    def forward(x):
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(len(x))
+        return SelfDistillModel.forward_backbone(model, x)
+
+    whole = fit(frozen_model(), few, tmp_path / "whole", epochs=1, cache_features=True)
+    model, seen = frozen_model(), []
+    trainer = Trainer(SelfDistillTask(model), *few, TrainConfig(
+        output=str(tmp_path / "run"), epochs=1, batch_size=40, workers=0, warmup_epochs=0, seed=0, cache_features=True))
+    model.forward_backbone = forward
+    result = trainer.fit()
+    assert result.interrupted_by == signal.SIGTERM
+    assert seen == [1, 1, 40]  # an image of each data set tells the shapes
+    assert not (tmp_path / "run" / FOLDER).exists()
+    resumed = fit(frozen_model(), few, tmp_path / "run", epochs=1, cache_features=True, resume="latest")
+    assert equal(*(dict(run.eval_model.heads.state_dict()) for run in (whole, resumed)))
 
 
 def test_a_cache_is_the_images_before_and_after_a_run(few, tmp_path):
@@ -222,7 +253,7 @@ def test_a_cache_is_the_images_before_and_after_a_run(few, tmp_path):
     trainer.fit()
     assert trainer.evaluate() == trainer.metrics
     assert [metric.exit for metric in before] == [metric.exit for metric in trainer.metrics]
-    assert "features" not in Path("/proc/self/maps").read_text()
+    assert FOLDER not in Path("/proc/self/maps").read_text()
 
 
 def test_layer_decay_of_a_frozen_backbone(few, tmp_path):

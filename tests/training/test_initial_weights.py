@@ -76,8 +76,10 @@ def test_what_is_no_checkpoint(tmp_path, trained):
     with pytest.raises(FileNotFoundError, match="is no file"):
         create(tmp_path)
     whole = write(tmp_path, trained.state_dict(), ".safetensors").read_bytes()
-    broken = {"cut.safetensors": whole[:5000], "empty.pth": b"", "text.pth": b"hello", "cut.pth": whole[:99],
-              "empty.safetensors": b""}
+    torch.save(trained.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    legacy = (tmp_path / "legacy.pth").read_bytes()
+    broken = {"junk.pth": b"junk", "legacy.pth": legacy[:29], "cut.safetensors": whole[:5000],
+              "empty.pth": b"", "text.pth": b"hello", "cut.pth": whole[:99], "empty.safetensors": b""}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"cannot read the checkpoint .*{name}"):

@@ -1,6 +1,7 @@
 """Exits that learn without labels, from the deepest classifier alone."""
 import copy
 
+import datasets
 import pytest
 import torch
 from timm.task import ClassificationTask
@@ -94,6 +95,34 @@ def test_a_part_of_images_without_labels(tmp_path):
     parts = [Subset(part, range(20)) for part in data]
     run = fit(frozen_model(), parts, tmp_path / "run", unlabelled=True, batch_size=20, epochs=1)
     assert run.metrics[-2].top1 == 100
+
+
+def test_images_alone_in_a_folder_for_each_split(tmp_path):
+    """`datasets` makes classes of the folders' names, which are no labels."""
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        for index in range(3):
+            picture("L").save(tmp_path / split / f"{index}.png")
+    images = load_images(tmp_path, unlabelled=True)
+    assert (images.label_column, images.class_names, len(images.train), len(images.val)) == (None, [], 3, 3)
+    with pytest.raises(ValueError, match="has no label column .* a folder needs one subfolder per class, at least 2"):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize(("labels", "column", "warned"), [
+    ([None] * 4, None, False), ([-1] * 4, None, False), ([0, 1, None, 1], None, True), ([0, -1, 1, 0], None, True),
+    ([0, 1, 1, 0], "label", False)])
+def test_labels_that_are_there_in_part(labels, column, warned, fashion, recwarn):
+    rows = fashion.train.select(range(4)).remove_columns("label")
+    rows = rows.add_column("label", labels, feature=datasets.ClassLabel(names=["a", "b"]))
+    assert load_images({"train": rows, "test": rows}, unlabelled=True).label_column == column
+    assert any("some of the 4 validation images have no label" in str(found.message) for found in recwarn) == warned
+
+
+def test_a_network_of_fewer_classes_than_the_labels(fashion):
+    images = load_images({"train": fashion.train, "test": fashion.val}, unlabelled=True, num_classes=7)
+    with pytest.warns(UserWarning, match=r"are of other classes \(10: T-shirt/top, ...\) than the network's \(7\)"):
+        assert images.fitting_labels(7).label_column is None
 
 
 def test_images_without_labels_in_a_run_that_needs_them(few, without_labels, tmp_path):

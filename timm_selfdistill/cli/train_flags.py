@@ -76,7 +76,7 @@ def _add_model(group: Any) -> None:
     group.add_argument("--pretrained", action=_BOOLEAN, default=False,
                        help="start from the model's pretrained weights")
     group.add_argument("--pretrained-path", metavar="FILE",
-                       help="start from a checkpoint as if it were the pretrained weights, with a new classifier")
+                       help="start from a checkpoint of the same network, but with a new classifier")
     group.add_argument("--initial-checkpoint", metavar="FILE",
                        help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it")
     group.add_argument("--drop", type=float, help="dropout rate (default: the model's)")

@@ -114,4 +114,3 @@ def try_updates(
         del held
     finally:
         set_random_states(states)
-

@@ -243,7 +243,18 @@ def _read(source: Any, name: str | None, train_split: str, streaming: bool) -> M
             raise FileNotFoundError(
                 f"{path} holds no images; expected one subfolder per class, or parquet or arrow files") from error
         raise FileNotFoundError(f"{source} is no folder or file here, and no data set on the Hub: {error}") from error
-    return loaded if isinstance(loaded, Mapping) else {train_split: loaded}
+    splits = loaded if isinstance(loaded, Mapping) else {train_split: loaded}
+    return _without_split_names(splits, path) if path.is_dir() and len(splits) > 1 else splits
+
+
+def _without_split_names(splits: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Images alone in a folder for each split, of which `datasets` makes class names."""
+    folders = {path.name for path in folder.iterdir() if path.is_dir()}
+    return {
+        name: rows.remove_columns([
+            column for column, feature in (rows.features or {}).items()
+            if isinstance(feature, datasets.ClassLabel) and set(feature.names) <= folders])
+        for name, rows in splits.items()}
 
 
 def _describe(source: Any, name: str | None, split: str) -> dict[str, Any]:

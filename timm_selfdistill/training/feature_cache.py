@@ -1,7 +1,7 @@
 """What a frozen backbone gives for a data set, kept in files, so that it runs once."""
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from errno import ENOSPC
 from functools import partial
 from itertools import chain
@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from ..output import BackboneOutput
 from .accelerator import ask_main_process
 from .config import TrainConfig
+from .interrupt import InterruptRequest
 from .loading import loader_settings
+from .progress import ProgressReporter
 from .update import Updater
 
-FOLDER = "features"
+FOLDER = ".features"
 """In the run directory."""
 
 
@@ -74,16 +76,25 @@ class FeatureCache(Dataset):
         return [TensorFile(str(folder / f"{index}.bin"), len(self), tuple(value.shape[1:]), value.dtype)
                 for index, value in enumerate(first)]
 
-    def fill(self, update: Updater, files: list[TensorFile], config: TrainConfig) -> None:
-        """Run the backbone over the images; call it on every process, each does its part."""
+    def fill(
+            self, update: Updater, files: list[TensorFile], config: TrainConfig, progress: ProgressReporter,
+            interrupt: InterruptRequest,
+    ) -> None:
+        """Run the backbone over the images, unless all agree to stop; call it on every process, each does its part."""
         rank, world = update.accelerator.process_index, update.accelerator.num_processes
         settings = loader_settings(config, update.accelerator) | {"persistent_workers": False}
         loader = DataLoader(Subset(self.data, range(rank, len(self), world)), config.batch_size, **settings)
-        tensors, begin = [file.open() for file in files], rank
-        for batch in loader:
-            for tensor, value in zip(tensors, self._compute(update, *batch)):
-                tensor[begin::world][:len(value)] = value
-            begin += world * len(batch[0])
+        tensors, begin, batches = [file.open() for file in files], rank, iter(loader)
+        for step in range(-(-len(self) // (world * config.batch_size))):
+            batch = next(batches, None)  # none at the last step where other processes have one image more
+            if batch is not None:
+                for tensor, value in zip(tensors, self._compute(update, *batch)):
+                    tensor[begin::world][:len(value)] = value
+                begin += world * len(batch[0])
+            progress.count("features of", min(begin, len(self)), len(self))
+            interrupt.agree(step)
+            if interrupt.agreed:
+                return
         update.accelerator.wait_for_everyone()
         self.files, self.tensors = files, tensors
 
@@ -99,9 +110,11 @@ class FeatureCache(Dataset):
 
 
 def fill_caches(
-        caches: list[FeatureCache], update: Updater, output: Path, config: TrainConfig, say: Callable[[str], None],
+        caches: list[FeatureCache], update: Updater, output: Path, config: TrainConfig, progress: ProgressReporter,
+        interrupt: InterruptRequest,
 ) -> None:
-    """Fill those of training and validation images; the files lie in the run directory, which every process must see.
+    """Fill those of training and validation images, unless all processes agree to stop; the files lie in the run
+    directory, which every process must see.
 
     Raises:
         OSError: the disk is too small.
@@ -112,22 +125,24 @@ def fill_caches(
     plans = [cache.plan(update, folder / name) for cache, name in zip(caches, ("train", "val"))]
     files = list(chain(*plans))
     ask_main_process(update.accelerator, partial(_create, folder, files))
-    say(f"the backbone looks at {sum(map(len, caches)):,} images; their features take"
-        f" {sum(file.bytes for file in files) / 1e6:,.0f} MB in {folder} until the run ends")
+    progress.say(f"the backbone looks at {sum(map(len, caches)):,} images; their features take"
+                 f" {sum(file.bytes for file in files) / 1e6:,.0f} MB in {folder} until the run ends")
     for cache, plan in zip(caches, plans):
-        cache.fill(update, plan, config)
+        if not interrupt.agreed:
+            cache.fill(update, plan, config, progress, interrupt)
+    progress.restart_clock()
 
 
 def drop_caches(caches: list[FeatureCache], output: Path, accelerator: Accelerator) -> None:
     """Remove the files, at the end of a run."""
     for cache in caches:
         cache.empty()
-    if accelerator.is_main_process:
+    if caches and accelerator.is_main_process:
         remove_features(output)
 
 
 def remove_features(output: Path) -> None:
-    """Also those that a run left which was killed."""
+    """Also those that a killed run left."""
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 

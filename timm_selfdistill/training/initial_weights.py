@@ -1,5 +1,6 @@
 """The weights that a run begins with."""
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,11 @@ from timm.models import load_state_dict
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, TypeError,
+              LookupError, AttributeError)
+"""What timm and torch raise at files that are no checkpoint."""
 SHOWN = 3
 """Tensors that an error names."""
-
-
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, TypeError, LookupError,
-              AttributeError)
-"""What timm and torch raise at files that are no checkpoint."""
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = False) -> None:

@@ -1,4 +1,5 @@
 """Label columns: class indices with names."""
+import warnings
 from typing import Any
 
 import datasets
@@ -31,11 +32,23 @@ def label_splits(
 def label_val(
         val: datasets.Dataset, column: str | None, num_classes: int | None,
 ) -> tuple[datasets.Dataset, str | None, list[str]]:
-    """Validation images, the only ones whose labels are looked at, with label column and class names, if they have any
-    labels that are not kept secret."""
-    if column is None or set(val.unique(column)) == {NO_LABEL}:
+    """Validation images, the only ones whose labels are looked at, with label column and class names, if all of them
+    have labels, and none that are kept secret.
+
+    Args:
+        num_classes: of the network; labels of more classes than it has are for `ImageSplits.fitting_labels` to judge.
+    """
+    if column is None:
         return val, None, []
-    val = encode_labels(val, column, num_classes=num_classes)
+    values = set(val.unique(column))
+    if values & {NO_LABEL, None}:
+        if len(values - {NO_LABEL, None}):
+            warnings.warn(f"some of the {len(val)} validation images have no label: the labels of the others are not"
+                          " used, agreement with the deepest classifier is measured", stacklevel=3)
+        return val, None, []
+    val = encode_labels(val, column)
+    if num_classes and num_classes > len(val.features[column].names):
+        val = encode_labels(val, column, num_classes=num_classes)
     class_names = val.features[column].names
     check_labels(val, column, len(class_names), "validation")
     return val, column, class_names

@@ -54,6 +54,17 @@ class ProgressReporter:
             updates = f"{self.done_updates}/{self.total_updates}"
             self.say(f"epoch {epoch + 1}/{epochs}  {updates}  {text}  left {self.time_left()}")
 
+    def count(self, what: str, done: int, total: int) -> None:
+        """Show how far something is that comes before the updates; without a terminal like `note`."""
+        text = f"{what} {done:,}/{total:,} images"
+        self.bar.update(self.task, description=text)
+        if not self.live and time.perf_counter() - self.last_line > PLAIN_LINE_SECONDS:
+            self.say(text)
+
+    def restart_clock(self) -> None:
+        """From here on updates alone take time, of which `time_left` tells."""
+        self.began = time.perf_counter()
+
     def say(self, line: str) -> None:
         """Print one line."""
         self.last_line = time.perf_counter()

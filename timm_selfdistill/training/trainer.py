@@ -104,7 +104,8 @@ class Trainer:
             self._resume(self.checkpoint)
         if self.accelerator.is_main_process:
             mark_launch(self.output)
-            remove_features(self.output)
+            if self.checkpoint:
+                remove_features(self.output)
         self.trackers = RunTrackers(self.accelerator, self.config, self.output, resumed=self.checkpoint is not None)
         self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
         self.progress = ProgressReporter(
@@ -132,7 +133,7 @@ class Trainer:
             if self.checkpoint:
                 self.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
             if state.epoch < config.epochs:
-                fill_caches(self.caches, self.update, self.output, config, self.progress.say)
+                fill_caches(self.caches, self.update, self.output, config, self.progress, self.interrupt)
             while state.epoch < config.epochs and not self.interrupt.agreed:
                 if self._train_epoch():
                     self._finish_epoch()
