@@ -19,7 +19,8 @@ Row = dict[str, Any]
 
 
 def compare(rows: list[Row]) -> list[Row]:
-    """Means over the seeds at each budget that a method can keep, and ours less earlyon's, paired by seed, with its 95 % t-interval."""
+    """Means over the seeds at each budget that a method can keep, and ours less earlyon's, paired by seed, with its
+    95 % t-interval."""
     comparisons = []
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]
