@@ -1,0 +1,78 @@
+"""Images in memory for runs of a minute: drawn class by class, moved by a pixel while they train."""
+from functools import cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from fashion_mnist import read_idx
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import RandomCrop
+
+TYPEFACES = Path("output/typefaces")
+DATA = {"families": 100, "characters": 62, "fashion": 10}
+"""Classes of each data set: `typefaces.py` makes the first two, the third is Fashion-MNIST."""
+FASHION_VALIDATION = 10_000
+"""The last images of the training file."""
+
+
+class Images(Dataset):
+    """Images (1, 32, 32) from -1 to 1, with class indices.
+
+    Args:
+        moved: by up to a pixel in each direction, anew each time that an image is read.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, moved: bool):
+        self.pixels, self.labels = pixels, labels.tolist()
+        self.crop = RandomCrop(32, padding=1, fill=-1.0) if moved else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.pixels[index]
+        return image if self.crop is None else self.crop(image), self.labels[index]
+
+
+def load_training(data: str, per_class: int | None, seed: int) -> Images:
+    """So many images of each class, or all where there are fewer; None takes all."""
+    pixels, labels = read_split(data, "train")
+    if per_class is not None:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        rows = torch.cat([order[labels[order] == label][:per_class] for label in range(DATA[data])])
+        pixels, labels = pixels[rows], labels[rows]
+    return Images(pixels, labels, moved=True)
+
+
+def load_measured(data: str, split: str) -> Images:
+    """All images of "validation" or "test"."""
+    return Images(*read_split(data, split), moved=False)
+
+
+@cache
+def read_split(data: str, split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 32, 32) from -1 to 1, and class indices (N,)."""
+    pixels, labels = _read_fashion(split) if data == "fashion" else _read_typefaces(data, split)
+    edge = (32 - pixels.shape[-1]) // 2
+    pixels = np.pad(pixels, ((0, 0), (edge, edge), (edge, edge)))
+    return torch.from_numpy(pixels)[:, None].float() / 127.5 - 1, torch.from_numpy(labels).long()
+
+
+def _read_typefaces(data: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    path = TYPEFACES / data / f"{split}.parquet"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; make it with python benchmarks/typefaces.py")
+    rows = datasets.Dataset.from_parquet(str(path))
+    return np.stack([np.asarray(image) for image in rows["image"]]), np.array(rows["label"])
+
+
+def _read_fashion(split: str) -> tuple[np.ndarray, np.ndarray]:
+    prefix = "t10k" if split == "test" else "train"
+    pixels = read_idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+    labels = read_idx(f"{prefix}-labels-idx1-ubyte.gz", 8)
+    if split == "test":
+        return pixels, labels
+    end = len(labels) - FASHION_VALIDATION
+    return (pixels[:end], labels[:end]) if split == "train" else (pixels[end:], labels[end:])
