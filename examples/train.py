@@ -3,6 +3,7 @@
     python examples/train.py                                    # resnet18 on the images in examples/data
     python examples/train.py --data-dir FOLDER --model resnet50 --pretrained --epochs 30
     python examples/train.py --config recipes/cifar100_resnet18.yaml
+    python examples/train.py --method kd --kd-model-name local-dir:RUN/best
     torchrun --nproc_per_node 2 examples/train.py               # or: accelerate launch examples/train.py
 """
 import os

@@ -124,6 +124,16 @@ def test_teachers_that_do_not_fit(teacher, tmp_path):
         build("--method", "at", "--kd-model-name", f"local-dir:{tmp_path / 'channels'}")
 
 
+def test_a_teacher_of_other_class_names_is_warned_of(tmp_path):
+    model, student = small_backbone(in_chans=1), small_backbone(in_chans=1)
+    for network, names in ((model, "abcdefghij"), (student, "abdcefghij")):
+        model_data_config(network, 32, 1, class_names=list(names))
+    hub.save_timm_model(model, tmp_path)
+    args = parse("--method", "kd", "--kd-model-name", f"local-dir:{tmp_path}")
+    with pytest.warns(UserWarning, match=r"class 2 is 'c' for the teacher local-dir:.* and 'd' in the data"):
+        create_task(args, student, lambda: None)
+
+
 def test_a_command_on_two_processes_and_a_word_where_the_teacher_is_missing(teacher, tmp_path):
     images = load_images(EMBEDDED)
     images.train.select(range(133)).to_parquet(tmp_path / "train.parquet")

@@ -1,5 +1,6 @@
 """What examples/train.py can train with: --method, the flags that go with it, and the task that they make."""
 import argparse
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..cost import default_input_size
 from ..loss import SelfDistillLoss
 from ..model import wrap_self_distill
 from ..task import SelfDistillTask
-from ..training.preprocessing import create_backbone, model_data_config
+from ..training.preprocessing import create_backbone, model_data_config, own_class_names
 from .program import parse_exit
 
 METHODS = {
@@ -121,7 +122,7 @@ def create_task(
 
 
 def create_teacher(name: str, student: nn.Module) -> nn.Module:
-    """A trained timm model for the images of a student, frozen.
+    """A trained timm model for the images of a student, frozen; a warning says where their classes have other names.
 
     Args:
         name: of a timm model with pretrained weights, local-dir:FOLDER or hf-hub:ID.
@@ -135,6 +136,11 @@ def create_teacher(name: str, student: nn.Module) -> nn.Module:
                          " train it first and give local-dir:FOLDER, best/ of its run")
     teacher = create_backbone(name, default_input_size(student)[-1], pretrained=True)
     check_teacher(student, teacher)
+    names, own = own_class_names(teacher), own_class_names(student)
+    if names and own and names != own:
+        index = next(i for i, pair in enumerate(zip(names, own)) if len(set(pair)) > 1)
+        warnings.warn(f"class {index} is {names[index]!r} for the teacher {name} and {own[index]!r} in the data; they"
+                      " must mean the same classes in the same order", stacklevel=2)
     return _alike(teacher, student).requires_grad_(False).eval()
 
 
