@@ -167,7 +167,7 @@ def test_attention_is_compared_at_the_students_size_and_equal_maps_have_a_gradie
 
 
 def test_mutual_learning_gives_each_network_the_gradient_of_its_own_loss():
-    """L_1 = CE(z_1) + KL(p_2 || p_1), L_2 = CE(z_2) + KL(p_1 || p_2), arXiv:1706.00384, equations 5 and 6."""
+    """L_1 = CE(z_1) + KL(p_2 || p_1), L_2 = CE(z_2) + KL(p_1 || p_2), arXiv:1706.00384."""
     task = MutualLearningTask(small_backbone(), small_backbone(), distill_loss_weight=0.6)
     z1, z2 = leaf(BATCH, CLASSES), leaf(BATCH, CLASSES)
     task.trainable_module = Given(z1, z2)
@@ -179,7 +179,7 @@ def test_mutual_learning_gives_each_network_the_gradient_of_its_own_loss():
 
 
 def test_knowledge_synergy_is_of_every_ordered_pair_of_classifiers():
-    """sum_i CE(z_i) + w sum_(i != j) KL(p_j || p_i), arXiv:1906.00675, section 3.2."""
+    """sum_i CE(z_i) + w sum_(i != j) KL(p_j || p_i), arXiv:1906.00675, and the authors' code."""
     logits = [leaf(BATCH, CLASSES) for _ in range(3)]
     output = SelfDistillOutput(tuple(logits), tuple(leaf(BATCH, 5, 1, 1) for _ in range(3)))
     expected = sum(cross_entropy(z) for z in logits) + 0.3 * sum(
