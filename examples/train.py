@@ -1,34 +1,29 @@
-"""Train a self-distilled timm model, or with --baseline the plain one.
+"""Train a self-distilled timm model, or with --method the plain one or one by another kind of distillation.
 
     python examples/train.py                                    # resnet18 on the images in examples/data
     python examples/train.py --data-dir FOLDER --model resnet50 --pretrained --epochs 30
     python examples/train.py --config recipes/cifar100_resnet18.yaml
+    python examples/train.py --method kd --kd-model-name local-dir:RUN/best
     torchrun --nproc_per_node 2 examples/train.py               # or: accelerate launch examples/train.py
 """
 import os
 import shlex
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from timm.task import ClassificationTask
-from torch import nn
 
-from timm_selfdistill import (
-    SelfDistillLoss,
-    SelfDistillTask,
-    Trainer,
-    load_images,
-    model_data_config,
-    wrap_self_distill,
-)
+from timm_selfdistill import Trainer, load_images, model_data_config
 from timm_selfdistill.cli import (
+    EXIT_METHODS,
     NOT_UPLOADED,
     check_frozen_flags,
+    check_method_flags,
+    create_task,
     parse_args,
-    parse_exit,
     run,
     train_config,
     train_parser,
@@ -43,6 +38,7 @@ def main() -> int:
     args = parse_args(train_parser(__doc__.splitlines()[0], default_data=str(Path(__file__).parent / "data")))
     config = train_config(args)
     check_frozen_flags(args)
+    check_method_flags(args)
 
     images = load_images(
         args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
@@ -51,11 +47,12 @@ def main() -> int:
     torch.manual_seed(config.seed)
     # A network that stays as it is keeps its own channels, classes and size, unless flags say otherwise.
     frozen = args.freeze_backbone and (args.pretrained or args.initial_checkpoint)
-    backbone = create_backbone(
-        args.model, args.img_size, pretrained=args.pretrained,
+    create = partial(
+        create_backbone, args.model, args.img_size, pretrained=args.pretrained,
         in_chans=args.in_chans or (None if frozen else images.in_chans),
         num_classes=args.num_classes or (None if args.unlabelled else images.num_classes), drop_rate=args.drop,
         drop_path_rate=args.drop_path, initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path)
+    backbone = create()
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
     if args.unlabelled:
@@ -73,14 +70,7 @@ def main() -> int:
         "cutout": args.cutout}
     train_data, val_data = images.transformed(data_config, interpolation=args.train_interpolation, **augmentation)
 
-    if args.baseline:
-        task = ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)
-    else:
-        exits = [parse_exit(exit) for exit in args.exits] if args.exits else None
-        model = wrap_self_distill(backbone, exits=exits, head=args.head, freeze_backbone=args.freeze_backbone)
-        hint = None if args.hint == "none" else args.hint
-        loss = SelfDistillLoss(args.temperature, args.alpha, args.beta, hint=hint, teacher=args.teacher)
-        task = SelfDistillTask(model, loss)
+    task = create_task(args, backbone, create)
     trainer = Trainer(task, train_data, val_data, config)
     result = trainer.fit()
 
@@ -101,9 +91,9 @@ def main() -> int:
 def next_lines(output: Path, args: Namespace) -> str:
     lines = [f"run directory: {output}  (summary.json, exits.png, curves.png, best/, last/)", "next, in Python:"]
     lines += [f"  timm.create_model('local-dir:{output}/best', pretrained=True)   # plain timm"]
-    if not args.baseline:
+    if args.method in EXIT_METHODS:
         lines += [f"  SelfDistillModel.from_pretrained('{output}/best')               # all exits"]
-        if "--resume" not in sys.argv and not args.freeze_backbone:
+        if args.method == "self-distill" and "--resume" not in sys.argv and not args.freeze_backbone:
             no_push = ["--no-push-to-hub"] if args.push_to_hub else []  # it would take the model's place
             lines += ["or train the plain network, to compare:",
                       f"  {same_command('--baseline', '--output', f'{output}-baseline', *no_push)}"]

@@ -129,7 +129,9 @@ def test_a_batch_size_is_a_number_or_auto(tmp_path):
      "(--train-crop-mode rkrc, --aa rand-m5); add --no-aug"),
     (["--no-freeze-backbone", "--cache-features"], "--cache-features is for exits on a network that stays as it is"),
     (["--no-freeze-backbone", "--unlabelled"], "--unlabelled is for exits on a network that stays as it is; give --fr"),
-    (["--baseline"], "--baseline trains the plain network, and --freeze-backbone keeps it"),
+    (["--baseline"], "--method plain trains the network itself, and --freeze-backbone keeps it"),
+    (["--method", "dml"], "--method dml trains the network itself, and --freeze-backbone keeps it"),
+    (["--method", "dsn", "--unlabelled"], "--method dsn learns from labels, and --unlabelled has none; leave one out"),
     (["--pretrained-path", "a"], "begins with a new classifier, which --freeze-backbone would keep random; give --in"),
     (["--num-classes", "0"], "--num-classes must be at least 1, got 0"),
 ])

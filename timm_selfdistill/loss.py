@@ -95,7 +95,7 @@ class SelfDistillLoss(nn.Module):
                 f"expected a SelfDistillOutput, got {type(output).__name__}; in eval mode model(x) gives only the"
                 " deepest logits: use model.forward_exits(x)"
             )
-        logits = torch.stack([_full_precision(z) for z in output.logits])
+        logits = torch.stack([full_precision(z) for z in output.logits])
         distill, hint = self._distill(logits), self._hint(output.features)
         label = self._label(logits, target) if target is not None else torch.zeros_like(distill)
         return {
@@ -123,14 +123,12 @@ class SelfDistillLoss(nn.Module):
             teacher, students = (logits / len(logits)).sum(0), logits
         else:
             teacher, students = logits[-1], logits[:-1]
-        log_p = F.log_softmax(_shifted(teacher.detach()) / self.temperature, dim=-1)
-        log_q = F.log_softmax(_shifted(students) / self.temperature, dim=-1)
-        return F.kl_div(log_q, log_p.expand_as(log_q), reduction="sum", log_target=True) / log_p.shape[0]
+        return divergence(teacher, students, self.temperature)
 
     def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
         if self.hint is None:
-            return _full_precision(features[-1]).new_zeros(())
-        features = [_full_precision(f) for f in features]
+            return full_precision(features[-1]).new_zeros(())
+        features = [full_precision(f) for f in features]
         if self.hint == "pooled":
             features = [f.mean((2, 3)) for f in features]
         teacher = features[-1].detach()
@@ -141,7 +139,20 @@ class SelfDistillLoss(nn.Module):
                 f" teacher={self.teacher!r}")
 
 
-def _full_precision(x: Tensor) -> Tensor:
+def divergence(teacher: Tensor, students: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p_teacher || p_student) at a temperature, the mean over the batch and the sum over the students.
+
+    Args:
+        teacher: logits (B, K), which get no gradient.
+        students: logits (B, K), or (S, B, K) of several.
+    """
+    log_p = F.log_softmax(_shifted(teacher.detach()) / temperature, dim=-1)
+    log_q = F.log_softmax(_shifted(students) / temperature, dim=-1)
+    return F.kl_div(log_q, log_p.expand_as(log_q), reduction="sum", log_target=True) / log_p.shape[0]
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half precision as float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -23,7 +23,7 @@ from ..training import load_images
 from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
 from ..training.summary import exit_costs, exit_speedups, merge_rows, model_name
-from .train_flags import parse_exit
+from .program import parse_exit
 
 BUDGET_NOT_MET = 1
 """Exit code of a calibration that could not keep what was asked for."""

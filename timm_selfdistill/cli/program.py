@@ -1,6 +1,7 @@
 """What every program of the package does: errors in one line, and exit codes."""
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,6 +39,11 @@ def run(main: Callable[[], int | None]) -> None:
 def printable(text: str) -> str:
     """A text that may come from outside, without characters that could steer a terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def parse_exit(exit: str) -> int | str:
+    """A number, or a name."""
+    return int(exit) if re.fullmatch("-?[0-9]{1,9}", exit) else exit
 
 
 class Parser(argparse.ArgumentParser):

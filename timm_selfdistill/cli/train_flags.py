@@ -1,6 +1,5 @@
 """Flags of a training run: timm's names, and YAML files of them."""
 import argparse
-import re
 import sys
 import warnings
 from dataclasses import fields
@@ -12,6 +11,7 @@ from ..training import TrainConfig
 from ..training.augmentation import CROP_MODES
 from ..training.config import CHOICES, SCHEDULES
 from .config_file import read_flags
+from .methods import EXIT_METHODS, add_method_flags
 from .program import Parser
 
 _BOOLEAN = argparse.BooleanOptionalAction
@@ -26,6 +26,7 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
     _add_data(parser.add_argument_group("data"), default_data)
     _add_augmentation(parser.add_argument_group("augmentation"))
     _add_model(parser.add_argument_group("model"))
+    add_method_flags(parser.add_argument_group("method"))
     _add_distillation(parser.add_argument_group("self distillation"))
     _add_config(parser.add_argument_group("training"))
     return parser
@@ -97,8 +98,6 @@ def _add_distillation(group: Any) -> None:
     group.add_argument("--teacher", choices=["deepest", "ensemble"], default="deepest",
                        help="classifier, or the mean of all logits")
     group.add_argument("--freeze-backbone", action=_BOOLEAN, default=False, help="only the shallow classifiers learn")
-    group.add_argument("--baseline", action=_BOOLEAN, default=False,
-                       help="train the plain model in the same loop instead")
 
 
 def check_frozen_flags(args: argparse.Namespace) -> None:
@@ -113,8 +112,11 @@ def check_frozen_flags(args: argparse.Namespace) -> None:
                              " --freeze-backbone, too")
     if args.num_classes is not None and args.num_classes < 1:
         raise ValueError(f"--num-classes must be at least 1, got {args.num_classes}")
-    if args.freeze_backbone and args.baseline:
-        raise ValueError("--baseline trains the plain network, and --freeze-backbone keeps it as it is; leave one out")
+    if args.freeze_backbone and args.method not in EXIT_METHODS:
+        raise ValueError(f"--method {args.method} trains the network itself, and --freeze-backbone keeps it as it is;"
+                         " leave one out")
+    if args.unlabelled and args.method != "self-distill":
+        raise ValueError(f"--method {args.method} learns from labels, and --unlabelled has none; leave one out")
     if args.freeze_backbone and args.pretrained_path:
         raise ValueError("--pretrained-path begins with a new classifier, which --freeze-backbone would keep random;"
                          " give --initial-checkpoint instead")
@@ -161,11 +163,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or action.default is False or action.default in ("", ()):
             return action.help
         return super()._get_help_string(action)
-
-
-def parse_exit(exit: str) -> int | str:
-    """A number, or a name."""
-    return int(exit) if re.fullmatch("-?[0-9]{1,9}", exit) else exit
 
 
 def int_or_auto(value: str) -> int | str:

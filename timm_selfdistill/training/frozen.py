@@ -1,4 +1,5 @@
-"""Runs in which the backbone is frozen: its heads alone learn, are averaged and kept in checkpoints."""
+"""Runs in which a network is frozen: the backbone, whose heads alone learn, are averaged and kept in checkpoints, or a
+teacher beside the student."""
 import hashlib
 import warnings
 
@@ -26,21 +27,28 @@ def trained_part(model: nn.Module) -> nn.Module:
     return model.heads if is_frozen(model) else model
 
 
+def frozen_part(task: TrainingTask) -> nn.Module | None:
+    """The network that stays as it is: a frozen backbone, or the teacher of a task that has one."""
+    model = task.get_trainable_module()
+    return model.backbone if is_frozen(model) else getattr(task, "teacher", None)
+
+
 def trained_state(task: TrainingTask) -> dict[str, Tensor]:
-    """The state of a task, without a frozen backbone's."""
-    state, model = task.state_dict(), task.get_trainable_module()
-    if not is_frozen(model):
+    """The state of a task, without that of its frozen network."""
+    state, network = task.state_dict(), frozen_part(task)
+    if network is None:
         return state
-    frozen = tuple(f"{name}." for name, part in task.named_modules() if part is model.backbone)
+    frozen = tuple(f"{name}." for name, part in task.named_modules() if part is network)
     return {key: value for key, value in state.items() if not key.startswith(frozen)}
 
 
-def frozen_digest(model: nn.Module) -> str:
-    """SHA-256 of a frozen backbone, which a checkpoint holds in its place; "" where nothing is frozen."""
-    if not is_frozen(model):
+def frozen_digest(task: TrainingTask) -> str:
+    """SHA-256 of the frozen network, which a checkpoint holds in its place; "" where nothing is frozen."""
+    network = frozen_part(task)
+    if network is None:
         return ""
     digest = hashlib.sha256()
-    for key, value in model.backbone.state_dict().items():
+    for key, value in network.state_dict().items():
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

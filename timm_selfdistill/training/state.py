@@ -32,7 +32,7 @@ class TrainState:
     epoch_images: int
     """Images of an epoch."""
     backbone: str = ""
-    """SHA-256 of a frozen one, which checkpoints do not hold."""
+    """SHA-256 of a frozen one, or of a teacher, which checkpoints do not hold."""
     epoch: int = 0
     images: int = 0
     """Images of this epoch that are behind us, over all processes."""
@@ -76,8 +76,9 @@ class TrainState:
         """Raise ValueError where a run cannot go on with this frozen backbone, or an epoch that was begun with other
         batches or data cannot be finished with these."""
         if state.get("backbone", "") != self.backbone:
-            raise ValueError("the checkpoint is of heads on a frozen backbone, which had other weights than this one;"
-                             " resume with the model and the pretrained weights that the run began with")
+            raise ValueError("the checkpoint is of a run with a teacher or a frozen backbone, which had other weights"
+                             " than this one; resume with the model, the teacher and the pretrained weights that the"
+                             " run began with")
         saved, own = ((place["global_batch"], place["epoch_images"]) for place in (state, vars(self)))
         if state["images"] and saved != own:
             raise ValueError(

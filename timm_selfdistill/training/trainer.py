@@ -76,10 +76,10 @@ class Trainer:
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
+        self.state = TrainState(self.batches.global_batch, self.batches.epoch_images, frozen_digest(task))
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         check_pushable(config, self.eval_model)
         self.output = open_run(config, self.accelerator, self.checkpoint)
-        self.state = TrainState(self.batches.global_batch, self.batches.epoch_images, frozen_digest(self.eval_model))
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint_hist)
         self.interval = Interval(config.checkpoint_interval)
         self.interrupt = InterruptRequest(self.accelerator)

@@ -1,0 +1,170 @@
+"""Every method through the `Trainer`: what is trained, kept, evaluated and saved."""
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from timm.task import LogitDistillationTask, TrainingTask
+from torch import nn
+from torch.utils.data import Subset
+
+from timm_selfdistill import SelfDistillModel, SelfDistillTask, TrainConfig
+from timm_selfdistill.baselines import (
+    AttentionTransferTask,
+    FitNetTask,
+    KnowledgeSynergyLoss,
+    MutualLearningTask,
+    deep_supervision_loss,
+)
+from timm_selfdistill.training.checkpoint import list_checkpoints
+from timm_selfdistill.training.optimizer import create_optimizer
+
+from ..conftest import small_backbone, small_model
+from ..training.test_trainer import fit, interrupt_after, same_weights
+
+TASKS: dict[str, Callable[[], TrainingTask]] = {
+    "dsn": lambda: SelfDistillTask(small_model(in_chans=1), deep_supervision_loss()),
+    "kd": lambda: LogitDistillationTask(
+        small_backbone(in_chans=1), small_backbone(in_chans=1).requires_grad_(False), nn.CrossEntropyLoss()),
+    "fitnet": lambda: FitNetTask(small_backbone(in_chans=1), small_backbone(in_chans=1)),
+    "at": lambda: AttentionTransferTask(small_backbone(in_chans=1), small_backbone(in_chans=1)),
+    "dml": lambda: MutualLearningTask(small_backbone(in_chans=1), small_backbone(in_chans=1)),
+    "dks": lambda: SelfDistillTask(small_model(in_chans=1), KnowledgeSynergyLoss()),
+}
+WITH_TEACHER, WITH_EXITS = ("kd", "fitnet", "at"), ("dsn", "dks")
+
+
+@pytest.fixture
+def few(fashion_tensors):
+    return Subset(fashion_tensors[0], range(60)), Subset(fashion_tensors[1], range(30))
+
+
+def make(method: str) -> TrainingTask:
+    torch.manual_seed(0)
+    return TASKS[method]()
+
+
+@pytest.mark.parametrize("method", TASKS)
+def test_a_run_saves_a_plain_timm_model_and_leaves_the_teacher_alone(method, few, tmp_path):
+    task = make(method)
+    teacher = getattr(task, "teacher", None)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()} if teacher else {}
+    result, _ = fit(tmp_path, few, task, epochs=1, model_ema=True, model_ema_decay=0.5)
+
+    evaluated = task.get_eval_model(ema=True)
+    evaluated = getattr(evaluated, "module", evaluated)
+    network = evaluated.backbone if method in WITH_EXITS else evaluated
+    same_weights(timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True), network, rtol=0, atol=0)
+    assert len(result.summary["exits"]) == (5 if method in WITH_EXITS else 1)
+    if method in WITH_EXITS:
+        assert SelfDistillModel.from_pretrained(tmp_path / "best").exits == evaluated.exits
+    else:
+        assert {"train_task_loss", "train_kd_loss"} <= result.history[0].keys()
+        assert type(task.get_eval_model()) is type(network) is type(small_backbone())
+
+    (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
+    kept = load_file(checkpoint / "model.safetensors")
+    assert not any(name.startswith("teacher.") for name in kept)
+    assert (teacher is not None) == (method in WITH_TEACHER)
+    assert all(torch.equal(value, before[name]) for name, value in (teacher.state_dict() if teacher else {}).items())
+    extra = {"fitnet": "trainable_module.projection.weight", "dml": "trainable_module.peer.fc.weight"}
+    assert method not in extra or extra[method] in kept
+
+
+@pytest.mark.parametrize("method", ["fitnet", "dml"])
+def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(method, few, tmp_path, monkeypatch):
+    changes = {"batch_size": 20, "opt": "adamw", "lr": 1e-3, "mixup": 0.2, "smoothing": 0.1}
+    undisturbed, task = fit(tmp_path / "a", few, make(method), **changes)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        fit(tmp_path / "b", few, make(method), **changes)
+    resumed, again = fit(tmp_path / "b", few, make(method), resume="latest", **changes)
+    same_weights(task, again, rtol=0, atol=0)  # the regressor and the peer, too
+    assert resumed.history == undisturbed.history
+
+
+def test_a_run_is_not_gone_on_with_under_another_teacher(few, tmp_path):
+    fit(tmp_path, few, make("at"), epochs=1)
+    task = make("at")
+    with torch.no_grad():
+        task.teacher.model.conv1[0].weight.mul_(2)
+    with pytest.raises(ValueError, match="of a run with a teacher .* other weights than this one; resume with"):
+        fit(tmp_path, few, task, epochs=2, resume="latest")
+
+
+@pytest.mark.parametrize("method", ["kd", "fitnet", "at", "dml"])
+def test_the_optimizer_and_the_modes_of_training(method):
+    task = make(method).train()
+    names = {name.split(".")[0] for name, p in task.named_parameters() if p.requires_grad}
+    assert names == {"trainable_module"}
+    if method in WITH_TEACHER:
+        assert not any(part.training for part in task.teacher.modules())
+        assert {id(p) for p in task.teacher.parameters()}.isdisjoint(map(id, task.trainable_module.parameters()))
+
+
+@pytest.mark.parametrize("method", ["fitnet", "at", "dml"])
+def test_learning_rates_by_layer_know_all_that_learns(method):
+    module = make(method).get_trainable_module()
+    matcher = module.group_matcher()
+    groups = {name: matcher(name) for name, _ in module.named_parameters()}
+    first, last = groups["student.conv1.0.weight"], groups["student.fc.weight"]
+    assert first < last == groups.get("projection.weight", last) == groups.get("peer.fc.weight", last)
+    optimizer = create_optimizer(module, TrainConfig(layer_decay=0.7))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups)
+
+
+@pytest.mark.parametrize("method", ["fitnet", "at", "dml"])
+def test_distributed_and_compiled_as_timm_does_it(method, tmp_path):
+    task, x, y = make(method).train(), torch.randn(4, 1, 32, 32), torch.arange(4)
+    student = task.get_eval_model()
+    expected = student.eval()(x)
+    task.compile(backend="eager")
+    torch.testing.assert_close(task.get_eval_model()(x), expected)
+    task.train()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        task.prepare_distributed()
+        for _ in range(2):  # the second pass fails where parameters of the first had no gradient
+            task(x, y)["loss"].backward()
+    finally:
+        dist.destroy_process_group()
+    assert all(p.grad is not None for p in student.parameters())
+    state = task.get_checkpoint_state()
+    assert set(state["state_dict"]) == set(small_backbone().state_dict())
+    assert set(state.get("task_state", {})) == {"fitnet": {"projection"}, "dml": {"peer"}}.get(method, set())
+    make(method).load_checkpoint_state(state["state_dict"], state.get("task_state"))
+
+
+def test_networks_that_do_not_fit_are_refused():
+    network = small_backbone()
+    with pytest.raises(ValueError, match=r"the teacher \(ResNet\) has 7 classes, the student \(ResNet\) 10; take"):
+        FitNetTask(network, small_backbone(num_classes=7))
+    with pytest.raises(ValueError, match="the teacher .* has 1 image channels, the student .* 3;"):
+        AttentionTransferTask(network, small_backbone(in_chans=1))
+    with pytest.raises(ValueError, match="the peer .* has 7 classes"):
+        MutualLearningTask(network, small_backbone(num_classes=7))
+    with pytest.raises(ValueError, match="student and peer have the same weights"):
+        MutualLearningTask(network, network)
+    with pytest.raises(TypeError, match="expected a timm model, got torch.nn.modules.linear.Linear"):
+        FitNetTask(network, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"level 2 \(layer2\) of ResNet is 1/8 .* VisionTransformer 1/16; take a teac"):
+        FitNetTask(network, small_backbone("test_vit"))
+    with pytest.raises(ValueError, match=r"distill_loss_weight must be a number >= 0, got -1"):
+        FitNetTask(network, small_backbone(), distill_loss_weight=-1)
+    with pytest.raises(ValueError, match=r"distill_loss_weight must be a number >= 0, got nan"):
+        KnowledgeSynergyLoss(float("nan"))
+
+
+def test_attention_goes_from_a_transformer_to_a_convolutional_network():
+    task = AttentionTransferTask(small_backbone(), small_backbone("test_vit", img_size=64)).train()
+    result = task(torch.randn(2, 3, 64, 64), torch.arange(2))
+    assert 0 < result["kd_loss"] < 1
+
+
+def test_networks_of_other_numbers_of_stages_are_refused():
+    student, teacher = small_backbone(), small_backbone()
+    teacher.feature_info = teacher.feature_info[2:]
+    with pytest.raises(ValueError, match=r"ResNet has 4 stages to compare \(level 1 \(layer1\), .* 3 \(level .* many"):
+        AttentionTransferTask(student, teacher)

@@ -1,0 +1,46 @@
+"""Attention transfer (AT), ICLR 2017, arXiv:1612.03928."""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..loss import LabelLoss
+from .feature_maps import FeatureMapTask, pair_stages
+
+
+class AttentionTransferTask(FeatureMapTask):
+    """A student learns where its teacher's features are strong, beside the labels.
+
+    With the attention Q = vec(sum_c A_c^2) of a feature map A, over the stages j and a mean over batch and positions::
+
+        loss = task_loss_weight * CE(z, y)  +  distill_loss_weight * sum_j mean (Q_S/||Q_S|| - Q_T/||Q_T||)^2
+
+    That is the authors' code. Equation 2 has beta/2 times the norm, not squared, which has no gradient where the maps
+    are equal; the square has. The stages are those of `stages.choose_exits`, one by one; where the sizes differ the
+    teacher's attention is interpolated to the student's.
+
+    Args:
+        student, teacher, criterion, task_loss_weight: as of `FeatureMapTask`.
+        distill_loss_weight: of the attention; 1000 is the authors'.
+
+    Raises:
+        TypeError: one of the models is no timm model.
+        ValueError: their classes, channels or numbers of stages do not fit, or a weight is out of its range.
+    """
+
+    def __init__(
+            self, student: nn.Module, teacher: nn.Module, criterion: LabelLoss | None = None,
+            distill_loss_weight: float = 1000.0, task_loss_weight: float = 1.0):
+        pairs = pair_stages(student, teacher)
+        super().__init__(student, teacher, pairs, None, criterion, distill_loss_weight, task_loss_weight)
+
+    def compare_maps(self, maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
+        return sum(F.mse_loss(attention(own), attention(teacher, own.shape[2:]))
+                   for own, teacher in zip(maps, teacher_maps, strict=True))
+
+
+def attention(feature: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """The attention (B, H * W), of unit length, in a feature map (B, D, H, W), at another size (H, W) where one is
+    given."""
+    strength = feature.square().sum(1, keepdim=True)
+    if size is not None and strength.shape[2:] != size:
+        strength = F.interpolate(strength, size, mode="bilinear")
+    return F.normalize(strength.flatten(1))

@@ -1,0 +1,38 @@
+"""Deeply-supervised knowledge synergy (DKS), CVPR 2019, arXiv:1906.00675."""
+from torch import Tensor
+
+from ..loss import LabelLoss, SelfDistillLoss, divergence
+from ..output import SelfDistillOutput
+
+
+class KnowledgeSynergyLoss(SelfDistillLoss):
+    """Every classifier learns from the labels and from every other classifier.
+
+    For the classifiers i = 1..C of a `SelfDistillModel`::
+
+        loss = sum_i label_loss(z_i, y)  +  distill_loss_weight * sum_(i != j) KL(p_j || p_i),   p_i = softmax(z_i)
+
+    The targets p_j carry no gradient. All weights are 1 in the paper and in the authors' code; the paper writes the
+    second sum as a cross entropy, whose gradient is the same.
+
+    Args:
+        distill_loss_weight: of the second sum, >= 0.
+        label_loss: as of `SelfDistillLoss`.
+    """
+
+    def __init__(self, distill_loss_weight: float = 1.0, label_loss: LabelLoss | None = None):
+        super().__init__(temperature=1.0, alpha=0.0, beta=0.0, label_loss=label_loss, hint=None)
+        if not 0 <= distill_loss_weight < float("inf"):
+            raise ValueError(f"distill_loss_weight must be a number >= 0, got {distill_loss_weight}")
+        self.distill_loss_weight = distill_loss_weight
+
+    def terms(self, output: SelfDistillOutput, target: Tensor | None = None) -> dict[str, Tensor]:
+        """As of `SelfDistillLoss`; "distill" is the second sum."""
+        terms = super().terms(output, target)
+        return {**terms, "loss": terms["label"] + self.distill_loss_weight * terms["distill"]}
+
+    def _distill(self, logits: Tensor) -> Tensor:
+        return sum(divergence(teacher, logits) for teacher in logits)  # what one learns from itself is 0
+
+    def extra_repr(self) -> str:
+        return f"distill_loss_weight={self.distill_loss_weight}"
