@@ -113,21 +113,22 @@ def compare_answers(answers: Tensor, labels: Tensor, exits: list[str] | None = N
 
 
 def plot_agreement(path: str | Path, report: AgreementReport) -> None:
-    """Draw heat maps of the same answers, of errors in common and of their kappa."""
+    """Draw heat maps of the same answers, of errors in common and of their kappa, each on a scale of its own."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels = (("same answer", report.same_answer), ("errors in common (Jaccard)", report.error_overlap),
               ("errors beyond chance (kappa)", report.error_kappa))
     names = [f"exit {exit}\n{top1:.1f} %" for exit, top1 in enumerate(report.top1)]
     for axes, (title, matrix) in zip(figure.subplots(1, 3), panels):
-        values = [[0.0 if value is None else value for value in row] for row in matrix]
-        axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
+        lowest = min([0.9, *(value for row in matrix for value in row if value is not None)])
+        values = [[lowest if value is None else value for value in row] for row in matrix]
+        axes.imshow(values, cmap="Blues", vmin=lowest, vmax=1)
         for row, line in enumerate(matrix):
             for column, value in enumerate(line):
                 axes.text(column, row, _number(value), ha="center", va="center",
-                          color="white" if value is not None and value > 0.6 else "black")
+                          color="white" if values[row][column] > 0.4 * lowest + 0.6 else "black")
         axes.set(title=title, xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
         axes.tick_params(length=0)
-    figure.suptitle(f"which exits say the same, and err on the same of {report.images} images (below each its top-1)")
+    figure.suptitle(f"which exits say the same, and err on the same, of {report.images:,} images; below each its top-1")
     figure.savefig(path, dpi=120)
 
 

@@ -64,17 +64,14 @@ class FlatMinimaReport:
         return asdict(self) | {"metrics": every, "rows": self.rows()}
 
     def __rich__(self) -> Table:
-        unit = "of each tensor's root mean square" if self.scaled else "standard deviation on every weight"
-        table = Table(title=f"noise: {unit}; {self.draws} draws, {self.images} images", title_justify="left")
-        table.add_column("noise", justify="right")
-        shown = [(row["exit"], "top1", "top-1 %") for row in self.rows() if row["level"] == 0]
-        deepest = self.of_exit()[0]["exit"]
-        shown.insert([exit for exit, *_ in shown].index(deepest) + 1, (deepest, "loss", "loss"))
-        for exit, _, title in shown:
-            table.add_column(f"{exit if exit == 'ensemble' else f'exit {exit}'}\n{title}", justify="right")
-        for index, level in enumerate(self.levels):
-            rows = [(self.of_exit(exit)[index], name) for exit, name, _ in shown]
-            table.add_row(f"{level:g}", *(_with_spread(row[name], row[f"{name}_std"]) for row, name in rows))
+        unit = "scaled by each tensor" if self.scaled else "the same on every weight"
+        table = Table(title=f"noise {unit}; draws: {self.draws}, images: {self.images}", title_justify="left")
+        for name in ("noise", "exit", "top-1 %", "loss"):
+            table.add_column(name, justify="left" if name == "exit" else "right")
+        exits = len(self.metrics[0][0])
+        for number, row in enumerate(self.rows(), 1):
+            table.add_row(f"{row['level']:g}", str(row["exit"]), _with_spread(row, "top1", 2),
+                          _with_spread(row, "loss", 3), end_section=exits > 1 and number % exits == 0)
         return table
 
 
@@ -213,11 +210,13 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
     for axes in panels.values():
         axes.set(xlabel="noise over the root mean square of each tensor" if scaled else
                  "standard deviation of the noise on every weight")
-        axes.margins(x=0.08)
+        axes.margins(x=0.11)
         axes.grid(alpha=0.3)
     panels["top1"].set(ylabel="top-1 %", title="accuracy under noise on the weights")
     panels["top1"].legend(title="deepest exit", loc="lower left")
     panels["loss"].set(ylabel="cross entropy, nats", yscale="log", title="loss under noise on the weights")
+    for which in (panels["loss"].yaxis.set_major_formatter, panels["loss"].yaxis.set_minor_formatter):
+        which("{x:g}")
     figure.savefig(path, dpi=120)
 
 
@@ -241,5 +240,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
-def _with_spread(value: float, spread: float | None) -> str:
-    return f"{value:.2f}" if spread is None else f"{value:.2f} ± {spread:.2f}"
+def _with_spread(row: dict[str, Any], key: str, digits: int) -> str:
+    spread = row[f"{key}_std"]
+    return f"{row[key]:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")

@@ -80,10 +80,11 @@ def measure_gradients(
                 sections = find_sections(model, x[:1], exits)
             loss = task(x, y.to(x.device))["loss"]
             if not loss.isfinite():
-                raise ValueError(f"the loss is {float(loss)}, no finite number; the weights or the images are damaged")
+                raise ValueError(
+                    f"the loss is {float(loss.detach())}, no finite number; the weights or the images are damaged")
             found = torch.tensor(section_gradients(loss, sections.values()), dtype=torch.double)
             sums = found if sums is None else sums + found
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
     counts = [sum(weight.numel() for weight in weights) for weights in sections.values()]
     means = [value / len(losses) if count else None for value, count in zip(sums.tolist(), counts)]
     return GradientReport(list(sections), means, counts, sum(losses) / len(losses), len(losses))
@@ -159,7 +160,7 @@ def training_for_a_while(task: nn.Module) -> Iterator[None]:
 
 
 def plot_gradients(path: str | Path, reports: Mapping[str, GradientReport]) -> None:
-    """Draw the mean absolute gradient of each section, a bar a model.
+    """Draw the mean absolute gradient of each section, a line a model.
 
     Args:
         reports: by the model's name, with sections of the same names.
@@ -167,13 +168,13 @@ def plot_gradients(path: str | Path, reports: Mapping[str, GradientReport]) -> N
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(name for report in reports.values() for name in report.sections))
-    width = 0.8 / len(reports)
     for index, (name, report) in enumerate(reports.items()):
-        places = [names.index(section) + (index - (len(reports) - 1) / 2) * width for section in report.sections]
-        axes.bar(places, [value or 0.0 for value in report.gradients], width, color=f"C{index % 10}", label=name)
-    axes.set(xticks=range(len(names)), xticklabels=[f"to {name}" for name in names],
-             ylabel="mean absolute gradient of the weights", title="gradients by section")
-    axes.grid(alpha=0.3, axis="y")
+        values = dict(zip(report.sections, report.gradients))
+        axes.plot(range(len(names)), [values.get(section) or float("nan") for section in names], marker="o",
+                  color=f"C{index % 10}", label=name)
+    axes.set(xticks=range(len(names)), xticklabels=[f"to {name}" for name in names], yscale="log",
+             ylabel="mean absolute gradient of the weights", title="gradients by section of the backbone")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -190,8 +191,8 @@ def plot_gradient_history(path: str | Path, histories: Mapping[str, Sequence[Gra
         for index, (name, history) in enumerate(histories.items()):
             if section in history[0].sections:
                 place = history[0].sections.index(section)
-                axes.plot(range(1, len(history) + 1), [report.gradients[place] for report in history], marker=".",
-                          color=f"C{index % 10}", label=name)
+                axes.plot(range(1, len(history) + 1), [report.gradients[place] or float("nan") for report in history],
+                          marker=".", color=f"C{index % 10}", label=name)
         axes.set(title=f"to {section}", xlabel="epoch", yscale="log")
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

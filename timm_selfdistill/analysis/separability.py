@@ -172,6 +172,7 @@ def project(features: Tensor) -> tuple[Tensor, Tensor]:
     points = torch.zeros(len(features), 2, dtype=torch.double)
     axes = min(2, len(values))
     points[:, :axes] = left[:, :axes] * values[:axes]
+    points *= points.gather(0, points.abs().argmax(0, keepdim=True)).sign()  # which way an axis points is arbitrary
     shares = torch.zeros(2, dtype=torch.double)
     shares[:axes] = values[:axes].square() / values.square().sum().clamp(min=1e-30)
     return points, shares
@@ -192,7 +193,8 @@ def plot_separability(path: str | Path, report: SeparabilityReport, class_names:
         points, shares = project(features)
         for index, label in enumerate(labels.unique().tolist()):
             name = class_names[label] if class_names else f"class {label}"
-            axes.scatter(*points[labels == label].T.numpy(), s=7, alpha=0.7, linewidths=0, color=f"C{index % 10}", label=name)
+            across, up = points[labels == label].T.numpy()
+            axes.scatter(across, up, s=7, alpha=0.7, linewidths=0, color=f"C{index % 10}", label=name)
         axes.set(xlabel=f"first axis, {shares[0]:.0%} of the variance", ylabel=f"second, {shares[1]:.0%}")
     handles, names = figure.axes[0].get_legend_handles_labels()
     if handles:

@@ -29,7 +29,6 @@ from .opening import (
     add_data_flags,
     add_model_flags,
     load_any_model,
-    load_model,
     open_data,
     read_data,
     saved_model,
@@ -103,10 +102,10 @@ def agreement(args: argparse.Namespace) -> int:
 COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": separability, "agreement": agreement}
 
 
-def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, DataLoader]:
+def _open(args: argparse.Namespace) -> tuple[nn.Module, DataLoader]:
     """The model on its device, and its data."""
     args.model = saved_model(args.model)
-    model = load_model(args)
+    model = load_any_model(args.model, args.revision)
     return model.to(args.device), open_data(model, read_data(args), args)
 
 
