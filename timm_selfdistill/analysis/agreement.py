@@ -48,8 +48,8 @@ class AgreementReport:
         table = Table(
             title=f"exits on {self.images} images", title_justify="left", caption_justify="left",
             caption=f"at least one exit is right on {self.any_right:.2f} %; overthought: right here, wrong at the"
-                    " deepest")
-        for name in ("exit", "stage", "top-1 %", "overthought", "same answer as deepest", "common errors", "kappa"):
+                    " deepest; same answer, same errors (Jaccard) and their kappa: with the deepest")
+        for name in ("exit", "stage", "top-1 %", "overthought", "same answer", "same errors", "kappa"):
             table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
         for exit, name in enumerate(self.exits):
             shallow = exit < len(self.overthought)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -20,8 +21,11 @@ from ..training.metrics import ExitMeter, ExitMetrics, exit_logits
 
 SCALED_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
 """Of a tensor's root mean square."""
-UNSCALED_LEVELS = (0.002, 0.005, 0.01, 0.015, 0.02)
+UNSCALED_LEVELS = (0.005, 0.01, 0.02, 0.03, 0.04)
 """Standard deviations, the same for every weight."""
+
+STYLES = (":", "-.", "--")
+"""Lines of shallow exits."""
 
 T = TypeVar("T")
 
@@ -87,7 +91,7 @@ def measure_flatness(
     """Accuracy and loss of every exit with Gaussian noise of growing size on all weights, in eval mode.
 
     The model that stays accurate under more noise lies in a flatter minimum. Networks of one architecture get the same
-    noise, the backbone of a self-distilled model that of the plain network. The loader is read once, and then once for
+    draws, the backbone of a self-distilled model those of the plain network. The loader is read once, and then once for
     each draw of each level.
 
     Args:
@@ -200,20 +204,21 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
     for index, (name, report) in enumerate(reports.items()):
         color, deepest = f"C{index % 10}", report.of_exit()
         for key, axes in panels.items():
-            _draw_band(axes, deepest, key, color=color, label=name)
+            _draw_band(axes, deepest, key, color=color, label=f"{name}, deepest exit")
             for exit in range(deepest[0]["exit"]):
-                rows = report.of_exit(exit)
-                axes.plot(report.levels, [row[key] for row in rows], color=color, linestyle=":", alpha=0.6)
-                axes.annotate(f"exit {exit}", (rows[-1]["level"], rows[-1][key]), textcoords="offset points",
-                              xytext=(3, 0), fontsize=7, color=color, va="center")
+                axes.plot(report.levels, [row[key] for row in report.of_exit(exit)], color=color, alpha=0.6,
+                          linestyle=STYLES[exit % len(STYLES)])
     scaled = next(iter(reports.values())).scaled
     for axes in panels.values():
         axes.set(xlabel="noise over the root mean square of each tensor" if scaled else
                  "standard deviation of the noise on every weight")
-        axes.margins(x=0.11)
         axes.grid(alpha=0.3)
     panels["top1"].set(ylabel="top-1 %", title="accuracy under noise on the weights")
-    panels["top1"].legend(title="deepest exit", loc="lower left")
+    shallow = max(report.of_exit()[0]["exit"] for report in reports.values())
+    handles, _ = panels["top1"].get_legend_handles_labels()
+    others = [Line2D([], [], color="grey", linestyle=STYLES[exit % len(STYLES)], label=f"exit {exit}")
+              for exit in range(shallow)]
+    panels["top1"].legend(handles=[*handles, *others], loc="lower left")
     panels["loss"].set(ylabel="cross entropy, nats", yscale="log", title="loss under noise on the weights")
     for which in (panels["loss"].yaxis.set_major_formatter, panels["loss"].yaxis.set_minor_formatter):
         which("{x:g}")

@@ -63,8 +63,7 @@ class SeparabilityReport:
         for name in ("exit", "stage", "dimensions", "SSE", "SSB", "SSE / SSB"):
             table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
         for row in self.rows:
-            table.add_row(str(row.exit), row.module, str(row.dims), f"{row.sse:.5g}", f"{row.ssb:.5g}",
-                          _ratio(row))
+            table.add_row(str(row.exit), row.module, str(row.dims), f"{row.sse:,.2f}", f"{row.ssb:,.2f}", _ratio(row))
         return table
 
 
