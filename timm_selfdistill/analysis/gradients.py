@@ -100,10 +100,10 @@ def section_gradients(loss: Tensor, sections: Iterable[Sequence[nn.Parameter]]) 
         loss, [weight for weights in sections for weight in weights], retain_graph=True, allow_unused=True))
     means = []
     for weights in sections:
-        total = sum(0.0 if (gradient := next(gradients)) is None else float(gradient.abs().sum(dtype=torch.float32))
-                    for _ in weights)
+        found = [gradient for _ in weights if (gradient := next(gradients)) is not None]
+        total = sum((gradient.abs().sum(dtype=torch.float32) for gradient in found), start=loss.new_zeros(()).float())
         means.append(total / max(1, sum(weight.numel() for weight in weights)))
-    return means
+    return torch.stack(means).tolist()  # waits for a GPU once
 
 
 def find_sections(

@@ -171,7 +171,6 @@ def project(features: Tensor) -> tuple[Tensor, Tensor]:
     points = torch.zeros(len(features), 2, dtype=torch.double)
     axes = min(2, len(values))
     points[:, :axes] = left[:, :axes] * values[:axes]
-    points *= points.gather(0, points.abs().argmax(0, keepdim=True)).sign()  # which way an axis points is arbitrary
     shares = torch.zeros(2, dtype=torch.double)
     shares[:axes] = values[:axes].square() / values.square().sum().clamp(min=1e-30)
     return points, shares
@@ -184,12 +183,15 @@ def plot_separability(path: str | Path, report: SeparabilityReport, class_names:
         class_names: of all K classes.
     """
     figure = Figure(figsize=(3.2 * len(report.rows), 4.2), layout="constrained")
-    labels = report.sample_labels
+    labels, before = report.sample_labels, None
     for axes, row, features in zip(figure.subplots(1, len(report.rows), squeeze=False)[0], report.rows, report.samples):
         axes.set(title=f"exit {row.exit} ({row.module})\nSSE / SSB {_ratio(row)}", xticks=[], yticks=[])
         if not len(features):
             continue
         points, shares = project(features)
+        if before is not None:  # which way an axis points is arbitrary: as nearly as may be that of the exit before
+            points = torch.where((points * before).sum(0) < 0, -points, points)
+        before = points
         for index, label in enumerate(labels.unique().tolist()):
             name = class_names[label] if class_names else f"class {label}"
             across, up = points[labels == label].T.numpy()
