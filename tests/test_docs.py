@@ -77,6 +77,8 @@ def test_commands(page, workplace, environment):
                 arguments += ["--model", "test_resnet"]
             if "--resume" in arguments:
                 arguments += ["--epochs", "2"]
+        elif "flat-minima" in arguments:
+            arguments += ["--draws", "1"]
         elif "--max-accuracy-drop" in arguments:
             arguments += ["--max-accuracy-drop", "100"]  # a network that has hardly learned anything
         done = subprocess.run([program, *arguments], cwd=workplace, env=environment, capture_output=True, text=True,

@@ -168,3 +168,11 @@ def test_the_benchmark_of_frozen_backbones_runs(tmp_path):
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["frozen_ms"] > row["forward_ms"] > 0
     assert 1 < row["memory_ratio"] < 1.2
+
+
+def test_the_benchmark_of_analyses_runs(tmp_path):
+    run_python("benchmarks/analysis.py", "--rounds", 1, "--images", 64, "-b", 32, "--num-classes", 10, "--output",
+               tmp_path / "a.json")
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["analysis"] for row in rows] == ["separability", "agreement"]
+    assert all(row["analysis_s"] > 0 and row["ratio"] > 0.5 for row in rows)

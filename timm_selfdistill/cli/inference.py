@@ -19,10 +19,10 @@ from ..inference.export import STAGES_FILE, export_onnx, export_stages
 from ..inference.gallery import choose_images, plot_gallery
 from ..inference.policy import POLICIES
 from ..model import SelfDistillModel
-from ..training import load_images
 from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
 from ..training.summary import exit_costs, exit_speedups, merge_rows, model_name
+from .opening import add_data_flags, add_model_flags, load_model, open_data, read_data
 from .program import parse_exit
 
 BUDGET_NOT_MET = 1
@@ -36,22 +36,12 @@ def add_parsers(commands: Any) -> None:
     tradeoff = commands.add_parser("tradeoff", help="draw accuracy over cost, and which images leave where")
     export = commands.add_parser("export", help="write ONNX files")
     for parser in (evaluate, calibrate, tradeoff, export):
-        parser.add_argument("model", help="saved model, run directory, or id of a repository on the Hub")
-        parser.add_argument("--revision", help="branch, tag or commit")
+        add_model_flags(parser)
     export.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the plain network; ensemble is the mean")
     export.add_argument("--staged", action="store_true", help="instead of one exit, a file for each stage")
     export.add_argument("--output", type=Path, required=True, metavar="PATH", help="file, or with --staged folder")
     for parser in (evaluate, calibrate, tradeoff):
-        parser.add_argument("--data", required=True, metavar="DIR",
-                            help="folder of images, parquet or arrow files, or data set on the Hub; not what the model"
-                                 " was trained with")
-        parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
-        parser.add_argument("--split", metavar="NAME",
-                            help="default: the first of validation, val, valid, test; else the tenth of train that"
-                                 " train.py leaves out")
-        parser.add_argument("-b", "--batch-size", type=int, default=64)
-        parser.add_argument("-j", "--workers", type=int, default=0, help="data-loading processes")
-        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        add_data_flags(parser)
     for parser in (calibrate, tradeoff):
         parser.add_argument("--policy", choices=POLICIES,
                             help="what makes an image leave (default: the model's own, else confidence)")
@@ -121,7 +111,7 @@ def tradeoff(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    model = _load(args)
+    model = load_model(args)
     if args.staged:
         paths = export_stages(model, args.output)
         print(f"wrote {', '.join(path.name for path in paths)} and {STAGES_FILE} to {args.output}")
@@ -131,25 +121,10 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace) -> SelfDistillModel:
-    model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
-    if not isinstance(model, SelfDistillModel):
-        raise ValueError(f"{args.model} is a truncated model, which has one exit only")
-    return model
-
-
 def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, DataLoader]:
     """The model on its device, and its data."""
-    model = _load(args)
-    splits = {"train_split": args.split, "val_split": args.split} if args.split else {}
-    images = load_images(args.data, name=args.dataset_config, **splits)
-    names = model.backbone.pretrained_cfg.get("label_names")
-    if images.num_classes != model.num_classes or (names and list(names) != images.class_names):
-        raise ValueError(
-            f"the model knows {model.num_classes} classes {list(names or [])[:3]}..., {args.data} has"
-            f" {images.num_classes} {images.class_names[:3]}...; they must be the same, in the same order")
-    _, val_data = images.transformed(resolve_model_data_config(model.backbone))
-    return model.to(args.device), DataLoader(val_data, args.batch_size, num_workers=args.workers)
+    model = load_model(args)
+    return model.to(args.device), open_data(model, read_data(args), args)
 
 
 def _input_size(loader: DataLoader) -> tuple[int, int, int]:

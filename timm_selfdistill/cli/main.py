@@ -1,6 +1,5 @@
 """timm-selfdistill: what to do with a saved model."""
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +9,8 @@ from rich.text import Text
 from .. import hub
 from ..model import SelfDistillModel
 from ..training.config import check_repo_id
-from . import inference
+from . import analysis, inference
+from .opening import add_model_flags, saved_model
 from .program import Parser, printable, run
 
 COLUMNS = {"exit": "{}", "module": "{}", "top1": "{:.2f}", "top5": "{:.2f}", "macs": "{:,.1f}", "share": "{:.1%}",
@@ -33,9 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--commit-message", metavar="TEXT", default="Upload self-distilled model")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     info = commands.add_parser("info", help="what is in a saved model")
-    info.add_argument("model", help="saved model, run directory, or id of a repository on the Hub")
-    info.add_argument("--revision", help="branch, tag or commit")
+    add_model_flags(info)
     inference.add_parsers(commands)
+    analysis.add_parsers(commands)
     return parser
 
 
@@ -43,22 +43,18 @@ def _main(args: argparse.Namespace) -> int:
     if args.command == "push":
         _push(args)
         return 0
-    args.model = _saved_model(args.model)
+    if args.command in analysis.COMMANDS:
+        return analysis.COMMANDS[args.command](args)
+    args.model = saved_model(args.model)
     if args.command == "info":
         _info(args.model, args.revision)
         return 0
     return getattr(inference, args.command)(args)
 
 
-def _saved_model(model: str) -> str:
-    """A run directory's best/; anything else as it is."""
-    best = Path(model) / "best"
-    return str(best) if best.is_dir() else model
-
-
 def _push(args: argparse.Namespace) -> None:
     check_repo_id(args.repo_id, "repo_id")
-    folder = _saved_model(args.folder)
+    folder = saved_model(args.folder)
     try:
         print(hub.push_folder(
             folder, args.repo_id, commit_message=args.commit_message, private=args.private or None,

@@ -2,7 +2,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +9,8 @@ from torch import Tensor
 from ..cost import measure_speedups
 from ..model import SelfDistillModel
 from .calibration_report import CalibrationReport
+from .labelled import check_finite, labelled_batches
 from .policy import find_policy
-from .settings import check_images
 from .thresholds import EVERYBODY, ExitCosts, OperatingPoint, find_curve, simulate
 
 MIN_IMAGES = 300
@@ -31,34 +30,17 @@ def collect_logits(
     Raises:
         ValueError: the loader gives no batches of images and labels, or labels out of range.
     """
-    like = next(p for p in model.parameters() if p.is_floating_point())
     logits: list[list[Tensor]] = [[] for _ in model.exits]
     labels, first = [], None
     with torch.no_grad():
-        for batch in loader:
-            _check_batch(batch, model.num_classes)
-            x, y = batch[0].to(like.device), batch[1]
-            check_images(model, x)
+        for x, y in labelled_batches(model, loader):
             for record, part in zip(logits, model.forward_exits(x).logits):
                 record.append(part.float().cpu())
             labels.append(y.cpu())
             first = x[:16] if first is None else first
-    if first is None:
-        raise ValueError("the loader gives no images")
     found = [torch.cat(parts) for parts in logits]
-    if not all(part.isfinite().all() for part in found):
-        raise ValueError("the model gives logits that are no finite numbers; its weights or the images are damaged")
+    check_finite(found)
     return found, torch.cat(labels), first
-
-
-def _check_batch(batch: Any, classes: int) -> None:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
-        raise ValueError("the loader must give batches of (images (B, C, H, W), class indices (B,))")
-    x, y = batch
-    if y.ndim != 1 or y.is_floating_point() or len(y) != len(x):
-        raise ValueError(f"labels must be class indices (B,), got {y.dtype} {tuple(y.shape)}")
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise ValueError(f"labels must be 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -2,22 +2,25 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..model import SelfDistillModel
+from ..model import SelfDistillModel, TruncatedModel
 from ..stages import explain_misfit
 from .policy import find_policy
 
 
-def check_images(model: SelfDistillModel, x: Tensor, known_size: bool = False) -> None:
+def check_images(model: nn.Module, x: Tensor, known_size: bool = False) -> None:
     """Raise ValueError for images that a model cannot take.
 
     Args:
+        model: self-distilled, truncated, or a plain timm model.
         known_size: it has taken such a shape before.
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"expected images as a tensor (B, C, H, W), got {type(x).__name__}")
-    if not known_size and (misfit := explain_misfit(model.backbone, x, model.model_args)):
+    ours = isinstance(model, (SelfDistillModel, TruncatedModel))
+    backbone, model_args = (model.backbone, model.model_args) if ours else (model, None)
+    if not known_size and (misfit := explain_misfit(backbone, x, model_args)):
         raise ValueError(misfit)
     like = next(p for p in model.parameters() if p.is_floating_point())
     if x.device != like.device or (x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)):

@@ -1,0 +1,133 @@
+"""flat-minima, gradients, separability and agreement as programs, with right and wrong arguments."""
+import json
+import re
+import sys
+
+import pytest
+import timm
+import torch
+
+from timm_selfdistill import SelfDistillLoss, SelfDistillModel, load_images, model_data_config, wrap_self_distill
+from timm_selfdistill.cli import analysis
+from timm_selfdistill.cli.main import main
+from timm_selfdistill.hub import save_timm_model
+
+from ..conftest import EMBEDDED
+
+SETTINGS = {"temperature": 2.0, "alpha": 0.5, "beta": 0.1, "hint": "none", "teacher": "ensemble", "lr": 0.1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """80 images, a self-distilled model with plain twin, and models that do not fit."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("analysis")
+    images = load_images(EMBEDDED)
+    images.train.select(range(50)).to_parquet(folder / "data/train.parquet")
+    images.val.select(range(80)).to_parquet(folder / "data/test.parquet")
+    backbone = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    model_data_config(backbone, 32, 1, class_names=images.class_names)
+    save_timm_model(backbone, folder / "plain/best")
+    model = wrap_self_distill(backbone, exits=["layer2"])
+    model.save_pretrained(folder / "run/best", metrics={"settings": SETTINGS}, check=False)
+    model.truncate(0).save_pretrained(folder / "short", check=False)
+    wrap_self_distill(timm.create_model("test_resnet", num_classes=3, in_chans=1)).save_pretrained(
+        folder / "other", check=False)
+    return folder
+
+
+@pytest.fixture
+def call(folder, monkeypatch, capsys):
+    """Runs the program in that folder; its exit code, output and errors."""
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["timm-selfdistill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+    return run
+
+
+def written(folder, stem: str) -> dict:
+    assert (folder / f"out/{stem}.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((folder / f"out/{stem}.json").read_text())
+    assert found["data"] == "data"
+    return found["models"]
+
+
+def test_flat_minima_compares_models(call, folder):
+    code, out, _ = call("flat-minima", "plain", "run", "--data", "data", "--levels", "0.3", "0.1", "--draws", "2",
+                        "--output", "out")
+    assert code == 0
+    assert out.endswith("wrote out/flat_minima.json, out/flat_minima.png\n")
+    models = written(folder, "flat_minima")
+    assert list(models) == ["plain", "run"]
+    assert models["plain"]["levels"] == [0, 0.1, 0.3]
+    assert models["plain"]["images"] == 80
+    plain = [row["top1"] for row in models["plain"]["rows"]]
+    assert [row["top1"] for row in models["run"]["rows"] if row["exit"] == 1] == plain  # the same weights and noise
+    code, out, _ = call("flat-minima", "run", "--data", "data", "--unscaled", "--levels", "0.01", "--draws", "1",
+                        "--seed", "3", "--output", "out")
+    assert code == 0
+    assert "noise the same on every weight; draws: 1, images: 80" in out
+    found = written(folder, "flat_minima_unscaled")["run"]
+    assert (found["scaled"], found["seed"]) == (False, 3)
+
+
+def test_gradients_measures_models_by_their_own_loss(call, folder):
+    code, out, _ = call("gradients", "plain", "run", "--data", "data", "-b", "40", "--output", "out")
+    assert code == 0
+    assert out.endswith("wrote out/gradients.json, out/gradients.png\n")
+    models = written(folder, "gradients")
+    for report in models.values():
+        assert report["sections"] == ["layer2", "layer4"]
+        assert report["batches"] == 2
+        assert all(value > 0 for value in report["gradients"])
+    model = SelfDistillModel.from_pretrained(folder / "run/best")
+    task = analysis._task(model, folder / "run/best")
+    assert repr(task.criterion) == repr(SelfDistillLoss(2.0, 0.5, 0.1, hint=None, teacher="ensemble"))
+    assert repr(analysis._task(model, folder / "other").criterion) == repr(SelfDistillLoss())
+
+
+def test_separability(call, folder):
+    code, out, _ = call("separability", "run", "--data", "data", "--classes", "1", "9", "--output", "out")
+    assert code == 0
+    assert "features of 80 images of 10 classes" in out
+    assert out.endswith("wrote out/separability.json, out/separability.png\n")
+    exits = written(folder, "separability")["run/best"]["exits"]
+    assert [row["module"] for row in exits] == ["layer2", "layer4"]
+    assert all(row["ratio"] == pytest.approx(row["sse"] / row["ssb"]) for row in exits)
+
+
+def test_agreement(call, folder):
+    code, out, _ = call("agreement", "run", "--data", "data", "--output", "out")
+    assert code == 0
+    assert "exits on 80 images" in out
+    assert out.endswith("wrote out/agreement.json, out/agreement.png\n")
+    report = written(folder, "agreement")["run/best"]
+    assert report["exits"] == ["layer2", "layer4"]
+    assert report["same_answer"][0][0] == 1
+    assert len(report["overthought"]) == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["flat-minima", "--data", "data"], "the following arguments are required: model"),
+    (["flat-minima", "plain"], "the following arguments are required: --data"),
+    (["flat-minima", "plain", "--data", "data", "--levels", "-1"], r"levels must be different numbers above 0, got \["),
+    (["flat-minima", "plain", "--data", "data", "--draws", "0"], "draws must be a whole number of at least 1, got 0"),
+    (["flat-minima", "plain", "nowhere", "--data", "data"], "nowhere is no folder here"),
+    (["flat-minima", "short", "--data", "data"], "short is a truncated model, which has one exit only"),
+    (["gradients", "other", "--data", "data"], "the model knows 3 classes .*, data has 10 .*; they must be the same"),
+    (["gradients", "run", "--data", "nowhere"], "nowhere is no folder or file here"),
+    (["separability", "plain", "--data", "data"], "separability compares the exits of a SelfDistillModel, got ResNet, "
+                                                  "which has one exit only; give it exits with wrap_self_distill"),
+    (["separability", "run", "--data", "data", "--classes", "10"], "classes to draw must be class indices from 0 to 9"),
+    (["agreement", "plain", "--data", "data"], "agreement compares the exits of a SelfDistillModel, got ResNet, which"),
+    (["agreement", "short", "--data", "data"], "short is a truncated model, which has one exit only"),
+    (["agreement", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
+])
+def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert re.search(message, err), err

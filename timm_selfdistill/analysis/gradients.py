@@ -1,0 +1,211 @@
+"""Gradients: how much of the loss reaches each section of the backbone ("Be Your Own Teacher", arXiv:1905.08094,
+"vanishing gradients")."""
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.table import Table
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from ..cost import evaluating
+from ..inference.labelled import labelled_batches
+from ..model import SelfDistillModel
+from ..stages import select_stages
+
+
+@dataclass
+class GradientReport:
+    """Mean absolute gradient of the weights of each section, shallow to deep."""
+
+    sections: list[str]
+    """Names of the modules that end them."""
+    gradients: list[float | None]
+    """Mean over the elements of a section's weights, and over the batches; None where none of them learns."""
+    weights: list[int]
+    """Elements in each section that learn."""
+    loss: float
+    """Mean over the batches."""
+    batches: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"loss {self.loss:.4f}, {self.batches} batches", title_justify="left")
+        for name in ("section", "weights", "mean |gradient|"):
+            table.add_column(name, justify="left" if name == "section" else "right")
+        for name, count, value in zip(self.sections, self.weights, self.gradients):
+            table.add_row(f"to {name}", f"{count:,}", "-" if value is None else f"{value:.3e}")
+        return table
+
+
+def measure_gradients(
+        task: TrainingTask, loader: Iterable[tuple[Tensor, Tensor]], *, exits: Sequence[int | str] | None = None,
+) -> GradientReport:
+    """Mean absolute gradient of each section of the backbone, at the weights as they are, in training mode.
+
+    A section is what lies between one exit and the next; its weights are those of convolutions and fully connected
+    layers, without the classifier's. The gradient is that of each batch's loss, as in a training step, so it falls with
+    the size of the batches. Nothing of the task changes: weights, gradients, buffers and random states are as before,
+    and it may be called once an epoch from a training loop.
+
+    Args:
+        task: a `SelfDistillTask`, `timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss())`, or any other of a
+            timm model.
+        loader: gives (images (B, C, H, W), class indices (B,)).
+        exits: that end the sections, as of `wrap_self_distill`. None are the model's own; of a plain network those that
+            `wrap_self_distill` would choose.
+
+    Raises:
+        TypeError: `task` is no `TrainingTask`.
+        ValueError: the loader gives no images, labels are missing or out of range, the loss is no finite number,
+            or nothing in the backbone learns.
+    """
+    if not isinstance(task, TrainingTask):
+        raise TypeError(
+            f"expected a timm.task.TrainingTask, got {type(task).__name__}; give SelfDistillTask(model), or of a plain"
+            " network timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss())")
+    model = unwrap_model(task.trainable_module)
+    sections, sums, losses = None, None, []
+    with training_for_a_while(task):
+        for x, y in labelled_batches(model, loader):
+            if sections is None:
+                sections = find_sections(model, x[:1], exits)
+            loss = task(x, y.to(x.device))["loss"]
+            if not loss.isfinite():
+                raise ValueError(
+                    f"the loss is {float(loss.detach())}, no finite number; the weights or the images are damaged")
+            found = torch.tensor(section_gradients(loss, sections.values()), dtype=torch.double)
+            sums = found if sums is None else sums + found
+            losses.append(float(loss.detach()))
+    counts = [sum(weight.numel() for weight in weights) for weights in sections.values()]
+    means = [value / len(losses) if count else None for value, count in zip(sums.tolist(), counts)]
+    return GradientReport(list(sections), means, counts, sum(losses) / len(losses), len(losses))
+
+
+def section_gradients(loss: Tensor, sections: Iterable[Sequence[nn.Parameter]]) -> list[float]:
+    """Mean absolute gradient of a loss over the elements of each section's weights; 0 where there are none.
+
+    The weights' own gradients stay as they are, and so does the graph of the loss.
+    """
+    sections = list(sections)
+    gradients = iter(torch.autograd.grad(
+        loss, [weight for weights in sections for weight in weights], retain_graph=True, allow_unused=True))
+    means = []
+    for weights in sections:
+        found = [gradient for _ in weights if (gradient := next(gradients)) is not None]
+        total = sum((gradient.abs().sum(dtype=torch.float32) for gradient in found), start=loss.new_zeros(()).float())
+        means.append(total / max(1, sum(weight.numel() for weight in weights)))
+    return torch.stack(means).tolist()  # waits for a GPU once
+
+
+def find_sections(
+        model: nn.Module, x: Tensor, exits: Sequence[int | str] | None = None) -> dict[str, list[nn.Parameter]]:
+    """The weights that learn in each section of a backbone, by the name of the module that ends it.
+
+    Which weights a feature map needs is read from autograd, whatever the order in which a network registers its layers.
+
+    Args:
+        x: an image (1, C, H, W).
+        exits: see `measure_gradients`.
+
+    Raises:
+        ValueError: nothing learns.
+    """
+    backbone = model
+    if isinstance(model, SelfDistillModel):
+        backbone = model.backbone
+        exits = [stage.index for stage in model.stages] if exits is None else exits
+    stages = select_stages(backbone, exits)
+    left = _learning_weights(backbone)
+    if not left:
+        raise ValueError(f"nothing in the backbone {type(backbone).__name__} learns, so it has no gradients;"
+                         " requires_grad_(True) lets its weights learn")
+    sections = {}
+    with evaluating(backbone), torch.enable_grad():
+        maps = backbone.forward_intermediates(
+            x, indices=[stage.index for stage in stages[:-1]], intermediates_only=True)
+        for stage, feature_map in zip(stages, maps):
+            gradients = [None] * len(left)
+            if left and feature_map.requires_grad:
+                gradients = torch.autograd.grad(feature_map.sum(), left, retain_graph=True, allow_unused=True)
+            sections[stage.name] = [weight for weight, gradient in zip(left, gradients) if gradient is not None]
+            left = [weight for weight, gradient in zip(left, gradients) if gradient is None]
+    return sections | {stages[-1].name: left}
+
+
+@contextmanager
+def training_for_a_while(task: nn.Module) -> Iterator[None]:
+    """Training mode; afterwards every module is in the mode it was in, and buffers and random states are as before."""
+    modes = {module: module.training for module in task.modules()}
+    buffers = {buffer: buffer.clone() for buffer in task.buffers()}
+    devices = {buffer.device for buffer in [*task.parameters(), *buffers] if buffer.is_cuda}
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            task.train()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+
+def plot_gradients(path: str | Path, reports: Mapping[str, GradientReport]) -> None:
+    """Draw the mean absolute gradient of each section, a line a model.
+
+    Args:
+        reports: by the model's name, with sections of the same names.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(name for report in reports.values() for name in report.sections))
+    for index, (name, report) in enumerate(reports.items()):
+        values = dict(zip(report.sections, report.gradients))
+        axes.plot(range(len(names)), [values.get(section) or float("nan") for section in names], marker="o",
+                  color=f"C{index % 10}", label=name)
+    axes.set(xticks=range(len(names)), xticklabels=[f"to {name}" for name in names], yscale="log",
+             ylabel="mean absolute gradient of the weights", title="gradients by section of the backbone")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_gradient_history(path: str | Path, histories: Mapping[str, Sequence[GradientReport]]) -> None:
+    """Draw the mean absolute gradient over training, a panel a section, a line a model.
+
+    Args:
+        histories: by the model's name, a report an epoch, with sections of the same names.
+    """
+    names = list(dict.fromkeys(name for history in histories.values() for name in history[0].sections))
+    figure = Figure(figsize=(3.2 * len(names), 3.6), layout="constrained")
+    for axes, section in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
+        for index, (name, history) in enumerate(histories.items()):
+            if section in history[0].sections:
+                place = history[0].sections.index(section)
+                axes.plot(range(1, len(history) + 1), [report.gradients[place] or float("nan") for report in history],
+                          marker=".", color=f"C{index % 10}", label=name)
+        axes.set(title=f"to {section}", xlabel="epoch", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.axes[0].set_ylabel("mean absolute gradient")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def _learning_weights(backbone: nn.Module) -> list[nn.Parameter]:
+    """Of convolutions and fully connected layers, without the classifier."""
+    classifier = backbone.get_classifier()
+    parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    skipped = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    weights = [module.weight for module in backbone.modules() if isinstance(module, kinds)]
+    return [weight for weight in dict.fromkeys(weights) if weight.requires_grad and id(weight) not in skipped]

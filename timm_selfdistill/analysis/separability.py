@@ -1,0 +1,238 @@
+"""Separability: how well the features in front of each classifier tell the classes apart ("Be Your Own Teacher",
+arXiv:1905.08094, "more discriminating features")."""
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..cost import evaluating
+from ..inference.labelled import check_finite, labelled_batches
+from ..model import SelfDistillModel
+from .exits import need_exits
+
+CLASSES_DRAWN = 10
+IMAGES_DRAWN = 100
+"""Of each class, in the picture."""
+
+
+@dataclass
+class ExitSeparability:
+    exit: int
+    module: str
+    dims: int
+    """D, of the feature."""
+    sse: float
+    """Sum of squared distances of the features to the mean of their class."""
+    ssb: float
+    """Sum of squared distances of the means of the classes to the mean of all, each times its number of images."""
+
+    @property
+    def ratio(self) -> float | None:
+        """SSE / SSB: lower tells classes apart better. None where all classes have the same mean."""
+        return self.sse / self.ssb if self.ssb > 0 else None
+
+
+@dataclass
+class SeparabilityReport:
+    """Sums of squares of the features in front of each classifier."""
+
+    rows: list[ExitSeparability]
+    images: int
+    classes: int
+    """Those that have images."""
+    samples: list[Tensor]
+    """For the picture: features (M, D) of each exit, of some images of some classes."""
+    sample_labels: Tensor
+    """(M,)"""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "classes": self.classes,
+                "exits": [vars(row) | {"ratio": row.ratio} for row in self.rows]}
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"features of {self.images} images of {self.classes} classes", title_justify="left",
+                      caption="SSE within classes, SSB between them; lower SSE / SSB tells them apart better",
+                      caption_justify="left")
+        for name in ("exit", "stage", "dimensions", "SSE", "SSB", "SSE / SSB"):
+            table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
+        for row in self.rows:
+            table.add_row(str(row.exit), row.module, str(row.dims), f"{row.sse:,.2f}", f"{row.ssb:,.2f}", _ratio(row))
+        return table
+
+
+class ClassSums:
+    """Counts, sums and sums of squares of features by class, in one pass.
+
+    They are kept in float64 of features less the mean of the first batch: squares of features that lie far from zero
+    would cancel.
+
+    Args:
+        classes: K.
+    """
+
+    def __init__(self, classes: int):
+        self.count = torch.zeros(classes, dtype=torch.double)
+        self.sums: Tensor | None = None
+        """(K, D)"""
+        self.squares = 0.0
+        self.shift: Tensor | None = None
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Count features (B, D) of the classes (B,), on the CPU."""
+        features = features.double()
+        if self.sums is None:
+            self.shift = features.mean(0)
+            self.sums = torch.zeros(len(self.count), features.shape[1], dtype=torch.double)
+        features = features - self.shift
+        self.count += torch.bincount(labels, minlength=len(self.count))
+        self.sums.index_add_(0, labels, features)
+        self.squares += float(features.square().sum())
+
+    def sums_of_squares(self) -> tuple[float, float]:
+        """SSE and SSB."""
+        seen = self.count > 0
+        count, sums = self.count[seen], self.sums[seen]
+        of_means = float((sums.square().sum(1) / count).sum())
+        of_mean = float(sums.sum(0).square().sum() / count.sum())
+        return max(0.0, self.squares - of_means), max(0.0, of_means - of_mean)
+
+
+def measure_separability(
+        model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, classes: Sequence[int] | None = None,
+) -> SeparabilityReport:
+    """Sums of squares within and between classes at every exit, in eval mode, with one forward pass over the images.
+
+    Features are what the fully connected layer of each classifier is given; where a classifier has none, the spatial
+    mean of its feature map.
+
+    Args:
+        model: a `SelfDistillModel`.
+        loader: gives (images (B, C, H, W), class indices (B,)).
+        classes: to draw, see `plot_separability`; None are the first ten.
+
+    Raises:
+        ValueError: the model has no exits, the loader gives no images, or those of one class only, or not two of any
+            class; labels are missing or out of range, or logits are no finite numbers.
+    """
+    model = need_exits(model, "separability")
+    drawn = _check_classes(classes, model.num_classes)
+    sums = [ClassSums(model.num_classes) for _ in model.exits]
+    samples: list[list[Tensor]] = [[] for _ in model.exits]
+    sample_labels, room = [], torch.zeros(model.num_classes, dtype=torch.long)
+    room[drawn] = IMAGES_DRAWN
+    with evaluating(model), torch.no_grad(), classifier_inputs(model) as inputs:
+        for x, y in labelled_batches(model, loader):
+            output, y = model.forward_exits(x), y.cpu().long()
+            check_finite(output.logits)
+            kept = _take(room, y)
+            sample_labels.append(y[kept])
+            for exit, feature_map in enumerate(output.features):
+                features = _as_vectors(inputs.pop(exit, None), feature_map).cpu()
+                sums[exit].update(features, y)
+                samples[exit].append(features[kept].float())
+    count = sums[0].count
+    _check_counts(count)
+    rows = [ExitSeparability(exit, name, part.sums.shape[1], *part.sums_of_squares())
+            for exit, (name, part) in enumerate(zip(model.exits, sums))]
+    return SeparabilityReport(
+        rows, int(count.sum()), int((count > 0).sum()), [torch.cat(parts) for parts in samples],
+        torch.cat(sample_labels))
+
+
+@contextmanager
+def classifier_inputs(model: SelfDistillModel) -> Iterator[dict[int, Tensor]]:
+    """What the last fully connected layer of each exit was given in the last forward pass, by exit."""
+    inputs: dict[int, Tensor] = {}
+    handles = []
+    for exit, classifier in enumerate([*model.heads, model.get_classifier()]):
+        parts = classifier.modules() if isinstance(classifier, nn.Module) else ()
+        layers = [part for part in parts if isinstance(part, nn.Linear) and part.out_features == model.num_classes]
+        if layers:
+            handles.append(layers[-1].register_forward_pre_hook(
+                lambda _, args, exit=exit: inputs.__setitem__(exit, args[0])))
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def project(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (M, D) on their two principal axes, (M, 2), and the share of the variance on each, (2,)."""
+    centred = (features - features.mean(0)).double()
+    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    points = torch.zeros(len(features), 2, dtype=torch.double)
+    axes = min(2, len(values))
+    points[:, :axes] = left[:, :axes] * values[:axes]
+    shares = torch.zeros(2, dtype=torch.double)
+    shares[:axes] = values[:axes].square() / values.square().sum().clamp(min=1e-30)
+    return points, shares
+
+
+def plot_separability(path: str | Path, report: SeparabilityReport, class_names: Sequence[str] | None = None) -> None:
+    """Draw the features of each exit on their two principal axes, a colour a class.
+
+    Args:
+        class_names: of all K classes.
+    """
+    figure = Figure(figsize=(3.2 * len(report.rows), 4.2), layout="constrained")
+    labels, before = report.sample_labels, None
+    for axes, row, features in zip(figure.subplots(1, len(report.rows), squeeze=False)[0], report.rows, report.samples):
+        axes.set(title=f"exit {row.exit} ({row.module})\nSSE / SSB {_ratio(row)}", xticks=[], yticks=[])
+        if not len(features):
+            continue
+        points, shares = project(features)
+        if before is not None:  # which way an axis points is arbitrary: as nearly as may be that of the exit before
+            points = torch.where((points * before).sum(0) < 0, -points, points)
+        before = points
+        for index, label in enumerate(labels.unique().tolist()):
+            name = class_names[label] if class_names else f"class {label}"
+            across, up = points[labels == label].T.numpy()
+            axes.scatter(across, up, s=7, alpha=0.7, linewidths=0, color=f"C{index % 10}", label=name)
+        axes.set(xlabel=f"first axis, {shares[0]:.0%} of the variance", ylabel=f"second, {shares[1]:.0%}")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=8, markerscale=2,
+                      frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _as_vectors(given: Tensor | None, feature_map: Tensor) -> Tensor:
+    """One vector for each image, (B, D)."""
+    return given if given is not None and given.ndim == 2 else feature_map.mean((2, 3))
+
+
+def _take(room: Tensor, labels: Tensor) -> Tensor:
+    """Positions of images (B,) for which there is room (K,) left in the picture, which is then used up."""
+    rank = F.one_hot(labels, len(room)).cumsum(0).gather(1, labels[:, None])[:, 0]
+    kept = (rank <= room[labels]).nonzero()[:, 0]
+    room -= labels[kept].bincount(minlength=len(room))
+    return kept
+
+
+def _check_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
+    if classes is None:
+        return list(range(min(CLASSES_DRAWN, num_classes)))
+    if not classes or not all(isinstance(label, int) and 0 <= label < num_classes for label in classes):
+        raise ValueError(f"classes to draw must be class indices from 0 to {num_classes - 1}, got {list(classes)}")
+    return list(classes)
+
+
+def _check_counts(count: Tensor) -> None:
+    seen = count[count > 0]
+    if len(seen) < 2:
+        raise ValueError(
+            f"all {int(count.sum())} images are of class {int(count.argmax())}; separability needs two or more")
+    if not (seen > 1).any():
+        raise ValueError(f"each of the {len(seen)} classes has one image; separability needs two images of a class")
+
+
+def _ratio(row: ExitSeparability) -> str:
+    return "-" if row.ratio is None else f"{row.ratio:.3f}"

@@ -1,0 +1,84 @@
+"""The saved models and the images that a command is given."""
+import argparse
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .. import hub
+from ..model import SelfDistillModel
+from ..training import ImageSplits, load_images
+
+MODEL_HELP = "saved model, run directory, or id of a repository on the Hub"
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """One saved model."""
+    parser.add_argument("model", help=MODEL_HELP)
+    parser.add_argument("--revision", help="branch, tag or commit")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Images, and how to read and run them."""
+    parser.add_argument("--data", required=True, metavar="DIR",
+                        help="folder of images, parquet or arrow files, or data set on the Hub; not what the model"
+                             " was trained with")
+    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
+    parser.add_argument("--split", metavar="NAME",
+                        help="default: the first of validation, val, valid, test; else the tenth of train that"
+                             " train.py leaves out")
+    parser.add_argument("-b", "--batch-size", type=int, default=64)
+    parser.add_argument("-j", "--workers", type=int, default=0, help="data-loading processes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def saved_model(model: str) -> str:
+    """A run directory's best/; anything else as it is."""
+    best = Path(model) / "best"
+    return str(best) if best.is_dir() else model
+
+
+def load_model(args: argparse.Namespace) -> SelfDistillModel:
+    """The self-distilled model of `add_model_flags`."""
+    return _with_exits(args.model, args.revision)
+
+
+def load_any_model(name: str, revision: str | None) -> nn.Module:
+    """A self-distilled or a plain timm model, in eval mode."""
+    folder = hub.fetch_model(name, revision=revision, only_config=True)
+    if "self_distill" in hub.read_network(folder):
+        return _with_exits(name, revision)
+    folder = hub.fetch_model(name, revision=revision)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def read_data(args: argparse.Namespace) -> ImageSplits:
+    """The images of `add_data_flags`."""
+    splits = {"train_split": args.split, "val_split": args.split} if args.split else {}
+    return load_images(args.data, name=args.dataset_config, **splits)
+
+
+def open_data(model: nn.Module, images: ImageSplits, args: argparse.Namespace) -> DataLoader:
+    """The validation images as a model takes them.
+
+    Raises:
+        ValueError: they are of other classes than the model's.
+    """
+    backbone = model.backbone if isinstance(model, SelfDistillModel) else model
+    names = backbone.pretrained_cfg.get("label_names")
+    if images.num_classes != model.num_classes or (names and list(names) != images.class_names):
+        raise ValueError(
+            f"the model knows {model.num_classes} classes {list(names or [])[:3]}..., {args.data} has"
+            f" {images.num_classes} {images.class_names[:3]}...; they must be the same, in the same order")
+    _, val_data = images.transformed(resolve_model_data_config(backbone))
+    return DataLoader(val_data, args.batch_size, num_workers=args.workers)
+
+
+def _with_exits(name: str, revision: str | None) -> SelfDistillModel:
+    model = SelfDistillModel.from_pretrained(name, revision=revision)
+    if not isinstance(model, SelfDistillModel):
+        raise ValueError(f"{name} is a truncated model, which has one exit only")
+    return model

@@ -1,0 +1,48 @@
+"""Images with labels, checked before a model is measured on them."""
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .settings import check_images
+
+
+def labelled_batches(
+        model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a loader: images (B, C, H, W) on the model's device, and class indices (B,) as they came.
+
+    Args:
+        model: a self-distilled or a plain timm model.
+
+    Raises:
+        ValueError: the loader gives nothing, no batches of images and labels, images that the model cannot take, or
+            labels out of range.
+    """
+    device = next(p for p in model.parameters() if p.is_floating_point()).device
+    empty = True
+    for batch in loader:
+        _check_batch(batch, model.num_classes)
+        x = batch[0].to(device)
+        check_images(model, x)
+        empty = False
+        yield x, batch[1]
+    if empty:
+        raise ValueError("the loader gives no images")
+
+
+def check_finite(logits: Iterable[Tensor]) -> None:
+    """Raise ValueError unless all logits are finite numbers."""
+    if not all(bool(part.isfinite().all()) for part in logits):
+        raise ValueError("the model gives logits that are no finite numbers; its weights or the images are damaged")
+
+
+def _check_batch(batch: Any, classes: int) -> None:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise ValueError("the loader must give batches of (images (B, C, H, W), class indices (B,))")
+    x, y = batch
+    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool or len(y) != len(x):
+        raise ValueError(f"labels must be class indices (B,), got {y.dtype} {tuple(y.shape)}")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        unlabelled = "; -1 stands for an image without a label, leave those out" if int(y.min()) == -1 else ""
+        raise ValueError(f"labels must be 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}{unlabelled}")
