@@ -26,11 +26,9 @@ from typing import Any
 import timm
 import torch
 from hardware import create_parser, write_json
+from memory import peak_memory
 from timing import median_ratio
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from timm_selfdistill import (
@@ -50,27 +48,6 @@ CLASSES = 10
 
 class EndOfRun(Exception):
     """Raised in place of an evaluation."""
-
-
-class PeakMemory(TorchDispatchMode):
-    """The largest sum of the bytes of tensors that live at one time, those of a module and of all that is computed."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-        self._look(list(module.state_dict().values()))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._look(tree_leaves(result))
-        return result
-
-    def _look(self, values: list[Any]) -> None:
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        for storage in (value.untyped_storage() for value in values if isinstance(value, Tensor)):
-            self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
 
 
 def main() -> None:
@@ -177,7 +154,7 @@ def inference_memory(name: str, args: argparse.Namespace) -> float:
     backbone = create(name, args).backbone.to(args.device).eval()
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     with torch.no_grad():
-        return peak_memory(backbone, lambda: backbone(x), args)
+        return peak_memory(backbone, lambda: backbone(x), args.device)
 
 
 def step_memory(name: str, args: argparse.Namespace) -> float:
@@ -194,20 +171,7 @@ def step_memory(name: str, args: argparse.Namespace) -> float:
 
     step()  # makes the momentum
     momentum = sum(state["momentum_buffer"].nbytes for state in optimizer.state.values())
-    return peak_memory(model, step, args) + (0 if args.device == "cuda" else momentum)
-
-
-def peak_memory(module: nn.Module, call: Callable[[], Any], args: argparse.Namespace) -> float:
-    """Bytes."""
-    gc.collect()
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated()
-    with PeakMemory(module) as memory:
-        call()
-    return memory.peak
+    return peak_memory(model, step, args.device) + (0 if args.device == "cuda" else momentum)
 
 
 def synchronize(device: str) -> None:

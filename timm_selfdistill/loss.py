@@ -15,12 +15,11 @@ class SelfDistillLoss(nn.Module):
 
     For the classifiers i = 1..C, C the deepest::
 
-        loss = sum_i (1 - a_i) label_loss(z_i, y)  +  a_i KL(p_C || p_i)  +  b_i mse(F_i, F_C)
+        loss = sum_i (1 - a_i) label_loss(z_i, y)  +  a_i t KL(p_C || p_i)  +  b_i mse(F_i, F_C)
         p_i  = softmax(z_i / temperature)
-        a_i  = alpha, b_i = beta for i < C;  a_C = b_C = 0
+        a_i  = alpha, b_i = beta for i < C;  a_C = b_C = 0;  t = temperature^2 with `t_squared`, else 1
 
-    Label and distillation terms are means over the batch. There is no temperature^2 factor, as in the paper's equation.
-    The teacher's p_C and F_C carry no gradient.
+    Label and distillation terms are means over the batch. The teacher's p_C and F_C carry no gradient.
 
     `beta` is the paper's lambda. The hint is the squared L2 distance divided by the number of elements of one
     feature, so that `beta` means the same for every network and input size: lambda = beta / (D * H * W) for maps,
@@ -35,6 +34,8 @@ class SelfDistillLoss(nn.Module):
         hint: what the hint compares: "map" the whole feature maps, "pooled" their spatial means, None nothing.
         teacher: "deepest" classifier, or "ensemble": the mean of all logits teaches every classifier, the deepest
             included (arXiv:2104.00299). The hint's teacher is the deepest feature in both.
+        t_squared: multiply the distillation term by temperature^2, so that its gradients do not shrink with the
+            temperature (arXiv:1503.02531, section 2.1); the paper's equation does not.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -49,6 +50,7 @@ class SelfDistillLoss(nn.Module):
             label_loss: LabelLoss | None = None,
             hint: str | None = "map",
             teacher: str = "deepest",
+            t_squared: bool = False,
     ):
         super().__init__()
         if not 0 < temperature < float("inf"):
@@ -69,6 +71,7 @@ class SelfDistillLoss(nn.Module):
         self.label_loss = label_loss
         self.hint = hint
         self.teacher = teacher
+        self.t_squared = t_squared
 
     def forward(self, output: SelfDistillOutput, target: Tensor | None = None) -> Tensor:
         """The loss, a scalar tensor. See `terms`."""
@@ -83,8 +86,8 @@ class SelfDistillLoss(nn.Module):
                 the exits learn from the teacher alone.
 
         Returns:
-            Scalar tensors: "loss"; "label", the label terms with their factors 1 - a_i; "distill" and "hint", the plain
-            sums over the students.
+            Scalar tensors: "loss"; "label", the label terms with their factors 1 - a_i; "distill" and "hint", the
+            sums over the students, the former times temperature^2 with `t_squared`.
 
         Raises:
             TypeError: `output` is not a `SelfDistillOutput`, or class indices are not integers.
@@ -123,7 +126,8 @@ class SelfDistillLoss(nn.Module):
             teacher, students = (logits / len(logits)).sum(0), logits
         else:
             teacher, students = logits[-1], logits[:-1]
-        return divergence(teacher, students, self.temperature)
+        factor = self.temperature**2 if self.t_squared else 1.0
+        return factor * divergence(teacher, students, self.temperature)
 
     def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
         if self.hint is None:
@@ -136,7 +140,7 @@ class SelfDistillLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}, hint={self.hint!r},"
-                f" teacher={self.teacher!r}")
+                f" teacher={self.teacher!r}, t_squared={self.t_squared}")
 
 
 def divergence(teacher: Tensor, students: Tensor, temperature: float = 1.0) -> Tensor:

@@ -34,7 +34,7 @@ from .opening import (
     saved_model,
 )
 
-LOSS_SETTINGS = ("temperature", "alpha", "beta", "hint", "teacher")
+LOSS_SETTINGS = ("temperature", "alpha", "beta", "hint", "teacher", "t_squared")
 
 
 def add_parsers(commands: Any) -> None:

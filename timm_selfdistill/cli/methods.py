@@ -150,7 +150,8 @@ def _exit_loss(args: argparse.Namespace) -> SelfDistillLoss:
     if args.method == "dks":
         return KnowledgeSynergyLoss(**_given(args, "distill_loss_weight"))
     hint = None if args.hint == "none" else args.hint
-    return SelfDistillLoss(args.temperature, args.alpha, args.beta, hint=hint, teacher=args.teacher)
+    return SelfDistillLoss(
+        args.temperature, args.alpha, args.beta, hint=hint, teacher=args.teacher, t_squared=args.t_squared)
 
 
 def _alike(model: nn.Module, like: nn.Module) -> nn.Module:

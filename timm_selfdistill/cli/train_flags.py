@@ -91,6 +91,8 @@ def _add_distillation(group: Any) -> None:
                        help="feature_info indices or module names (default: chosen)")
     group.add_argument("--head", default="bottleneck", help=", ".join(HEADS))
     group.add_argument("--temperature", type=float, default=3.0, help="of both softmaxes in the distillation")
+    group.add_argument("--t-squared", action=_BOOLEAN, default=False,
+                       help="multiply the distillation by the temperature's square")
     group.add_argument("--alpha", type=float, default=0.3, help="weight of the distillation against the labels")
     group.add_argument("--beta", type=float, default=0.03, help="weight of the hint")
     group.add_argument("--hint", choices=["map", "pooled", "none"], default="map",
