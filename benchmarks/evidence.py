@@ -107,7 +107,7 @@ class Bench:
         self.longest = max(self.longest, time.monotonic() - began)
         self.rows.append(row)
         append_line(self.args.output, row)
-        print(*run.values(), f"{row['seconds']:.0f} s ", *(f"{top1:.2f}" for top1 in row["top1"]), flush=True)
+        print(*run.values(), row.get("diverged", ""), *(f"{top1:.2f}" for top1 in row["top1"]), flush=True)
         return row
 
     def _measure(self, run: Row) -> Row:
@@ -154,8 +154,11 @@ def train_and_measure(task: TrainingTask, run: Row, passes: int, args: argparse.
             amp_dtype=args.amp_dtype or "float16"))
         clock = time.perf_counter if args.device == "cuda" else time.process_time  # others may use the processor, too
         began = clock()
-        if trainer.fit().interrupted_by:
-            sys.exit("stopped; the same command goes on")
+        try:
+            if trainer.fit().interrupted_by:
+                sys.exit("stopped; the same command goes on")
+        except FloatingPointError as error:  # a point of the grid that nobody should choose
+            return {"top1": [0.0], "ensemble": None, "diverged": str(error)}
         seconds = clock() - began
     metrics, _ = measure_exits(
         trainer.eval_model, (trainer.update.to_device(*batch) for batch in DataLoader(measured, 500)),

@@ -89,8 +89,8 @@ METHODS = {
     "at": Method(lambda backbone, weight, teacher: AttentionTransferTask(
         backbone, teacher, distill_loss_weight=weight), (1000.0, 300.0, 3000.0), "teacher"),
 }
-""""paper" is the loss of "Be Your Own Teacher" with the authors' values; "deepest" and "ensemble" name the teacher, have
-no hint, and multiply the distillation by temperature^2."""
+"""The loss of "Be Your Own Teacher" with the authors' values is "paper"; "deepest" and "ensemble" name the teacher,
+have no hint, and multiply the distillation by temperature^2."""
 LRS = (0.05, 0.1, 0.2)
 WEIGHT_DECAYS = (5e-4, 2e-3)
 EXIT_METHODS = ["plain", "dsn", "paper", "deepest", "ensemble"]

@@ -47,6 +47,7 @@ COPY = 8
 SPLITS = ("train", "validation", "test")
 FAMILY_IMAGES = (16_000, 4_000)
 CHARACTER_FAMILIES = (50, 10)
+SAMPLE = (1000, 300, 300)
 
 
 class Glyph(NamedTuple):
@@ -64,15 +65,19 @@ class Glyph(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/typefaces"))
-    output = parser.parse_args().output
+    parser.add_argument("--sample", type=Path, help="also write a small part of the families to this folder")
+    args = parser.parse_args()
+    output = args.output
     try:
         build(PACKAGES.read_text().split(), FONTS, output)
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if read_digests(output) != json.loads(REFERENCE.read_text()):
-        print(f"warning: these are not the images of {REFERENCE.name}, so figures of them compare with each other, not"
+        print(f"warning: these are not the images of {REFERENCE.name}: figures of them compare with each other, not"
               " with published ones", file=sys.stderr)
+    if args.sample:
+        write_sample(output / "families", args.sample)
 
 
 def build(packages: list[str], fonts: int, output: Path) -> None:
@@ -159,6 +164,14 @@ def write(folder: Path, splits: dict[str, list[Glyph]], label: str, class_names:
         datasets.Dataset.from_dict(columns, features).to_parquet(path)
         print(f"{path}: {len(glyphs):,} images of {len(set(columns['label']))} classes,"
               f" {path.stat().st_size / 1e6:.1f} MB")
+
+
+def write_sample(families: Path, folder: Path) -> None:
+    """The first images of each file, under 1 MB in all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in zip(SPLITS, SAMPLE):
+        datasets.Dataset.from_parquet(str(families / f"{name}.parquet")).select(range(count)).to_parquet(
+            folder / f"{name}.parquet")
 
 
 def encode(pixels: np.ndarray) -> bytes:

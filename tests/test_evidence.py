@@ -1,0 +1,156 @@
+"""The runs, tables and picture of benchmarks/evidence.py."""
+import importlib
+import json
+import sys
+
+import pytest
+
+from .conftest import ROOT
+
+MODULES = ("evidence", "evidence_data", "evidence_grid", "evidence_tables", "intervals", "json_lines", "memory",
+           "hardware", "fashion_mnist")
+HARDWARE = {"device": "AMD EPYC", "threads": 1, "torch": "2.14.1"}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def tables():
+    return importlib.import_module("evidence_tables")
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """`evidence.main` on two images of each class of the sample, for five passes."""
+    evidence, grid, data = map(importlib.import_module, ("evidence", "evidence_grid", "evidence_data"))
+    monkeypatch.setitem(data.DATA, "typefaces", 100)
+    monkeypatch.setattr(data, "TYPEFACES", ROOT / "tests/data")
+    monkeypatch.setitem(grid.SETTINGS, "tiny", grid.Setting("typefaces", 2, "resnet10-16", 5))
+    monkeypatch.setattr(evidence, "LRS", (0.05, 0.1))
+    monkeypatch.setattr(evidence, "WEIGHT_DECAYS", (5e-4,))
+
+    def run(*flags):
+        output = tmp_path / "lines.jsonl"
+        monkeypatch.setattr(sys, "argv", ["evidence.py", "--settings", "tiny", "--output", str(output), *flags])
+        evidence.main()
+        return [json.loads(line) for line in output.read_text().splitlines() if line.endswith("}")], output
+
+    return run
+
+
+def row(method, seed, top1, ensemble=None, **more):
+    return {"phase": "test", "setting": "families-30", "method": method, "seed": seed, "lr": 0.1, "weight_decay": 5e-4,
+            "weight": None, "top1": top1, "ensemble": ensemble, "images": 3000, "seconds": 60.0 + seed,
+            "memory_mb": 19.4, "hardware": HARDWARE, **more}
+
+
+def three_seeds():
+    return [*(row("plain", seed, [40.0 + seed]) for seed in (1, 2, 3)),
+            *(row("dsn", seed, [30.0, 42.0 + seed], 44.0, seconds=80.0) for seed in (1, 2, 3)),
+            *(row("kd", seed, [44.0 + 2 * seed], weight=1.0, teacher_seconds=200.0) for seed in (1, 2, 3))]
+
+
+def test_a_table_from_its_lines(tables):
+    assert tables.format_table(three_seeds(), "families-30").splitlines() == [
+        "| method | lr, weight decay, own weight | exits, shallow to deep | ensemble | deepest - plain | deepest - dsn"
+        " | seconds | with teacher | MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| plain | 0.1, 0.0005 | 42.00 ± 2.48 |  |  | -2.00 ± 0.00 (p 0) | 62 | 62 | 19 |",
+        "| dsn | 0.1, 0.0005 | 30.00 ± 0.00, 44.00 ± 2.48 | 44.00 ± 0.00 | +2.00 ± 0.00 (p 0) |  | 80 | 80 | 19 |",
+        "| kd | 0.1, 0.0005, 1 | 48.00 ± 4.97 |  | +6.00 ± 2.48 (p 0.0091) | +4.00 ± 2.48 (p 0.02) | 62 | 262 | 19 |",
+        "",
+        "3,000 training images of families, 60 passes, resnet10-16; 3 seeds. device AMD EPYC, threads 1, torch 2.14.1.",
+    ]
+
+
+def test_one_seed_has_no_interval(tables):
+    table = tables.format_table([row("plain", 1, [41.0]), row("dsn", 1, [30.0, 43.0], 44.0)], "families-30")
+    assert "| dsn | 0.1, 0.0005 | 30.00, 43.00 | 44.00 | +2.00 |  |" in table
+    assert "1 seed. No interval where there is one seed: nothing tells how much another would change." in table
+
+
+def test_lines_of_different_machines_are_marked(tables):
+    rows = [row("plain", 1, [41.0]), row("plain", 2, [42.0], hardware=HARDWARE | {"torch": "2.15.0"})]
+    table = tables.format_table(rows, "families-30")
+    assert "**Mixed: these lines come from 2 kinds of hardware or versions**" in table
+
+
+def test_page_and_picture(tables, tmp_path, monkeypatch):
+    lines, page, picture = tmp_path / "evidence.jsonl", tmp_path / "page.md", tmp_path / "gain.png"
+    lines.write_text("\n".join(map(json.dumps, three_seeds())) + '\n{"phase": "test", "set')
+    page.write_text("Before\n<!-- table families-30 -->\nold\n<!-- end -->\nAfter\n")
+    monkeypatch.setattr(sys, "argv", ["x", str(lines), "--page", str(page), "--picture", str(picture)])
+    with pytest.warns(UserWarning, match="skipped a line that was cut short"):
+        tables.main()
+    text = page.read_text()
+    assert text.startswith("Before\n<!-- table families-30 -->\n| method |")
+    assert text.endswith(" torch 2.14.1.\n<!-- end -->\nAfter\n")
+    assert "old" not in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert tables.gains(three_seeds(), "families", "dsn") == [(30.0, 2.0, 0.0)]
+
+
+def test_no_lines(tables, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "none.jsonl")])
+    with pytest.raises(SystemExit, match="2"):
+        tables.main()
+    assert "make them with python benchmarks/evidence.py" in capsys.readouterr().err
+
+
+def test_a_run_that_was_cut_short_is_done_again(tiny):
+    rows, output = tiny("--methods", "plain", "ensemble", "--seeds", "1")
+    assert [(row["phase"], row["method"], row["seed"], row["lr"], row["weight"]) for row in rows[:3]] == [
+        ("tune", "plain", 0, 0.05, None), ("tune", "plain", 0, 0.1, None), ("test", "plain", 1, rows[2]["lr"], None)]
+    assert [row["phase"] for row in rows[3:]] == ["tune"] * 4 + ["test"]
+    assert [row["weight"] for row in rows[3:7]] == [0.3, 0.3, 0.5, 0.7]
+    best = max(rows[3:7], key=lambda row: row["top1"][-1])
+    assert (rows[7]["lr"], rows[7]["weight"]) == (best["lr"], best["weight"])
+    assert len(rows[7]["top1"]) == 4
+    assert [row["images"] for row in rows] == [199] * len(rows)  # the sample has one image only of one class
+    assert 1 < rows[2]["memory_mb"] < rows[7]["memory_mb"] < 1.3 * rows[2]["memory_mb"]
+    output.write_text("\n".join(output.read_text().splitlines()[:-1]) + '\n{"phase": "test", "set')
+    with pytest.warns(UserWarning, match="skipped a line that was cut short"):
+        again, _ = tiny("--methods", "plain", "ensemble", "--seeds", "1")
+    assert len(again) == len(rows)
+    assert again[-1]["top1"] == rows[-1]["top1"]  # the same seed gives the same network
+
+
+def test_methods_with_another_network(tiny, monkeypatch):
+    grid = importlib.import_module("evidence_grid")
+    monkeypatch.setitem(grid.TEACHERS, "resnet10-16", "resnet10-32")
+    monkeypatch.setattr(importlib.import_module("evidence"), "LRS", (0.05,))
+    for name in ("dml", "at"):
+        monkeypatch.setitem(grid.METHODS, name, grid.METHODS[name]._replace(weights=grid.METHODS[name].weights[:1]))
+    rows, output = tiny("--methods", "dml", "at", "--seeds", "1")
+    tested = {row["method"]: row for row in rows if row["phase"] == "test"}
+    assert [len(row["top1"]) for row in tested.values()] == [1, 1]
+    assert tested["at"]["teacher_seconds"] > 0
+    assert "teacher_seconds" not in tested["dml"]
+    assert sorted(path.name for path in output.with_suffix("").iterdir()) == ["tiny-0.pt", "tiny-1.pt"]
+
+
+def test_a_point_of_the_grid_that_diverges_is_not_chosen(tiny, monkeypatch):
+    evidence = importlib.import_module("evidence")
+    monkeypatch.setattr(evidence, "LRS", (1e6, 0.05))
+    rows, _ = tiny("--methods", "plain", "--seeds", "1")
+    assert "is nan at update" in rows[0]["diverged"]
+    assert rows[2]["lr"] == 0.05
+
+
+def test_the_time_is_up(tiny, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        tiny("--methods", "plain", "--minutes", "0")
+    assert "the time is up; the same command goes on" in capsys.readouterr().out
+
+
+def test_typefaces_that_are_not_there(tmp_path, monkeypatch):
+    data = importlib.import_module("evidence_data")
+    monkeypatch.setattr(data, "TYPEFACES", tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not there; make it with python benchmarks/typefaces.py"):
+        data.load_training("families", 2, 0)
