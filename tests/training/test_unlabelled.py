@@ -97,16 +97,21 @@ def test_a_part_of_images_without_labels(tmp_path):
     assert run.metrics[-2].top1 == 100
 
 
-def test_images_alone_in_a_folder_for_each_split(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_alone_in_a_folder_for_each_split(streaming, tmp_path):
     """`datasets` makes classes of the folders' names, which are no labels."""
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
         for index in range(3):
             picture("L").save(tmp_path / split / f"{index}.png")
-    images = load_images(tmp_path, unlabelled=True)
-    assert (images.label_column, images.class_names, len(images.train), len(images.val)) == (None, [], 3, 3)
+    images = load_images(tmp_path, unlabelled=True, streaming=streaming)
+    assert (images.label_column, images.class_names, list(images.val.features)) == (None, [], ["image"])
+    data = images.transformed(model_data_config(small_backbone(in_chans=1), 32, in_chans=1), no_aug=True)
+    run = fit(frozen_model(), data, tmp_path / "run", unlabelled=True, batch_size=3, epochs=1,
+              steps_per_epoch=1 if streaming else None)
+    assert run.metrics[-2].top1 == 100
     with pytest.raises(ValueError, match="has no label column .* a folder needs one subfolder per class, at least 2"):
-        load_images(tmp_path)
+        load_images(tmp_path, streaming=streaming)
 
 
 @pytest.mark.parametrize(("labels", "column", "warned"), [

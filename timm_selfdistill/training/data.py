@@ -250,11 +250,11 @@ def _read(source: Any, name: str | None, train_split: str, streaming: bool) -> M
 def _without_split_names(splits: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """Images alone in a folder for each split, of which `datasets` makes class names."""
     folders = {path.name for path in folder.iterdir() if path.is_dir()}
-    return {
-        name: rows.remove_columns([
-            column for column, feature in (rows.features or {}).items()
-            if isinstance(feature, datasets.ClassLabel) and set(feature.names) <= folders])
-        for name, rows in splits.items()}
+    kept = {name: [column for column, feature in (rows.features or {}).items()
+                   if not (isinstance(feature, datasets.ClassLabel) and set(feature.names) <= folders)]
+            for name, rows in splits.items()}
+    return {name: rows.select_columns(kept[name]) if len(kept[name]) < len(rows.features or ()) else rows
+            for name, rows in splits.items()}
 
 
 def _describe(source: Any, name: str | None, split: str) -> dict[str, Any]:
