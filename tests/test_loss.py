@@ -65,6 +65,22 @@ def test_every_term_equals_the_papers_equation(temperature, alpha, beta, hint, t
         assert got[name].item() == pytest.approx(value, rel=1e-6, abs=1e-6), name
 
 
+def test_with_t_squared_gradients_do_not_shrink_with_the_temperature():
+    """As in Hinton's KD (arXiv:1503.02531, 2.1): for high temperatures they come to (z - z_teacher) / K, less means."""
+    labels = torch.randint(CLASSES, (BATCH,))
+    for teacher in ("deepest", "ensemble"):
+        plain, squared = (SelfDistillLoss(4.0, teacher=teacher, t_squared=on).terms(random, labels)
+                          for random in [random_output()] for on in (False, True))
+        assert squared["distill"].item() == pytest.approx(16 * plain["distill"].item(), rel=1e-6)
+        added = squared["loss"].item() - plain["loss"].item()
+        assert added == pytest.approx(0.3 * 15 * plain["distill"].item(), rel=1e-4)
+    output = random_output(torch.float64, requires_grad=True, exits=2)
+    SelfDistillLoss(1000.0, alpha=1.0, beta=0.0, t_squared=True)(output).backward()
+    student, deepest = (z.detach() - z.detach().mean(1, keepdim=True) for z in output.logits)
+    torch.testing.assert_close(output.logits[0].grad, (student - deepest) / CLASSES / BATCH, rtol=0.02, atol=2e-4)
+    assert output.logits[1].grad is None
+
+
 def test_beta_is_lambda_times_the_size_of_a_feature():
     output = random_output()
     lam = 1e-3
