@@ -65,7 +65,8 @@ def test_many_flags_at_once(few_images, tmp_path):
     run_python(*fast(
         few_images, tmp_path / "run", "--exits", "layer1", "3", "--head", "linear", "--temperature", 2, "--alpha", 0.5,
         "--beta", 0.1, "--hint", "pooled", "--teacher", "ensemble", "--t-squared", "--opt", "adamw", "--lr", 1e-3,
-        "--sched", "poly", "--warmup-epochs", 0, "--weight-decay", 0.05, "--smoothing", 0.1, "--mixup", 0.2, "--cutmix", 1.0, "--aa",
+        "--sched", "poly", "--warmup-epochs", 0, "--weight-decay", 0.05, "--smoothing", 0.1, "--mixup", 0.2, "--cutmix",
+        1.0, "--aa",
         "rand-m9", "--reprob", 0.25, "--model-ema", "--model-ema-warmup", "--amp", "--amp-dtype", "bfloat16",
         "--grad-accum-steps", 2, "--clip-grad", 1.0, "--seed", 7, "--in-chans", 3, "--img-size", 40, "--channels-last"))
     assert list(last_metrics(tmp_path / "run")) == [0, 1, 2, "ensemble"]
