@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from timm_selfdistill import SelfDistillModel, load_images, model_data_config, wrap_self_distill
+from timm_selfdistill.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "examples/data"
@@ -43,6 +45,29 @@ def fashion_tensors(fashion):
     """The same without augmentation, normalised for one channel at 32 px: training and validation data sets."""
     config = model_data_config(small_backbone(in_chans=1), 32, in_chans=1)
     return fashion.transformed(config, no_aug=True)
+
+
+@pytest.fixture
+def call(folder, monkeypatch, capsys):
+    """Runs timm-selfdistill in the `folder` of a test's file; its exit code, output and errors."""
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["timm-selfdistill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Imports a file of benchmarks/ anew, and those that it imports."""
+    folder = ROOT / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "").parent == folder:
+            del sys.modules[name]
 
 
 def run_python(*args: object, launcher: tuple[str, ...] = (), check: bool = True, **environment: str):

@@ -1,7 +1,6 @@
 """evaluate, calibrate, tradeoff and export as programs, with right and wrong arguments."""
 import json
 import re
-import sys
 
 import onnxruntime
 import pytest
@@ -9,7 +8,6 @@ import timm
 import torch
 
 from timm_selfdistill import EarlyExit, SelfDistillModel, load_images, model_data_config, wrap_self_distill
-from timm_selfdistill.cli.main import main
 from timm_selfdistill.hub import save_timm_model
 
 from .conftest import EMBEDDED
@@ -32,18 +30,6 @@ def folder(tmp_path_factory):
         else:
             save_timm_model(backbone, folder / "plain")
     return folder
-
-
-@pytest.fixture
-def call(folder, monkeypatch, capsys):
-    """Runs the program in that folder; its exit code, output and errors."""
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["timm-selfdistill", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-    return run
 
 
 def test_calibrate_saves_what_evaluate_and_python_use(call, folder):

@@ -1,6 +1,5 @@
 """The sweep's checks on real tensors for small networks of many families; `benchmarks/sweep.py` does them all."""
 import json
-import sys
 
 import pytest
 
@@ -41,16 +40,8 @@ def test_a_sweep_goes_on_where_it_stopped_and_names_what_fails(tmp_path):
     assert len(rows["test_vit"]["shares"]) == 3
 
 
-@pytest.fixture
-def checks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import sweep_checks
-
-    yield sweep_checks
-    sys.modules.pop("sweep_checks")
-
-
-def test_the_checks_notice_what_is_wrong(checks, monkeypatch):
+def test_the_checks_notice_what_is_wrong(benchmarks, monkeypatch):
+    checks = benchmarks("sweep_checks")
     predict = checks.SelfDistillModel.predict
     monkeypatch.setattr(checks.SelfDistillModel, "predict", lambda model, x, exit: predict(model, x, exit) + 1)
     with pytest.raises(ValueError, match=r"predict\(x, 0\) differs from forward_exits"):
@@ -60,10 +51,8 @@ def test_the_checks_notice_what_is_wrong(checks, monkeypatch):
         checks.check_meta("test_resnet", {})
 
 
-def test_the_page_holds_what_the_results_say(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import sweep_page
-
+def test_the_page_holds_what_the_results_say(benchmarks, monkeypatch, tmp_path):
+    sweep_page = benchmarks("sweep_page")
     monkeypatch.setattr(sweep_page, "PAGE", tmp_path / "models.md")
     sweep_page.write_page(ROOT / "benchmarks/results")
     assert (tmp_path / "models.md").read_text() == (ROOT / "docs/models.md").read_text()

@@ -1,6 +1,4 @@
 """The data sets of typefaces, built from the fonts that matplotlib brings."""
-import importlib
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,13 +15,11 @@ FILES = {"fonts-sans": ["DejaVuSans.ttf", "DejaVuSans-Bold.ttf"], "fonts-mono": 
 
 
 @pytest.fixture
-def typefaces(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = importlib.import_module("typefaces")
+def typefaces(benchmarks, monkeypatch):
+    module = benchmarks("typefaces")
     monkeypatch.setattr(module, "FAMILY_IMAGES", (150, 50))
     monkeypatch.setattr(module, "CHARACTER_FAMILIES", (1, 1))
-    yield module
-    sys.modules.pop("typefaces")
+    return module
 
 
 @pytest.fixture

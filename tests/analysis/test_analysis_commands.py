@@ -1,7 +1,6 @@
 """flat-minima, gradients, separability and agreement as programs, with right and wrong arguments."""
 import json
 import re
-import sys
 
 import pytest
 import timm
@@ -9,7 +8,6 @@ import torch
 
 from timm_selfdistill import SelfDistillLoss, SelfDistillModel, load_images, model_data_config, wrap_self_distill
 from timm_selfdistill.cli import analysis
-from timm_selfdistill.cli.main import main
 from timm_selfdistill.hub import save_timm_model
 
 from ..conftest import EMBEDDED
@@ -34,18 +32,6 @@ def folder(tmp_path_factory):
     wrap_self_distill(timm.create_model("test_resnet", num_classes=3, in_chans=1)).save_pretrained(
         folder / "other", check=False)
     return folder
-
-
-@pytest.fixture
-def call(folder, monkeypatch, capsys):
-    """Runs the program in that folder; its exit code, output and errors."""
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", ["timm-selfdistill", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-    return run
 
 
 def written(folder, stem: str) -> dict:
