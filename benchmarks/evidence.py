@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence_data import load_measured, load_training
+from evidence_data import digest, load_measured, load_training
 from evidence_grid import LRS, METHODS, PRESETS, SETTINGS, TEACHERS, WEIGHT_DECAYS, create_network
 from hardware import describe
 from json_lines import append_line, read_lines
@@ -50,6 +50,7 @@ from timm_selfdistill.training.metrics import measure_exits
 BATCH_SIZE = 64
 PASSES = 5
 """Over the images, in an epoch of `Trainer`."""
+SHOWN = ("phase", "setting", "method", "seed", "weight", "lr", "weight_decay")
 Row = dict[str, Any]
 
 
@@ -85,7 +86,8 @@ class Bench:
     def tune(self, setting: str, method: str) -> Row:
         """The point of the grid that is best on the validation images; the first of equals."""
         weights = METHODS[method].weights or (None,)
-        point = {"phase": "tune", "setting": setting, "method": method, "seed": 0, "weight": weights[0]}
+        point = {"phase": "tune", "setting": setting, **SETTINGS[setting]._asdict(), "method": method, "seed": 0,
+                 "weight": weights[0]}
         shared = [{**point, "lr": lr, "weight_decay": decay} for lr, decay in product(LRS, WEIGHT_DECAYS)]
         best = max(shared, key=self._top1)
         return max([best, *({**best, "weight": weight} for weight in weights[1:])], key=self._top1)
@@ -103,11 +105,11 @@ class Bench:
             print("the time is up; the same command goes on")
             sys.exit(0)
         began = time.monotonic()
-        row = run | self._measure(run) | self.facts
+        row = run | self._measure(run) | self.facts | {"data_sha256": digest(run["data"])}
         self.longest = max(self.longest, time.monotonic() - began)
         self.rows.append(row)
         append_line(self.args.output, row)
-        print(*run.values(), row.get("diverged", ""), *(f"{top1:.2f}" for top1 in row["top1"]), flush=True)
+        print(*(run[name] for name in SHOWN), row.get("diverged", ""), *(f"{top1:.2f}" for top1 in row["top1"]), flush=True)
         return row
 
     def _measure(self, run: Row) -> Row:

@@ -1,4 +1,5 @@
 """Images in memory for runs of a minute: drawn class by class, moved by a pixel while they train."""
+import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def load_training(data: str, per_class: int | None, seed: int) -> Images:
 def load_measured(data: str, split: str) -> Images:
     """All images of "validation" or "test"."""
     return Images(*read_split(data, split), moved=False)
+
+
+@cache
+def digest(data: str) -> str:
+    """The first half of the SHA-256 of all training images and labels."""
+    pixels, labels = read_split(data, "train")
+    return hashlib.sha256(pixels.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:32]
 
 
 @cache

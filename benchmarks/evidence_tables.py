@@ -97,6 +97,8 @@ def notes(rows: list[Row]) -> list[str]:
     if 1 in counts.values():
         found.append("No interval where there is one seed: nothing tells how much another would change.")
     hardware = sorted({", ".join(f"{key} {value}" for key, value in row["hardware"].items()) for row in rows})
+    if len({row["data_sha256"] for row in rows}) > 1:
+        found.append("**Mixed: these lines come from different images.**")
     if len(hardware) > 1:
         found.append(f"**Mixed: these lines come from {len(hardware)} kinds of hardware or versions**: "
                      + "; ".join(hardware) + ".")

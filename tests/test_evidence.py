@@ -36,7 +36,7 @@ def tiny(benchmarks, monkeypatch, tmp_path):
 def row(method, seed, top1, ensemble=None, **more):
     return {"phase": "test", "setting": "families-30", "method": method, "seed": seed, "lr": 0.1, "weight_decay": 5e-4,
             "weight": None, "top1": top1, "ensemble": ensemble, "images": 3000, "seconds": 60.0 + seed,
-            "memory_mb": 19.4, "hardware": HARDWARE, **more}
+            "memory_mb": 19.4, "hardware": HARDWARE, "data_sha256": "0", **more}
 
 
 def three_seeds():
@@ -68,6 +68,11 @@ def test_lines_of_different_machines_are_marked(tables):
     rows = [row("plain", 1, [41.0]), row("plain", 2, [42.0], hardware=HARDWARE | {"torch": "2.15.0"})]
     table = tables.format_table(rows, "families-30")
     assert "**Mixed: these lines come from 2 kinds of hardware or versions**" in table
+
+
+def test_lines_of_different_images_are_marked(tables):
+    rows = [row("plain", 1, [41.0]), row("plain", 2, [42.0], data_sha256="1")]
+    assert "**Mixed: these lines come from different images.**" in tables.format_table(rows, "families-30")
 
 
 def test_page_and_picture(tables, tmp_path, monkeypatch):
