@@ -45,6 +45,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from timm_selfdistill import TrainConfig, Trainer
+from timm_selfdistill.cli import run
 from timm_selfdistill.training.metrics import measure_exits
 
 BATCH_SIZE = 64
@@ -54,7 +55,7 @@ SHOWN = ("phase", "setting", "method", "seed", "weight", "lr", "weight_decay")
 Row = dict[str, Any]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="headline", choices=PRESETS)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="instead of the preset's")
@@ -73,6 +74,7 @@ def main() -> None:
         best = bench.tune(setting, method)
         for seed in range(1, args.seeds + 1):
             bench.complete({**best, "phase": "test", "seed": seed})
+    return 0
 
 
 class Bench:
@@ -109,7 +111,8 @@ class Bench:
         self.longest = max(self.longest, time.monotonic() - began)
         self.rows.append(row)
         append_line(self.args.output, row)
-        print(*(run[name] for name in SHOWN), row.get("diverged", ""), *(f"{top1:.2f}" for top1 in row["top1"]), flush=True)
+        print(*(run[name] for name in SHOWN), *(f"{top1:.2f}" for top1 in row["top1"]), row.get("diverged", ""),
+              flush=True)
         return row
 
     def _measure(self, run: Row) -> Row:
@@ -179,4 +182,4 @@ def step_memory(task: TrainingTask, device: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

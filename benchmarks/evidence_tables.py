@@ -8,7 +8,6 @@ lines come from different versions or hardware is marked; with one seed there is
 """
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -20,13 +19,15 @@ from intervals import mean_interval, p_value
 from json_lines import read_lines
 from matplotlib.figure import Figure
 
+from timm_selfdistill.cli import run
+
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 COLORS = {"dsn": "tab:gray", "paper": "tab:orange", "deepest": "tab:red", "ensemble": "tab:blue", "dks": "tab:green"}
 Row = dict[str, Any]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", nargs="*", type=Path, default=sorted(RESULTS.glob("evidence*.jsonl")))
     parser.add_argument("--page", type=Path, default=DOCS / "evidence.md")
@@ -34,15 +35,15 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for path in args.lines for row in read_lines(path) if row["phase"] == "test"]
     if not rows:
-        print(f"error: no runs of the phase \"test\" in {', '.join(map(str, args.lines)) or RESULTS}; make them with"
-              " python benchmarks/evidence.py", file=sys.stderr)
-        sys.exit(2)
+        raise FileNotFoundError(f"no runs of the phase 'test' in {', '.join(map(str, args.lines)) or RESULTS}; make them"
+                                " with python benchmarks/evidence.py")
     tables = {setting: format_table(rows, setting) for setting in SETTINGS
               if any(row["setting"] == setting for row in rows)}
     for setting, table in tables.items():
         print(f"{setting}\n\n{table}\n")
     args.page.write_text(insert(args.page.read_text(), tables))
     draw_gains(rows, args.picture)
+    return 0
 
 
 def format_table(rows: list[Row], setting: str) -> str:
@@ -151,4 +152,4 @@ def gains(rows: list[Row], data: str, method: str) -> list[tuple[float, float, f
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

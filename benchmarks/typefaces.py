@@ -25,7 +25,7 @@ import hashlib
 import json
 import string
 import subprocess
-import sys
+import warnings
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +35,8 @@ import datasets
 import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
+
+from timm_selfdistill.cli import run
 
 PACKAGES = Path(__file__).with_suffix(".txt")
 REFERENCE = Path(__file__).with_suffix(".json")
@@ -62,22 +64,18 @@ class Glyph(NamedTuple):
         return _sha256(f"{self.package}/{self.font}/{self.character}")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/typefaces"))
     parser.add_argument("--sample", type=Path, help="also write a small part of the families to this folder")
     args = parser.parse_args()
-    output = args.output
-    try:
-        build(PACKAGES.read_text().split(), FONTS, output)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if read_digests(output) != json.loads(REFERENCE.read_text()):
-        print(f"warning: these are not the images of {REFERENCE.name}: figures of them compare with each other, not"
-              " with published ones", file=sys.stderr)
+    build(PACKAGES.read_text().split(), FONTS, args.output)
+    if read_digests(args.output) != json.loads(REFERENCE.read_text()):
+        warnings.warn(f"these are not the images of {REFERENCE.name}: figures of them compare with each other, not with"
+                      " published ones", stacklevel=1)
     if args.sample:
-        write_sample(output / "families", args.sample)
+        write_sample(args.output / "families", args.sample)
+    return 0
 
 
 def build(packages: list[str], fonts: int, output: Path) -> None:
@@ -197,4 +195,4 @@ def _sha256(text: str) -> str:
 
 if __name__ == "__main__":
     datasets.disable_progress_bars()
-    main()
+    run(main)

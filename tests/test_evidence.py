@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, run_python
 
 HARDWARE = {"device": "AMD EPYC", "threads": 1, "torch": "2.14.1"}
 
@@ -90,11 +90,10 @@ def test_page_and_picture(tables, tmp_path, monkeypatch):
     assert tables.gains(three_seeds(), "families", "dsn") == [(30.0, 3.0, pytest.approx(1.24, abs=0.01))]
 
 
-def test_no_lines(tables, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "none.jsonl")])
-    with pytest.raises(SystemExit, match="2"):
-        tables.main()
-    assert "make them with python benchmarks/evidence.py" in capsys.readouterr().err
+def test_no_lines(tmp_path):
+    done = run_python("benchmarks/evidence_tables.py", tmp_path / "none.jsonl", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "none.jsonl; make them with python benchmarks/evidence.py" in done.stderr
 
 
 def test_a_run_that_was_cut_short_is_done_again(tiny):
