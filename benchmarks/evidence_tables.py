@@ -35,8 +35,8 @@ def main() -> int:
     args = parser.parse_args()
     rows = [row for path in args.lines for row in read_lines(path) if row["phase"] == "test"]
     if not rows:
-        raise FileNotFoundError(f"no runs of the phase 'test' in {', '.join(map(str, args.lines)) or RESULTS}; make them"
-                                " with python benchmarks/evidence.py")
+        raise FileNotFoundError(f"no runs of the phase 'test' in {', '.join(map(str, args.lines)) or RESULTS}; make"
+                                " them with python benchmarks/evidence.py")
     tables = {setting: format_table(rows, setting) for setting in SETTINGS
               if any(row["setting"] == setting for row in rows)}
     for setting, table in tables.items():
