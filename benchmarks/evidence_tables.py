@@ -122,11 +122,12 @@ def draw_gains(rows: list[Row], picture: Path) -> None:
     panels = list(dict.fromkeys(setting.data for setting, _ in points))
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, data in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
-        for method, color in COLORS.items():
+        for index, (method, color) in enumerate(COLORS.items()):
             found = gains(rows, data, method)
             if found:
                 counts, means, halves = zip(*found)
-                axes.errorbar(counts, means, halves, color=color, label=method, capsize=3, marker="o", markersize=4)
+                beside = [count * 1.03**index for count in counts]  # so that no interval hides another
+                axes.errorbar(beside, means, halves, color=color, label=method, capsize=3, marker="o", markersize=4)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(title=data, xlabel="training images of a class", xscale="log")
         axes.grid(alpha=0.3)
