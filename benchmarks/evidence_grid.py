@@ -7,7 +7,7 @@ from evidence_data import DATA
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
-from timm_selfdistill import SelfDistillLoss, SelfDistillTask, models, wrap_self_distill  # noqa: F401, names for timm
+from timm_selfdistill import SelfDistillLoss, SelfDistillTask, wrap_self_distill
 from timm_selfdistill.baselines import (
     AttentionTransferTask,
     FitNetTask,

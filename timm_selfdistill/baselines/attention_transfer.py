@@ -30,11 +30,14 @@ class AttentionTransferTask(FeatureMapTask):
             self, student: nn.Module, teacher: nn.Module, criterion: LabelLoss | None = None,
             distill_loss_weight: float = 1000.0, task_loss_weight: float = 1.0):
         pairs = pair_stages(student, teacher)
-        super().__init__(student, teacher, pairs, None, criterion, distill_loss_weight, task_loss_weight)
+        super().__init__(
+            student, teacher, pairs, None, compare_attention, criterion, distill_loss_weight, task_loss_weight)
 
-    def compare_maps(self, maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
-        return sum(F.mse_loss(attention(own), attention(teacher, own.shape[2:]))
-                   for own, teacher in zip(maps, teacher_maps, strict=True))
+
+def compare_attention(maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
+    """Mean squared difference of the attention, summed over the stages."""
+    return sum(F.mse_loss(attention(own), attention(teacher, own.shape[2:]))
+               for own, teacher in zip(maps, teacher_maps, strict=True))
 
 
 def attention(feature: Tensor, size: tuple[int, int] | None = None) -> Tensor:

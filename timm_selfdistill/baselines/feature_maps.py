@@ -1,5 +1,5 @@
 """Students that learn from the feature maps of a teacher network."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.task import FeatureDistillationTask
@@ -36,7 +36,7 @@ class StudentMaps(FeatureDistillationTrainableModule):
 
 
 class FeatureMapTask(FeatureDistillationTask):
-    """Labels, and feature maps of a frozen teacher; `compare_maps` of a subclass says how they are compared.
+    """Labels, and feature maps of a frozen teacher, compared by a function.
 
     timm's `FeatureDistillationTask` compares pooled features; its teacher, normalisation for it, weights, distribution,
     checkpoint state and evaluated model, the student alone, are those of this task.
@@ -46,6 +46,7 @@ class FeatureMapTask(FeatureDistillationTask):
         teacher: a trained timm model for the same images and classes; it is frozen.
         pairs: the stages that are compared.
         projection: of the student's maps, learns with it.
+        compare: the maps' loss, a scalar, of the student's maps and the teacher's, each (B, D_i, H_i, W_i).
         criterion: `(logits, target) -> scalar`; None is cross entropy.
         distill_loss_weight: of the maps' loss, >= 0.
         task_loss_weight: of the label loss, >= 0.
@@ -57,7 +58,8 @@ class FeatureMapTask(FeatureDistillationTask):
 
     def __init__(
             self, student: nn.Module, teacher: nn.Module, pairs: Sequence[Pair], projection: nn.Module | None,
-            criterion: LabelLoss | None, distill_loss_weight: float, task_loss_weight: float):
+            compare: Callable[[list[Tensor], list[Tensor]], Tensor], criterion: LabelLoss | None,
+            distill_loss_weight: float, task_loss_weight: float):
         check_weight("distill_loss_weight", distill_loss_weight)
         check_weight("task_loss_weight", task_loss_weight)
         super().__init__(
@@ -65,6 +67,7 @@ class FeatureMapTask(FeatureDistillationTask):
             distill_loss_weight=distill_loss_weight, task_loss_weight=task_loss_weight,
             student_feature_dim=0, teacher_feature_dim=0,  # equal, so that timm makes no projection of its own
             device=next(student.parameters()).device, verbose=False)
+        self.compare_maps = compare
         own, others = zip(*pairs)
         self.trainable_module = StudentMaps(student, own, projection)
         self.teacher_indices = [stage.index for stage in others]
@@ -91,10 +94,6 @@ class FeatureMapTask(FeatureDistillationTask):
         input = self.teacher.normalize_input(input, self.student_mean, self.student_std)
         return self.teacher.model.forward_intermediates(
             input, indices=self.teacher_indices, stop_early=True, intermediates_only=True)
-
-    def compare_maps(self, maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
-        """The loss of the maps, a scalar."""
-        raise NotImplementedError
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module, role: str = "teacher") -> None:

@@ -43,11 +43,14 @@ class FitNetTask(FeatureMapTask):
         regressor = nn.Conv2d(guided.channels, hint.channels, 1)
         move_alike(regressor, student)
         super().__init__(
-            student, teacher, [(guided, hint)], regressor, criterion, distill_loss_weight, task_loss_weight)
+            student, teacher, [(guided, hint)], regressor, compare_hints, criterion, distill_loss_weight,
+            task_loss_weight)
 
-    def compare_maps(self, maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
-        (guided,), (hint,) = maps, teacher_maps
-        if guided.shape != hint.shape:
-            raise ValueError(f"the student's map {tuple(guided.shape)} and the teacher's {tuple(hint.shape)} cannot be"
-                             " compared; take images whose size both networks divide alike, e.g. a multiple of 32")
-        return F.mse_loss(guided, hint)
+
+def compare_hints(maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
+    """Mean squared difference of one map and its hint."""
+    (guided,), (hint,) = maps, teacher_maps
+    if guided.shape != hint.shape:
+        raise ValueError(f"the student's map {tuple(guided.shape)} and the teacher's {tuple(hint.shape)} cannot be"
+                         " compared; take images whose size both networks divide alike, e.g. a multiple of 32")
+    return F.mse_loss(guided, hint)

@@ -104,8 +104,6 @@ class Trainer:
             self._resume(self.checkpoint)
         if self.accelerator.is_main_process:
             mark_launch(self.output)
-            if self.checkpoint:
-                remove_features(self.output)
         self.trackers = RunTrackers(self.accelerator, self.config, self.output, resumed=self.checkpoint is not None)
         self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
         self.progress = ProgressReporter(
@@ -151,6 +149,7 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         restore(*self._run_parts(), read_checkpoint(checkpoint))
         if self.accelerator.is_main_process:
+            remove_features(self.output)
             self.checkpoints.set_newer_aside(checkpoint)
             try:
                 write_config(self.config, self.output)
