@@ -91,7 +91,7 @@ METHODS = {
 }
 """The loss of "Be Your Own Teacher" with the authors' values is "paper"; "deepest" and "ensemble" name the teacher,
 have no hint, and multiply the distillation by temperature^2."""
-LRS = (0.1, 0.2)
+LRS = (0.1, 0.2, 0.4)
 WEIGHT_DECAYS = (2e-3, 5e-3)
 EXIT_METHODS = ["plain", "dsn", "paper", "deepest", "ensemble"]
 PRESETS = {
