@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
-from itertools import product
+from itertools import islice, product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,11 @@ import torch
 from evidence_data import digest, load_measured, load_training
 from evidence_grid import LRS, METHODS, PRESETS, SETTINGS, TEACHERS, WEIGHT_DECAYS, create_network
 from hardware import describe
+from joblib import Parallel, delayed
 from json_lines import append_line, read_lines
 from memory import peak_memory
 from timm.task import TrainingTask
-from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import DataLoader, Subset
 
 from timm_selfdistill import TrainConfig, Trainer
 from timm_selfdistill.cli import run
@@ -62,18 +62,16 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="instead of the preset's")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=1, help="of a run")
     parser.add_argument("--amp-dtype", choices=["float16", "bfloat16"], help="mixed precision")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run that would not end in time")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/evidence.jsonl"))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    bench = Bench(args)
     settings, methods = PRESETS[args.preset]
-    for setting, method in product(args.settings or settings, args.methods or methods):
-        best = bench.tune(setting, method)
-        for seed in range(1, args.seeds + 1):
-            bench.complete({**best, "phase": "test", "seed": seed})
+    bench = Bench(args)
+    for setting in args.settings or settings:
+        bench.compare(setting, args.methods or methods)
     return 0
 
 
@@ -83,80 +81,97 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.rows, self.longest = args, read_lines(args.output), 0.0
         self.ends = time.monotonic() + 60 * args.minutes
-        self.facts = {"amp_dtype": args.amp_dtype, "hardware": describe(args.device)}
 
-    def tune(self, setting: str, method: str) -> Row:
-        """The point of the grid that is best on the validation images; the first of equals."""
-        weights = METHODS[method].weights or (None,)
-        point = {"phase": "tune", "setting": setting, **SETTINGS[setting]._asdict(), "method": method, "seed": 0,
-                 "weight": weights[0]}
-        shared = [{**point, "lr": lr, "weight_decay": decay} for lr, decay in product(LRS, WEIGHT_DECAYS)]
-        best = max(shared, key=self._top1)
-        return max([best, *({**best, "weight": weight} for weight in weights[1:])], key=self._top1)
+    def compare(self, setting: str, methods: list[str]) -> None:
+        """Tunes all methods, trains the teachers of those that need one, and tests."""
+        if any(METHODS[method].other == "teacher" for method in methods):
+            plain, = self.tune(setting, ["plain"])
+            self.complete([{**plain, "phase": "teacher", "network": TEACHERS[SETTINGS[setting].network], "seed": seed}
+                           for seed in range(self.args.seeds + 1)])
+        best = self.tune(setting, methods)
+        seeds = range(1, self.args.seeds + 1)
+        self.complete([{**best_run, "phase": "test", "seed": seed} for best_run in best for seed in seeds])
 
-    def _top1(self, run: Row) -> float:
-        """Of the deepest exit, in per cent."""
-        return self.complete(run)["top1"][-1]
+    def tune(self, setting: str, methods: list[str]) -> list[Row]:
+        """The points of the grid that are best on the validation images; the first of equals."""
+        common = {"phase": "tune", "setting": setting, **SETTINGS[setting]._asdict(), "seed": 0}
+        weights = {method: METHODS[method].weights or (None,) for method in methods}
+        shared = self._best([
+            [{**common, "method": method, "weight": weights[method][0], "lr": lr, "weight_decay": decay}
+             for lr, decay in product(LRS, WEIGHT_DECAYS)] for method in methods])
+        return self._best([[{**run, "weight": weight} for weight in weights[run["method"]]] for run in shared])
 
-    def complete(self, run: Row) -> Row:
-        """A run with what was measured: its line, or a new one."""
-        row = next((row for row in self.rows if run.items() <= row.items()), None)
-        if row is not None:
-            return row
-        if time.monotonic() + self.longest > self.ends:
+    def _best(self, groups: list[list[Row]]) -> list[Row]:
+        """The run of each group whose deepest exit has the highest top-1."""
+        rows = iter(self.complete([run for group in groups for run in group]))
+        top1 = [[row["top1"][-1] for row in islice(rows, len(group))] for group in groups]
+        return [group[values.index(max(values))] for group, values in zip(groups, top1)]
+
+    def complete(self, runs: list[Row]) -> list[Row]:
+        """Runs with what was measured: their lines, or new ones."""
+        missing = [run for run in runs if self._find(run) is None]
+        in_time = takewhile(lambda _: time.monotonic() + self.longest < self.ends, missing)
+        parallel = Parallel(self.args.jobs, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)
+        for row, seconds in parallel(delayed(measure)(described, self.args) for described in in_time):
+            self.longest = max(self.longest, seconds)
+            self.rows.append(row)
+            append_line(self.args.output, row)
+            print(*(row[name] for name in SHOWN), *(f"{top1:.2f}" for top1 in row["top1"]), row.get("diverged", ""),
+                  flush=True)
+        rows = [self._find(run) for run in runs]
+        if None in rows:
             print("the time is up; the same command goes on")
             sys.exit(0)
-        began = time.monotonic()
-        row = run | self._measure(run) | self.facts | {"data_sha256": digest(run["data"])}
-        self.longest = max(self.longest, time.monotonic() - began)
-        self.rows.append(row)
-        append_line(self.args.output, row)
-        print(*(run[name] for name in SHOWN), *(f"{top1:.2f}" for top1 in row["top1"]), row.get("diverged", ""),
-              flush=True)
-        return row
+        return rows
 
-    def _measure(self, run: Row) -> Row:
-        setting, method = SETTINGS[run["setting"]], METHODS[run["method"]]
-        torch.manual_seed(run["seed"])
-        arguments, teaching = [create_network(setting.network, setting.data), run["weight"]], {}
-        if method.other == "peer":
-            arguments.append(create_network(setting.network, setting.data))
-        elif method.other == "teacher":
-            teacher, teaching = self._teacher(run)
-            arguments.append(teacher)
-        return train_and_measure(method.make(*arguments), run, setting.passes, self.args) | teaching
-
-    def _teacher(self, run: Row) -> tuple[nn.Module, Row]:
-        """A wider network, trained on the same images as the plain one was, and how long that took."""
-        setting = SETTINGS[run["setting"]]
-        plain = self.tune(run["setting"], "plain")
-        folder = self.args.output.with_suffix("")
-        path = folder / f"{run['setting']}-{run['seed']}.pt"
-        model = create_network(TEACHERS[setting.network], setting.data)
-        if not path.exists():
-            task = METHODS["plain"].make(model, None)
-            facts = train_and_measure(task, {**plain, "seed": run["seed"]}, setting.passes, self.args)
-            folder.mkdir(exist_ok=True)
-            torch.save({"state": model.cpu().state_dict(), "facts": facts}, path.with_suffix(".new"))
-            path.with_suffix(".new").rename(path)
-        saved = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["state"])
-        return model.to(memory_format=torch.channels_last), {
-            "teacher_seconds": saved["facts"]["seconds"], "teacher_top1": saved["facts"]["top1"][-1]}
+    def _find(self, run: Row) -> Row | None:
+        return next((row for row in self.rows if run.items() <= row.items()), None)
 
 
-def train_and_measure(task: TrainingTask, run: Row, passes: int, args: argparse.Namespace) -> Row:
+def measure(run: Row, args: argparse.Namespace) -> tuple[Row, float]:
+    """The line of a run, and the seconds that it took."""
+    began = time.monotonic()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(run["seed"])
+    method = METHODS["plain" if run["phase"] == "teacher" else run["method"]]
+    model, facts = create_network(run["network"], run["data"]), {}
+    arguments = [model, run["weight"]]
+    if method.other == "peer":
+        arguments.append(create_network(run["network"], run["data"]))
+    elif method.other == "teacher":
+        saved = torch.load(teacher_path(run, args), weights_only=True)
+        teacher = create_network(TEACHERS[run["network"]], run["data"])
+        teacher.load_state_dict(saved["state"])
+        arguments.append(teacher.to(memory_format=torch.channels_last))
+        facts = {"teacher_seconds": saved["seconds"], "teacher_top1": saved["top1"]}
+    facts |= train_and_measure(method.make(*arguments), run, args)
+    if run["phase"] == "teacher":
+        path = teacher_path(run, args)
+        path.parent.mkdir(exist_ok=True)
+        saved = {"state": model.cpu().state_dict(), "seconds": facts["seconds"], "top1": facts["top1"][-1]}
+        torch.save(saved, path.with_suffix(".new"))
+        path.with_suffix(".new").rename(path)
+    hardware = describe(args.device) | ({"jobs": args.jobs} if args.device == "cuda" else {})
+    row = run | facts | {"amp_dtype": args.amp_dtype, "hardware": hardware, "data_sha256": digest(run["data"])}
+    return row, time.monotonic() - began
+
+
+def teacher_path(run: Row, args: argparse.Namespace) -> Path:
+    return args.output.with_suffix("") / f"{run['setting']}-{run['seed']}.pt"
+
+
+def train_and_measure(task: TrainingTask, run: Row, args: argparse.Namespace) -> Row:
     """Top-1 of every exit and of the ensemble after the last epoch, in per cent; time and memory of the training."""
-    setting = SETTINGS[run["setting"]]
-    train = load_training(setting.data, setting.per_class, run["seed"])
-    measured = load_measured(setting.data, "validation" if run["phase"] == "tune" else "test")
+    train = load_training(run["data"], run["per_class"], run["seed"])
+    measured = load_measured(run["data"], "validation" if run["phase"] == "tune" else "test")
     memory = step_memory(task, args.device)
     torch.manual_seed(run["seed"])
     with tempfile.TemporaryDirectory() as output, redirect_stdout(io.StringIO()):
-        trainer = Trainer(task, ConcatDataset([train] * PASSES), Subset(measured, range(BATCH_SIZE)), TrainConfig(
-            output=output, seed=run["seed"], epochs=passes // PASSES, batch_size=BATCH_SIZE, workers=0, opt="sgd",
-            lr=run["lr"], weight_decay=run["weight_decay"], channels_last=True, amp=args.amp_dtype is not None,
-            amp_dtype=args.amp_dtype or "float16"))
+        repeated = Subset(train, list(range(len(train))) * PASSES)
+        trainer = Trainer(task, repeated, Subset(measured, range(BATCH_SIZE)), TrainConfig(
+            output=output, seed=run["seed"], epochs=run["passes"] // PASSES, batch_size=BATCH_SIZE, workers=0,
+            opt="sgd", lr=run["lr"], weight_decay=run["weight_decay"], channels_last=True,
+            amp=args.amp_dtype is not None, amp_dtype=args.amp_dtype or "float16"))
         clock = time.perf_counter if args.device == "cuda" else time.process_time  # others may use the processor, too
         began = clock()
         try:

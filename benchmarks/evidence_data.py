@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from fashion_mnist import read_idx
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import RandomCrop
 
 TYPEFACES = Path("output/typefaces")
 DATA = {"families": 100, "characters": 62, "fashion": 10}
@@ -26,15 +26,20 @@ class Images(Dataset):
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor, moved: bool):
-        self.pixels, self.labels = pixels, labels.tolist()
-        self.crop = RandomCrop(32, padding=1, fill=-1.0) if moved else None
+        self.labels, self.border = labels.tolist(), int(moved)
+        padded = pad(pixels, [self.border] * 4, value=-1.0)
+        self.windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # (N, 1, top, left, 32, 32), a view
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.pixels[index]
-        return image if self.crop is None else self.crop(image), self.labels[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        """A batch at once: one by one, images would take longer than the step that they are for."""
+        top, left = torch.randint(2 * self.border + 1, (len(indices), 2)).unbind(1)
+        return list(zip(self.windows[indices, :, top, left], (self.labels[index] for index in indices)))
 
 
 def load_training(data: str, per_class: int | None, seed: int) -> Images:

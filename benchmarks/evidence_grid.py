@@ -49,8 +49,8 @@ SETTINGS = {
     "fashion-50": Setting("fashion", 50, "resnet10-16", 100),
     "fashion-200": Setting("fashion", 200, "resnet10-16", 50),
     "fashion": Setting("fashion", None, "resnet10-16", 10),
-    "families-cifar_resnet18": Setting("families", None, "cifar_resnet18", 60),
-    "families-cifar_resnet50": Setting("families", None, "cifar_resnet50", 60),
+    **{f"families-{count}-{network}": Setting("families", count, network, passes)
+       for network in ("cifar_resnet18", "cifar_resnet50") for count, passes in ((10, 100), (30, 60), (160, 20))},
 }
 
 
@@ -98,7 +98,7 @@ PRESETS = {
     "headline": (["families-30", "characters-10"], EXIT_METHODS),
     "when": ([name for name in SETTINGS if "cifar" not in name], EXIT_METHODS),
     "baselines": (["families-30"], list(METHODS)),
-    "gpu": (["families-cifar_resnet18", "families-cifar_resnet50"], EXIT_METHODS),
+    "gpu": ([name for name in SETTINGS if "cifar" in name], EXIT_METHODS),
 }
 """Settings and methods."""
 
@@ -106,5 +106,5 @@ PRESETS = {
 def create_network(network: str, data: str) -> nn.Module:
     name, settings = NETWORKS[network]
     model = timm.create_model(name, num_classes=DATA[data], in_chans=1, **settings)
-    model.pretrained_cfg["input_size"] = (1, 32, 32)
+    model.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
     return model

@@ -98,15 +98,17 @@ def test_no_lines(tmp_path):
 
 def test_a_run_that_was_cut_short_is_done_again(tiny):
     rows, output = tiny("--methods", "plain", "ensemble", "--seeds", "1")
-    assert [(row["phase"], row["method"], row["seed"], row["lr"], row["weight"]) for row in rows[:3]] == [
-        ("tune", "plain", 0, 0.05, None), ("tune", "plain", 0, 0.1, None), ("test", "plain", 1, rows[2]["lr"], None)]
-    assert [row["phase"] for row in rows[3:]] == ["tune"] * 4 + ["test"]
-    assert [row["weight"] for row in rows[3:7]] == [0.3, 0.3, 0.5, 0.7]
-    best = max(rows[3:7], key=lambda row: row["top1"][-1])
-    assert (rows[7]["lr"], rows[7]["weight"]) == (best["lr"], best["weight"])
+    assert [(row["phase"], row["method"], row["seed"], row["lr"], row["weight"]) for row in rows[:4]] == [
+        ("tune", "plain", 0, 0.05, None), ("tune", "plain", 0, 0.1, None),
+        ("tune", "ensemble", 0, 0.05, 0.3), ("tune", "ensemble", 0, 0.1, 0.3)]
+    assert [(row["phase"], row["method"], row["seed"], row["weight"]) for row in rows[4:7]] == [
+        ("tune", "ensemble", 0, 0.5), ("tune", "ensemble", 0, 0.7), ("test", "plain", 1, None)]
+    for tested, tuned in ((rows[6], rows[:2]), (rows[7], rows[2:6])):
+        best = max(tuned, key=lambda row: row["top1"][-1])
+        assert (tested["lr"], tested["weight"]) == (best["lr"], best["weight"])
     assert len(rows[7]["top1"]) == 4
     assert [row["images"] for row in rows] == [199] * len(rows)  # the sample has one image only of one class
-    assert 1 < rows[2]["memory_mb"] < rows[7]["memory_mb"] < 1.3 * rows[2]["memory_mb"]
+    assert 1 < rows[6]["memory_mb"] < rows[7]["memory_mb"] < 1.3 * rows[6]["memory_mb"]
     output.write_text("\n".join(output.read_text().splitlines()[:-1]) + '\n{"phase": "test", "set')
     with pytest.warns(UserWarning, match="skipped a line that was cut short"):
         again, _ = tiny("--methods", "plain", "ensemble", "--seeds", "1")
