@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence_data import digest, load_measured, load_training
+from evidence_data import Images, digest, load_measured, load_training
 from evidence_grid import LRS, METHODS, PRESETS, SETTINGS, TEACHERS, WEIGHT_DECAYS, create_network
 from hardware import describe
 from joblib import Parallel, delayed
@@ -95,11 +95,13 @@ class Bench:
     def tune(self, setting: str, methods: list[str]) -> list[Row]:
         """The points of the grid that are best on the validation images; the first of equals."""
         common = {"phase": "tune", "setting": setting, **SETTINGS[setting]._asdict(), "seed": 0}
-        weights = {method: METHODS[method].weights or (None,) for method in methods}
+        tuned = list(dict.fromkeys(METHODS[method].like or method for method in methods))
         shared = self._best([
-            [{**common, "method": method, "weight": weights[method][0], "lr": lr, "weight_decay": decay}
-             for lr, decay in product(LRS, WEIGHT_DECAYS)] for method in methods])
-        return self._best([[{**run, "weight": weight} for weight in weights[run["method"]]] for run in shared])
+            [{**common, "method": method, "weight": METHODS[method].weights[0], "lr": lr, "weight_decay": decay}
+             for lr, decay in product(LRS, WEIGHT_DECAYS)] for method in tuned])
+        best = self._best([[{**run, "weight": weight} for weight in METHODS[run["method"]].weights] for run in shared])
+        points = dict(zip(tuned, best))
+        return [{**points[METHODS[method].like or method], "method": method} for method in methods]
 
     def _best(self, groups: list[list[Row]]) -> list[Row]:
         """The run of each group whose deepest exit has the highest top-1."""
@@ -135,7 +137,8 @@ def measure(run: Row, args: argparse.Namespace) -> tuple[Row, float]:
     torch.manual_seed(run["seed"])
     method = METHODS["plain" if run["phase"] == "teacher" else run["method"]]
     model, facts = create_network(run["network"], run["data"]), {}
-    arguments = [model, run["weight"]]
+    train = load_training(run["data"], run["per_class"], run["seed"])
+    arguments = [model, run["weight"], run["passes"] * len(train) // BATCH_SIZE]
     if method.other == "peer":
         arguments.append(create_network(run["network"], run["data"]))
     elif method.other == "teacher":
@@ -144,7 +147,7 @@ def measure(run: Row, args: argparse.Namespace) -> tuple[Row, float]:
         teacher.load_state_dict(saved["state"])
         arguments.append(teacher.to(memory_format=torch.channels_last))
         facts = {"teacher_seconds": saved["seconds"], "teacher_top1": saved["top1"]}
-    facts |= train_and_measure(method.make(*arguments), run, args)
+    facts |= train_and_measure(method.make(*arguments), train, run, args)
     if run["phase"] == "teacher":
         path = teacher_path(run, args)
         path.parent.mkdir(exist_ok=True)
@@ -160,9 +163,8 @@ def teacher_path(run: Row, args: argparse.Namespace) -> Path:
     return args.output.with_suffix("") / f"{run['setting']}-{run['seed']}.pt"
 
 
-def train_and_measure(task: TrainingTask, run: Row, args: argparse.Namespace) -> Row:
+def train_and_measure(task: TrainingTask, train: Images, run: Row, args: argparse.Namespace) -> Row:
     """Top-1 of every exit and of the ensemble after the last epoch, in per cent; time and memory of the training."""
-    train = load_training(run["data"], run["per_class"], run["seed"])
     measured = load_measured(run["data"], "validation" if run["phase"] == "tune" else "test")
     memory = step_memory(task, args.device)
     torch.manual_seed(run["seed"])

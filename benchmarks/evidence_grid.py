@@ -3,9 +3,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import timm
+import torch
 from evidence_data import DATA
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from timm_selfdistill import SelfDistillLoss, SelfDistillTask, wrap_self_distill
 from timm_selfdistill.baselines import (
@@ -50,54 +52,96 @@ SETTINGS = {
     "fashion-200": Setting("fashion", 200, "resnet10-16", 50),
     "fashion": Setting("fashion", None, "resnet10-16", 10),
     **{f"families-{count}-{network}": Setting("families", count, network, passes)
-       for network in ("cifar_resnet18", "cifar_resnet50") for count, passes in ((10, 100), (30, 60), (160, 20))},
+       for count, passes in ((30, 60), (10, 100), (160, 20)) for network in ("cifar_resnet18", "cifar_resnet50")},
 }
 
 
 class Method(NamedTuple):
     make: Callable[..., TrainingTask]
-    """Of backbone, weight and another network, where it needs one."""
-    weights: tuple[float, ...] = ()
+    """Of backbone, the run's weight and updates, and another network, where it needs one."""
+    weights: tuple[float | None, ...] = (None,)
     """Its own, the default first."""
     other: str | None = None
     """"teacher", trained before, or "peer", trained with it."""
+    like: str | None = None
+    """The method whose chosen point it takes, where it is not tuned itself."""
 
 
-def _exits(backbone: nn.Module, loss: SelfDistillLoss) -> SelfDistillTask:
-    return SelfDistillTask(wrap_self_distill(backbone), loss)
+class FadingLoss(SelfDistillLoss):
+    """The labels of the shallow exits count less and less: 1 - update / updates (DSN, arXiv:1409.5185)."""
+
+    def __init__(self, updates: int, **settings: Any):
+        super().__init__(**settings)
+        self.updates, self.done = updates, 0
+
+    def _label(self, logits: Tensor, target: Tensor) -> Tensor:
+        losses = torch.stack([cross_entropy(z, target) for z in logits])
+        deepest = (1 - self.alpha if self.teacher == "ensemble" else 1.0) * losses[-1]
+        share = max(0.0, 1 - self.done / self.updates)
+        self.done += torch.is_grad_enabled()
+        return deepest + (1 - self.alpha) * share * losses[:-1].sum()
 
 
-def _kd(backbone: nn.Module, weight: float, teacher: nn.Module) -> LogitDistillationTask:
-    return LogitDistillationTask(
-        backbone, teacher, nn.CrossEntropyLoss(), distill_loss_weight=weight, temperature=4.0, verbose=False)
+def _exits(
+        loss: Callable[..., SelfDistillLoss], head: str = "bottleneck", **settings: Any) -> Callable[..., TrainingTask]:
+    """A task with exits, whose loss has these settings; its own weight is alpha, where it has one."""
+
+    def make(backbone: nn.Module, weight: float | None, updates: int) -> SelfDistillTask:
+        own = ({} if weight is None else {"alpha": weight}) | ({"updates": updates} if loss is FadingLoss else {})
+        return SelfDistillTask(wrap_self_distill(backbone, head=head), loss(**own, **settings))
+
+    return make
 
 
+def _plain(backbone: nn.Module, weight: None, updates: int) -> ClassificationTask:
+    return ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)
+
+
+def _with_other(task: Callable[..., TrainingTask]) -> Callable[..., TrainingTask]:
+    return lambda backbone, weight, updates, other: task(backbone, other, distill_loss_weight=weight)
+
+
+def _kd(backbone: nn.Module, teacher: nn.Module, distill_loss_weight: float) -> LogitDistillationTask:
+    return LogitDistillationTask(backbone, teacher, nn.CrossEntropyLoss(), distill_loss_weight=distill_loss_weight,
+                                 temperature=4.0, verbose=False)
+
+
+ALPHAS = (0.3, 0.5, 0.7)
+_ENSEMBLE = {"teacher": "ensemble", "hint": None, "t_squared": True}
 METHODS = {
-    "plain": Method(lambda backbone, _: ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)),
-    "dsn": Method(lambda backbone, _: _exits(backbone, deep_supervision_loss())),
-    "paper": Method(lambda backbone, alpha: _exits(backbone, SelfDistillLoss(alpha=alpha)), (0.3, 0.5, 0.7)),
-    "deepest": Method(lambda backbone, alpha: _exits(
-        backbone, SelfDistillLoss(alpha=alpha, hint=None, t_squared=True)), (0.3, 0.5, 0.7)),
-    "ensemble": Method(lambda backbone, alpha: _exits(
-        backbone, SelfDistillLoss(alpha=alpha, hint=None, t_squared=True, teacher="ensemble")), (0.3, 0.5, 0.7)),
-    "dks": Method(lambda backbone, weight: _exits(backbone, KnowledgeSynergyLoss(weight)), (1.0, 0.3, 3.0)),
-    "dml": Method(lambda backbone, weight, peer: MutualLearningTask(backbone, peer, distill_loss_weight=weight),
-                  (1.0, 0.3, 3.0), "peer"),
-    "kd": Method(_kd, (1.0, 0.3, 3.0), "teacher"),
-    "fitnet": Method(lambda backbone, weight, teacher: FitNetTask(backbone, teacher, distill_loss_weight=weight),
-                     (100.0, 30.0, 300.0), "teacher"),
-    "at": Method(lambda backbone, weight, teacher: AttentionTransferTask(
-        backbone, teacher, distill_loss_weight=weight), (1000.0, 300.0, 3000.0), "teacher"),
+    "plain": Method(_plain),
+    "dsn": Method(_exits(deep_supervision_loss)),
+    "paper": Method(_exits(SelfDistillLoss), ALPHAS),
+    "deepest": Method(_exits(SelfDistillLoss, hint=None, t_squared=True), ALPHAS),
+    "ensemble": Method(_exits(SelfDistillLoss, **_ENSEMBLE), ALPHAS),
+    "dks": Method(lambda backbone, weight, updates: SelfDistillTask(
+        wrap_self_distill(backbone), KnowledgeSynergyLoss(weight)), (1.0, 0.3, 3.0)),
+    "dml": Method(_with_other(MutualLearningTask), (1.0, 0.3, 3.0), "peer"),
+    "kd": Method(_with_other(_kd), (1.0, 0.3, 3.0), "teacher"),
+    "fitnet": Method(_with_other(FitNetTask), (100.0, 30.0, 300.0), "teacher"),
+    "at": Method(_with_other(AttentionTransferTask), (1000.0, 300.0, 3000.0), "teacher"),
 }
 """The loss of "Be Your Own Teacher" with the authors' values is "paper"; "deepest" and "ensemble" name the teacher,
 have no hint, and multiply the distillation by temperature^2."""
+CHOICES = {
+    "t1": {"temperature": 1.0}, "t6": {"temperature": 6.0}, "not-squared": {"t_squared": False},
+    "map": {"hint": "map"}, "pooled": {"hint": "pooled"},
+    "linear": {"head": "linear"}, "attention": {"head": "attention"},
+}
+"""What is changed in "ensemble", one thing at a time, at its own point of the grid."""
+METHODS |= {f"ensemble-{name}": Method(_exits(SelfDistillLoss, **_ENSEMBLE | change), like="ensemble")
+            for name, change in CHOICES.items()}
+METHODS["ensemble-fading"] = Method(_exits(FadingLoss, **_ENSEMBLE), like="ensemble")
+METHODS["dsn-fading"] = Method(_exits(FadingLoss, alpha=0.0, hint=None), like="dsn")
 LRS = (0.1, 0.2, 0.4)
 WEIGHT_DECAYS = (2e-3, 5e-3)
 EXIT_METHODS = ["plain", "dsn", "paper", "deepest", "ensemble"]
 PRESETS = {
     "headline": (["families-30", "characters-10"], EXIT_METHODS),
     "when": ([name for name in SETTINGS if "cifar" not in name], EXIT_METHODS),
-    "baselines": (["families-30"], list(METHODS)),
+    "baselines": (["families-30"], [name for name in METHODS if METHODS[name].like is None]),
+    "choices": (["characters-10", "families-30"],
+                ["dsn", "ensemble", *(name for name in METHODS if METHODS[name].like)]),
     "gpu": ([name for name in SETTINGS if "cifar" in name], EXIT_METHODS),
 }
 """Settings and methods."""

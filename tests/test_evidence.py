@@ -3,6 +3,10 @@ import json
 import sys
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from timm_selfdistill.output import SelfDistillOutput
 
 from .conftest import ROOT, run_python
 
@@ -116,6 +120,26 @@ def test_a_run_that_was_cut_short_is_done_again(tiny):
     assert again[-1]["top1"] == rows[-1]["top1"]  # the same seed gives the same network
 
 
+def test_runs_at_the_same_time(benchmarks, tmp_path, monkeypatch):
+    """The processes of --jobs find the data set in the working directory; the lines are those of one after another."""
+    (tmp_path / "output/typefaces").mkdir(parents=True)
+    (tmp_path / "output/typefaces/families").symlink_to(ROOT / "tests/data/typefaces")
+    monkeypatch.chdir(tmp_path)
+    evidence, grid = map(benchmarks, ("evidence", "evidence_grid"))
+    monkeypatch.setitem(grid.SETTINGS, "tiny", grid.Setting("families", 2, "resnet10-16", 5))
+    monkeypatch.setattr(evidence, "LRS", (0.05, 0.1))
+    monkeypatch.setattr(evidence, "WEIGHT_DECAYS", (5e-4,))
+    found = []
+    for jobs in "12":
+        monkeypatch.setattr(sys, "argv", ["evidence.py", "--settings", "tiny", "--methods", "plain", "--seeds", "2",
+                                          "--jobs", jobs, "--output", f"{jobs}.jsonl"])
+        evidence.main()
+        rows = evidence.read_lines(tmp_path / f"{jobs}.jsonl")
+        found.append({(row["phase"], row["seed"], row["lr"]): row["top1"] for row in rows})
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+
+
 def test_methods_with_another_network(benchmarks, tiny, monkeypatch):
     grid = benchmarks("evidence_grid")
     monkeypatch.setitem(grid.TEACHERS, "resnet10-16", "resnet10-32")
@@ -128,6 +152,23 @@ def test_methods_with_another_network(benchmarks, tiny, monkeypatch):
     assert tested["at"]["teacher_seconds"] > 0
     assert "teacher_seconds" not in tested["dml"]
     assert sorted(path.name for path in output.with_suffix("").iterdir()) == ["tiny-0.pt", "tiny-1.pt"]
+
+
+def test_a_choice_is_trained_at_the_point_of_its_method(tiny):
+    rows, _ = tiny("--methods", "ensemble-t1", "--seeds", "1")
+    assert [row["method"] for row in rows] == ["ensemble"] * 4 + ["ensemble-t1"]
+    best = max(rows[:4], key=lambda row: row["top1"][-1])
+    assert [rows[4][name] for name in ("lr", "weight_decay", "weight")] == [
+        best[name] for name in ("lr", "weight_decay", "weight")]
+
+
+def test_labels_of_shallow_exits_fade(benchmarks):
+    loss = benchmarks("evidence_grid").FadingLoss(updates=2, alpha=0.5, hint=None)
+    logits = tuple(torch.tensor([[value, 0.0]], requires_grad=True) for value in (1.0, 2.0, 3.0))
+    output, target = SelfDistillOutput(logits, logits), torch.tensor([0])
+    ce = [float(cross_entropy(value, target)) for value in logits]
+    labels = [float(loss.terms(output, target)["label"]) for _ in range(4)]
+    assert labels == pytest.approx([ce[2] + share * 0.5 * (ce[0] + ce[1]) for share in (1, 0.5, 0, 0)])
 
 
 def test_a_point_of_the_grid_that_diverges_is_not_chosen(benchmarks, tiny, monkeypatch):
