@@ -166,8 +166,8 @@ def test_labels_of_shallow_exits_fade(benchmarks):
     loss = benchmarks("evidence_grid").FadingLoss(updates=2, alpha=0.5, hint=None)
     logits = tuple(torch.tensor([[value, 0.0]], requires_grad=True) for value in (1.0, 2.0, 3.0))
     output, target = SelfDistillOutput(logits, logits), torch.tensor([0])
-    ce = [float(cross_entropy(value, target)) for value in logits]
-    labels = [float(loss.terms(output, target)["label"]) for _ in range(4)]
+    ce = [cross_entropy(value, target).item() for value in logits]
+    labels = [loss.terms(output, target)["label"].item() for _ in range(4)]
     assert labels == pytest.approx([ce[2] + share * 0.5 * (ce[0] + ce[1]) for share in (1, 0.5, 0, 0)])
 
 
