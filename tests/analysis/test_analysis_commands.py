@@ -5,8 +5,18 @@ import re
 import pytest
 import timm
 import torch
+from torch.utils.data import Subset
 
-from timm_selfdistill import SelfDistillLoss, SelfDistillModel, load_images, model_data_config, wrap_self_distill
+from timm_selfdistill import (
+    SelfDistillLoss,
+    SelfDistillModel,
+    SelfDistillTask,
+    TrainConfig,
+    Trainer,
+    load_images,
+    model_data_config,
+    wrap_self_distill,
+)
 from timm_selfdistill.cli import analysis
 from timm_selfdistill.hub import save_timm_model
 
@@ -104,6 +114,7 @@ def test_agreement(call, folder):
     (["flat-minima", "plain", "nowhere", "--data", "data"], "nowhere is no folder here"),
     (["flat-minima", "short", "--data", "data"], "short is a truncated model, which has one exit only"),
     (["gradients", "other", "--data", "data"], "the model knows 3 classes .*, data has 10 .*; they must be the same"),
+    (["gradients", "run", "--data", "data", "--checkpoints"], "run is no run directory with checkpoints/; give the"),
     (["gradients", "run", "--data", "nowhere"], "nowhere is no folder or file here"),
     (["separability", "plain", "--data", "data"], "separability compares the exits of a SelfDistillModel, got ResNet, "
                                                   "which has one exit only; give it exits with wrap_self_distill"),
@@ -117,3 +128,23 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
     assert code == 2
     assert err.count("\n") == 1
     assert re.search(message, err), err
+
+
+def test_gradients_over_training(call, folder, fashion_tensors):
+    """At every checkpoint of a run: the weights of the last are those of the model itself."""
+    train, val = fashion_tensors
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    model_data_config(backbone, 32, 1)
+    config = TrainConfig(output=str(folder / "trained"), epochs=3, batch_size=50, workers=0, lr=0.02)
+    task = SelfDistillTask(wrap_self_distill(backbone))
+    Trainer(task, Subset(train, range(100)), Subset(val, range(20)), config).fit()
+    code, out, _ = call("gradients", "trained", "--data", "data", "--checkpoints", "--output", "out")
+    assert code == 0
+    assert "trained, 6 updates" in out
+    history = written(folder, "gradient_history")["trained"]
+    assert [report["updates"] for report in history] == [2, 4, 6]
+    assert len({report["loss"] for report in history}) == 3
+    call("gradients", str(folder / "trained/last"), "--data", "data", "--output", "out")
+    (last,) = written(folder, "gradients").values()
+    assert history[-1]["gradients"] == pytest.approx(last["gradients"], rel=1e-4)

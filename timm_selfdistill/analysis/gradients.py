@@ -179,11 +179,15 @@ def plot_gradients(path: str | Path, reports: Mapping[str, GradientReport]) -> N
     figure.savefig(path, dpi=120)
 
 
-def plot_gradient_history(path: str | Path, histories: Mapping[str, Sequence[GradientReport]]) -> None:
+def plot_gradient_history(
+        path: str | Path, histories: Mapping[str, Sequence[GradientReport]],
+        updates: Mapping[str, Sequence[int]] | None = None,
+) -> None:
     """Draw the mean absolute gradient over training, a panel a section, a line a model.
 
     Args:
-        histories: by the model's name, a report an epoch, with sections of the same names.
+        histories: by the model's name, reports with sections of the same names.
+        updates: by the model's name, how many updates had been made at each report; None: there is one an epoch.
     """
     names = list(dict.fromkeys(name for history in histories.values() for name in history[0].sections))
     figure = Figure(figsize=(3.2 * len(names), 3.6), layout="constrained")
@@ -191,9 +195,10 @@ def plot_gradient_history(path: str | Path, histories: Mapping[str, Sequence[Gra
         for index, (name, history) in enumerate(histories.items()):
             if section in history[0].sections:
                 place = history[0].sections.index(section)
-                axes.plot(range(1, len(history) + 1), [report.gradients[place] or float("nan") for report in history],
+                axes.plot(updates[name] if updates else range(1, len(history) + 1),
+                          [report.gradients[place] or float("nan") for report in history],
                           marker=".", color=f"C{index % 10}", label=name)
-        axes.set(title=f"to {section}", xlabel="epoch", yscale="log")
+        axes.set(title=f"to {section}", xlabel="updates" if updates else "epoch", yscale="log")
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_ylabel("mean absolute gradient")

@@ -11,12 +11,14 @@ from torch.utils.data import DataLoader
 
 from .. import hub
 from ..analysis import (
+    GradientReport,
     measure_agreement,
     measure_flatness,
     measure_gradients,
     measure_separability,
     plot_agreement,
     plot_flatness,
+    plot_gradient_history,
     plot_gradients,
     plot_separability,
 )
@@ -29,6 +31,7 @@ from .opening import (
     add_data_flags,
     add_model_flags,
     load_any_model,
+    load_checkpoints,
     open_data,
     read_data,
     saved_model,
@@ -58,6 +61,9 @@ def add_parsers(commands: Any) -> None:
                              help="levels are standard deviations, the same for every weight")
     flat_minima.add_argument("--draws", type=int, default=5, help="of noise, for each level")
     flat_minima.add_argument("--seed", type=int, default=0, help="of the noise")
+    gradients.add_argument("--checkpoints", action="store_true",
+                           help="over training: at each checkpoint that the run directories hold (train.py's"
+                                " --checkpoint-hist says how many)")
     separability.add_argument("--classes", type=int, nargs="+", metavar="INDEX",
                               help="in the picture (default: the first ten)")
 
@@ -69,17 +75,37 @@ def flat_minima(args: argparse.Namespace) -> int:
             model, open_data(model, images, args), levels=args.levels, draws=args.draws, scaled=not args.unscaled,
             seed=args.seed)
     _print_all(reports)
-    return _write(args, "flat_minima_unscaled" if args.unscaled else "flat_minima", reports, plot_flatness)
+    return _write(args, "flat_minima_unscaled" if args.unscaled else "flat_minima", _figures(reports),
+                  lambda path: plot_flatness(path, reports))
 
 
 def gradients(args: argparse.Namespace) -> int:
-    images, models, reports = read_data(args), _load_all(args), {}
+    images, models = read_data(args), _load_all(args)
     exits = next((model.exits for model in models.values() if isinstance(model, SelfDistillModel)), None)
-    for name, model in models.items():
+
+    def measure(name: str, model: nn.Module) -> GradientReport:
         task = _task(model, hub.fetch_model(saved_model(name), revision=args.revision, only_config=True))
-        reports[name] = measure_gradients(task, open_data(model, images, args), exits=exits)
+        return measure_gradients(task, open_data(model, images, args), exits=exits)
+
+    if args.checkpoints:
+        return _gradient_history(args, models, measure)
+    reports = {name: measure(name, model) for name, model in models.items()}
     _print_all(reports)
-    return _write(args, "gradients", reports, plot_gradients)
+    return _write(args, "gradients", _figures(reports), lambda path: plot_gradients(path, reports))
+
+
+def _gradient_history(
+        args: argparse.Namespace, models: dict[str, nn.Module], measure: Callable[[str, nn.Module], GradientReport],
+) -> int:
+    histories = {name: {update: measure(name, model) for update in load_checkpoints(model, Path(name))}
+                 for name, model in models.items()}
+    for name, history in histories.items():
+        _print_all({f"{name}, {update} updates": report for update, report in history.items()})
+    figures = {name: [{"updates": update, **report.to_dict()} for update, report in history.items()]
+               for name, history in histories.items()}
+    return _write(args, "gradient_history", figures, lambda path: plot_gradient_history(
+        path, {name: list(history.values()) for name, history in histories.items()},
+        {name: list(history) for name, history in histories.items()}))
 
 
 def separability(args: argparse.Namespace) -> int:
@@ -87,16 +113,15 @@ def separability(args: argparse.Namespace) -> int:
     report = measure_separability(model, loader, classes=args.classes)
     Console(soft_wrap=True).print(report)
     names = model.backbone.pretrained_cfg.get("label_names")
-    return _write(args, "separability", {args.model: report},
-                  lambda path, reports: plot_separability(path, reports[args.model], names))
+    return _write(args, "separability", _figures({args.model: report}),
+                  lambda path: plot_separability(path, report, names))
 
 
 def agreement(args: argparse.Namespace) -> int:
     model, loader = _open(args)
     report = measure_agreement(model, loader)
     Console(soft_wrap=True).print(report)
-    return _write(args, "agreement", {args.model: report},
-                  lambda path, reports: plot_agreement(path, reports[args.model]))
+    return _write(args, "agreement", _figures({args.model: report}), lambda path: plot_agreement(path, report))
 
 
 COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": separability, "agreement": agreement}
@@ -134,14 +159,15 @@ def _print_all(reports: dict[str, Any]) -> None:
         console.print(report)
 
 
-def _write(
-        args: argparse.Namespace, stem: str, reports: dict[str, Any], plot: Callable[[Path, dict[str, Any]], None],
-) -> int:
-    """The reports as JSON, and their picture."""
+def _figures(reports: dict[str, Any]) -> dict[str, Any]:
+    return {name: report.to_dict() for name, report in reports.items()}
+
+
+def _write(args: argparse.Namespace, stem: str, models: dict[str, Any], draw: Callable[[Path], None]) -> int:
+    """The figures of each model as JSON, and their picture."""
     args.output.mkdir(parents=True, exist_ok=True)
     paths = [args.output / f"{stem}.json", args.output / f"{stem}.png"]
-    write_json(paths[0], {
-        "data": args.data, "split": args.split, "models": {name: report.to_dict() for name, report in reports.items()}})
-    plot(paths[1], reports)
+    write_json(paths[0], {"data": args.data, "split": args.split, "models": models})
+    draw(paths[1])
     print(f"wrote {paths[0]}, {paths[1]}")
     return 0

@@ -1,9 +1,11 @@
 """The saved models and the images that a command is given."""
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 from .. import hub
 from ..model import SelfDistillModel
 from ..training import ImageSplits, load_images
+from ..training.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
 
 MODEL_HELP = "saved model, run directory, or id of a repository on the Hub"
 
@@ -53,6 +56,29 @@ def load_any_model(name: str, revision: str | None) -> nn.Module:
         return _with_exits(name, revision)
     folder = hub.fetch_model(name, revision=revision)
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def load_checkpoints(model: nn.Module, run: Path) -> Iterator[int]:
+    """Give the model of a run the weights of each of its checkpoints in turn, oldest first.
+
+    Yields:
+        How many updates had made them.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: one is damaged.
+    """
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        raise FileNotFoundError(f"{run} is no run directory with checkpoints/; give the --output of a training run")
+    prefix = "trainable_module."
+    for checkpoint in checkpoints:
+        if damage := find_damage(checkpoint):
+            raise ValueError(f"{damage}; remove {checkpoint}")
+        weights = load_file(checkpoint / WEIGHTS_FILE, device=str(next(model.parameters()).device))
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        model.load_state_dict(own, strict=False)  # a frozen backbone is not in it
+        yield int(checkpoint.name.removeprefix("step-"))
 
 
 def read_data(args: argparse.Namespace) -> ImageSplits:
