@@ -34,12 +34,8 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
-        """A batch at once: one by one, images would take longer than the step that they are for."""
-        top, left = torch.randint(2 * self.border + 1, (len(indices), 2)).unbind(1)
-        return list(zip(self.windows[indices, :, top, left], (self.labels[index] for index in indices)))
+        top, left = torch.randint(2 * self.border + 1, (2,)).tolist()
+        return self.windows[index, :, top, left], self.labels[index]
 
 
 def load_training(data: str, per_class: int | None, seed: int) -> Images:

@@ -22,13 +22,14 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet10-16": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}),
     "resnet18-16": ("resnet18", {"channels": (16, 32, 64, 128)}),
     "resnet10-32": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}),
+    "resnet18-32": ("resnet18", {"channels": (32, 64, 128, 256)}),
     "cifar_resnet18": ("cifar_resnet18", {}),
     "cifar_resnet50": ("cifar_resnet50", {}),
 }
-"""timm's names and arguments; the number is the width of the first stage. 0.3, 0.7, 1.3, 11 and 24 M parameters."""
-TEACHERS = {"resnet10-16": "resnet18-32", "resnet18-16": "resnet18-32", "cifar_resnet18": "cifar_resnet50"}
+"""timm's names and arguments; the number is the width of the first stage. 0.3, 0.7, 1.3, 2.8, 11 and 24 million
+parameters."""
+TEACHERS = {"resnet10-16": "resnet10-32", "resnet18-16": "resnet18-32", "cifar_resnet18": "cifar_resnet50"}
 """Networks that teach others in kd, fitnet and at."""
-NETWORKS["resnet18-32"] = ("resnet18", {"channels": (32, 64, 128, 256)})
 
 
 class Setting(NamedTuple):
@@ -110,6 +111,7 @@ ALPHAS = (0.3, 0.5, 0.7)
 _ENSEMBLE = {"teacher": "ensemble", "hint": None, "t_squared": True}
 METHODS = {
     "plain": Method(_plain),
+    "teacher": Method(_plain),
     "dsn": Method(_exits(deep_supervision_loss)),
     "paper": Method(_exits(SelfDistillLoss), ALPHAS),
     "deepest": Method(_exits(SelfDistillLoss, hint=None, t_squared=True), ALPHAS),
@@ -121,8 +123,8 @@ METHODS = {
     "fitnet": Method(_with_other(FitNetTask), (100.0, 30.0, 300.0), "teacher"),
     "at": Method(_with_other(AttentionTransferTask), (1000.0, 300.0, 3000.0), "teacher"),
 }
-"""The loss of "Be Your Own Teacher" with the authors' values is "paper"; "deepest" and "ensemble" name the teacher,
-have no hint, and multiply the distillation by temperature^2."""
+"""The loss of "Be Your Own Teacher" with the authors' temperature and alpha is "paper"; "deepest" and "ensemble" name
+the teacher, have no hint, and multiply the distillation by temperature^2."""
 CHOICES = {
     "t1": {"temperature": 1.0}, "t6": {"temperature": 6.0}, "not-squared": {"t_squared": False},
     "map": {"hint": "map"}, "pooled": {"hint": "pooled"},
@@ -138,8 +140,8 @@ WEIGHT_DECAYS = (2e-3, 5e-3)
 EXIT_METHODS = ["plain", "dsn", "paper", "deepest", "ensemble"]
 PRESETS = {
     "headline": (["families-30", "characters-10"], EXIT_METHODS),
-    "when": ([name for name in SETTINGS if "cifar" not in name], EXIT_METHODS),
-    "baselines": (["families-30"], [name for name in METHODS if METHODS[name].like is None]),
+    "when": ([name for name in SETTINGS if "cifar" not in name], ["plain", "dsn", "ensemble"]),
+    "baselines": (["characters-10", "families-30"], [*EXIT_METHODS, "dks", "dml", "kd", "fitnet", "at"]),
     "choices": (["characters-10", "families-30"],
                 ["dsn", "ensemble", *(name for name in METHODS if METHODS[name].like)]),
     "gpu": ([name for name in SETTINGS if "cifar" in name], EXIT_METHODS),

@@ -2,29 +2,31 @@
 
     python benchmarks/evidence_tables.py        # prints them, and puts them into docs/evidence.md and docs/images/
 
-A table's accuracies are top-1 % on the test images: the mean over the seeds and half of its 95 % interval by Student's
-t. Differences are those of the deepest exit, paired by seed, with the p-value of the paired t-test. A setting whose
-lines come from different versions or hardware is marked; with one seed there is no interval, which the table says.
+A table shows each method at the point of the grid that its tuning chose, as soon as that is complete. Accuracies are
+top-1 %: the mean over the seeds and half of its 95 % interval by Student's t. Differences are those of the deepest
+exit, paired by seed, with the p-value of the paired t-test, one by one, without a correction for their number. A
+setting whose lines come from different versions, hardware or images is marked; with one seed there is no interval,
+which the table says.
 """
 import argparse
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from evidence_data import DATA
-from evidence_grid import METHODS, SETTINGS
+from evidence_grid import METHODS, SETTINGS, TEACHERS
+from evidence_picture import draw_gains
+from evidence_points import Row, find, tune
 from intervals import mean_interval, p_value
 from json_lines import read_lines
-from matplotlib.figure import Figure
 
 from timm_selfdistill.cli import run
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
-COLORS = {"dsn": "tab:gray", "paper": "tab:orange", "deepest": "tab:red", "ensemble": "tab:blue", "dks": "tab:green"}
-Row = dict[str, Any]
+Runs = dict[int, Row]
+"""Lines of a method, by seed."""
 
 
 def main() -> int:
@@ -33,39 +35,93 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=DOCS / "evidence.md")
     parser.add_argument("--picture", type=Path, default=DOCS / "images/evidence_gain.png")
     args = parser.parse_args()
-    rows = [row for path in args.lines for row in read_lines(path) if row["phase"] == "test"]
-    if not rows:
+    rows = [row for path in args.lines for row in read_lines(path)]
+    tables, settings = {}, {}
+    for setting in SETTINGS:
+        if tested := collect(rows, setting, "test"):
+            tables[setting], settings[setting] = format_table(rows, setting, tested), tested
+        if chosen := collect(rows, setting, "choose"):
+            tables[f"choices {setting}"] = format_choices(rows, setting, chosen)
+    if not tables:
         raise FileNotFoundError(f"no runs of the phase 'test' in {', '.join(map(str, args.lines)) or RESULTS}; make"
                                 " them with python benchmarks/evidence.py")
-    tables = {setting: format_table(rows, setting) for setting in SETTINGS
-              if any(row["setting"] == setting for row in rows)}
-    for setting, table in tables.items():
-        print(f"{setting}\n\n{table}\n")
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}\n")
     args.page.write_text(insert(args.page.read_text(), tables))
-    draw_gains(rows, args.picture)
+    draw_gains(settings, args.picture)
+    print(f"wrote {args.page}, {args.picture}")
     return 0
 
 
-def format_table(rows: list[Row], setting: str) -> str:
+def collect(rows: list[Row], setting: str, phase: str) -> dict[str, Runs]:
+    """The lines of each method at its chosen point; without those whose tuning is not complete."""
+    def lookup(runs: list[Row]) -> list[Row]:
+        found = [find(rows, described) for described in runs]
+        if None in found:
+            raise LookupError
+        return found
+
+    collected = {}
+    for method in METHODS:
+        if any((row["phase"], row["setting"], row["method"]) == (phase, setting, method) for row in rows):
+            try:
+                point, = tune(setting, [method], lookup)
+            except LookupError:
+                warnings.warn(f"{setting}: {method} is left out, its tuning is not complete", stacklevel=2)
+                continue
+            described = {**point, "phase": phase}
+            del described["seed"]
+            runs = {row["seed"]: row for row in rows if described.items() <= row.items()}
+            collected |= {method: dict(sorted(runs.items()))} if runs else {}
+    return collected
+
+
+def format_table(rows: list[Row], setting: str, tested: dict[str, Runs]) -> str:
     """Markdown, a row a method."""
-    by_method = {method: {row["seed"]: row for row in rows if (row["setting"], row["method"]) == (setting, method)}
-                 for method in METHODS}
-    by_method = {method: runs for method, runs in by_method.items() if runs}
     lines = ["| method | lr, weight decay, own weight | exits, shallow to deep | ensemble | deepest - plain |"
              " deepest - dsn | seconds | with teacher | MB |", "|---|---|---|---|---|---|---|---|---|"]
-    for method, runs in by_method.items():
-        first, exits = next(iter(runs.values())), zip(*(row["top1"] for row in runs.values()))
+    for method, runs in tested.items():
+        first, whole = next(iter(runs.values())), _without_diverged(runs)
         chosen = [first["lr"], first["weight_decay"], *([first["weight"]] if first["weight"] is not None else [])]
-        ensemble = [row["ensemble"] for row in runs.values() if row["ensemble"] is not None]
-        cells = [method, ", ".join(f"{value:g}" for value in chosen), ", ".join(map(format_mean, exits)),
-                 format_mean(ensemble) if ensemble else "",
-                 *("" if method == base else format_difference(runs, by_method.get(base, {}))
+        cells = [_name(method, runs), ", ".join(f"{value:g}" for value in chosen), *_accuracies(whole),
+                 *("" if method == base else format_difference(whole, _without_diverged(tested.get(base, {})))
                    for base in ("plain", "dsn")),
-                 f"{median(row['seconds'] for row in runs.values()):.0f}",
-                 f"{median(row['seconds'] + row.get('teacher_seconds', 0) for row in runs.values()):.0f}",
-                 f"{median(row['memory_mb'] for row in runs.values()):.0f}"]
+                 _median([row["seconds"] for row in whole.values()]),
+                 _median([row["seconds"] and row["seconds"] + (row.get("teacher_seconds") or 0)
+                          for row in whole.values()]),
+                 _median([row["memory_mb"] for row in whole.values()])]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *notes([row for runs in by_method.values() for row in runs.values()])])
+    return "\n".join([*lines, "", notes(rows, setting, tested)])
+
+
+def format_choices(rows: list[Row], setting: str, chosen: dict[str, Runs]) -> str:
+    """Markdown, a row a change: validation accuracy, and the difference to the method in which it is changed."""
+    lines = ["| method | exits, shallow to deep | ensemble | deepest - unchanged |", "|---|---|---|---|"]
+    for method, runs in chosen.items():
+        base = METHODS[method].like
+        difference = format_difference(_without_diverged(runs), _without_diverged(chosen.get(base, {}))) if base else ""
+        lines.append(f"| {' | '.join([_name(method, runs), *_accuracies(_without_diverged(runs)), difference])} |")
+    return "\n".join([*lines, "", notes(rows, setting, chosen)])
+
+
+def _name(method: str, runs: Runs) -> str:
+    diverged = len(runs) - len(_without_diverged(runs))
+    return method + (f" ({diverged} of {len(runs)} seeds diverged)" if diverged else "")
+
+
+def _without_diverged(runs: Runs) -> Runs:
+    return {seed: row for seed, row in runs.items() if "diverged" not in row}
+
+
+def _accuracies(runs: Runs) -> list[str]:
+    """Of all exits, and of the ensemble."""
+    ensemble = [row["ensemble"] for row in runs.values() if row["ensemble"] is not None]
+    exits = zip(*(row["top1"] for row in runs.values()), strict=True)
+    return [", ".join(map(format_mean, exits)), format_mean(ensemble) if ensemble else ""]
+
+
+def _median(values: list[float | None]) -> str:
+    return "" if not values or None in values else f"{median(values):.0f}"
 
 
 def format_mean(values: Sequence[float]) -> str:
@@ -74,82 +130,52 @@ def format_mean(values: Sequence[float]) -> str:
     return "{:.2f} ± {:.2f}".format(*mean_interval(list(values)))
 
 
-def format_difference(runs: dict[int, Row], others: dict[int, Row]) -> str:
+def format_difference(runs: Runs, others: Runs) -> str:
     """Of the deepest exit's top-1, run by run of the same seed."""
     values = differences(runs, others)
     if len(values) < 2:
-        return f"{values[0]:+.2f}" if values else ""
+        return f"{values[0]:+.2f} (1 seed)" if values else ""
     return "{:+.2f} ± {:.2f} (p {:.2g})".format(*mean_interval(values), p_value(values))
 
 
-def differences(runs: dict[int, Row], others: dict[int, Row]) -> list[float]:
-    return [row["top1"][-1] - others[seed]["top1"][-1] for seed, row in sorted(runs.items()) if seed in others]
+def differences(runs: Runs, others: Runs) -> list[float]:
+    return [row["top1"][-1] - others[seed]["top1"][-1] for seed, row in runs.items() if seed in others]
 
 
-def notes(rows: list[Row]) -> list[str]:
-    """How many seeds, and on what; a warning where that differs within the table."""
-    counts = {method: len({row["seed"] for row in rows if row["method"] == method})
-              for method in dict.fromkeys(row["method"] for row in rows)}
-    seeds = ", ".join(sorted({str(count) for count in counts.values()}))
-    setting = SETTINGS[rows[0]["setting"]]
-    images = median(row["images"] for row in rows)
-    found = [f"{images:,.0f} training images of {setting.data}, {setting.passes} passes, {setting.network}; {seeds}"
-             f" seed{'' if seeds == '1' else 's'}."]
-    if 1 in counts.values():
+def notes(rows: list[Row], setting: str, collected: dict[str, Runs]) -> str:
+    """How many seeds, and on what; a warning where that differs within the table, tuning included."""
+    used = [row for row in rows if row["setting"] == setting and row["method"] in {"teacher", *collected}]
+    shown = [row for runs in collected.values() for row in runs.values()]
+    seeds = ", ".join(sorted({str(len(runs)) for runs in collected.values()}))
+    described = SETTINGS[setting]
+    images = "validation" if shown[0]["phase"] == "choose" else "test"
+    found = [f"{median(row['images'] for row in shown if 'images' in row):,.0f} training images of {described.data},"
+             f" {described.passes} passes, {described.network}; {seeds} seed{'' if seeds == '1' else 's'}, {images}"
+             " images."]
+    if any(len(runs) == 1 for runs in collected.values()):
         found.append("No interval where there is one seed: nothing tells how much another would change.")
-    hardware = sorted({", ".join(f"{key} {value}" for key, value in row["hardware"].items()) for row in rows})
-    if len({row["data_sha256"] for row in rows}) > 1:
+    if teachers := {row["seed"]: row["teacher_top1"] for row in shown if "teacher_top1" in row}:
+        found.append(f"Teacher: {TEACHERS[described.network]}, {format_mean(list(teachers.values()))}.")
+    hardware = sorted({", ".join([*(f"{key} {value}" for key, value in row["hardware"].items()),
+                                  row["amp_dtype"] or "float32"]) for row in used})
+    if len({row["data_sha256"] for row in used}) > 1:
         found.append("**Mixed: these lines come from different images.**")
     if len(hardware) > 1:
         found.append(f"**Mixed: these lines come from {len(hardware)} kinds of hardware or versions**: "
                      + "; ".join(hardware) + ".")
     else:
         found.append(f"{hardware[0]}.")
-    return [" ".join(found)]
+    return " ".join(found)
 
 
 def insert(page: str, tables: dict[str, str]) -> str:
     """A page with each table between its marks, <!-- table NAME --> and <!-- end -->."""
-    for setting, table in tables.items():
-        page = re.sub(rf"(<!-- table {re.escape(setting)} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", page,
-                      flags=re.DOTALL)
+    for name, table in tables.items():
+        page, count = re.subn(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", page,
+                              flags=re.DOTALL)
+        if not count:
+            warnings.warn(f"the page has no marks for the table {name!r}; it is left out", stacklevel=2)
     return page
-
-
-def draw_gains(rows: list[Row], picture: Path) -> None:
-    """The gain over the plain network against images per class, a panel a data set."""
-    points = [(SETTINGS[row["setting"]], row) for row in rows]
-    panels = list(dict.fromkeys(setting.data for setting, _ in points))
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    for axes, data in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
-        for index, (method, color) in enumerate(COLORS.items()):
-            found = gains(rows, data, method)
-            if found:
-                counts, means, halves = zip(*found)
-                beside = [count * 1.03**index for count in counts]  # so that no interval hides another
-                axes.errorbar(beside, means, halves, color=color, label=method, capsize=3, marker="o", markersize=4)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(title=data, xlabel="training images of a class", xscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.axes[0].set_ylabel("deepest exit less plain network, points")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
-    print(f"wrote {picture}")
-
-
-def gains(rows: list[Row], data: str, method: str) -> list[tuple[float, float, float]]:
-    """Images per class, mean gain over plain and half its interval, for the settings of one network and 2 or more
-    seeds."""
-    found = []
-    for name, setting in SETTINGS.items():
-        runs, others = ({row["seed"]: row for row in rows if (row["setting"], row["method"]) == (name, kind)}
-                        for kind in (method, "plain"))
-        values = differences(runs, others)
-        if setting.data == data and re.fullmatch(rf"{data}(-\d+)?", name) and len(values) > 1:
-            images = next(iter(runs.values()))["images"]
-            found.append((images / DATA[data], *mean_interval(values)))
-    return sorted(found)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ class AttentionTransferTask(FeatureMapTask):
 
     That is the authors' code. Equation 2 has beta/2 times the norm, not squared, which has no gradient where the maps
     are equal; the square has. The stages are those of `stages.choose_exits`, one by one; where the sizes differ the
-    teacher's attention is interpolated to the student's.
+    teacher's attention is averaged down, or interpolated up, to the student's.
 
     Args:
         student, teacher, criterion, task_loss_weight: as of `FeatureMapTask`.
@@ -45,5 +45,7 @@ def attention(feature: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     given."""
     strength = feature.square().sum(1, keepdim=True)
     if size is not None and strength.shape[2:] != size:
-        strength = F.interpolate(strength, size, mode="bilinear")
+        smaller = all(new <= old for new, old in zip(size, strength.shape[2:]))
+        strength = (F.adaptive_avg_pool2d(strength, size) if smaller  # interpolation would pass over pixels
+                    else F.interpolate(strength, size, mode="bilinear"))
     return F.normalize(strength.flatten(1))

@@ -1,0 +1,80 @@
+"""When does it help? The gain over the plain network against images per class, with intervals."""
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evidence_data import DATA
+from evidence_grid import SETTINGS
+from intervals import mean_interval
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = {"dsn": "tab:gray", "paper": "tab:orange", "deepest": "tab:red", "ensemble": "tab:blue", "dks": "tab:green"}
+MARKERS = {"resnet10-16": "o", "resnet18-16": "s", "cifar_resnet18": "D", "cifar_resnet50": "P"}
+
+
+class Gain(NamedTuple):
+    setting: str
+    images: float
+    """Of a class."""
+    mean: float
+    half: float
+    """Of the 95 % interval."""
+
+
+def draw_gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], picture: Path) -> None:
+    """A panel a data set, a line a method; numbers at the points are passes over the images.
+
+    Args:
+        settings: lines by setting, method and seed.
+    """
+    panels = list(dict.fromkeys(SETTINGS[setting].data for setting in settings))
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    for axes, data in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
+        own = {name: methods for name, methods in settings.items() if SETTINGS[name].data == data}
+        for index, (method, color) in enumerate(COLORS.items()):
+            _draw_method(axes, gains(own, method), method, color, 1.04**index)  # so that no interval hides another
+        axes.axhline(0, color="black", linewidth=0.8)
+        counts = sorted({round(_images(name, methods)) for name, methods in own.items()})
+        axes.set(title=f"{data}, {DATA[data]} classes", xlabel="training images of a class", xscale="log",
+                 xlim=(counts[0] / 1.5, counts[-1] * 2))
+        axes.set_xticks(counts, map(str, counts))
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.axes[0].set_ylabel("deepest exit less plain network, points")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+
+
+def gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], method: str) -> list[Gain]:
+    """Over the plain network, for the settings of two or more seeds, by images of a class."""
+    found = []
+    for name, methods in settings.items():
+        pairs = [(row, methods["plain"][seed]) for seed, row in methods.get(method, {}).items()
+                 if seed in methods.get("plain", {})]
+        values = [row["top1"][-1] - plain["top1"][-1] for row, plain in pairs]
+        if method != "plain" and len(values) > 1:
+            found.append(Gain(name, _images(name, methods), *mean_interval(values)))
+    return sorted(found, key=lambda gain: gain.images)
+
+
+def _images(setting: str, methods: Mapping[str, Mapping[int, Any]]) -> float:
+    """Of a class, on average."""
+    runs = next(iter(methods.values()))
+    return next(iter(runs.values()))["images"] / DATA[SETTINGS[setting].data]
+
+
+def _draw_method(axes: Axes, found: list[Gain], method: str, color: str, beside: float) -> None:
+    line = [gain for gain in found if gain.setting.rpartition("-")[2].isdigit() or "-" not in gain.setting]
+    axes.plot([gain.images * beside for gain in line], [gain.mean for gain in line], color=color, linewidth=1)
+    for gain in found:
+        setting = SETTINGS[gain.setting]
+        shorter = gain.setting.endswith("-short")
+        axes.errorbar(gain.images * beside, gain.mean, gain.half, color=color, capsize=3, markersize=5,
+                      marker=MARKERS[setting.network], markerfacecolor="white" if shorter else color)
+        if method == "ensemble":
+            axes.annotate(f"{setting.passes}", (gain.images * beside, gain.mean), (5, 4), textcoords="offset points",
+                          fontsize=7)
+    if found:
+        axes.plot([], [], color=color, marker="o", label=method)
