@@ -4,12 +4,15 @@ import sys
 
 import pytest
 import torch
+from timm.utils import unwrap_model
 from torch.nn.functional import cross_entropy
 
 from timm_selfdistill.output import SelfDistillOutput
 
 from .conftest import ROOT, run_python
 
+METHODS = ["plain", "dsn", "paper", "deepest", "ensemble", "dks", "dml", "kd", "fitnet", "at", "ensemble-t1",
+           "ensemble-not-squared", "ensemble-map", "ensemble-linear", "ensemble-fading", "dsn-fading"]
 HARDWARE = {"device": "AMD EPYC", "threads": 1, "torch": "2.14.1"}
 
 
@@ -21,12 +24,12 @@ def tables(benchmarks):
 @pytest.fixture
 def tiny(benchmarks, monkeypatch, tmp_path):
     """`evidence.main` on two images of each class of the sample, for five passes."""
-    evidence, grid, data = map(benchmarks, ("evidence", "evidence_grid", "evidence_data"))
+    evidence, points, grid, data = map(benchmarks, ("evidence", "evidence_points", "evidence_grid", "evidence_data"))
     monkeypatch.setitem(data.DATA, "typefaces", 100)
     monkeypatch.setattr(data, "TYPEFACES", ROOT / "tests/data")
     monkeypatch.setitem(grid.SETTINGS, "tiny", grid.Setting("typefaces", 2, "resnet10-16", 5))
-    monkeypatch.setattr(evidence, "LRS", (0.05, 0.1))
-    monkeypatch.setattr(evidence, "WEIGHT_DECAYS", (5e-4,))
+    monkeypatch.setattr(points, "LRS", (0.05, 0.1))
+    monkeypatch.setattr(points, "WEIGHT_DECAYS", (5e-4,))
 
     def run(*flags):
         output = tmp_path / "lines.jsonl"
@@ -37,46 +40,96 @@ def tiny(benchmarks, monkeypatch, tmp_path):
     return run
 
 
+@pytest.fixture(autouse=True)
+def _small_grid(benchmarks, monkeypatch):
+    monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (0.1, 0.2))
+    monkeypatch.setattr(benchmarks("evidence_points"), "WEIGHT_DECAYS", (5e-4,))
+
+
 def row(method, seed, top1, ensemble=None, **more):
-    return {"phase": "test", "setting": "families-30", "method": method, "seed": seed, "lr": 0.1, "weight_decay": 5e-4,
-            "weight": None, "top1": top1, "ensemble": ensemble, "images": 3000, "seconds": 60.0 + seed,
-            "memory_mb": 19.4, "hardware": HARDWARE, "data_sha256": "0", **more}
+    return {"phase": "test", "setting": "families-30", "data": "families", "per_class": 30, "network": "resnet10-16",
+            "passes": 60, "method": method, "seed": seed, "lr": 0.1, "weight_decay": 5e-4, "weight": None, "top1": top1,
+            "ensemble": ensemble, "images": 3000, "seconds": 60.0 + seed, "memory_mb": 19.4, "amp_dtype": None,
+            "hardware": HARDWARE, "data_sha256": "0", **more}
+
+
+def tuned(method, weights=(None,)):
+    """A learning rate of 0.1 and the second weight are best."""
+    shared = [row(method, 0, [top1], phase="tune", lr=lr, weight=weights[0]) for lr, top1 in ((0.1, 40.0), (0.2, 39.0))]
+    return shared + [row(method, 0, [top1], phase="tune", weight=weight)
+                     for weight, top1 in zip(weights[1:], (41.0, 40.5))]
 
 
 def three_seeds():
-    return [*(row("plain", seed, [40.0 + seed]) for seed in (1, 2, 3)),
+    return [*tuned("plain"), *(row("plain", seed, [40.0 + seed]) for seed in (1, 2, 3)),
+            *tuned("dsn"),
             *(row("dsn", seed, [30.0, 42.0 + 1.5 * seed], 44.0 + seed, seconds=80.0) for seed in (1, 2, 3)),
-            *(row("kd", seed, [44.0 + 2 * seed], weight=1.0, teacher_seconds=200.0) for seed in (1, 2, 3))]
+            *tuned("kd", (1.0, 0.3, 3.0)),
+            *(row("kd", seed, [44.0 + 2 * seed], weight=0.3, teacher_seconds=200.0, teacher_top1=50.0 + seed)
+              for seed in (1, 2, 3))]
+
+
+def table_of(tables, rows):
+    return tables.format_table(rows, "families-30", tables.collect(rows, "families-30", "test"))
 
 
 def test_a_table_from_its_lines(tables):
-    assert tables.format_table(three_seeds(), "families-30").splitlines() == [
+    assert table_of(tables, three_seeds()).splitlines() == [
         "| method | lr, weight decay, own weight | exits, shallow to deep | ensemble | deepest - plain | deepest - dsn"
         " | seconds | with teacher | MB |",
         "|---|---|---|---|---|---|---|---|---|",
         "| plain | 0.1, 0.0005 | 42.00 ± 2.48 |  |  | -3.00 ± 1.24 (p 0.0091) | 62 | 62 | 19 |",
         "| dsn | 0.1, 0.0005 | 30.00 ± 0.00, 45.00 ± 3.73 | 46.00 ± 2.48 | +3.00 ± 1.24 (p 0.0091) |  | 80 | 80 | 19 |",
-        "| kd | 0.1, 0.0005, 1 | 48.00 ± 4.97 |  | +6.00 ± 2.48 (p 0.0091) | +3.00 ± 1.24 (p 0.0091) | 62 | 262 | 19 |",
+        "| kd | 0.1, 0.0005, 0.3 | 48.00 ± 4.97 |  | +6.00 ± 2.48 (p 0.0091) | +3.00 ± 1.24 (p 0.0091) | 62 | 262 |"
+        " 19 |",
         "",
-        "3,000 training images of families, 60 passes, resnet10-16; 3 seeds. device AMD EPYC, threads 1, torch 2.14.1.",
+        "3,000 training images of families, 60 passes, resnet10-16; 3 seeds, test images. Teacher: resnet10-32,"
+        " 52.00 ± 2.48. device AMD EPYC, threads 1, torch 2.14.1, float32.",
     ]
 
 
+def test_a_table_shows_the_point_that_tuning_chose(tables):
+    """Lines of another point, another number of passes or a tuning that is not complete are left out."""
+    rows = [*three_seeds(), row("plain", 4, [90.0], lr=0.2), row("plain", 1, [90.0], passes=15),
+            *tuned("paper", (0.3, 0.5, 0.7))[:-1], row("paper", 1, [90.0], weight=0.5)]
+    with pytest.warns(UserWarning, match="families-30: paper is left out, its tuning is not complete"):
+        assert table_of(tables, rows) == table_of(tables, three_seeds())
+
+
+def test_choices_are_differences_to_their_method(tables):
+    rows = [*tuned("ensemble", (0.3, 0.5, 0.7)),
+            *(row("ensemble", seed, [30.0, 40.0 + seed], 42.0, phase="choose", weight=0.5) for seed in (1, 2, 3)),
+            *(row("ensemble-t1", seed, [30.0, 38.0 + 2 * seed], 41.0, phase="choose", weight=0.5)
+              for seed in (1, 2, 3))]
+    lines = tables.format_choices(rows, "families-30", tables.collect(rows, "families-30", "choose")).splitlines()
+    assert lines[2:4] == ["| ensemble | 30.00 ± 0.00, 42.00 ± 2.48 | 42.00 ± 0.00 |  |",
+                          "| ensemble-t1 | 30.00 ± 0.00, 42.00 ± 4.97 | 41.00 ± 0.00 | +0.00 ± 2.48 (p 1) |"]
+    assert "3 seeds, validation images" in lines[-1]
+
+
+def test_runs_that_diverged_are_counted_and_left_out(tables):
+    rows = [*three_seeds(), row("dsn", 4, [0.0], diverged="loss is nan"), row("plain", 4, [44.0])]
+    assert "| dsn (1 of 4 seeds diverged) | 0.1, 0.0005 | 30.00 ± 0.00, 45.00 ± 3.73 |" in table_of(tables, rows)
+
+
 def test_one_seed_has_no_interval(tables):
-    table = tables.format_table([row("plain", 1, [41.0]), row("dsn", 1, [30.0, 43.0], 44.0)], "families-30")
-    assert "| dsn | 0.1, 0.0005 | 30.00, 43.00 | 44.00 | +2.00 |  |" in table
-    assert "1 seed. No interval where there is one seed: nothing tells how much another would change." in table
+    table = table_of(tables, [
+        *tuned("plain"), row("plain", 1, [41.0]), *tuned("dsn"), row("dsn", 1, [30.0, 43.0], 44.0, seconds=None)])
+    assert "| dsn | 0.1, 0.0005 | 30.00, 43.00 | 44.00 | +2.00 (1 seed) |  |  |  | 19 |" in table
+    assert "1 seed, test images. No interval where there is one seed: nothing tells how much another would" in table
 
 
-def test_lines_of_different_machines_are_marked(tables):
-    rows = [row("plain", 1, [41.0]), row("plain", 2, [42.0], hardware=HARDWARE | {"torch": "2.15.0"})]
-    table = tables.format_table(rows, "families-30")
-    assert "**Mixed: these lines come from 2 kinds of hardware or versions**" in table
+@pytest.mark.parametrize("changes", [
+    {"hardware": HARDWARE | {"torch": "2.15.0"}}, {"amp_dtype": "bfloat16"}])
+@pytest.mark.parametrize("phase", ["tune", "test"])
+def test_lines_of_different_machines_are_marked(tables, changes, phase):
+    rows = [line | (changes if line["phase"] == phase else {}) for line in tuned("plain") + [row("plain", 1, [41.0])]]
+    assert "**Mixed: these lines come from 2 kinds of hardware or versions**" in table_of(tables, rows)
 
 
 def test_lines_of_different_images_are_marked(tables):
-    rows = [row("plain", 1, [41.0]), row("plain", 2, [42.0], data_sha256="1")]
-    assert "**Mixed: these lines come from different images.**" in tables.format_table(rows, "families-30")
+    rows = [*tuned("plain"), row("plain", 1, [41.0]), row("plain", 2, [42.0], data_sha256="1")]
+    assert "**Mixed: these lines come from different images.**" in table_of(tables, rows)
 
 
 def test_page_and_picture(tables, tmp_path, monkeypatch):
@@ -88,10 +141,20 @@ def test_page_and_picture(tables, tmp_path, monkeypatch):
         tables.main()
     text = page.read_text()
     assert text.startswith("Before\n<!-- table families-30 -->\n| method |")
-    assert text.endswith(" torch 2.14.1.\n<!-- end -->\nAfter\n")
+    assert text.endswith(" torch 2.14.1, float32.\n<!-- end -->\nAfter\n")
     assert "old" not in text
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert tables.gains(three_seeds(), "families", "dsn") == [(30.0, 3.0, pytest.approx(1.24, abs=0.01))]
+
+
+def test_gains(benchmarks, tables):
+    collected = {"families-30": tables.collect(three_seeds(), "families-30", "test")}
+    assert benchmarks("evidence_picture").gains(collected, "dsn") == [
+        ("families-30", 30.0, 3.0, pytest.approx(1.24, abs=0.01))]
+
+
+def test_a_table_without_a_place_on_the_page(tables):
+    with pytest.warns(UserWarning, match="no marks for the table 'fashion'"):
+        assert tables.insert("page", {"fashion": "| table |"}) == "page"
 
 
 def test_no_lines(tmp_path):
@@ -125,10 +188,10 @@ def test_runs_at_the_same_time(benchmarks, tmp_path, monkeypatch):
     (tmp_path / "output/typefaces").mkdir(parents=True)
     (tmp_path / "output/typefaces/families").symlink_to(ROOT / "tests/data/typefaces")
     monkeypatch.chdir(tmp_path)
-    evidence, grid = map(benchmarks, ("evidence", "evidence_grid"))
+    evidence, points, grid = map(benchmarks, ("evidence", "evidence_points", "evidence_grid"))
     monkeypatch.setitem(grid.SETTINGS, "tiny", grid.Setting("families", 2, "resnet10-16", 5))
-    monkeypatch.setattr(evidence, "LRS", (0.05, 0.1))
-    monkeypatch.setattr(evidence, "WEIGHT_DECAYS", (5e-4,))
+    monkeypatch.setattr(points, "LRS", (0.05, 0.1))
+    monkeypatch.setattr(points, "WEIGHT_DECAYS", (5e-4,))
     found = []
     for jobs in "12":
         monkeypatch.setattr(sys, "argv", ["evidence.py", "--settings", "tiny", "--methods", "plain", "--seeds", "2",
@@ -143,7 +206,7 @@ def test_runs_at_the_same_time(benchmarks, tmp_path, monkeypatch):
 def test_methods_with_another_network(benchmarks, tiny, monkeypatch):
     grid = benchmarks("evidence_grid")
     monkeypatch.setitem(grid.TEACHERS, "resnet10-16", "resnet10-32")
-    monkeypatch.setattr(benchmarks("evidence"), "LRS", (0.05,))
+    monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (0.05,))
     for name in ("dml", "at"):
         monkeypatch.setitem(grid.METHODS, name, grid.METHODS[name]._replace(weights=grid.METHODS[name].weights[:1]))
     rows, output = tiny("--methods", "dml", "at", "--seeds", "1")
@@ -172,11 +235,41 @@ def test_labels_of_shallow_exits_fade(benchmarks):
 
 
 def test_a_point_of_the_grid_that_diverges_is_not_chosen(benchmarks, tiny, monkeypatch):
-    evidence = benchmarks("evidence")
-    monkeypatch.setattr(evidence, "LRS", (1e6, 0.05))
+    monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (1e6, 0.05))
     rows, _ = tiny("--methods", "plain", "--seeds", "1")
     assert "is nan at update" in rows[0]["diverged"]
     assert rows[2]["lr"] == 0.05
+
+
+def test_a_teacher_that_lost_its_weights_is_trained_again(benchmarks, tiny, monkeypatch):
+    monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (0.05,))
+    grid = benchmarks("evidence_grid")
+    monkeypatch.setitem(grid.METHODS, "kd", grid.METHODS["kd"]._replace(weights=(1.0,)))
+    rows, output = tiny("--methods", "kd", "--seeds", "1")
+    assert [(row["phase"], row["method"], row["network"], row["seed"]) for row in rows] == [
+        ("tune", "teacher", "resnet10-32", 0), ("teacher", "teacher", "resnet10-32", 0),
+        ("teacher", "teacher", "resnet10-32", 1), ("tune", "kd", "resnet10-16", 0), ("test", "kd", "resnet10-16", 1)]
+    assert rows[4]["teacher_top1"] == rows[2]["top1"][-1]
+    output.with_suffix("").joinpath("tiny-1.pt").unlink()
+    assert [(row["phase"], row["seed"]) for row in tiny("--methods", "kd", "--seeds", "1")[0][5:]] == [("teacher", 1)]
+
+
+def test_a_network_without_a_larger_one_to_teach_it(benchmarks, tiny, monkeypatch):
+    monkeypatch.delitem(benchmarks("evidence_grid").TEACHERS, "resnet10-16")
+    with pytest.raises(ValueError, match="resnet10-16 has no larger network to teach it"):
+        tiny("--methods", "kd")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_a_step(benchmarks, method):
+    grid = benchmarks("evidence_grid")
+    spec = grid.METHODS[method]
+    arguments = [grid.create_network("resnet10-16", "families"), grid.METHODS[spec.like or method].weights[0], 10]
+    arguments += [grid.create_network("resnet10-32", "families")] if spec.other else []
+    task = spec.make(*arguments).train()
+    task(torch.randn(4, 1, 32, 32), torch.arange(4))["loss"].backward()
+    gradients = [weight.grad for weight in unwrap_model(task.trainable_module).parameters() if weight.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 def test_the_time_is_up(tiny, capsys):
