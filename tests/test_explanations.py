@@ -1,0 +1,61 @@
+"""The runs and the table of benchmarks/explanations.py."""
+import json
+import sys
+
+import pytest
+
+from .conftest import ROOT
+
+HARDWARE = {"device": "AMD EPYC", "threads": 1}
+
+
+@pytest.fixture
+def explanations(benchmarks):
+    return benchmarks("explanations")
+
+
+def row(method, seed, top1, gradients, ratios=()):
+    return {"setting": "characters-10", "method": method, "seed": seed, "top1": top1, "gradients": gradients,
+            "sse_over_ssb": list(ratios), "hardware": HARDWARE}
+
+
+def test_the_table_from_its_lines(explanations):
+    rows = [row("plain", 1, [80.0, 70.0, 60.0, 40.0], [[1.0, 2.0], [4.0, 2.0]]),
+            row("plain", 2, [82.0, 72.0, 62.0, 43.0], [[1.0, 2.0], [4.0, 2.0]]),
+            row("paper", 1, [81.0, 76.0, 70.0, 45.0], [[2.0, 1.0], [8.0, 4.0]], [0.9, 0.5]),
+            row("paper", 2, [83.0, 78.0, 72.0, 49.0], [[2.0, 1.0], [8.0, 4.0]], [0.9, 0.5])]
+    assert explanations.format_table(rows).splitlines() == [
+        "| method | fall at noise 0.1 | fall at noise 0.2 | fall at noise 0.3 | less than plain's, at the last |"
+        " gradient over plain's, by section | SSE / SSB, by exit |",
+        "|---|---|---|---|---|---|---|",
+        "| plain | 10.00 ± 0.00 | 20.00 ± 0.00 | 39.50 ± 6.35 |  |  |  |",
+        "| paper | 5.00 ± 0.00 | 11.00 ± 0.00 | 35.00 ± 12.71 | +4.50 ± 6.35 | 2.00 ± 0.00, 1.00 ± 0.00 |"
+        " 0.90 ± 0.00, 0.50 ± 0.00 |",
+        "",
+        "characters-10; 2 seeds. device AMD EPYC, threads 1.",
+    ]
+
+
+def test_tested_points_are_trained_again_and_measured(explanations, benchmarks, monkeypatch, tmp_path):
+    monkeypatch.setitem(benchmarks("evidence_data").DATA, "typefaces", 100)
+    monkeypatch.setattr(benchmarks("evidence_data"), "TYPEFACES", ROOT / "tests/data")
+    lines, output, page = tmp_path / "evidence.jsonl", tmp_path / "explanations.jsonl", tmp_path / "page.md"
+    described = {"phase": "test", "setting": "characters-10", "data": "typefaces", "per_class": 2,
+                 "network": "resnet10-16", "passes": 10, "seed": 1, "lr": 0.1, "weight_decay": 5e-4}
+    lines.write_text("\n".join(json.dumps({**described, "method": method, "weight": weight})
+                               for method, weight in (("plain", None), ("paper", 0.3))))
+    page.write_text("<!-- table explanations -->\n<!-- end -->\n")
+    command = ["explanations.py", "--methods", "plain", "paper", "--lines", str(lines), "--output", str(output),
+               "--page", str(page)]
+    for _ in range(2):  # the second time nothing is left to do
+        monkeypatch.setattr(sys, "argv", command)
+        explanations.main()
+        plain, paper = (json.loads(line) for line in output.read_text().splitlines() if line)
+    assert (len(plain["top1"]), len(plain["gradients"]), len(plain["gradients"][0])) == (4, 2, 4)
+    assert (plain["sse_over_ssb"], len(paper["sse_over_ssb"])) == ([], 4)
+    assert plain["gradients"][0] != plain["gradients"][1]
+    assert "| paper | " in page.read_text()
+
+    monkeypatch.setattr(sys, "argv", [*command, "--setting", "families-30"])
+    with pytest.raises(ValueError, match="has no tested runs of plain in families-30; make them with"):
+        explanations.main()
