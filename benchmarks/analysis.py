@@ -1,10 +1,12 @@
-"""What do the analyses of exits add to the forward passes that they need?
+"""What do the analyses add to the forward passes that they need?
 
-Time of separability and of agreement over that of `forward_exits` alone, on the same batches in memory; random weights
-and images, all in turn, medians of the rounds.
+Time of separability, of agreement, and of flat-minima with one draw of one level (two passes), over that of as many
+passes of `forward_exits` alone, on the same batches in memory; random weights and images, all in turn, medians of the
+rounds.
 
-    python benchmarks/analysis.py                       # 10,000 images of 32 px; about 5 minutes on one core
+    python benchmarks/analysis.py                       # 10,000 images of 32 px; about 8 minutes on one core
 """
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -15,7 +17,7 @@ from timing import interleaved, median_ratio
 from torch import Tensor
 
 from timm_selfdistill import SelfDistillModel, wrap_self_distill
-from timm_selfdistill.analysis import measure_agreement, measure_separability
+from timm_selfdistill.analysis import measure_agreement, measure_flatness, measure_separability
 
 
 def main() -> None:
@@ -52,12 +54,17 @@ def measure(model: SelfDistillModel, batches: list[tuple[Tensor, Tensor]], round
             for x, _ in batches:
                 model.forward_exits(x.to(device))
 
-    analyses = {"separability": measure_separability, "agreement": measure_agreement}
+    analyses = {"separability": (measure_separability, 1), "agreement": (measure_agreement, 1),
+                "flat-minima": (partial(measure_flatness, levels=[0.1], draws=1), 2)}
     plain, *times = interleaved(
-        [forward, *(lambda analysis=analysis: analysis(model, batches) for analysis in analyses.values())], rounds,
-        seconds=0, warm_up=1)
-    return [{"analysis": name, "forward_s": median(plain) / 1000, "analysis_s": median(ours) / 1000,
-             "ratio": median_ratio(ours, plain)} for name, ours in zip(analyses, times)]
+        [forward, *(partial(analysis, model, batches) for analysis, _ in analyses.values())], rounds, seconds=0,
+        warm_up=1)
+    rows = []
+    for (name, (_, passes)), ours in zip(analyses.items(), times):
+        forwards = [passes * time for time in plain]
+        rows.append({"analysis": name, "passes": passes, "forward_s": median(forwards) / 1000,
+                     "analysis_s": median(ours) / 1000, "ratio": median_ratio(ours, forwards)})
+    return rows
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ def measure(run: Row, args: argparse.Namespace) -> Row:
     facts |= train_and_measure(task, train, run, args)
     if run["phase"] == "teacher":
         save_teacher(task, facts, teacher_path(run, args))
-    hardware = describe(args.device) | ({"jobs": args.jobs} if args.device == "cuda" else {})
     return run | facts | {
-        "criterion": repr(getattr(task, "criterion", None)), "amp_dtype": args.amp_dtype, "hardware": hardware,
+        "criterion": repr(getattr(task, "criterion", None)), "amp_dtype": args.amp_dtype,
+        "hardware": describe(args.device),
         "data_sha256": digest(run["data"]), "wall_seconds": round(time.monotonic() - began, 1)}
 
 
