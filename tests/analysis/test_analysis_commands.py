@@ -7,9 +7,9 @@ import timm
 import torch
 from torch.utils.data import Subset
 
+import timm_selfdistill
 from timm_selfdistill import (
     SelfDistillLoss,
-    SelfDistillModel,
     SelfDistillTask,
     TrainConfig,
     Trainer,
@@ -17,10 +17,15 @@ from timm_selfdistill import (
     model_data_config,
     wrap_self_distill,
 )
+from timm_selfdistill.baselines import FitNetTask, MutualLearningTask
 from timm_selfdistill.cli import analysis
-from timm_selfdistill.hub import save_timm_model
+from timm_selfdistill.cli.opening import load_checkpoints
+from timm_selfdistill.hub import save_metrics, save_timm_model
+from timm_selfdistill.training.checkpoint import Checkpoints
+from timm_selfdistill.training.frozen import trained_state
+from timm_selfdistill.training.snapshot import Snapshot
 
-from ..conftest import EMBEDDED
+from ..conftest import EMBEDDED, small_backbone, small_model
 
 SETTINGS = {"temperature": 2.0, "alpha": 0.5, "beta": 0.1, "hint": "none", "teacher": "ensemble", "lr": 0.1}
 
@@ -38,22 +43,28 @@ def folder(tmp_path_factory):
     save_timm_model(backbone, folder / "plain/best")
     model = wrap_self_distill(backbone, exits=["layer2"])
     model.save_pretrained(folder / "run/best", metrics={"settings": SETTINGS}, check=False)
+    model.save_pretrained(folder / "frozen", metrics={"settings": SETTINGS | {"freeze_backbone": True}}, check=False)
     model.truncate(0).save_pretrained(folder / "short", check=False)
     wrap_self_distill(timm.create_model("test_resnet", num_classes=3, in_chans=1)).save_pretrained(
         folder / "other", check=False)
+    (folder / "afile").write_text("")
     return folder
 
 
 def written(folder, stem: str) -> dict:
     assert (folder / f"out/{stem}.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((folder / f"out/{stem}.json").read_text())
-    assert found["data"] == "data"
+    assert (found["data"], found["split"], found["device"]) == ("data", None, "cpu")
+    assert found["batch_size"] in (40, 64)
+    assert found["versions"] == {
+        "timm_selfdistill": timm_selfdistill.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    assert found["hardware"]
     return found["models"]
 
 
 def test_flat_minima_compares_models(call, folder):
     code, out, _ = call("flat-minima", "plain", "run", "--data", "data", "--levels", "0.3", "0.1", "--draws", "2",
-                        "--output", "out")
+                        "-j", "1", "--device", "cpu", "--output", "out")
     assert code == 0
     assert out.endswith("wrote out/flat_minima.json, out/flat_minima.png\n")
     models = written(folder, "flat_minima")
@@ -79,10 +90,46 @@ def test_gradients_measures_models_by_their_own_loss(call, folder):
         assert report["sections"] == ["layer2", "layer4"]
         assert report["batches"] == 2
         assert all(value > 0 for value in report["gradients"])
-    model = SelfDistillModel.from_pretrained(folder / "run/best")
-    task = analysis._task(model, folder / "run/best")
-    assert repr(task.criterion) == repr(SelfDistillLoss(2.0, 0.5, 0.1, hint=None, teacher="ensemble"))
-    assert repr(analysis._task(model, folder / "other").criterion) == repr(SelfDistillLoss())
+    assert models["plain"]["criterion"] == "CrossEntropyLoss()"
+    assert models["run"]["criterion"] == (
+        "SelfDistillLoss(temperature=2.0, alpha=0.5, beta=0.1, hint=None, teacher='ensemble', t_squared=False)")
+
+
+TRAINED = SETTINGS | {"alpha": 0.3, "hint": "map", "distill_loss_weight": None}
+
+
+@pytest.mark.parametrize(("metrics", "criterion"), [
+    (None, repr(SelfDistillLoss())),
+    ({"settings": {"lr": 0.1}}, repr(SelfDistillLoss())),
+    ({"settings": TRAINED | {"method": "self-distill"}},
+     "SelfDistillLoss(temperature=2.0, alpha=0.3, beta=0.1, hint='map', teacher='ensemble', t_squared=False)"),
+    ({"settings": TRAINED | {"method": "dsn"}},
+     "SelfDistillLoss(temperature=3.0, alpha=0.0, beta=0.0, hint=None, teacher='deepest', t_squared=False)"),
+    ({"settings": TRAINED | {"method": "dks"}}, "KnowledgeSynergyLoss(distill_loss_weight=1.0)"),
+    ({"settings": {"method": "dks", "distill_loss_weight": 2}}, "KnowledgeSynergyLoss(distill_loss_weight=2)"),
+])
+def test_the_loss_is_that_of_the_method(metrics, criterion, tmp_path):
+    model = small_model(in_chans=1)
+    model.save_pretrained(tmp_path, metrics=metrics, check=False)
+    assert repr(analysis._task(str(tmp_path), model, None).criterion) == criterion
+
+
+@pytest.mark.parametrize(("metrics", "message"), [
+    ({"settings": [1]}, r"best/config.json is damaged: settings must be an object, got \[1\]"),
+    ({"settings": SETTINGS | {"alpha": "0.3"}}, "best/config.json is damaged: settings have alpha='0.3'"),
+    ({"settings": SETTINGS | {"temperature": None}}, "best/config.json is damaged: settings have temperature=None"),
+    ({"settings": SETTINGS | {"hint": ["map"]}}, r"best/config.json is damaged: settings have hint=\['map'\]"),
+    ({"settings": SETTINGS | {"t_squared": 1}}, "best/config.json is damaged: settings have t_squared=1"),
+    ({"settings": SETTINGS | {"alpha": 2}}, r"best/config.json: of its settings, alpha must lie in \[0, 1\], got 2"),
+    ({"settings": SETTINGS | {"method": "kd"}}, "best/config.json: of its settings, method must be dsn, self-distill,"),
+    ({"frozen": True}, "run was trained with a frozen backbone, whose weights get no gradients"),
+])
+def test_settings_that_tell_no_loss(metrics, message, call, folder):
+    save_metrics(folder / "run/best", metrics)
+    code, _, err = call("gradients", "run", "--data", "data")
+    save_metrics(folder / "run/best", {"settings": SETTINGS})
+    assert (code, err.count("\n")) == (2, 1)
+    assert re.search(message, err), err
 
 
 def test_separability(call, folder):
@@ -90,7 +137,7 @@ def test_separability(call, folder):
     assert code == 0
     assert "features of 80 images of 10 classes" in out
     assert out.endswith("wrote out/separability.json, out/separability.png\n")
-    exits = written(folder, "separability")["run/best"]["exits"]
+    exits = written(folder, "separability")["run"]["exits"]
     assert [row["module"] for row in exits] == ["layer2", "layer4"]
     assert all(row["ratio"] == pytest.approx(row["sse"] / row["ssb"]) for row in exits)
 
@@ -100,7 +147,7 @@ def test_agreement(call, folder):
     assert code == 0
     assert "exits on 80 images" in out
     assert out.endswith("wrote out/agreement.json, out/agreement.png\n")
-    report = written(folder, "agreement")["run/best"]
+    report = written(folder, "agreement")["run"]
     assert report["exits"] == ["layer2", "layer4"]
     assert report["same_answer"][0][0] == 1
     assert len(report["overthought"]) == 1
@@ -112,8 +159,15 @@ def test_agreement(call, folder):
     (["flat-minima", "plain", "--data", "data", "--levels", "-1"], r"levels must be different numbers above 0, got \["),
     (["flat-minima", "plain", "--data", "data", "--draws", "0"], "draws must be a whole number of at least 1, got 0"),
     (["flat-minima", "plain", "nowhere", "--data", "data"], "nowhere is no folder here"),
+    (["flat-minima", "plain", "--data", "data", "-b", "0"], "-b/--batch-size: must be a whole number of at least 1, got"
+                                                            " 0"),
+    (["flat-minima", "plain", "--data", "data", "-j", "-1"], "-j/--workers: must be a whole number of at least 0, got"
+                                                             " -1"),
+    (["flat-minima", "plain", "--data", "data", "--device", "foo"], "--device: foo cannot be used here .*; try --dev"),
+    (["flat-minima", "plain", "--data", "data", "--device", "cuda:99"], "--device: cuda:99 cannot be used here .* cpu"),
     (["flat-minima", "short", "--data", "data"], "short is a truncated model, which has one exit only"),
     (["gradients", "other", "--data", "data"], "the model knows 3 classes .*, data has 10 .*; they must be the same"),
+    (["gradients", "frozen", "--data", "data"], "frozen was trained with a frozen backbone, whose weights get no"),
     (["gradients", "run", "--data", "data", "--checkpoints"], "run is no run directory with checkpoints/; give the"),
     (["gradients", "run", "--data", "nowhere"], "nowhere is no folder or file here"),
     (["separability", "plain", "--data", "data"], "separability compares the exits of a SelfDistillModel, got ResNet, "
@@ -130,6 +184,48 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
     assert re.search(message, err), err
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["flat-minima", "plain", "other"], "the model knows 3 classes"),
+    (["gradients", "plain", "other"], "the model knows 3 classes"),
+    (["gradients", "plain", "frozen"], "frozen was trained with a frozen backbone"),
+    (["gradients", "plain", "run", "--checkpoints"], "plain is no run directory with checkpoints/"),
+    (["flat-minima", "plain", "--output", "afile"], "afile is a file; give --output a folder"),
+    (["agreement", "run", "--output", "afile/folder"], "afile is a file; give --output a folder"),
+])
+def test_what_is_wrong_is_found_before_anything_is_measured(arguments, message, call, monkeypatch):
+    def measure(*_, **__):
+        pytest.fail("measured")
+
+    for name in ("measure_flatness", "measure_gradients", "measure_agreement"):
+        monkeypatch.setattr(analysis, name, measure)
+    code, _, err = call(*arguments, "--data", "data")
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+@pytest.mark.parametrize("make", [
+    lambda: SelfDistillTask(small_model()),
+    lambda: FitNetTask(small_backbone(), small_backbone()),
+    lambda: MutualLearningTask(small_backbone(), small_backbone()),
+], ids=["self-distill", "fitnet", "dml"])
+def test_checkpoints_hold_the_network_whatever_learns_beside_it(make, tmp_path):
+    checkpoints, states = Checkpoints(tmp_path / "checkpoints", keep=2), []
+    for step in (3, 7):
+        task = make()
+        states.append(task.get_eval_model().state_dict())
+        weights = {name: value.clone() for name, value in trained_state(task).items()}
+        checkpoints.write(Snapshot(weights, {}), step)
+    checkpoints.wait()
+    model = make().get_eval_model()
+    loaded = load_checkpoints(model, tmp_path)
+    for step, state in zip((3, 7), states, strict=True):
+        assert next(loaded) == step
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    (tmp_path / "checkpoints/step-00000007/run.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="step-00000007/run.pt is damaged; remove"):
+        load_checkpoints(model, tmp_path)
+
+
 def test_gradients_over_training(call, folder, fashion_tensors):
     """At every checkpoint of a run: the weights of the last are those of the model itself."""
     train, val = fashion_tensors
@@ -144,6 +240,7 @@ def test_gradients_over_training(call, folder, fashion_tensors):
     assert "trained, 6 updates" in out
     history = written(folder, "gradient_history")["trained"]
     assert [report["updates"] for report in history] == [2, 4, 6]
+    assert {report["criterion"] for report in history} == {repr(SelfDistillLoss())}
     assert len({report["loss"] for report in history}) == 3
     call("gradients", str(folder / "trained/last"), "--data", "data", "--output", "out")
     (last,) = written(folder, "gradients").values()

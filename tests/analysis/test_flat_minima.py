@@ -6,12 +6,14 @@ from statistics import mean, stdev
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_selfdistill.analysis import measure_flatness, plot_flatness, sweep_noise
+from timm_selfdistill.analysis import FlatMinimaReport, measure_flatness, plot_flatness, sweep_noise
 from timm_selfdistill.analysis.flat_minima import draw_noise, shaken
+from timm_selfdistill.training.metrics import ExitMetrics
 
 from ..conftest import small_backbone, small_model
 
@@ -71,12 +73,15 @@ def test_noise_is_of_the_size_that_is_asked_for():
     with torch.no_grad():
         model.backbone.conv1[0].weight.mul_(7)
         model.backbone.fc.bias.zero_()
+        model.backbone.layer4[0].bn1.weight.fill_(1)  # of root mean square 1, and standard deviation 0
     before, conv = weights(model), model.backbone.layer3[0].conv1.weight
     for scaled in (True, False):
         with shaken(draw_noise(model, 0, scaled), 0.1):
             moved = conv.detach() - before["backbone.layer3.0.conv1.weight"]
             size = float(before["backbone.layer3.0.conv1.weight"].square().mean().sqrt()) if scaled else 1
             assert float(moved.std()) == pytest.approx(0.1 * size, rel=0.05)
+            assert float((model.backbone.layer4[0].bn1.weight - 1).detach().square().mean().sqrt()) == pytest.approx(
+                0.1, rel=0.2)
             assert model.backbone.fc.bias.any() != scaled
             buffers = dict(model.named_buffers())
             assert all(torch.equal(buffer, before[name]) for name, buffer in buffers.items())
@@ -140,6 +145,7 @@ def test_a_report_has_every_level_and_exit(tmp_path):
     row = report.of_exit(1)[2]
     losses = [exits[1].loss for exits in report.metrics[2]]
     assert (row["loss"], row["loss_std"]) == pytest.approx((mean(losses), stdev(losses)))
+    assert (row["loss_min"], row["loss_max"]) == (min(losses), max(losses))
     assert report.of_exit(1)[0]["loss_std"] is None
     assert report.to_dict()["rows"] == report.rows()
     out = StringIO()
@@ -149,6 +155,19 @@ def test_a_report_has_every_level_and_exit(tmp_path):
     plot_flatness(tmp_path / "flat.png", {"plain": measure_flatness(model.backbone, loader(), levels=[0.1], draws=1),
                                           "self-distilled": report})
     assert (tmp_path / "flat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_band_goes_from_the_smallest_to_the_largest_draw(monkeypatch):
+    """Also where the standard deviation is larger than the mean, which no logarithmic axis could show."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    metrics = [[[ExitMetrics(0, 90.0, 100.0, 0.5)]],
+               [[ExitMetrics(0, top1, 100.0, loss)] for top1, loss in ((80.0, 1.0), (20.0, 30.0), (80.0, 1.0))]]
+    plot_flatness("", {"a": FlatMinimaReport([0, 0.1], True, 3, 0, 10, metrics)})
+    (figure,) = figures
+    for axes, band in zip(figure.axes, ([90, 20, 80], [0.5, 1, 30])):
+        assert set(axes.collections[0].get_paths()[0].vertices[:, 1]) == set(band)
+    assert figure.axes[1].get_ylim()[0] > 0.3
 
 
 def test_noise_that_makes_no_numbers_is_refused_and_taken_back():
@@ -171,8 +190,10 @@ def test_noise_that_makes_no_numbers_is_refused_and_taken_back():
     ({"draws": 1.5}, "draws must be a whole number of at least 1, got 1.5"),
 ])
 def test_wrong_arguments(arguments, message):
+    model = small_backbone()
+    model.conv1.register_forward_hook(lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match=message):
-        measure_flatness(small_backbone(), loader(), **arguments)
+        measure_flatness(model, loader(), **arguments)
 
 
 def test_a_loader_that_ends_for_good_is_refused():

@@ -5,7 +5,7 @@ from math import exp
 import pytest
 import torch
 from rich.console import Console
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,6 +18,7 @@ from timm_selfdistill.analysis import (
     section_gradients,
 )
 
+from ..baselines.test_runs import TASKS
 from ..conftest import small_backbone, small_model
 
 
@@ -94,7 +95,7 @@ def test_means_are_over_elements_and_batches():
     two = [(torch.full((1, 1, 1, 1), value), torch.tensor([0])) for value in (2.0, -2.0)]
     report = measure_gradients(plain_task(model), two, exits=[0])  # the second image is as wrong as the first is right
     assert report.gradients == pytest.approx([1.0, 6.0])
-    assert report.batches == 2
+    assert (report.batches, report.images, report.batch_size) == (2, 2, 1)
     loss = model(PIXEL[0][0]).sum() * 0 + 3 * model.fc.weight[0, 0] - 4 * model.fc.weight[1, 0] ** 2
     assert section_gradients(loss, [[model.fc.weight], []]) == [pytest.approx((3 + 8) / 2), 0]
 
@@ -105,15 +106,41 @@ def batches(count: int = 16) -> DataLoader:
         TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 10), 8)
 
 
+def gradients_by_hand(task: TrainingTask, data: DataLoader, student: nn.Module) -> list[float]:
+    """Of a training step, in the convolutions of each stage; the stem counts to the first."""
+    task.train()(*next(iter(data)))["loss"].backward()
+    grads = [[p.grad.flatten() for name, p in student.named_parameters()
+              if p.ndim == 4 and (name.startswith(section) or (section == "layer1" and name.startswith("conv1")))]
+             for section in ("layer1", "layer2", "layer3", "layer4")]
+    return [float(torch.cat(parts).abs().mean()) for parts in grads]
+
+
 def test_they_are_those_of_a_training_step():
     task = SelfDistillTask(small_model()).train()
     data = DataLoader(batches().dataset, 16)
     report = measure_gradients(task, data)
-    task(*next(iter(data)))["loss"].backward()
-    for section, found in zip(("layer1", "layer2", "layer3", "layer4"), report.gradients):
-        grads = [p.grad.flatten() for name, p in task.trainable_module.backbone.named_parameters()
-                 if p.ndim == 4 and (name.startswith(section) or (section == "layer1" and name.startswith("conv1")))]
-        assert found == pytest.approx(float(torch.cat(grads).abs().mean()), rel=1e-4)
+    assert report.gradients == pytest.approx(gradients_by_hand(task, data, task.trainable_module.backbone), rel=1e-4)
+
+
+def test_a_short_last_batch_is_left_out():
+    """Of one image, from which batch norm learns nothing, and whose gradient would count like that of eight."""
+    task = SelfDistillTask(small_model())
+    report = measure_gradients(task, batches(17))
+    assert (report.batches, report.images, report.batch_size) == (2, 16, 8)
+    assert report.gradients == measure_gradients(task, list(batches(17))[:2]).gradients
+
+
+@pytest.mark.parametrize("method", TASKS)
+def test_tasks_in_which_more_than_the_network_learns(method):
+    """The student is measured, by its task's own loss."""
+    task = TASKS[method]()
+    generator = torch.Generator().manual_seed(0)
+    data = DataLoader(TensorDataset(torch.randn(8, 1, 32, 32, generator=generator), torch.arange(8)), 8)
+    report = measure_gradients(task, data)
+    assert report.sections == ["layer1", "layer2", "layer3", "layer4"]
+    model = task.get_eval_model()
+    expected = gradients_by_hand(task, data, model.backbone if method in ("dsn", "dks") else model)
+    assert report.gradients == pytest.approx(expected, rel=1e-4)
 
 
 def test_nothing_changes():
@@ -171,7 +198,11 @@ def test_what_cannot_be_measured():
     with pytest.raises(TypeError, match="expected a timm.task.TrainingTask, got ResNet; give SelfDistillTask"):
         measure_gradients(small_backbone(), batches())
     with pytest.raises(ValueError, match="nothing in the backbone ResNet learns, so it has no gradients"):
-        measure_gradients(SelfDistillTask(small_model(freeze_backbone=True)), batches())
+        measure_gradients(plain_task(small_backbone().requires_grad_(False)), batches())
+    frozen = small_model(freeze_backbone=True)
+    for learns in (False, True):  # the weights of the second would get gradients of 0
+        with pytest.raises(ValueError, match="trained with a frozen backbone, whose weights get no gradients"):
+            measure_gradients(SelfDistillTask(frozen.requires_grad_(learns)), batches())
     with pytest.raises(ValueError, match="ResNet has no level 'layer9' for an exit"):
         measure_gradients(plain_task(small_backbone()), batches(), exits=["layer9"])
     with pytest.raises(ValueError, match="the loader gives no images"):

@@ -4,13 +4,14 @@ from io import StringIO
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_selfdistill import wrap_self_distill
-from timm_selfdistill.analysis import measure_separability, plot_separability
-from timm_selfdistill.analysis.separability import ClassSums, project
+from timm_selfdistill.analysis import SeparabilityReport, measure_separability, plot_separability
+from timm_selfdistill.analysis.separability import ClassSums, ExitSeparability, project
 
 from ..conftest import small_backbone, small_model
 
@@ -131,6 +132,23 @@ def test_the_principal_axes_are_those_of_the_largest_spread():
     assert project(torch.ones(1, 3))[0].tolist() == [[0, 0]]
 
 
+def test_axes_of_successive_exits_point_alike(monkeypatch):
+    """Exits whose features are those of the first, turned and mirrored: the same picture."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    first = torch.randn(40, 6) * torch.tensor([5.0, 2, 1, 1, 1, 1])
+    turns = [torch.linalg.qr(torch.randn(6, 6))[0] for _ in range(8)]
+    samples = [first, -first, *(first @ turn for turn in turns), *(-first @ turn for turn in turns)]
+    signs = {tuple((project(sample)[0] * project(first)[0]).sum(0).sign().tolist()) for sample in samples}
+    assert len(signs) > 1  # by themselves they do not
+    rows = [ExitSeparability(exit, "layer", 6, 1.0, 1.0) for exit in range(len(samples))]
+    plot_separability("", SeparabilityReport(rows, 40, 1, samples, torch.zeros(40, dtype=torch.long)))
+    points = [torch.tensor(axes.collections[0].get_offsets()) for axes in figures[0].axes]
+    assert len(points) == 18
+    for drawn in points:
+        torch.testing.assert_close(drawn, points[0], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("data", "message"), [
     (loader(torch.ones(4, dtype=torch.long)), "all 4 images are of class 1; separability needs two or more"),
     (loader(torch.arange(4)), "each of the 4 classes has one image; separability needs two images of a class"),
@@ -149,6 +167,8 @@ def test_wrong_models_and_classes():
     for classes in ([], [10], [-1], [0.5]):
         with pytest.raises(ValueError, match="classes to draw must be class indices from 0 to 9, got"):
             measure_separability(small_model(), loader(torch.arange(10)), classes=classes)
+    with pytest.raises(ValueError, match=r"classes to draw must have images, \[7, 8\] have none; choose others"):
+        measure_separability(small_model(), loader(torch.arange(20) % 7), classes=[7, 3, 8])
 
 
 def test_dead_features_have_no_ratio(tmp_path):

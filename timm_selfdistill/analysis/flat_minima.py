@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..cost import evaluating
-from ..inference.labelled import check_finite, labelled_batches
+from ..inference.labelled import all_finite, check_finite, labelled_batches
 from ..model import SelfDistillModel
 from ..training.metrics import ExitMeter, ExitMetrics, exit_logits
 
@@ -45,15 +45,16 @@ class FlatMinimaReport:
     """Per level, draw and exit."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per level and exit: mean and standard deviation over the draws (None of a single one) of top1 (per
-        cent) and loss (nats)."""
+        """A row per level and exit: mean, standard deviation (None of a single draw), smallest and largest over the
+        draws of top1 (per cent) and loss (nats)."""
         rows = []
         for level, draws in zip(self.levels, self.metrics):
             for of_exit in zip(*draws):
                 row = {"level": level, "exit": of_exit[0].exit}
                 for name in ("top1", "loss"):
                     values = [getattr(metrics, name) for metrics in of_exit]
-                    row |= {name: mean(values), f"{name}_std": stdev(values) if len(values) > 1 else None}
+                    row |= {name: mean(values), f"{name}_std": stdev(values) if len(values) > 1 else None,
+                            f"{name}_min": min(values), f"{name}_max": max(values)}
                 rows.append(row)
         return rows
 
@@ -109,6 +110,7 @@ def measure_flatness(
     if isinstance(loader, Iterator):
         raise ValueError("the loader can be read only once; pass one that starts anew each time, e.g. a DataLoader")
     levels = (SCALED_LEVELS if scaled else UNSCALED_LEVELS) if levels is None else levels
+    _check_noise(levels, draws)
     classifiers = len(model.exits) if isinstance(model, SelfDistillModel) else 1
     device = next(model.parameters()).device
     meter = ExitMeter(classifiers, device)
@@ -149,10 +151,7 @@ def sweep_noise(
     Raises:
         ValueError: a level or the number of draws is out of range.
     """
-    if not levels or not all(_is_number(level) and level > 0 for level in levels) or len(set(levels)) < len(levels):
-        raise ValueError(f"levels must be different numbers above 0, got {list(levels)}")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws must be a whole number of at least 1, got {draws!r}")
+    _check_noise(levels, draws)
     found: dict[float, list[T]] = {level: [] for level in levels}
     for draw in range(draws):
         noise = draw_noise(model, draw, scaled, seed)
@@ -193,8 +192,8 @@ def shaken(noise: Mapping[nn.Parameter, Tensor], level: float) -> Iterator[None]
 
 
 def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> None:
-    """Draw accuracy and loss of the deepest exit over the noise, mean and standard deviation over the draws, a colour a
-    model; its other exits faintly.
+    """Draw accuracy and loss of the deepest exit over the noise, a colour a model: the mean over the draws, and a band
+    from the smallest to the largest; its other exits faintly.
 
     Args:
         reports: by the model's name, all of the same kind of noise.
@@ -226,18 +225,22 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
 
 
 def _draw_band(axes: Any, rows: list[dict[str, Any]], key: str, **style: Any) -> None:
-    levels, means = [row["level"] for row in rows], [row[key] for row in rows]
-    spread = [row[f"{key}_std"] or 0.0 for row in rows]
+    levels, means, low, high = ([row[name] for row in rows] for name in ("level", key, f"{key}_min", f"{key}_max"))
     axes.plot(levels, means, marker=".", **style)
-    low = [max(value - std, 1e-9) for value, std in zip(means, spread)]
-    high = [value + std for value, std in zip(means, spread)]
     axes.fill_between(levels, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _check_noise(levels: Sequence[float], draws: int) -> None:
+    if not levels or not all(_is_number(level) and level > 0 for level in levels) or len(set(levels)) < len(levels):
+        raise ValueError(f"levels must be different numbers above 0, got {list(levels)}")
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws must be a whole number of at least 1, got {draws!r}")
 
 
 def _check_noisy(logits: Sequence[Tensor], level: float) -> None:
     if level == 0:
         check_finite(logits)
-    elif not all(bool(part.isfinite().all()) for part in logits):
+    elif not all_finite(logits):
         raise ValueError(f"with noise of level {level:g} the logits are no finite numbers; choose lower levels")
 
 

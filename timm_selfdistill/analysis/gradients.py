@@ -33,12 +33,16 @@ class GradientReport:
     loss: float
     """Mean over the batches."""
     batches: int
+    images: int
+    batch_size: int
+    """On which the gradients hang."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __rich__(self) -> Table:
-        table = Table(title=f"loss {self.loss:.4f}, {self.batches} batches", title_justify="left")
+        table = Table(
+            title=f"loss {self.loss:.4f}, {self.batches} batches of {self.batch_size} images", title_justify="left")
         for name in ("section", "weights", "mean |gradient|"):
             table.add_column(name, justify="left" if name == "section" else "right")
         for name, count, value in zip(self.sections, self.weights, self.gradients):
@@ -53,12 +57,13 @@ def measure_gradients(
 
     A section is what lies between one exit and the next; its weights are those of convolutions and fully connected
     layers, without the classifier's. The gradient is that of each batch's loss, as in a training step, so it falls with
-    the size of the batches. Nothing of the task changes: weights, gradients, buffers and random states are as before,
-    and it may be called once an epoch from a training loop.
+    the size of the batches; those that are smaller than the first, such as a short last one, are left out, as in
+    training. Nothing of the task changes: weights, gradients, buffers and random states are as before, and it may be
+    called once an epoch from a training loop.
 
     Args:
         task: a `SelfDistillTask`, `timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss())`, or any other of a
-            timm model.
+            timm model; where two networks learn, as in `MutualLearningTask`, that of the student is measured.
         loader: gives (images (B, C, H, W), class indices (B,)).
         exits: that end the sections, as of `wrap_self_distill`. None are the model's own; of a plain network those that
             `wrap_self_distill` would choose.
@@ -66,18 +71,22 @@ def measure_gradients(
     Raises:
         TypeError: `task` is no `TrainingTask`.
         ValueError: the loader gives no images, labels are missing or out of range, the loss is no finite number,
-            or nothing in the backbone learns.
+            or the backbone is frozen, or nothing in it learns.
     """
     if not isinstance(task, TrainingTask):
         raise TypeError(
             f"expected a timm.task.TrainingTask, got {type(task).__name__}; give SelfDistillTask(model), or of a plain"
             " network timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss())")
-    model = unwrap_model(task.trainable_module)
-    sections, sums, losses = None, None, []
+    model = unwrap_model(task.get_eval_model())
+    if isinstance(model, SelfDistillModel) and model.freeze_backbone:
+        raise ValueError("the model was trained with a frozen backbone, whose weights get no gradients")
+    sections, sums, losses, images, batch_size = None, None, [], 0, 0
     with training_for_a_while(task):
         for x, y in labelled_batches(model, loader):
             if sections is None:
-                sections = find_sections(model, x[:1], exits)
+                sections, batch_size = find_sections(model, x[:1], exits), len(x)
+            if len(x) < batch_size:
+                continue
             loss = task(x, y.to(x.device))["loss"]
             if not loss.isfinite():
                 raise ValueError(
@@ -85,9 +94,11 @@ def measure_gradients(
             found = torch.tensor(section_gradients(loss, sections.values()), dtype=torch.double)
             sums = found if sums is None else sums + found
             losses.append(float(loss.detach()))
+            images += len(x)
     counts = [sum(weight.numel() for weight in weights) for weights in sections.values()]
     means = [value / len(losses) if count else None for value, count in zip(sums.tolist(), counts)]
-    return GradientReport(list(sections), means, counts, sum(losses) / len(losses), len(losses))
+    return GradientReport(
+        list(sections), means, counts, sum(losses) / len(losses), len(losses), images, batch_size)
 
 
 def section_gradients(loss: Tensor, sections: Iterable[Sequence[nn.Parameter]]) -> list[float]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
@@ -119,26 +118,27 @@ def measure_separability(
 
     Raises:
         ValueError: the model has no exits, the loader gives no images, or those of one class only, or not two of any
-            class; labels are missing or out of range, or logits are no finite numbers.
+            class, or none of a class to draw; labels are missing or out of range, or logits are no finite numbers.
     """
     model = need_exits(model, "separability")
-    drawn = _check_classes(classes, model.num_classes)
+    _check_classes(classes, model.num_classes)
     sums = [ClassSums(model.num_classes) for _ in model.exits]
     samples: list[list[Tensor]] = [[] for _ in model.exits]
-    sample_labels, room = [], torch.zeros(model.num_classes, dtype=torch.long)
-    room[drawn] = IMAGES_DRAWN
+    sample_labels = []
+    room = dict.fromkeys(range(min(CLASSES_DRAWN, model.num_classes)) if classes is None else classes, IMAGES_DRAWN)
     with evaluating(model), torch.no_grad(), classifier_inputs(model) as inputs:
         for x, y in labelled_batches(model, loader):
-            output, y = model.forward_exits(x), y.cpu().long()
+            output, y = model.forward_exits(x), y.cpu()
             check_finite(output.logits)
             kept = _take(room, y)
             sample_labels.append(y[kept])
-            for exit, feature_map in enumerate(output.features):
-                features = _as_vectors(inputs.pop(exit, None), feature_map).cpu()
+            vectors = [_as_vectors(inputs.pop(exit, None), maps) for exit, maps in enumerate(output.features)]
+            on_cpu = torch.cat(vectors, 1).cpu()  # waits for a GPU once
+            for exit, features in enumerate(on_cpu.split([part.shape[1] for part in vectors], 1)):
                 sums[exit].update(features, y)
                 samples[exit].append(features[kept].float())
     count = sums[0].count
-    _check_counts(count)
+    _check_counts(count, classes)
     rows = [ExitSeparability(exit, name, part.sums.shape[1], *part.sums_of_squares())
             for exit, (name, part) in enumerate(zip(model.exits, sums))]
     return SeparabilityReport(
@@ -209,29 +209,34 @@ def _as_vectors(given: Tensor | None, feature_map: Tensor) -> Tensor:
     return given if given is not None and given.ndim == 2 else feature_map.mean((2, 3))
 
 
-def _take(room: Tensor, labels: Tensor) -> Tensor:
-    """Positions of images (B,) for which there is room (K,) left in the picture, which is then used up."""
-    rank = F.one_hot(labels, len(room)).cumsum(0).gather(1, labels[:, None])[:, 0]
-    kept = (rank <= room[labels]).nonzero()[:, 0]
-    room -= labels[kept].bincount(minlength=len(room))
+def _take(room: dict[int, int], labels: Tensor) -> list[int]:
+    """Positions of images (B,) of whose class there is room for more in the picture, which is then used up."""
+    kept = []
+    for position, label in enumerate(labels.tolist() if room else ()):
+        if label in room:
+            kept.append(position)
+            room[label] -= 1
+            if not room[label]:
+                del room[label]
     return kept
 
 
-def _check_classes(classes: Sequence[int] | None, num_classes: int) -> list[int]:
-    if classes is None:
-        return list(range(min(CLASSES_DRAWN, num_classes)))
-    if not classes or not all(isinstance(label, int) and 0 <= label < num_classes for label in classes):
+def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
+    if classes is not None and not (
+            classes and all(isinstance(label, int) and 0 <= label < num_classes for label in classes)):
         raise ValueError(f"classes to draw must be class indices from 0 to {num_classes - 1}, got {list(classes)}")
-    return list(classes)
 
 
-def _check_counts(count: Tensor) -> None:
+def _check_counts(count: Tensor, classes: Sequence[int] | None) -> None:
+    """Raise ValueError for images (K,) of too few classes, or none of one of those to draw."""
     seen = count[count > 0]
     if len(seen) < 2:
         raise ValueError(
             f"all {int(count.sum())} images are of class {int(count.argmax())}; separability needs two or more")
     if not (seen > 1).any():
         raise ValueError(f"each of the {len(seen)} classes has one image; separability needs two images of a class")
+    if empty := [label for label in classes or () if not count[label]]:
+        raise ValueError(f"classes to draw must have images, {empty} have none; choose others")
 
 
 def _ratio(row: ExitSeparability) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from rich.console import Console
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
@@ -22,10 +24,14 @@ from ..analysis import (
     plot_gradients,
     plot_separability,
 )
-from ..loss import SelfDistillLoss
+from ..hub.files import CONFIG
+from ..hub.trust import short
 from ..model import SelfDistillModel
 from ..task import SelfDistillTask
+from ..training.hardware import device_name
 from ..training.report import write_json
+from ..version import __version__
+from .methods import exit_loss
 from .opening import (
     MODEL_HELP,
     add_data_flags,
@@ -37,7 +43,11 @@ from .opening import (
     saved_model,
 )
 
-LOSS_SETTINGS = ("temperature", "alpha", "beta", "hint", "teacher", "t_squared")
+NUMBER, NONE = (int, float), type(None)
+SETTINGS = {
+    "method": (str,), "temperature": NUMBER, "alpha": NUMBER, "beta": NUMBER, "hint": (str, NONE), "teacher": (str,),
+    "t_squared": (bool,), "distill_loss_weight": (*NUMBER, NONE), "freeze_backbone": (bool,)}
+"""Settings of a run that its gradients hang on, and their types in config.json."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -69,47 +79,38 @@ def add_parsers(commands: Any) -> None:
 
 
 def flat_minima(args: argparse.Namespace) -> int:
-    images, reports = read_data(args), {}
-    for name, model in _load_all(args).items():
-        reports[name] = measure_flatness(
-            model, open_data(model, images, args), levels=args.levels, draws=args.draws, scaled=not args.unscaled,
-            seed=args.seed)
+    reports = {
+        name: measure_flatness(
+            model, loader, levels=args.levels, draws=args.draws, scaled=not args.unscaled, seed=args.seed)
+        for name, (model, loader) in _open(args, args.models).items()}
     _print_all(reports)
     return _write(args, "flat_minima_unscaled" if args.unscaled else "flat_minima", _figures(reports),
                   lambda path: plot_flatness(path, reports))
 
 
 def gradients(args: argparse.Namespace) -> int:
-    images, models = read_data(args), _load_all(args)
-    exits = next((model.exits for model in models.values() if isinstance(model, SelfDistillModel)), None)
+    opened = _open(args, args.models)
+    exits = next((model.exits for model, _ in opened.values() if isinstance(model, SelfDistillModel)), None)
+    tasks = {name: _task(name, model, args.revision) for name, (model, _) in opened.items()}
 
-    def measure(name: str, model: nn.Module) -> GradientReport:
-        task = _task(model, hub.fetch_model(saved_model(name), revision=args.revision, only_config=True))
-        return measure_gradients(task, open_data(model, images, args), exits=exits)
+    def measure(name: str) -> GradientReport:
+        return measure_gradients(tasks[name], opened[name][1], exits=exits)
+
+    def figures(name: str, report: GradientReport) -> dict[str, Any]:
+        return {"criterion": repr(tasks[name].criterion), **report.to_dict()}
 
     if args.checkpoints:
-        return _gradient_history(args, models, measure)
-    reports = {name: measure(name, model) for name, model in models.items()}
+        checkpoints = {name: load_checkpoints(model, Path(name)) for name, (model, _) in opened.items()}
+        histories = {name: {update: measure(name) for update in updates} for name, updates in checkpoints.items()}
+        return _write_history(args, histories, figures)
+    reports = {name: measure(name) for name in opened}
     _print_all(reports)
-    return _write(args, "gradients", _figures(reports), lambda path: plot_gradients(path, reports))
-
-
-def _gradient_history(
-        args: argparse.Namespace, models: dict[str, nn.Module], measure: Callable[[str, nn.Module], GradientReport],
-) -> int:
-    histories = {name: {update: measure(name, model) for update in load_checkpoints(model, Path(name))}
-                 for name, model in models.items()}
-    for name, history in histories.items():
-        _print_all({f"{name}, {update} updates": report for update, report in history.items()})
-    figures = {name: [{"updates": update, **report.to_dict()} for update, report in history.items()]
-               for name, history in histories.items()}
-    return _write(args, "gradient_history", figures, lambda path: plot_gradient_history(
-        path, {name: list(history.values()) for name, history in histories.items()},
-        {name: list(history) for name, history in histories.items()}))
+    return _write(args, "gradients", {name: figures(name, report) for name, report in reports.items()},
+                  lambda path: plot_gradients(path, reports))
 
 
 def separability(args: argparse.Namespace) -> int:
-    model, loader = _open(args)
+    (model, loader), = _open(args, [args.model]).values()
     report = measure_separability(model, loader, classes=args.classes)
     Console(soft_wrap=True).print(report)
     names = model.backbone.pretrained_cfg.get("label_names")
@@ -118,7 +119,7 @@ def separability(args: argparse.Namespace) -> int:
 
 
 def agreement(args: argparse.Namespace) -> int:
-    model, loader = _open(args)
+    (model, loader), = _open(args, [args.model]).values()
     report = measure_agreement(model, loader)
     Console(soft_wrap=True).print(report)
     return _write(args, "agreement", _figures({args.model: report}), lambda path: plot_agreement(path, report))
@@ -127,29 +128,57 @@ def agreement(args: argparse.Namespace) -> int:
 COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": separability, "agreement": agreement}
 
 
-def _open(args: argparse.Namespace) -> tuple[nn.Module, DataLoader]:
-    """The model on its device, and its data."""
-    args.model = saved_model(args.model)
-    model = load_any_model(args.model, args.revision)
-    return model.to(args.device), open_data(model, read_data(args), args)
+def _open(args: argparse.Namespace, names: list[str]) -> dict[str, tuple[nn.Module, DataLoader]]:
+    """Models on their device, by the names that they were given, and the images as each takes them; and the folder of
+    --output is made. What is wrong with any of them is found before the first is measured."""
+    images, opened = read_data(args), {}
+    for name in dict.fromkeys(names):
+        model = load_any_model(saved_model(name), args.revision).to(args.device)
+        opened[name] = model, open_data(model, images, args)
+    for path in (args.output, *args.output.parents):
+        if path.is_file():
+            raise NotADirectoryError(f"{path} is a file; give --output a folder")
+    args.output.mkdir(parents=True, exist_ok=True)
+    return opened
 
 
-def _load_all(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The models on their device, by the names that they were given."""
-    return {name: load_any_model(saved_model(name), args.revision).to(args.device)
-            for name in dict.fromkeys(args.models)}
+def _task(name: str, model: nn.Module, revision: str | None) -> TrainingTask:
+    """A model with the loss that it was trained with, as far as its files tell; a plain network with cross entropy.
 
-
-def _task(model: nn.Module, folder: Path) -> TrainingTask:
-    """A model with the loss that it was trained with, as far as its files tell."""
+    Raises:
+        ValueError: its backbone was frozen, or what its files tell is damaged.
+    """
     if not isinstance(model, SelfDistillModel):
         return ClassificationTask(model, nn.CrossEntropyLoss(), device=next(model.parameters()).device, verbose=False)
-    metrics = hub.read_metrics(folder)
-    recorded = metrics.get("settings") if isinstance(metrics, dict) else None
-    settings = {key: recorded[key] for key in LOSS_SETTINGS if key in recorded} if isinstance(recorded, dict) else {}
-    if settings.get("hint") == "none":
-        settings["hint"] = None
-    return SelfDistillTask(model, SelfDistillLoss(**settings))
+    folder = hub.fetch_model(saved_model(name), revision=revision, only_config=True)
+    path, metrics = folder / CONFIG, hub.read_metrics(folder)
+    metrics = metrics if isinstance(metrics, dict) else {}
+    settings = metrics.get("settings", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: settings must be an object, got {short(settings)}")
+    for key, kinds in SETTINGS.items():
+        if key in settings and type(settings[key]) not in kinds:
+            raise ValueError(f"{path} is damaged: settings have {key}={short(settings[key])}")
+    if metrics.get("frozen") or settings.get("freeze_backbone"):
+        raise ValueError(f"{name} was trained with a frozen backbone, whose weights get no gradients")
+    try:
+        return SelfDistillTask(model, exit_loss(settings))
+    except ValueError as error:
+        raise ValueError(f"{path}: of its settings, {error}") from error
+
+
+def _write_history(
+        args: argparse.Namespace, histories: dict[str, dict[int, GradientReport]],
+        figures: Callable[[str, GradientReport], dict[str, Any]],
+) -> int:
+    """Reports by model and number of updates."""
+    for name, history in histories.items():
+        _print_all({f"{name}, {update} updates": report for update, report in history.items()})
+    models = {name: [{"updates": update, **figures(name, report)} for update, report in history.items()]
+              for name, history in histories.items()}
+    return _write(args, "gradient_history", models, lambda path: plot_gradient_history(
+        path, {name: list(history.values()) for name, history in histories.items()},
+        {name: list(history) for name, history in histories.items()}))
 
 
 def _print_all(reports: dict[str, Any]) -> None:
@@ -164,10 +193,13 @@ def _figures(reports: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(args: argparse.Namespace, stem: str, models: dict[str, Any], draw: Callable[[Path], None]) -> int:
-    """The figures of each model as JSON, and their picture."""
-    args.output.mkdir(parents=True, exist_ok=True)
+    """The figures of each model as JSON, with what they were measured on, and their picture."""
     paths = [args.output / f"{stem}.json", args.output / f"{stem}.png"]
-    write_json(paths[0], {"data": args.data, "split": args.split, "models": models})
+    write_json(paths[0], {
+        "data": args.data, "split": args.split, "batch_size": args.batch_size, "device": args.device,
+        "hardware": device_name(args.device),
+        "versions": {"timm_selfdistill": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "models": models})
     draw(paths[1])
     print(f"wrote {paths[0]}, {paths[1]}")
     return 0

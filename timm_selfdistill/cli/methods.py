@@ -1,7 +1,7 @@
 """What examples/train.py can train with: --method, the flags that go with it, and the task that they make."""
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import timm
@@ -20,20 +20,23 @@ from ..cost import default_input_size
 from ..loss import SelfDistillLoss
 from ..model import wrap_self_distill
 from ..task import SelfDistillTask
+from ..training.initial_weights import UNREADABLE
 from ..training.preprocessing import create_backbone, model_data_config, own_class_names
 from .program import parse_exit
 
+NETWORK_FLAGS = ("exits", "head")
+LOSS_FLAGS = ("temperature", "t_squared", "alpha", "beta", "hint", "teacher")
 METHODS = {
     "plain": (),
-    "dsn": (),
-    "self-distill": (),
+    "dsn": NETWORK_FLAGS,
+    "self-distill": (*NETWORK_FLAGS, *LOSS_FLAGS),
     "kd": ("kd_model_name", "kd_temperature", "distill_loss_weight", "task_loss_weight"),
     "fitnet": ("kd_model_name", "distill_loss_weight", "task_loss_weight"),
     "at": ("kd_model_name", "distill_loss_weight", "task_loss_weight"),
     "dml": ("distill_loss_weight",),
-    "dks": ("distill_loss_weight",),
+    "dks": (*NETWORK_FLAGS, "distill_loss_weight"),
 }
-"""And the flags that are theirs alone."""
+"""And the flags that go with them."""
 EXIT_METHODS = ("dsn", "self-distill", "dks")
 """Those whose network has shallow classifiers."""
 KD_TEMPERATURE = 4.0
@@ -75,20 +78,53 @@ def check_method_flags(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one is missing, belongs to another method, or is out of its range.
     """
-    own = METHODS[args.method]
-    for name in dict.fromkeys(name for names in METHODS.values() for name in names):
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        methods = [method for method, names in METHODS.items() if name in names]
-        if value is not None and name not in own:
-            raise ValueError(f"{flag} belongs to --method {', '.join(methods)}, and the method is {args.method}; leave"
-                             " one out")
+    names = dict.fromkeys(name for names in METHODS.values() for name in names if name not in METHODS["self-distill"])
+    _check_belonging(args, names, args.method)
+    for name in names:
+        value = getattr(args, name)
         if isinstance(value, float) and not 0 <= value < float("inf"):
-            raise ValueError(f"{flag} must be a number >= 0, got {value}")
+            raise ValueError(f"{_flag(name)} must be a number >= 0, got {value}")
+    weights = args.task_loss_weight, args.distill_loss_weight
+    if args.method == "kd" and weights[1] is None and (weights[0] or 0) > 1:
+        raise ValueError("--task-loss-weight, given alone, must lie in [0, 1], since the distillation has the rest to"
+                         f" 1, got {weights[0]}; or give --distill-loss-weight, too")
+    if weights == (0, 0):
+        raise ValueError("--task-loss-weight and --distill-loss-weight are both 0, which leaves nothing to learn from")
     if args.kd_temperature == 0:
         raise ValueError("--kd-temperature must be a number > 0, got 0")
-    if "kd_model_name" in own and not args.kd_model_name:
+    if args.method == "dml" and args.initial_checkpoint:
+        raise ValueError("--initial-checkpoint gives both networks of --method dml the same weights, so that neither"
+                         " has anything to teach the other; leave it out")
+    if "kd_model_name" in METHODS[args.method] and not args.kd_model_name:
         raise ValueError(f"--method {args.method} needs a teacher; give --kd-model-name, a timm model with pretrained"
                          " weights for these classes, local-dir:FOLDER (best/ of another run) or hf-hub:ID")
+
+
+def check_typed_flags(typed: argparse.Namespace, method: str) -> None:
+    """Look at the flags of exits and their loss that were typed; those of a --config file are for whoever takes them.
+
+    A plain network has no use for them either, but --baseline is added to a command as it is, to compare.
+
+    Args:
+        typed: None where a flag was not.
+
+    Raises:
+        ValueError: one belongs to another method.
+    """
+    if method != "plain":
+        _check_belonging(typed, METHODS["self-distill"], method)
+
+
+def _check_belonging(args: argparse.Namespace, names: Iterable[str], method: str) -> None:
+    for name in names:
+        if getattr(args, name) is not None and name not in METHODS[method]:
+            methods = [other for other, own in METHODS.items() if name in own]
+            raise ValueError(
+                f"{_flag(name)} belongs to --method {', '.join(methods)}, and the method is {method}; leave one out")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def create_task(
@@ -99,13 +135,13 @@ def create_task(
         create_peer: makes another model of its kind, for dml.
 
     Raises:
-        ValueError, RuntimeError: there is no such exit, head or teacher, or they do not fit the model.
+        ValueError: there is no such exit, head or teacher, or they do not fit the model.
     """
     if args.method in EXIT_METHODS:
         exits = [parse_exit(exit) for exit in args.exits] if args.exits else None
         model = wrap_self_distill(backbone, exits=exits, head=args.head, freeze_backbone=args.freeze_backbone)
-        return SelfDistillTask(model, _exit_loss(args))
-    weights = _given(args, "distill_loss_weight", "task_loss_weight")
+        return SelfDistillTask(model, exit_loss(vars(args)))
+    weights = _given(vars(args), "distill_loss_weight", "task_loss_weight")
     if args.method == "plain":
         return ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)
     if args.method == "dml":
@@ -122,36 +158,60 @@ def create_task(
 
 
 def create_teacher(name: str, student: nn.Module) -> nn.Module:
-    """A trained timm model for the images of a student, frozen; a warning says where their classes have other names.
+    """A trained timm model for the images of a student; a warning says where it was trained for another size, or its
+    classes have other names.
 
     Args:
         name: of a timm model with pretrained weights, local-dir:FOLDER or hf-hub:ID.
 
     Raises:
-        ValueError: it has no pretrained weights, or other classes or channels than the student.
-        RuntimeError: timm does not know it.
+        ValueError: it cannot be loaded, has no pretrained weights, or other classes or channels than the student.
     """
-    if timm.is_model(name) and not timm.is_model_pretrained(name):
+    if "." not in name and timm.is_model(name) and not timm.is_model_pretrained(name):
         raise ValueError(f"--kd-model-name {name} has no pretrained weights, and a random teacher teaches nothing;"
                          " train it first and give local-dir:FOLDER, best/ of its run")
-    teacher = create_backbone(name, default_input_size(student)[-1], pretrained=True)
+    size = default_input_size(student)[-1]
+    try:
+        teacher = create_backbone(name, size, pretrained=True)
+    except (OSError, *UNREADABLE) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"--kd-model-name {name}: {said}; give a timm model with pretrained weights, local-dir:FOLDER"
+                         " (best/ of another run) or hf-hub:ID") from error
     check_teacher(student, teacher)
+    own_size = default_input_size(teacher)[-1]
+    if own_size != size:
+        warnings.warn(f"the teacher {name} was made for images of {own_size} pixels and sees the student's, of {size},"
+                      f" which may cost it accuracy; train a teacher at that size, or give --img-size {own_size}",
+                      stacklevel=2)
     names, own = own_class_names(teacher), own_class_names(student)
     if names and own and names != own:
         index = next(i for i, pair in enumerate(zip(names, own)) if len(set(pair)) > 1)
         warnings.warn(f"class {index} is {names[index]!r} for the teacher {name} and {own[index]!r} in the data; they"
                       " must mean the same classes in the same order", stacklevel=2)
-    return _alike(teacher, student).requires_grad_(False).eval()
+    return _alike(teacher, student).eval()
 
 
-def _exit_loss(args: argparse.Namespace) -> SelfDistillLoss:
-    if args.method == "dsn":
+def exit_loss(settings: Mapping[str, Any]) -> SelfDistillLoss:
+    """The loss of a network with shallow classifiers.
+
+    Args:
+        settings: flags by their names, as parsed, or as config.json records those of a run; defaults stand for what is
+            missing.
+
+    Raises:
+        ValueError: one is out of its range, or the method has another kind of network.
+    """
+    method = settings.get("method", "self-distill")
+    if method not in EXIT_METHODS:
+        raise ValueError(f"method must be {', '.join(EXIT_METHODS)}, got {method!r}")
+    if method == "dsn":
         return deep_supervision_loss()
-    if args.method == "dks":
-        return KnowledgeSynergyLoss(**_given(args, "distill_loss_weight"))
-    hint = None if args.hint == "none" else args.hint
-    return SelfDistillLoss(
-        args.temperature, args.alpha, args.beta, hint=hint, teacher=args.teacher, t_squared=args.t_squared)
+    if method == "dks":
+        return KnowledgeSynergyLoss(**_given(settings, "distill_loss_weight"))
+    own = {name: settings[name] for name in LOSS_FLAGS if name in settings}
+    if own.get("hint") == "none":
+        own["hint"] = None
+    return SelfDistillLoss(**own)
 
 
 def _alike(model: nn.Module, like: nn.Module) -> nn.Module:
@@ -161,5 +221,5 @@ def _alike(model: nn.Module, like: nn.Module) -> nn.Module:
     return model
 
 
-def _given(args: argparse.Namespace, *names: str) -> dict[str, float]:
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def _given(settings: Mapping[str, Any], *names: str) -> dict[str, float]:
+    return {name: settings[name] for name in names if settings.get(name) is not None}

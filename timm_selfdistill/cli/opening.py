@@ -1,6 +1,6 @@
 """The saved models and the images that a command is given."""
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import timm
@@ -33,9 +33,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="NAME",
                         help="default: the first of validation, val, valid, test; else the tenth of train that"
                              " train.py leaves out")
-    parser.add_argument("-b", "--batch-size", type=int, default=64)
-    parser.add_argument("-j", "--workers", type=int, default=0, help="data-loading processes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("-b", "--batch-size", type=_whole_number(1), default=64)
+    parser.add_argument("-j", "--workers", type=_whole_number(0), default=0, help="data-loading processes")
+    parser.add_argument("--device", type=_usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1, ... (default: the GPU, where there is one)")
 
 
 def saved_model(model: str) -> str:
@@ -61,8 +62,10 @@ def load_any_model(name: str, revision: str | None) -> nn.Module:
 def load_checkpoints(model: nn.Module, run: Path) -> Iterator[int]:
     """Give the model of a run the weights of each of its checkpoints in turn, oldest first.
 
-    Yields:
-        How many updates had made them.
+    All are looked at before the first is loaded.
+
+    Returns:
+        An iterator of how many updates had made the weights.
 
     Raises:
         FileNotFoundError: there are none.
@@ -71,14 +74,10 @@ def load_checkpoints(model: nn.Module, run: Path) -> Iterator[int]:
     checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
         raise FileNotFoundError(f"{run} is no run directory with checkpoints/; give the --output of a training run")
-    prefix = "trainable_module."
     for checkpoint in checkpoints:
         if damage := find_damage(checkpoint):
             raise ValueError(f"{damage}; remove {checkpoint}")
-        weights = load_file(checkpoint / WEIGHTS_FILE, device=str(next(model.parameters()).device))
-        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        model.load_state_dict(own, strict=False)  # a frozen backbone is not in it
-        yield int(checkpoint.name.removeprefix("step-"))
+    return (_load_checkpoint(model, checkpoint) for checkpoint in checkpoints)
 
 
 def read_data(args: argparse.Namespace) -> ImageSplits:
@@ -100,7 +99,17 @@ def open_data(model: nn.Module, images: ImageSplits, args: argparse.Namespace) -
             f"the model knows {model.num_classes} classes {list(names or [])[:3]}..., {args.data} has"
             f" {images.num_classes} {images.class_names[:3]}...; they must be the same, in the same order")
     _, val_data = images.transformed(resolve_model_data_config(backbone))
-    return DataLoader(val_data, args.batch_size, num_workers=args.workers)
+    return DataLoader(val_data, args.batch_size, num_workers=args.workers, persistent_workers=args.workers > 0)
+
+
+def _load_checkpoint(model: nn.Module, checkpoint: Path) -> int:
+    """How many updates had made it."""
+    weights = load_file(checkpoint / WEIGHTS_FILE)
+    student = "trainable_module.student."  # of fitnet, at and dml, where a regressor or a peer stands beside it
+    prefix = student if any(key.startswith(student) for key in weights) else "trainable_module."
+    model.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _with_exits(name: str, revision: str | None) -> SelfDistillModel:
@@ -108,3 +117,22 @@ def _with_exits(name: str, revision: str | None) -> SelfDistillModel:
     if not isinstance(model, SelfDistillModel):
         raise ValueError(f"{name} is a truncated model, which has one exit only")
     return model
+
+
+def _whole_number(lowest: int) -> Callable[[str], int]:
+    """The type of a flag."""
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {lowest}, got {text}")
+        return int(text)
+    return parse
+
+
+def _usable_device(name: str) -> str:
+    """The type of a flag."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch's, of devices that it does not know or find
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise argparse.ArgumentTypeError(f"{name} cannot be used here ({reason}); try --device cpu") from error
+    return name

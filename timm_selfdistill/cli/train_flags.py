@@ -11,7 +11,7 @@ from ..training import TrainConfig
 from ..training.augmentation import CROP_MODES
 from ..training.config import CHOICES, SCHEDULES
 from .config_file import read_flags
-from .methods import EXIT_METHODS, add_method_flags
+from .methods import EXIT_METHODS, METHODS, add_method_flags, check_typed_flags
 from .program import Parser
 
 _BOOLEAN = argparse.BooleanOptionalAction
@@ -148,14 +148,16 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a flag or value is wrong, by hand or in the file.
+        ValueError: a flag or value is wrong, by hand or in the file, or a flag typed belongs to another method.
     """
     argv = sys.argv[1:] if argv is None else argv
-    by_hand = parser.parse_args(argv, argparse.Namespace(data_dir=None))
-    if by_hand.config is None:
-        return parser.parse_args(argv)
-    leave_out = SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()
-    return parser.parse_args([*read_flags(parser, Path(by_hand.config), leave_out), *argv])
+    by_hand = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(["data_dir", *METHODS["self-distill"]])))
+    if by_hand.config is not None:
+        leave_out = SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()
+        argv = [*read_flags(parser, Path(by_hand.config), leave_out), *argv]
+    args = parser.parse_args(argv)
+    check_typed_flags(by_hand, args.method)
+    return args
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,5 +1,5 @@
 """Images with labels, checked before a model is measured on them."""
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from .settings import check_images
 
 def labelled_batches(
         model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a loader: images (B, C, H, W) on the model's device, and class indices (B,) as they came.
+    """Batches of a loader: images (B, C, H, W) on the model's device, and class indices (B,), int64, where they were.
+
+    Batches without an image are passed over.
 
     Args:
         model: a self-distilled or a plain timm model.
@@ -23,17 +25,23 @@ def labelled_batches(
     empty = True
     for batch in loader:
         _check_batch(batch, model.num_classes)
-        x = batch[0].to(device)
-        check_images(model, x)
-        empty = False
-        yield x, batch[1]
+        if len(batch[0]):
+            x = batch[0].to(device)
+            check_images(model, x)
+            empty = False
+            yield x, batch[1].long()
     if empty:
         raise ValueError("the loader gives no images")
 
 
-def check_finite(logits: Iterable[Tensor]) -> None:
+def all_finite(logits: Sequence[Tensor]) -> bool:
+    """Whether all logits are finite numbers; waits for a GPU once."""
+    return bool(torch.stack([part.isfinite().all() for part in logits]).all())
+
+
+def check_finite(logits: Sequence[Tensor]) -> None:
     """Raise ValueError unless all logits are finite numbers."""
-    if not all(bool(part.isfinite().all()) for part in logits):
+    if not all_finite(logits):
         raise ValueError("the model gives logits that are no finite numbers; its weights or the images are damaged")
 
 
