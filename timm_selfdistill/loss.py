@@ -87,7 +87,7 @@ class SelfDistillLoss(nn.Module):
 
         Returns:
             Scalar tensors: "loss"; "label", the label terms with their factors 1 - a_i; "distill" and "hint", the
-            sums over the students, the former times temperature^2 with `t_squared`.
+            sums over the students, the former times temperature^2 with `t_squared`, and 0 where alpha is.
 
         Raises:
             TypeError: `output` is not a `SelfDistillOutput`, or class indices are not integers.
@@ -121,6 +121,8 @@ class SelfDistillLoss(nn.Module):
         return (1 - self.alpha) * losses[:-1].sum() + losses[-1]
 
     def _distill(self, logits: Tensor) -> Tensor:
+        if not self.alpha:
+            return logits.new_zeros(())
         if self.teacher == "ensemble":
             # The sum of quotients cannot overflow where the logits do not.
             teacher, students = (logits / len(logits)).sum(0), logits

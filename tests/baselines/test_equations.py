@@ -16,6 +16,7 @@ from timm_selfdistill.baselines import (
     MutualLearningTask,
     deep_supervision_loss,
 )
+from timm_selfdistill.baselines.attention_transfer import attention
 
 from ..conftest import small_backbone, small_model
 
@@ -62,8 +63,11 @@ def gets_no_gradient(loss: Tensor, tensor: Tensor) -> bool:
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
-    """A student and a wider teacher."""
-    return small_backbone(), small_backbone("resnet10t")
+    """A student and a wider teacher, whose normalisations differ by what float32 holds exactly."""
+    student, teacher = small_backbone(), small_backbone("resnet10t")
+    student.pretrained_cfg.update(mean=(0.5, 0.25, 0.75), std=(0.25, 0.5, 0.125))
+    teacher.pretrained_cfg.update(mean=(0.25, 0.5, 0.75), std=(0.5, 0.25, 0.25))
+    return student, teacher
 
 
 def renormalised(x: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
@@ -78,6 +82,7 @@ def test_deep_supervision_is_the_sum_of_all_classifiers_label_losses():
     logits = [leaf(BATCH, CLASSES) for _ in range(3)]
     output = SelfDistillOutput(tuple(logits), tuple(leaf(BATCH, 5, 1, 1) for _ in range(3)))
     same(deep_supervision_loss()(output, LABELS), sum(cross_entropy(z) for z in logits), logits)
+    assert deep_supervision_loss().terms(output, LABELS)["distill"] == 0  # none is computed
 
 
 def test_hintons_distillation_is_timms_own():
@@ -94,8 +99,6 @@ def test_hintons_distillation_is_timms_own():
 
 def test_hintons_teacher_sees_images_in_its_own_normalisation():
     student, teacher = pair()
-    student.pretrained_cfg.update(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
-    teacher.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.4))
     task = LogitDistillationTask(student, teacher, nn.CrossEntropyLoss())
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(
@@ -121,19 +124,18 @@ def attention_transfer(maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor
     return total
 
 
-@pytest.mark.parametrize(("make", "equation", "default"), [
-    (FitNetTask, lambda task, own, teacher: fitnet(own[0], teacher[0], task.trainable_module.projection), 100),
-    (AttentionTransferTask, lambda task, own, teacher: attention_transfer(own, teacher), 1000),
+@pytest.mark.parametrize(("make", "levels", "equation", "default"), [
+    (FitNetTask, [2], lambda task, own, teacher: fitnet(own[0], teacher[0], task.trainable_module.projection), 100),
+    (AttentionTransferTask, [1, 2, 3, 4], lambda task, own, teacher: attention_transfer(own, teacher), 1000),
 ], ids=["fitnet", "at"])
-def test_losses_of_feature_maps(make: Callable, equation: Callable, default: float):
+def test_losses_of_feature_maps(make: Callable, levels: list[int], equation: Callable, default: float):
     """The whole task, network and all, in float64; with respect to all weights of student and regressor."""
     task = make(*pair()).double().train()
     student, teacher = deepcopy(task.get_eval_model()), task.teacher.model
     x = torch.randn(BATCH, 3, 64, 64, dtype=torch.float64)
-    own_levels, teacher_levels = task.trainable_module.indices, task.teacher_indices
-    z, own = student(x), student.forward_intermediates(x, indices=own_levels, intermediates_only=True)
+    z, own = student(x), student.forward_intermediates(x, indices=levels, intermediates_only=True)
     others = teacher.forward_intermediates(
-        renormalised(x, student, teacher), indices=teacher_levels, intermediates_only=True)
+        renormalised(x, student, teacher), indices=levels, intermediates_only=True)
     assert not teacher.training
 
     got = task(x, LABELS)
@@ -147,6 +149,16 @@ def test_losses_of_feature_maps(make: Callable, equation: Callable, default: flo
             task.get_eval_model().get_parameter(name).grad, expected_gradient, rtol=1e-6, atol=1e-9)
     assert all(p.grad is not None for p in task.trainable_module.parameters())
     assert all(p.grad is None and not p.requires_grad for p in task.teacher.parameters())
+
+
+def test_the_teacher_sees_images_in_its_own_normalisation_also_in_bfloat16():
+    student, teacher = (model.bfloat16() for model in pair())
+    seen: list[Tensor] = []
+    teacher.conv1.register_forward_pre_hook(lambda module, given: seen.extend(given))
+    x = torch.randn(BATCH, 3, 32, 32, dtype=torch.bfloat16)
+    assert AttentionTransferTask(student, teacher)(x, LABELS)["loss"].isfinite()
+    assert seen[0].dtype == torch.bfloat16
+    torch.testing.assert_close(seen[0].float(), renormalised(x.float(), student, teacher), rtol=0.02, atol=0.02)
 
 
 def test_the_regressor_learns_by_the_gradient_of_the_equation():
@@ -164,6 +176,17 @@ def test_attention_is_compared_at_the_students_size_and_equal_maps_have_a_gradie
     loss = task.compare_maps([own], [own.detach()])
     assert loss == 0
     assert torch.autograd.grad(loss, own)[0].abs().max() < 1e-12
+
+
+def test_no_pixel_of_a_larger_map_is_passed_over():
+    """One strong pixel of 8x8, wherever it stands, is one strong pixel of 2x2."""
+    teacher = torch.zeros(16, 3, 8, 8)
+    for image in range(16):
+        teacher[image, :, image // 4, image % 4] = 2.0
+    expected = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(16, 4)
+    torch.testing.assert_close(attention(teacher, (2, 2)), expected)
+    interpolated = attention(teacher[:1, :, :2, :2], (4, 4)).view(4, 4)[0] * 1.625
+    assert interpolated.tolist() == pytest.approx([1.0, 0.75, 0.25, 0.0])
 
 
 def test_mutual_learning_gives_each_network_the_gradient_of_its_own_loss():

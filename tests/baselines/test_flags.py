@@ -72,11 +72,58 @@ def test_in_a_config_file(text, method, tmp_path):
     (["--method", "dks", "--distill-loss-weight", "-1"], "--distill-loss-weight must be a number >= 0, got -1.0"),
     (["--method", "dks", "--distill-loss-weight", "nan"], "--distill-loss-weight must be a number >= 0, got nan"),
     (["--method", "kd", "--kd-model-name", "a", "--kd-temperature", "0"], "--kd-temperature must be a number > 0, got"),
+    (["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "2"],
+     "--task-loss-weight, given alone, must lie in [0, 1], since the distillation has the rest to 1, got 2.0; or give"),
+    (["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "0", "--distill-loss-weight", "0"],
+     "--task-loss-weight and --distill-loss-weight are both 0, which leaves nothing to learn from"),
+    (["--method", "at", "--kd-model-name", "a", "--task-loss-weight", "0", "--distill-loss-weight", "0"],
+     "--task-loss-weight and --distill-loss-weight are both 0"),
+    (["--method", "kd", "--kd-model-name", "a", "--temperature", "8"],
+     "--temperature belongs to --method self-distill, and the method is kd; leave one out"),
+    (["--method", "dsn", "--alpha", "0.3"], "--alpha belongs to --method self-distill, and the method is dsn"),
+    (["--method", "dks", "--hint", "map"], "--hint belongs to --method self-distill, and the method is dks"),
+    (["--method", "dml", "--no-t-squared"], "--t-squared belongs to --method self-distill, and the method is dml"),
+    (["--method", "dks", "--teacher", "ensemble"], "--teacher belongs to --method self-distill, and"),
+    (["--method", "dsn", "--beta", "0"], "--beta belongs to --method self-distill, and the method is dsn"),
+    (["--method", "fitnet", "--kd-model-name", "a", "--exits", "1"],
+     "--exits belongs to --method dsn, self-distill, dks, and the method is fitnet; leave one out"),
+    (["--method", "at", "--kd-model-name", "a", "--head", "linear"],
+     "--head belongs to --method dsn, self-distill, dks, and the method is at"),
+    (["--method", "dml", "--initial-checkpoint", "a.pth"],
+     "--initial-checkpoint gives both networks of --method dml the same weights, so that neither has anything to"),
     (["--method", "foo"], "argument --method: invalid choice: 'foo'"),
 ])
 def test_flags_that_contradict(argv, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(*argv)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--method", "dks", "--exits", "1", "--head", "linear"], ["--method", "dsn", "--exits", "1", "--head", "linear"],
+    ["--alpha", "0.5", "--head", "linear", "--baseline"],  # added to a command, to compare
+    ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "2", "--distill-loss-weight", "1"],
+    ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "1"],
+])
+def test_flags_that_go_together(argv):
+    parse(*argv)
+
+
+@pytest.mark.parametrize("method", ["plain", "dsn", "dks", "dml"])
+def test_of_a_file_each_method_takes_what_it_has_a_use_for(method, tmp_path):
+    (tmp_path / "c.yaml").write_text("alpha: 0.5\ntemperature: 2\nhint: none\nhead: linear\nexits: [layer2]")
+    args = parse("--config", str(tmp_path / "c.yaml"), "--method", method)
+    assert (args.method, args.head) == (method, "linear")
+    with pytest.raises(ValueError, match="--alpha belongs to --method self-distill, and the method is dsn"):
+        parse("--config", str(tmp_path / "c.yaml"), "--method", "dsn", "--alpha", "0.1")
+
+
+def test_all_flags_of_the_loss_reach_it():
+    loss = build("--temperature", "2", "--alpha", "0.6", "--beta", "0.1", "--hint", "none", "--teacher", "ensemble",
+                 "--t-squared").criterion
+    assert repr(loss) == ("SelfDistillLoss(temperature=2.0, alpha=0.6, beta=0.1, hint=None, teacher='ensemble',"
+                          " t_squared=True)")
+    assert repr(build("--hint", "pooled").criterion) == (
+        "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint='pooled', teacher='deepest', t_squared=False)")
 
 
 def test_each_method_has_its_task(teacher):
@@ -94,7 +141,6 @@ def test_each_method_has_its_task(teacher):
     kd = build(*with_teacher, "kd", "--task-loss-weight", "0.1")
     assert isinstance(kd, LogitDistillationTask)
     assert (kd.temperature, kd.task_loss_weight, kd.distill_loss_weight) == (4.0, 0.1, 0.9)
-    assert not any(p.requires_grad for p in kd.teacher.parameters())
     assert (kd.student_mean.item(), kd.teacher.mean_kd.item()) == (0.5, pytest.approx(0.2))
     fitnet = build(*with_teacher, "fitnet", "--distill-loss-weight", "3")
     assert isinstance(fitnet, FitNetTask)
@@ -114,8 +160,15 @@ def test_the_teacher_is_the_saved_network(teacher):
 def test_teachers_that_do_not_fit(teacher, tmp_path):
     with pytest.raises(ValueError, match="--kd-model-name cifar_resnet18 has no pretrained weights, and a random"):
         build("--method", "kd", "--kd-model-name", "cifar_resnet18")
-    with pytest.raises(RuntimeError, match=r"Unknown model \(resnet1\)"):
-        build("--method", "kd", "--kd-model-name", "resnet1")
+    hub.save_timm_model(small_backbone(), tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").unlink()
+    for name, said in (
+            ("resnet1", r"Unknown model \(resnet1\)"), ("resnet18.no", r"Invalid pretrained tag \(no\) for resnet18"),
+            ("local-dir:/nowhere", "Config file not found: /nowhere/config.json"),
+            (f"local-dir:{tmp_path / 'empty'}", "No suitable checkpoints found in .*/empty"),
+            ("hf-hub:nobody/nothing", "we cannot find the requested files in the local cache.*")):
+        with pytest.raises(ValueError, match=rf"^--kd-model-name {name}: .*{said}; give a timm model with pretra"):
+            build("--method", "kd", "--kd-model-name", name)
     hub.save_timm_model(small_backbone(num_classes=7, in_chans=1), tmp_path / "classes")
     with pytest.raises(ValueError, match=r"the teacher \(ResNet\) has 7 classes, the student \(ResNet\) 10"):
         build("--method", "kd", "--kd-model-name", f"local-dir:{tmp_path / 'classes'}")
@@ -134,21 +187,30 @@ def test_a_teacher_of_other_class_names_is_warned_of(tmp_path):
         create_task(args, student, lambda: None)
 
 
-def test_a_command_on_two_processes_and_a_word_where_the_teacher_is_missing(teacher, tmp_path):
+def test_a_teacher_for_images_of_another_size_is_warned_of(teacher):
+    student = small_backbone(in_chans=1)
+    model_data_config(student, 64, 1)
+    with pytest.warns(UserWarning, match=r"local-dir:.* was made for images of 32 pixels and sees the student's, of 6"):
+        task = create_task(parse("--method", "at", "--kd-model-name", teacher), student, lambda: None)
+    assert task.teacher.model.pretrained_cfg["input_size"] == (1, 64, 64)
+
+
+@pytest.mark.parametrize("method", ["kd", "fitnet"])
+def test_a_command_on_two_processes_and_a_word_where_the_teacher_is_missing(method, teacher, tmp_path):
     images = load_images(EMBEDDED)
     images.train.select(range(133)).to_parquet(tmp_path / "train.parquet")
     images.val.select(range(51)).to_parquet(tmp_path / "test.parquet")
     flags = ["examples/train.py", "--data-dir", tmp_path, "--output", tmp_path / "run", "--model", "test_resnet",
-             "--epochs", 1, "-b", 32, "-j", 0, "--method", "fitnet"]
+             "--epochs", 1, "-b", 32, "-j", 0, "--method", method]
     done = run_python(*flags, "--kd-model-name", teacher, "--amp", "--amp-dtype", "bfloat16", launcher=TWO_PROCESSES)
     assert "SelfDistillModel" not in done.stdout
     assert "--baseline" not in done.stdout
     assert timm.create_model(f"local-dir:{tmp_path / 'run' / 'best'}", pretrained=True).num_classes == 10
     settings = hub.read_metrics(tmp_path / "run" / "best")["settings"]
-    assert settings["method"] == "fitnet"
+    assert settings["method"] == method
     assert "kd_model_name" not in settings  # a path of this machine
 
     done = run_python(*flags, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("train.py: error: --method fitnet needs a teacher; give --kd-model-name")
+    assert line.startswith(f"train.py: error: --method {method} needs a teacher; give --kd-model-name")

@@ -6,11 +6,11 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from timm.task import LogitDistillationTask, TrainingTask
+from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 from torch.utils.data import Subset
 
-from timm_selfdistill import SelfDistillModel, SelfDistillTask, TrainConfig
+from timm_selfdistill import SelfDistillModel, SelfDistillTask, TrainConfig, Trainer, model_data_config
 from timm_selfdistill.baselines import (
     AttentionTransferTask,
     FitNetTask,
@@ -22,12 +22,12 @@ from timm_selfdistill.training.checkpoint import list_checkpoints
 from timm_selfdistill.training.optimizer import create_optimizer
 
 from ..conftest import small_backbone, small_model
-from ..training.test_trainer import fit, interrupt_after, same_weights
+from ..training.test_trainer import fit, interrupt_after, same_weights, settings
 
 TASKS: dict[str, Callable[[], TrainingTask]] = {
     "dsn": lambda: SelfDistillTask(small_model(in_chans=1), deep_supervision_loss()),
     "kd": lambda: LogitDistillationTask(
-        small_backbone(in_chans=1), small_backbone(in_chans=1).requires_grad_(False), nn.CrossEntropyLoss()),
+        small_backbone(in_chans=1), small_backbone(in_chans=1), nn.CrossEntropyLoss()),
     "fitnet": lambda: FitNetTask(small_backbone(in_chans=1), small_backbone(in_chans=1)),
     "at": lambda: AttentionTransferTask(small_backbone(in_chans=1), small_backbone(in_chans=1)),
     "dml": lambda: MutualLearningTask(small_backbone(in_chans=1), small_backbone(in_chans=1)),
@@ -39,6 +39,10 @@ WITH_TEACHER, WITH_EXITS = ("kd", "fitnet", "at"), ("dsn", "dks")
 @pytest.fixture
 def few(fashion_tensors):
     return Subset(fashion_tensors[0], range(60)), Subset(fashion_tensors[1], range(30))
+
+
+def plain_task() -> TrainingTask:
+    return ClassificationTask(small_backbone(in_chans=1), verbose=False)
 
 
 def make(method: str) -> TrainingTask:
@@ -94,11 +98,44 @@ def test_a_run_is_not_gone_on_with_under_another_teacher(few, tmp_path):
         fit(tmp_path, few, task, epochs=2, resume="latest")
 
 
+def test_a_run_is_not_gone_on_with_where_there_was_no_teacher(few, tmp_path):
+    fit(tmp_path / "plain", few, plain_task(), epochs=1)
+    with pytest.raises(ValueError, match="of a run with neither a teacher nor a frozen backbone, and this run has one"):
+        fit(tmp_path / "plain", few, make("kd"), epochs=2, resume="latest")
+    fit(tmp_path / "kd", few, make("kd"), epochs=1)
+    with pytest.raises(ValueError, match="of a run with a teacher or a frozen backbone, and this run has none; resume"):
+        fit(tmp_path / "kd", few, plain_task(), epochs=2, resume="latest")
+
+
+def test_what_a_task_of_ones_own_calls_its_teacher_is_trained_and_kept(few, tmp_path):
+    task = plain_task()
+    task.teacher = "ensemble"
+    fit(tmp_path / "word", few, task, epochs=1)
+    task = plain_task()
+    task.teacher = nn.Linear(2, 2)  # as a mean teacher
+    fit(tmp_path / "module", few, task, epochs=1)
+    (checkpoint,) = list_checkpoints(tmp_path / "module" / "checkpoints")
+    assert {"teacher.weight", "teacher.bias"} < load_file(checkpoint / "model.safetensors").keys()
+    assert all(p.requires_grad for p in task.teacher.parameters())
+
+
+@pytest.mark.parametrize("method", WITH_TEACHER)
+def test_a_teacher_whose_weights_are_not_finite_is_refused(method, few, tmp_path):
+    task = make(method)
+    with torch.no_grad():
+        task.teacher.model.fc.bias[3] = float("nan")
+    with pytest.raises(ValueError, match=r"the teacher's weights are not finite, fc.bias first; they come from a run"):
+        fit(tmp_path, few, task)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", ["kd", "fitnet", "at", "dml"])
-def test_the_optimizer_and_the_modes_of_training(method):
+def test_the_optimizer_and_the_modes_of_training(method, few, tmp_path):
     task = make(method).train()
+    Trainer(task, *few, settings(tmp_path, channels_last=True))
     names = {name.split(".")[0] for name, p in task.named_parameters() if p.requires_grad}
     assert names == {"trainable_module"}
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in task.parameters() if p.ndim == 4)
     if method in WITH_TEACHER:
         assert not any(part.training for part in task.teacher.modules())
         assert {id(p) for p in task.teacher.parameters()}.isdisjoint(map(id, task.trainable_module.parameters()))
@@ -113,6 +150,22 @@ def test_learning_rates_by_layer_know_all_that_learns(method):
     assert first < last == groups.get("projection.weight", last) == groups.get("peer.fc.weight", last)
     optimizer = create_optimizer(module, TrainConfig(layer_decay=0.7))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups)
+
+
+def test_the_classifiers_of_peers_of_other_depths_learn_at_the_same_rate():
+    module = MutualLearningTask(small_backbone(), small_backbone("resnet18")).get_trainable_module()
+    matcher = module.group_matcher()
+    assert [matcher(name) for name in ("student.conv1.0.weight", "student.fc.weight", "peer.conv1.weight",
+                                       "peer.fc.weight")] == [4, 9, 0, 9]
+    optimizer = create_optimizer(module, TrainConfig(layer_decay=0.5))
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert scales[id(module.student.fc.weight)] == scales[id(module.peer.fc.weight)] == 1
+
+
+@pytest.mark.parametrize("method", ["fitnet", "dml"])
+def test_networks_without_exits_have_no_learning_rate_for_heads(method):
+    with pytest.raises(ValueError, match="head_lr_scale is for shallow classifiers, which a network without exits doe"):
+        create_optimizer(make(method).get_trainable_module(), TrainConfig(head_lr_scale=2.0))
 
 
 @pytest.mark.parametrize("method", ["fitnet", "at", "dml"])
@@ -153,8 +206,28 @@ def test_networks_that_do_not_fit_are_refused():
         FitNetTask(network, small_backbone("test_vit"))
     with pytest.raises(ValueError, match=r"distill_loss_weight must be a number >= 0, got -1"):
         FitNetTask(network, small_backbone(), distill_loss_weight=-1)
+    for task in (FitNetTask, AttentionTransferTask):
+        with pytest.raises(ValueError, match="student and teacher are one model, and a teacher is frozen; give a"):
+            task(network, network)
+    assert all(p.requires_grad for p in network.parameters())
     with pytest.raises(ValueError, match=r"distill_loss_weight must be a number >= 0, got nan"):
         KnowledgeSynergyLoss(float("nan"))
+
+
+@pytest.mark.parametrize("make", [FitNetTask, AttentionTransferTask])
+def test_grey_networks_of_other_normalisations(make):
+    """timm gives networks for grey images the means of three channels."""
+    student, teacher = small_backbone(in_chans=1), small_backbone("resnet10t", in_chans=1)
+    with pytest.raises(ValueError, match=r"\(0.5, 0.5, 0.5\), are not of images of 1 channel\(s\); call model_data_c"):
+        make(student, teacher)
+    model_data_config(student, 32, in_chans=1)
+    with pytest.raises(ValueError, match=r"the teacher's mean and std, \(0.485, 0.456, 0.406\) and"):
+        make(student, teacher)
+    model_data_config(teacher, 32, in_chans=1)
+    task = make(student, teacher)
+    assert task(torch.randn(4, 1, 32, 32), torch.arange(4))["loss"].isfinite()
+    assert task.scale.item() == pytest.approx(0.5 / 0.226, rel=1e-3)
+    assert task.shift.item() == pytest.approx((0.5 - 0.449) / 0.226, rel=1e-3)
 
 
 def test_attention_goes_from_a_transformer_to_a_convolutional_network():

@@ -73,6 +73,41 @@ def test_a_model_without_metrics_has_one_too(tmp_path):
     assert "exits.png" not in card.text
 
 
+PAPER = '["Be Your Own Teacher"](https://arxiv.org/abs/1905.08094)'
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"method": "self-distill", "teacher": "deepest"},
+     f" by self distillation: the deepest teaches the shallow ones while all learn from the labels ({PAPER})."),
+    ({"method": "self-distill", "teacher": "ensemble"},
+     f" by self distillation: the mean of all logits teaches them while they learn from the labels ({PAPER}, with the"
+     " teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299))."),
+    ({"method": "dsn", "teacher": "deepest"},
+     " by deep supervision: from the labels alone ([arXiv:1409.5185](https://arxiv.org/abs/1409.5185))."),
+    ({"method": "dks", "teacher": "deepest"},
+     " by knowledge synergy: each is taught by every other while all learn from the labels"
+     " ([arXiv:1906.00675](https://arxiv.org/abs/1906.00675))."),
+    ({}, "."),
+    ({"method": ["dsn"], "teacher": {}}, "."),
+], ids=["deepest", "ensemble", "dsn", "dks", "unknown", "unknown words"])
+def test_it_says_how_the_classifiers_were_trained(settings, expected):
+    card = small_model().generate_model_card(metrics=METRICS | {"settings": settings})
+    assert f"\nclasses, one at each of 4 depths. All classifiers were trained together{expected}\n" in card.text
+    frozen = small_model().generate_model_card(metrics=METRICS | {"settings": settings, "frozen": True})
+    assert f"network itself is as it was: frozen. Only its shallow classifiers were trained{expected}\n" in frozen.text
+    distilled = settings.get("method") not in ("dsn", "dks")
+    assert ("self-distillation" in card.data.tags) == ("zhang2019your" in card.text) == distilled
+    assert "timm-selfdistill" in card.data.tags
+    assert card.data.model_name == ("test_resnet-self-distilled" if distilled else "test_resnet")
+
+
+def test_it_says_that_there_were_no_labels():
+    settings = {"method": "self-distill", "teacher": "deepest", "unlabelled": True}
+    card = small_model().generate_model_card(metrics=METRICS | {"settings": settings, "frozen": True})
+    assert ("Only its shallow classifiers were trained by self distillation: the deepest taught them, without labels ("
+            in card.text)
+
+
 def test_names_from_outside_stay_text(tmp_path):
     metrics = METRICS | {"dataset": METRICS["dataset"] | {"name": "a | b\n# {{ card_data }} `c`", "hub_id": None}}
     small_model().save_pretrained(tmp_path, metrics=metrics)

@@ -268,7 +268,7 @@ def test_the_card_tells_that_the_network_is_as_it_was(few, tmp_path):
     run.eval_model.truncate(0).save_pretrained(tmp_path / "first", metrics=record)
     for name in ("best", "first"):
         card = (tmp_path / name / "README.md").read_text()
-        assert "as it was: frozen, it taught the shallow classifiers, which learned from the labels, too" in card
+        assert "The network itself is as it was: frozen. Only its shallow classifiers were trained." in card
         assert "trained together" not in card
 
 

@@ -125,7 +125,7 @@ def test_settings_that_cannot_work(settings, message):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"head_lr_scale": 2.0}, "head_lr_scale is for shallow classifiers, which a ResNet does not have"),
+    ({"head_lr_scale": 2.0}, "head_lr_scale is for shallow classifiers, which a network without exits does not have"),
     ({"head_warmup_epochs": 1}, "head_warmup_epochs is for shallow classifiers on a backbone that learns"),
 ])
 def test_a_plain_model_has_no_heads(settings, message, few, tmp_path):

@@ -23,7 +23,7 @@ class AttentionTransferTask(FeatureMapTask):
 
     Raises:
         TypeError: one of the models is no timm model.
-        ValueError: their classes, channels or numbers of stages do not fit, or a weight is out of its range.
+        ValueError: their classes, channels or numbers of stages do not fit, or as of `FeatureMapTask`.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class FeatureMapTask(FeatureDistillationTask):
     Args:
         student: a timm model.
         teacher: a trained timm model for the same images and classes; it is frozen.
-        pairs: the stages that are compared.
+        pairs: the stages that are compared, e.g. of `pair_stages`, which looks whether student and teacher fit.
         projection: of the student's maps, learns with it.
         compare: the maps' loss, a scalar, of the student's maps and the teacher's, each (B, D_i, H_i, W_i).
         criterion: `(logits, target) -> scalar`; None is cross entropy.
@@ -52,8 +52,8 @@ class FeatureMapTask(FeatureDistillationTask):
         task_loss_weight: of the label loss, >= 0.
 
     Raises:
-        TypeError: one of the models is no timm model.
-        ValueError: the two do not fit, or a weight is out of its range.
+        ValueError: student and teacher are one model, their normalisations are of another number of channels than the
+            images, or a weight is out of its range.
     """
 
     def __init__(
@@ -62,6 +62,10 @@ class FeatureMapTask(FeatureDistillationTask):
             distill_loss_weight: float, task_loss_weight: float):
         check_weight("distill_loss_weight", distill_loss_weight)
         check_weight("task_loss_weight", task_loss_weight)
+        if teacher is student:
+            raise ValueError("student and teacher are one model, and a teacher is frozen; give a trained model of its"
+                             " own as teacher")
+        scale, shift = renormalisation(student, teacher)
         super().__init__(
             student, teacher.requires_grad_(False), nn.CrossEntropyLoss() if criterion is None else criterion,
             distill_loss_weight=distill_loss_weight, task_loss_weight=task_loss_weight,
@@ -71,6 +75,9 @@ class FeatureMapTask(FeatureDistillationTask):
         own, others = zip(*pairs)
         self.trainable_module = StudentMaps(student, own, projection)
         self.teacher_indices = [stage.index for stage in others]
+        # timm's `normalize_input` compares the normalisations in every step, for which a GPU is waited for.
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Run student, teacher and loss, in float32.
@@ -91,7 +98,8 @@ class FeatureMapTask(FeatureDistillationTask):
     @torch.no_grad()
     def teach(self, input: Tensor) -> list[Tensor]:
         """The teacher's maps (B, D_i, H_i, W_i)."""
-        input = self.teacher.normalize_input(input, self.student_mean, self.student_std)
+        if self.scale is not None:
+            input = input * self.scale + self.shift
         return self.teacher.model.forward_intermediates(
             input, indices=self.teacher_indices, stop_early=True, intermediates_only=True)
 
@@ -114,6 +122,27 @@ def check_teacher(student: nn.Module, teacher: nn.Module, role: str = "teacher")
             raise ValueError(
                 f"the {role} ({type(teacher).__name__}) has {found} {what}, the student ({type(student).__name__})"
                 f" {wanted}; take a {role} that was trained on the same images and classes")
+
+
+def renormalisation(student: nn.Module, teacher: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Scale and shift, each (in_chans, 1, 1), that take images in the student's normalisation to the teacher's; None
+    where it is the same.
+
+    Raises:
+        ValueError: a mean or standard deviation is of another number of channels than the student's images.
+    """
+    own, others = ([tuple(model.pretrained_cfg[key]) for key in ("mean", "std")] for model in (student, teacher))
+    if own == others:
+        return None, None
+    channels = default_input_size(student)[0]
+    for role, values in [("student", own), ("teacher", others)]:
+        if any(len(value) not in (1, channels) for value in values):
+            raise ValueError(
+                f"the {role}'s mean and std, {values[0]} and {values[1]}, are not of images of {channels} channel(s);"
+                f" call model_data_config(model, size, {channels}) on student and teacher, which settles them")
+    like = next(student.parameters())
+    mean, std, other_mean, other_std = (torch.tensor(values).view(-1, 1, 1) for values in (*own, *others))
+    return (std / other_std).to(like), ((mean - other_mean) / other_std).to(like)
 
 
 def check_weight(name: str, value: float) -> None:

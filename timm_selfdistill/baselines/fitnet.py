@@ -27,7 +27,7 @@ class FitNetTask(FeatureMapTask):
 
     Raises:
         TypeError: one of the models is no timm model.
-        ValueError: their classes, channels or middle stages do not fit, or a weight is out of its range.
+        ValueError: their classes, channels or middle stages do not fit, or as of `FeatureMapTask`.
     """
 
     def __init__(

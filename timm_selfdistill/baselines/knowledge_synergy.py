@@ -3,6 +3,7 @@ from torch import Tensor
 
 from ..loss import LabelLoss, SelfDistillLoss, divergence
 from ..output import SelfDistillOutput
+from .feature_maps import check_weight
 
 
 class KnowledgeSynergyLoss(SelfDistillLoss):
@@ -22,12 +23,12 @@ class KnowledgeSynergyLoss(SelfDistillLoss):
 
     def __init__(self, distill_loss_weight: float = 1.0, label_loss: LabelLoss | None = None):
         super().__init__(temperature=1.0, alpha=0.0, beta=0.0, label_loss=label_loss, hint=None)
-        if not 0 <= distill_loss_weight < float("inf"):
-            raise ValueError(f"distill_loss_weight must be a number >= 0, got {distill_loss_weight}")
+        check_weight("distill_loss_weight", distill_loss_weight)
         self.distill_loss_weight = distill_loss_weight
 
     def terms(self, output: SelfDistillOutput, target: Tensor | None = None) -> dict[str, Tensor]:
-        """As of `SelfDistillLoss`; "distill" is the second sum."""
+        """The loss and its parts, `loss = label + distill_loss_weight * distill`: the two sums. The rest is as of
+        `SelfDistillLoss`."""
         terms = super().terms(output, target)
         return {**terms, "loss": terms["label"] + self.distill_loss_weight * terms["distill"]}
 

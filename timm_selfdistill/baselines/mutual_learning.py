@@ -100,10 +100,14 @@ class Peers(nn.Module):
                 for parameter in getattr(model, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layers in groups, for timm's layer-wise learning rates; those of the two networks count apart."""
-        groups = {f"{name}.{parameter}": group for name, model in self.named_children()
-                  for parameter, group in group_parameters(model, model.group_matcher(coarse), reverse=True).items()}
-        return groups.__getitem__
+        """Layers in groups, for timm's layer-wise learning rates; those of the two networks are counted apart, so that
+        both classifiers are in the last group."""
+        groups = {name: group_parameters(model, model.group_matcher(coarse), reverse=True)
+                  for name, model in self.named_children()}
+        last = max(max(own.values()) for own in groups.values())
+        aligned = {f"{name}.{parameter}": group + last - max(own.values())
+                   for name, own in groups.items() for parameter, group in own.items()}
+        return aligned.__getitem__
 
 
 def _check_different(student: nn.Module, peer: nn.Module) -> None:

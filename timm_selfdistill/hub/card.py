@@ -10,7 +10,17 @@ PLACEHOLDER = "user/name"
 """Stands for the repository's id in the card of a model that has none yet."""
 MARK = "Written by timm-selfdistill. Remove this line to keep your edits when the model is saved here again."
 TAGS = ("timm", "image-classification")
-SELF_DISTILL_TAGS = ("self-distillation", "timm-selfdistill")
+PAPER = '["Be Your Own Teacher"](https://arxiv.org/abs/1905.08094)'
+TAUGHT_BY = {
+    "dsn": "by deep supervision: from the labels alone ([arXiv:1409.5185](https://arxiv.org/abs/1409.5185))",
+    "dks": "by knowledge synergy: each is taught by every other while all learn from the labels"
+           " ([arXiv:1906.00675](https://arxiv.org/abs/1906.00675))",
+    "deepest": f"by self distillation: the deepest teaches the shallow ones while all learn from the labels ({PAPER})",
+    "ensemble": "by self distillation: the mean of all logits teaches them while they learn from the labels"
+                f" ({PAPER}, with the teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299))",
+    "unlabelled": f"by self distillation: the deepest taught them, without labels ({PAPER})",
+}
+"""How classifiers were trained, by method or teacher."""
 HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-ascl", "apple-amlr", "gemma",
                 "unknown"}
 """Those that timm names and the Hub knows."""
@@ -41,7 +51,9 @@ def create_card(
     if not {"name", "type", "split", "images"} <= dataset.keys():
         dataset = {}
     truncated = settings.get("truncated_to") if settings else None
-    name = config["architecture"] + ("-self-distilled" if settings else "")
+    method = _method(training)
+    self_distilled = bool(settings) and method not in ("dsn", "dks")
+    name = config["architecture"] + ("-self-distilled" if self_distilled else "")
     if truncated is not None:
         name += f"-{_exit_name(truncated).replace(' ', '-')}"
     agreement = metrics.get("reference") is not None
@@ -50,7 +62,7 @@ def create_card(
         **_license(metrics.get("license") or config["pretrained_cfg"].get("license")),
         "library_name": "timm",
         "pipeline_tag": "image-classification",
-        "tags": [*TAGS, *(SELF_DISTILL_TAGS if settings else ())],
+        "tags": [*TAGS, *(["self-distillation"] * self_distilled), *(["timm-selfdistill"] * bool(settings))],
         "datasets": [dataset["hub_id"]] if dataset.get("hub_id") else None,
         "base_model": metrics.get("base_model"),
         "metrics": ["accuracy"] if results else None,
@@ -65,7 +77,8 @@ def create_card(
         card_data=data.to_yaml(), mark=MARK, model_name=name, repo_id=repo_id, architecture=config["architecture"],
         exits=len(settings["exits"]) + 1 if settings else 0,
         truncated=None if truncated is None else _exit_name(truncated),
-        frozen=metrics.get("frozen") is True, unlabelled=bool(training.get("unlabelled")), agreement=agreement,
+        frozen=metrics.get("frozen") is True, taught_by=TAUGHT_BY.get(method), self_distilled=self_distilled,
+        agreement=agreement,
         own_head=bool(settings) and settings["head"] is None, early_exit=_early_exit_words(settings),
         num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
         rows=[_table_row(row) for row in rows],
@@ -73,6 +86,12 @@ def create_card(
         epochs=training.get("epochs"),
         training_yaml=yaml.safe_dump(training, sort_keys=False).strip() if training else "",
         hardware=metrics.get("hardware"), versions=versions))
+
+
+def _method(training: dict[str, Any]) -> str:
+    """The key of `TAUGHT_BY` for the settings of a run; another word where they do not tell, as for one from Python."""
+    method = "unlabelled" if training.get("unlabelled") else training.get("method")
+    return str(training.get("teacher") if method == "self-distill" else method)
 
 
 def measured_rows(metrics: dict[str, Any] | None) -> list[dict[str, Any]]:

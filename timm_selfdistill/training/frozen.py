@@ -5,6 +5,7 @@ import warnings
 
 import torch
 from timm.task import TrainingTask
+from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
@@ -28,9 +29,27 @@ def trained_part(model: nn.Module) -> nn.Module:
 
 
 def frozen_part(task: TrainingTask) -> nn.Module | None:
-    """The network that stays as it is: a frozen backbone, or the teacher of a task that has one."""
+    """The network that stays as it is: a frozen backbone, or the teacher of one of timm's distillation tasks, ours
+    included. What else a task may call its teacher perhaps learns."""
     model = task.get_trainable_module()
-    return model.backbone if is_frozen(model) else getattr(task, "teacher", None)
+    return model.backbone if is_frozen(model) else _teacher(task)
+
+
+def freeze_teacher(task: TrainingTask) -> None:
+    """Freeze the teacher of timm's distillation tasks, which timm does only where it distributes them itself: else
+    DistributedDataParallel would wait for its gradients.
+
+    Raises:
+        ValueError: its weights hold NaN or infinity.
+    """
+    teacher = _teacher(task)
+    if teacher is None:
+        return
+    teacher.requires_grad_(False)
+    spoilt = [name for name, value in teacher.model.state_dict().items() if not bool(value.isfinite().all())]
+    if spoilt:
+        raise ValueError(f"the teacher's weights are not finite, {spoilt[0]} first; they come from a run that diverged"
+                         " or a damaged file, take another teacher")
 
 
 def trained_state(task: TrainingTask) -> dict[str, Tensor]:
@@ -82,6 +101,11 @@ def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: D
     elif not is_labelled(train_data):
         raise ValueError("the training images have no labels; give unlabelled=True (--unlabelled), which needs a model"
                          " with a frozen backbone, or images with labels")
+
+
+def _teacher(task: TrainingTask) -> DistillationTeacher | None:
+    teacher = getattr(task, "teacher", None)
+    return teacher if isinstance(teacher, DistillationTeacher) else None
 
 
 def _check_teaching(task: TrainingTask) -> None:

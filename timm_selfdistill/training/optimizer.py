@@ -18,7 +18,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
         ValueError: the model has no groups of layers, no shallow classifiers, or a frozen backbone.
     """
     if config.head_lr_scale != 1 and not isinstance(model, SelfDistillModel):
-        raise ValueError(f"head_lr_scale is for shallow classifiers, which a {type(model).__name__} does not have")
+        raise ValueError("head_lr_scale is for shallow classifiers, which a network without exits does not have")
     if config.layer_decay is not None and is_frozen(model):
         raise ValueError("layer_decay is for a backbone that learns, and this one is frozen; leave one of them out")
     settings = {"opt": config.opt, "lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}

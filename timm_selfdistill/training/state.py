@@ -75,7 +75,12 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ValueError where a run cannot go on with this frozen backbone, or an epoch that was begun with other
         batches or data cannot be finished with these."""
-        if state.get("backbone", "") != self.backbone:
+        before = state.get("backbone", "")
+        if bool(before) != bool(self.backbone):
+            which = "a teacher or a frozen backbone, and this run has none" if before else (
+                "neither a teacher nor a frozen backbone, and this run has one")
+            raise ValueError(f"the checkpoint is of a run with {which}; resume with what the run began with")
+        if before != self.backbone:
             raise ValueError("the checkpoint is of a run with a teacher or a frozen backbone, which had other weights"
                              " than this one; resume with the model, the teacher and the pretrained weights that the"
                              " run began with")

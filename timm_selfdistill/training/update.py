@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from ..model import SelfDistillModel
 from ..output import BackboneOutput
 from .config import TrainConfig
-from .frozen import trained_part
+from .frozen import freeze_teacher, trained_part
 from .mixing import TargetMixer
 from .optimizer import create_optimizer
 from .sampling import Batch
@@ -176,16 +176,17 @@ def create_updater(
     """Optimizer, schedule and moving average around a task, on Accelerate's devices.
 
     Raises:
-        ValueError: batch norm or sharded weights cannot work with these settings.
+        ValueError: batch norm, sharded weights or a teacher cannot work with these settings.
     """
     set_seed(config.seed, device_specific=True)
+    freeze_teacher(task)
     model = task.get_trainable_module()
     if config.head_warmup_epochs and not (isinstance(model, SelfDistillModel) and not model.freeze_backbone):
         raise ValueError("head_warmup_epochs is for shallow classifiers on a backbone that learns with them later")
     _prepare_batch_norm(accelerator, model, config)
     whole = prepare_to_shard(accelerator, task, config) if accelerator.is_fsdp2 else None
     if config.channels_last and whole is None:
-        model.to(memory_format=torch.channels_last)
+        task.to(memory_format=torch.channels_last)  # a teacher, too
     if config.torchcompile:
         model.compile()
     optimizer = create_optimizer(model, config)
