@@ -69,12 +69,12 @@ def _draw_method(axes: Axes, found: list[Gain], method: str, color: str, beside:
     line = [gain for gain in found if gain.setting.rpartition("-")[2].isdigit() or "-" not in gain.setting]
     axes.plot([gain.images * beside for gain in line], [gain.mean for gain in line], color=color, linewidth=1)
     for gain in found:
-        setting = SETTINGS[gain.setting]
-        shorter = gain.setting.endswith("-short")
-        axes.errorbar(gain.images * beside, gain.mean, gain.half, color=color, capsize=3, markersize=5,
-                      marker=MARKERS[setting.network], markerfacecolor="white" if shorter else color)
+        setting, place = SETTINGS[gain.setting], gain.images * beside
+        if gain not in line:  # another network or length of training, which stands left of the line
+            place /= 1.3
+        axes.errorbar(place, gain.mean, gain.half, color=color, capsize=3, markersize=5,
+                      marker=MARKERS[setting.network], markerfacecolor="white" if gain not in line else color)
         if method == "ensemble":
-            axes.annotate(f"{setting.passes}", (gain.images * beside, gain.mean), (5, 4), textcoords="offset points",
-                          fontsize=7)
+            axes.annotate(f"{setting.passes}", (place, gain.mean), (5, 4), textcoords="offset points", fontsize=7)
     if found:
         axes.plot([], [], color=color, marker="o", label=method)

@@ -146,13 +146,15 @@ def notes(rows: list[Row], setting: str, collected: dict[str, Runs]) -> str:
     """How many seeds, and on what; a warning where that differs within the table, tuning included."""
     used = [row for row in rows if row["setting"] == setting and row["method"] in {"teacher", *collected}]
     shown = [row for runs in collected.values() for row in runs.values()]
-    seeds = ", ".join(sorted({str(len(runs)) for runs in collected.values()}))
+    counts = {method: len(runs) for method, runs in collected.items()}
+    most = max(counts.values())
+    seeds = f"{most} seed{'' if most == 1 else 's'}" + "".join(
+        f", {count} of {method}" for method, count in counts.items() if count < most)
     described = SETTINGS[setting]
     images = "validation" if shown[0]["phase"] == "choose" else "test"
     found = [f"{median(row['images'] for row in shown if 'images' in row):,.0f} training images of {described.data},"
-             f" {described.passes} passes, {described.network}; {seeds} seed{'' if seeds == '1' else 's'}, {images}"
-             " images."]
-    if any(len(runs) == 1 for runs in collected.values()):
+             f" {described.passes} passes, {described.network}; {seeds}; {images} images."]
+    if 1 in counts.values():
         found.append("No interval where there is one seed: nothing tells how much another would change.")
     if teachers := {row["seed"]: row["teacher_top1"] for row in shown if "teacher_top1" in row}:
         found.append(f"Teacher: {TEACHERS[described.network]}, {format_mean(list(teachers.values()))}.")

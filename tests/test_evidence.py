@@ -83,7 +83,7 @@ def test_a_table_from_its_lines(tables):
         "| kd | 0.1, 0.0005, 0.3 | 48.00 ± 4.97 |  | +6.00 ± 2.48 (p 0.0091) | +3.00 ± 1.24 (p 0.0091) | 62 | 262 |"
         " 19 |",
         "",
-        "3,000 training images of families, 60 passes, resnet10-16; 3 seeds, test images. Teacher: resnet10-32,"
+        "3,000 training images of families, 60 passes, resnet10-16; 3 seeds; test images. Teacher: resnet10-32,"
         " 52.00 ± 2.48. device AMD EPYC, threads 1, torch 2.14.1, float32.",
     ]
 
@@ -104,11 +104,12 @@ def test_choices_are_differences_to_their_method(tables):
     lines = tables.format_choices(rows, "families-30", tables.collect(rows, "families-30", "choose")).splitlines()
     assert lines[2:4] == ["| ensemble | 30.00 ± 0.00, 42.00 ± 2.48 | 42.00 ± 0.00 |  |",
                           "| ensemble-t1 | 30.00 ± 0.00, 42.00 ± 4.97 | 41.00 ± 0.00 | +0.00 ± 2.48 (p 1) |"]
-    assert "3 seeds, validation images" in lines[-1]
+    assert "3 seeds; validation images" in lines[-1]
 
 
 def test_runs_that_diverged_are_counted_and_left_out(tables):
     rows = [*three_seeds(), row("dsn", 4, [0.0], diverged="loss is nan"), row("plain", 4, [44.0])]
+    assert "4 seeds, 3 of kd; test images." in table_of(tables, rows)
     assert "| dsn (1 of 4 seeds diverged) | 0.1, 0.0005 | 30.00 ± 0.00, 45.00 ± 3.73 |" in table_of(tables, rows)
 
 
@@ -116,7 +117,7 @@ def test_one_seed_has_no_interval(tables):
     table = table_of(tables, [
         *tuned("plain"), row("plain", 1, [41.0]), *tuned("dsn"), row("dsn", 1, [30.0, 43.0], 44.0, seconds=None)])
     assert "| dsn | 0.1, 0.0005 | 30.00, 43.00 | 44.00 | +2.00 (1 seed) |  |  |  | 19 |" in table
-    assert "1 seed, test images. No interval where there is one seed: nothing tells how much another would" in table
+    assert "1 seed; test images. No interval where there is one seed: nothing tells how much another would" in table
 
 
 @pytest.mark.parametrize("changes", [
