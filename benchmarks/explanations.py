@@ -26,7 +26,7 @@ import torch
 from evidence_data import load_measured, load_training
 from evidence_points import Row
 from evidence_runs import BATCH_SIZE, create_task, create_trainer
-from evidence_tables import DOCS, insert
+from evidence_tables import DOCS, collect, insert
 from hardware import describe
 from intervals import mean_interval
 from json_lines import append_line, read_lines
@@ -68,14 +68,12 @@ def main() -> int:
 
 def complete(args: argparse.Namespace) -> None:
     """Train and measure the runs whose lines are missing."""
-    tested = [row for row in read_lines(args.lines) if row["phase"] == "test" and row["setting"] == args.setting]
-    done = read_lines(args.output)
+    tested, done = collect(read_lines(args.lines), args.setting, "test"), read_lines(args.output)
     for method in args.methods:
-        runs = [{name: row[name] for name in DESCRIBED} for row in tested if row["method"] == method]
-        if not runs:
+        if method not in tested:
             raise ValueError(f"{args.lines} has no tested runs of {method} in {args.setting}; make them with python"
                              f" benchmarks/evidence.py --settings {args.setting} --methods {method}")
-        for described in runs:
+        for described in ({name: row[name] for name in DESCRIBED} for row in tested[method].values()):
             if not any(described.items() <= row.items() for row in done):
                 append_line(args.output, described | measure(described, args) | {"hardware": describe(args.device)})
                 print(*described.values(), flush=True)

@@ -175,5 +175,5 @@ def test_the_benchmark_of_analyses_runs(tmp_path):
     run_python("benchmarks/analysis.py", "--rounds", 1, "--images", 64, "-b", 32, "--num-classes", 10, "--output",
                tmp_path / "a.json")
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert [row["analysis"] for row in rows] == ["separability", "agreement"]
+    assert [row["analysis"] for row in rows] == ["separability", "agreement", "flat-minima"]
     assert all(row["forward_s"] > 0 and row["analysis_s"] > 0 for row in rows)

@@ -37,22 +37,29 @@ def test_the_table_from_its_lines(explanations):
 
 
 def test_tested_points_are_trained_again_and_measured(explanations, benchmarks, monkeypatch, tmp_path):
+    grid, points = benchmarks("evidence_grid"), benchmarks("evidence_points")
+    monkeypatch.setitem(grid.SETTINGS, "tiny", grid.Setting("typefaces", 2, "resnet10-16", 10))
+    monkeypatch.setattr(points, "LRS", (0.1,))
+    monkeypatch.setattr(points, "WEIGHT_DECAYS", (5e-4,))
     monkeypatch.setitem(benchmarks("evidence_data").DATA, "typefaces", 100)
     monkeypatch.setattr(benchmarks("evidence_data"), "TYPEFACES", ROOT / "tests/data")
     lines, output, page = tmp_path / "evidence.jsonl", tmp_path / "explanations.jsonl", tmp_path / "page.md"
-    described = {"phase": "test", "setting": "characters-10", "data": "typefaces", "per_class": 2,
-                 "network": "resnet10-16", "passes": 10, "seed": 1, "lr": 0.1, "weight_decay": 5e-4}
-    lines.write_text("\n".join(json.dumps({**described, "method": method, "weight": weight})
-                               for method, weight in (("plain", None), ("paper", 0.3))))
+    described = {"setting": "tiny", **grid.SETTINGS["tiny"]._asdict(), "lr": 0.1, "weight_decay": 5e-4}
+    rows = [described | {"phase": phase, "method": method, "weight": weight, "seed": seed, "top1": [weight or 0.0]}
+            for method, weights in (("plain", [None]), ("paper", [0.7, 0.5, 0.3]))
+            for phase, seed, weight in [("test", 1, weights[0]), *(("tune", 0, weight) for weight in weights)]]
+    lines.write_text("\n".join(map(json.dumps, [*rows, described | {  # of a point that tuning did not choose
+        "phase": "test", "method": "plain", "weight": None, "seed": 2, "lr": 0.4, "top1": [0.0]}])))
     page.write_text("<!-- table explanations -->\n<!-- end -->\n")
-    command = ["explanations.py", "--methods", "plain", "paper", "--lines", str(lines), "--output", str(output),
-               "--page", str(page)]
+    command = ["explanations.py", "--setting", "tiny", "--methods", "plain", "paper", "--lines", str(lines),
+               "--output", str(output), "--page", str(page)]
     for _ in range(2):  # the second time nothing is left to do
         monkeypatch.setattr(sys, "argv", command)
         explanations.main()
         plain, paper = (json.loads(line) for line in output.read_text().splitlines() if line)
     assert (len(plain["top1"]), len(plain["gradients"]), len(plain["gradients"][0])) == (4, 2, 4)
     assert (plain["sse_over_ssb"], len(paper["sse_over_ssb"])) == ([], 4)
+    assert paper["weight"] == 0.7
     assert plain["gradients"][0] != plain["gradients"][1]
     assert "| paper | " in page.read_text()
 
