@@ -3,6 +3,7 @@ import io
 import os
 import sys
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import datasets
@@ -17,16 +18,16 @@ from timm_selfdistill.training.loading import train_batches
 
 from ..conftest import small_backbone
 
-IMAGES, SIZE = 1600, 96
+IMAGES, FILES, SIZE = 4800, 24, 96
 
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory):
-    """44 MB of images that cannot be compressed, in eight files."""
+    """132 MB of images that cannot be compressed, in several files."""
     folder, draw = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)})
-    for number in range(8):
-        files = [io.BytesIO() for _ in range(IMAGES // 8)]
+    for number in range(FILES):
+        files = [io.BytesIO() for _ in range(IMAGES // FILES)]
         for file in files:
             Image.fromarray(draw.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(file, "png")
         rows = {"image": [{"bytes": file.getvalue()} for file in files], "label": [0, 1] * (len(files) // 2)}
@@ -59,5 +60,7 @@ def test_memory_is_flat(streaming, noise):
     for number, _ in enumerate(batches.batches(0, 0)):
         if number % 10 == 9 and len(children() - others) == 2:  # until one has come to its end
             memory.append(own_memory(children() - others))
-    assert len(memory) >= 9
-    assert memory[-1] - memory[0] < 6, memory  # of 18 MB that each process reads in between
+    assert len(memory) >= 27
+    quarter = len(memory) // 4
+    second, last = mean(memory[quarter:2 * quarter]), mean(memory[-quarter:])
+    assert last - second < 12, memory  # of 33 MB that each process reads in between; it goes up and down with the files
