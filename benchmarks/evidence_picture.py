@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from evidence_data import DATA
 from evidence_grid import SETTINGS
+from evidence_points import differences
 from intervals import mean_interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,9 +52,7 @@ def gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], method: str) 
     """Over the plain network, for the settings of two or more seeds, by images of a class."""
     found = []
     for name, methods in settings.items():
-        pairs = [(row, methods["plain"][seed]) for seed, row in methods.get(method, {}).items()
-                 if seed in methods.get("plain", {})]
-        values = [row["top1"][-1] - plain["top1"][-1] for row, plain in pairs]
+        values = differences(methods.get(method, {}), methods.get("plain", {}))
         if method != "plain" and len(values) > 1:
             found.append(Gain(name, _images(name, methods), *mean_interval(values)))
     return sorted(found, key=lambda gain: gain.images)
@@ -61,7 +60,7 @@ def gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], method: str) 
 
 def _images(setting: str, methods: Mapping[str, Mapping[int, Any]]) -> float:
     """Of a class, on average."""
-    runs = next(iter(methods.values()))
+    runs = next(filter(None, methods.values()))
     return next(iter(runs.values()))["images"] / DATA[SETTINGS[setting].data]
 
 

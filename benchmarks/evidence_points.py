@@ -16,6 +16,11 @@ def find(rows: list[Row], run: Row) -> Row | None:
     return next((row for row in rows if run.items() <= row.items()), None)
 
 
+def differences(runs: dict[int, Row], others: dict[int, Row]) -> list[float]:
+    """Of the deepest exit's top-1, run by run of the same seed."""
+    return [row["top1"][-1] - others[seed]["top1"][-1] for seed, row in runs.items() if seed in others]
+
+
 def tune(setting: str, methods: list[str], complete: Complete) -> list[Row]:
     """The point of each method that is best on the validation images, by the deepest exit's top-1 with seed 0; the
     first of equals. All have the same learning rates and weight decays, then their own weights at the best of these.

@@ -11,14 +11,13 @@ which the table says.
 import argparse
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from evidence_grid import METHODS, SETTINGS, TEACHERS
 from evidence_picture import draw_gains
-from evidence_points import Row, find, tune
-from intervals import mean_interval, p_value
+from evidence_points import Row, differences, find, tune
+from intervals import format_mean, p_value
 from json_lines import read_lines
 
 from timm_selfdistill.cli import run
@@ -39,7 +38,8 @@ def main() -> int:
     tables, settings = {}, {}
     for setting in SETTINGS:
         if tested := collect(rows, setting, "test"):
-            tables[setting], settings[setting] = format_table(rows, setting, tested), tested
+            tables[setting] = format_table(rows, setting, tested)
+            settings[setting] = {method: _without_diverged(runs) for method, runs in tested.items()}
         if chosen := collect(rows, setting, "choose"):
             tables[f"choices {setting}"] = format_choices(rows, setting, chosen)
     if not tables:
@@ -124,22 +124,12 @@ def _median(values: list[float | None]) -> str:
     return "" if not values or None in values else f"{median(values):.0f}"
 
 
-def format_mean(values: Sequence[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    return "{:.2f} ± {:.2f}".format(*mean_interval(list(values)))
-
-
 def format_difference(runs: Runs, others: Runs) -> str:
     """Of the deepest exit's top-1, run by run of the same seed."""
     values = differences(runs, others)
     if len(values) < 2:
         return f"{values[0]:+.2f} (1 seed)" if values else ""
-    return "{:+.2f} ± {:.2f} (p {:.2g})".format(*mean_interval(values), p_value(values))
-
-
-def differences(runs: Runs, others: Runs) -> list[float]:
-    return [row["top1"][-1] - others[seed]["top1"][-1] for seed, row in runs.items() if seed in others]
+    return f"{format_mean(values, '+')} (p {p_value(values):.2g})"
 
 
 def notes(rows: list[Row], setting: str, collected: dict[str, Runs]) -> str:

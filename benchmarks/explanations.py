@@ -17,7 +17,6 @@ import argparse
 import io
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import geometric_mean
@@ -28,7 +27,7 @@ from evidence_points import Row
 from evidence_runs import BATCH_SIZE, create_task, create_trainer
 from evidence_tables import DOCS, collect, insert
 from hardware import describe
-from intervals import mean_interval
+from intervals import format_mean
 from json_lines import append_line, read_lines
 from torch.utils.data import DataLoader, Subset
 
@@ -110,12 +109,14 @@ def format_table(rows: list[Row]) -> str:
     for method, runs in methods.items():
         pairs = [(row, methods["plain"][seed]) for seed, row in sorted(runs.items()) if seed in methods["plain"]]
         less = [_falls(other)[-1] - _falls(row)[-1] for row, other in pairs]
-        cells = [method, *map(_format, zip(*map(_falls, runs.values())))]
+        cells = [method, *map(format_mean, zip(*map(_falls, runs.values())))]
         if method == "plain":
             cells += ["", "", ""]
         else:
-            cells += [_format(less, "+"), ", ".join(map(_format, zip(*(_gradient_ratios(*pair) for pair in pairs)))),
-                      ", ".join(map(_format, zip(*(row["sse_over_ssb"] for row in runs.values()))))]
+            ratios = zip(*(_gradient_ratios(*pair) for pair in pairs))
+            separability = zip(*(row["sse_over_ssb"] for row in runs.values()))
+            cells += [format_mean(less, "+"), ", ".join(map(format_mean, ratios)),
+                      ", ".join(map(format_mean, separability))]
         lines.append(f"| {' | '.join(cells)} |")
     seeds = sorted({len(runs) for runs in methods.values()})
     hardware = {", ".join(f"{key} {value}" for key, value in row["hardware"].items()) for row in rows}
@@ -132,13 +133,6 @@ def _gradient_ratios(row: Row, plain: Row) -> list[float]:
     """Of each section, the geometric mean over the checkpoints."""
     pairs = zip(zip(*row["gradients"]), zip(*plain["gradients"]))
     return [geometric_mean(ours) / geometric_mean(others) for ours, others in pairs]
-
-
-def _format(values: Sequence[float], sign: str = "") -> str:
-    if len(values) < 2:
-        return f"{values[0]:{sign}.2f}"
-    mean, half = mean_interval(values)
-    return f"{mean:{sign}.2f} ± {half:.2f}"
 
 
 if __name__ == "__main__":
