@@ -72,7 +72,7 @@ def test_every_switch_of_a_file_can_be_turned_off(tmp_path):
     ("- lr", "must hold flags and their values, as in 'lr: 0.1', got list"),
     ("", "must hold flags and their values"),
     ("lr: [", "is no valid YAML: while parsing"),
-    ("hint: null", "hint must have a value, got None; leave it out for its default map"),
+    ("hint: null", "hint must have a value, got None; leave it out for its default none"),
     ("decay-milestones: []", r"decay-milestones must have a value, got \[\]; leave it out for its default"),
     ("batch-size: 3\nbatch_size: 4", "batch_size stands there twice"),
     ("lr: fast", r"config.yaml: argument --lr: invalid float value: 'fast'"),

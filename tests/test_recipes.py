@@ -9,8 +9,9 @@ import torch
 import yaml
 from PIL import Image
 
-from timm_selfdistill import wrap_self_distill
+from timm_selfdistill import SelfDistillLoss, wrap_self_distill
 from timm_selfdistill.cli import parse_args, train_config, train_parser
+from timm_selfdistill.cli.methods import exit_loss
 
 from .conftest import ROOT, run_python
 
@@ -75,6 +76,7 @@ def test_a_recipe_names_a_network_and_flags_that_there_are(path):
     with torch.device("meta"):
         model = wrap_self_distill(timm.create_model(args.model, num_classes=SHAPES[args.dataset][2]))
     assert len(model.exits) == 4
+    assert repr(exit_loss(vars(args))) == repr(SelfDistillLoss())  # the paper's
 
 
 @pytest.mark.parametrize("path", [

@@ -6,7 +6,7 @@ import timm
 import torch
 from timm.task import ClassificationTask, LogitDistillationTask
 
-from timm_selfdistill import SelfDistillTask, hub, load_images
+from timm_selfdistill import SelfDistillLoss, SelfDistillTask, hub, load_images
 from timm_selfdistill.baselines import (
     AttentionTransferTask,
     FitNetTask,
@@ -89,6 +89,8 @@ def test_in_a_config_file(text, method, tmp_path):
      "--exits belongs to --method dsn, self-distill, dks, and the method is fitnet; leave one out"),
     (["--method", "at", "--kd-model-name", "a", "--head", "linear"],
      "--head belongs to --method dsn, self-distill, dks, and the method is at"),
+    (["--beta", "0.1"], "--beta 0.1 is the weight of the hint, and --hint is none; add --hint map or --hint pooled"),
+    (["--freeze-backbone", "--hint", "none", "--beta", "0.1"], "--beta 0.1 is the weight of the hint, and --hint is"),
     (["--method", "dml", "--initial-checkpoint", "a.pth"],
      "--initial-checkpoint gives both networks of --method dml the same weights, so that neither has anything to"),
     (["--method", "foo"], "argument --method: invalid choice: 'foo'"),
@@ -101,6 +103,7 @@ def test_flags_that_contradict(argv, message):
 @pytest.mark.parametrize("argv", [
     ["--method", "dks", "--exits", "1", "--head", "linear"], ["--method", "dsn", "--exits", "1", "--head", "linear"],
     ["--alpha", "0.5", "--head", "linear", "--baseline"],  # added to a command, to compare
+    ["--freeze-backbone", "--beta", "0.1"], ["--beta", "0.1", "--hint", "map"], ["--alpha", "0", "--beta", "0"],
     ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "2", "--distill-loss-weight", "1"],
     ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "1"],
 ])
@@ -118,12 +121,20 @@ def test_of_a_file_each_method_takes_what_it_has_a_use_for(method, tmp_path):
 
 
 def test_all_flags_of_the_loss_reach_it():
-    loss = build("--temperature", "2", "--alpha", "0.6", "--beta", "0.1", "--hint", "none", "--teacher", "ensemble",
-                 "--t-squared").criterion
-    assert repr(loss) == ("SelfDistillLoss(temperature=2.0, alpha=0.6, beta=0.1, hint=None, teacher='ensemble',"
-                          " t_squared=True)")
-    assert repr(build("--hint", "pooled").criterion) == (
+    loss = build("--temperature", "2", "--alpha", "0.6", "--beta", "0.1", "--hint", "pooled", "--teacher", "deepest",
+                 "--no-t-squared").criterion
+    assert repr(loss) == ("SelfDistillLoss(temperature=2.0, alpha=0.6, beta=0.1, hint='pooled', teacher='deepest',"
+                          " t_squared=False)")
+
+
+def test_the_loss_is_what_measured_best_or_on_a_frozen_backbone_the_papers():
+    assert repr(build().criterion) == (
+        "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint=None, teacher='ensemble', t_squared=True)")
+    frozen = build("--freeze-backbone", "--hint", "pooled").criterion
+    assert repr(frozen) == (
         "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint='pooled', teacher='deepest', t_squared=False)")
+    assert repr(build("--freeze-backbone").criterion) == repr(SelfDistillLoss())
+    assert repr(build("--freeze-backbone", "--no-freeze-backbone").criterion) == repr(build().criterion)
 
 
 def test_each_method_has_its_task(teacher):

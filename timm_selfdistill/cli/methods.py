@@ -26,6 +26,10 @@ from .program import parse_exit
 
 NETWORK_FLAGS = ("exits", "head")
 LOSS_FLAGS = ("temperature", "t_squared", "alpha", "beta", "hint", "teacher")
+DEFAULTS = {"teacher": "ensemble", "t_squared": True, "hint": "none"}
+"""What was best where it was measured (docs/evidence.md); the paper's loss is that of FROZEN_DEFAULTS."""
+FROZEN_DEFAULTS = {"teacher": "deepest", "t_squared": False, "hint": "map"}
+"""The ensemble of new exits has nothing to teach a network that stays as it is."""
 METHODS = {
     "plain": (),
     "dsn": NETWORK_FLAGS,
@@ -100,19 +104,23 @@ def check_method_flags(args: argparse.Namespace) -> None:
                          " weights for these classes, local-dir:FOLDER (best/ of another run) or hf-hub:ID")
 
 
-def check_typed_flags(typed: argparse.Namespace, method: str) -> None:
+def check_typed_flags(typed: argparse.Namespace, args: argparse.Namespace) -> None:
     """Look at the flags of exits and their loss that were typed; those of a --config file are for whoever takes them.
 
     A plain network has no use for them either, but --baseline is added to a command as it is, to compare.
 
     Args:
         typed: None where a flag was not.
+        args: what counts.
 
     Raises:
-        ValueError: one belongs to another method.
+        ValueError: one belongs to another method, or weighs a hint that there is not.
     """
-    if method != "plain":
-        _check_belonging(typed, METHODS["self-distill"], method)
+    if args.method != "plain":
+        _check_belonging(typed, METHODS["self-distill"], args.method)
+        if typed.beta and args.hint == "none":
+            raise ValueError(f"--beta {typed.beta:g} is the weight of the hint, and --hint is none; add --hint map or"
+                             " --hint pooled, or leave --beta out")
 
 
 def _check_belonging(args: argparse.Namespace, names: Iterable[str], method: str) -> None:
