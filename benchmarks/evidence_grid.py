@@ -19,6 +19,7 @@ from timm_selfdistill.baselines import (
 )
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet10-8": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}),
     "resnet10-16": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}),
     "resnet18-16": ("resnet18", {"channels": (16, 32, 64, 128)}),
     "resnet10-32": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}),
@@ -26,7 +27,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar_resnet18": ("cifar_resnet18", {}),
     "cifar_resnet50": ("cifar_resnet50", {}),
 }
-"""timm's names and arguments; the number is the width of the first stage. 0.3, 0.7, 1.3, 2.8, 11 and 24 million
+"""timm's names and arguments; the number is the width of the first stage. 0.09, 0.3, 0.7, 1.3, 2.8, 11 and 24 million
 parameters."""
 TEACHERS = {"resnet10-16": "resnet10-32", "resnet18-16": "resnet18-32", "cifar_resnet18": "cifar_resnet50"}
 """Networks that teach others in kd, fitnet and at."""
@@ -45,9 +46,10 @@ class Setting(NamedTuple):
 SETTINGS = {
     **{f"families-{count}": Setting("families", count, "resnet10-16", passes)
        for count, passes in ((10, 100), (30, 60), (80, 30), (160, 20))},
-    "families-30-resnet18": Setting("families", 30, "resnet18-16", 60),
     "families-30-short": Setting("families", 30, "resnet10-16", 15),
     "characters-10": Setting("characters", 10, "resnet10-16", 100),
+    "characters-10-narrow": Setting("characters", 10, "resnet10-8", 100),
+    "characters-10-deep": Setting("characters", 10, "resnet18-16", 100),
     "characters-40": Setting("characters", 40, "resnet10-16", 50),
     "fashion-50": Setting("fashion", 50, "resnet10-16", 100),
     "fashion-200": Setting("fashion", 200, "resnet10-16", 50),

@@ -9,9 +9,10 @@ from evidence_points import differences
 from intervals import mean_interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 COLORS = {"dsn": "tab:gray", "paper": "tab:orange", "deepest": "tab:red", "ensemble": "tab:blue", "dks": "tab:green"}
-MARKERS = {"resnet10-16": "o", "resnet18-16": "s", "cifar_resnet18": "D", "cifar_resnet50": "P"}
+MARKERS = {"resnet10-8": "v", "resnet10-16": "o", "resnet18-16": "s", "cifar_resnet18": "D", "cifar_resnet50": "P"}
 
 
 class Gain(NamedTuple):
@@ -38,12 +39,16 @@ def draw_gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], picture:
         axes.axhline(0, color="black", linewidth=0.8)
         counts = sorted({round(_images(name, methods)) for name, methods in own.items()})
         axes.set(title=f"{data}, {DATA[data]} classes", xlabel="training images of a class", xscale="log",
-                 xlim=(counts[0] / 1.5, counts[-1] * 2))
+                 xlim=(counts[0] / 2, counts[-1] * 2))
         axes.set_xticks(counts, map(str, counts))
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
-        axes.legend()
     figure.axes[0].set_ylabel("deepest exit less plain network, points")
+    drawn = [(gain.setting, method) for method in COLORS for gain in gains(settings, method)]
+    figure.legend(loc="outside lower center", ncols=8, handles=[
+        *(Line2D([], [], color=COLORS[method], label=method) for method in dict.fromkeys(pair[1] for pair in drawn)),
+        *(Line2D([], [], color="black", linestyle="", marker=MARKERS[network], markerfacecolor="none", label=network)
+          for network in dict.fromkeys(SETTINGS[setting].network for setting, _ in drawn))])
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
 
@@ -66,14 +71,13 @@ def _images(setting: str, methods: Mapping[str, Mapping[int, Any]]) -> float:
 
 def _draw_method(axes: Axes, found: list[Gain], method: str, color: str, beside: float) -> None:
     line = [gain for gain in found if gain.setting.rpartition("-")[2].isdigit() or "-" not in gain.setting]
+    others = [gain for gain in found if gain not in line]  # another network or length of training: left of the line
     axes.plot([gain.images * beside for gain in line], [gain.mean for gain in line], color=color, linewidth=1)
     for gain in found:
         setting, place = SETTINGS[gain.setting], gain.images * beside
-        if gain not in line:  # another network or length of training, which stands left of the line
-            place /= 1.3
+        if gain in others:
+            place /= 1.3 ** (1 + others.index(gain))
         axes.errorbar(place, gain.mean, gain.half, color=color, capsize=3, markersize=5,
-                      marker=MARKERS[setting.network], markerfacecolor="white" if gain not in line else color)
+                      marker=MARKERS[setting.network], markerfacecolor="white" if gain in others else color)
         if method == "ensemble":
             axes.annotate(f"{setting.passes}", (place, gain.mean), (5, 4), textcoords="offset points", fontsize=7)
-    if found:
-        axes.plot([], [], color=color, marker="o", label=method)

@@ -23,6 +23,7 @@ from statistics import geometric_mean
 
 import torch
 from evidence_data import load_measured, load_training
+from evidence_grid import METHODS
 from evidence_points import Row
 from evidence_runs import BATCH_SIZE, create_task, create_trainer
 from evidence_tables import DOCS, collect, insert
@@ -45,7 +46,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=Path, default=RESULTS / "evidence.jsonl", help="of evidence.py")
     parser.add_argument("--setting", default="characters-10")
-    parser.add_argument("--methods", nargs="+", default=["plain", "paper", "ensemble"])
+    parser.add_argument("--methods", nargs="+", default=["plain", "paper", "ensemble"],
+                        choices=[name for name, method in METHODS.items() if method.other != "teacher"])
     parser.add_argument("--tables", action="store_true", help="only draw the tables")
     parser.add_argument("--page", type=Path, default=DOCS / "evidence.md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
