@@ -122,8 +122,8 @@ METHODS = {
         wrap_self_distill(backbone), KnowledgeSynergyLoss(weight)), (1.0, 0.3, 3.0)),
     "dml": Method(_with_other(MutualLearningTask), (1.0, 0.3, 3.0), "peer"),
     "kd": Method(_with_other(_kd), (1.0, 0.3, 3.0), "teacher"),
-    "fitnet": Method(_with_other(FitNetTask), (100.0, 30.0, 300.0), "teacher"),
-    "at": Method(_with_other(AttentionTransferTask), (1000.0, 300.0, 3000.0), "teacher"),
+    "fitnet": Method(_with_other(FitNetTask), (10.0, 1.0, 100.0), "teacher"),
+    "at": Method(_with_other(AttentionTransferTask), (100.0, 10.0, 1000.0), "teacher"),
 }
 """The loss of "Be Your Own Teacher" with the authors' temperature and alpha is "paper"; "deepest" and "ensemble" name
 the teacher, have no hint, and multiply the distillation by temperature^2."""
