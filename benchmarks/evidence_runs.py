@@ -85,7 +85,7 @@ def train_and_measure(task: TrainingTask, train: Images, run: Row, args: argpars
             if trainer.fit().interrupted_by:
                 sys.exit("stopped; the same command goes on")
         except FloatingPointError as error:  # a point of the grid that nobody should choose
-            return {"top1": [0.0], "ensemble": None, "diverged": str(error)}
+            return {"top1": [0.0], "ensemble": None, "diverged": str(error).partition(";")[0]}
         seconds = clock() - began
     metrics, _ = measure_exits(
         trainer.eval_model, (trainer.update.to_device(*batch) for batch in DataLoader(measured, 500)),

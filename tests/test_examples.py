@@ -177,3 +177,12 @@ def test_the_benchmark_of_analyses_runs(tmp_path):
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["analysis"] for row in rows] == ["separability", "agreement", "flat-minima"]
     assert all(row["forward_s"] > 0 and row["analysis_s"] > 0 for row in rows)
+
+
+def test_the_benchmark_of_training_time_runs(tmp_path):
+    run_python("benchmarks/training_time.py", "--rounds", 1, "--seconds", 0, "-b", 4, "--output", tmp_path / "a.json")
+    rows = {row["method"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert rows["plain"]["time"] == 1
+    taught = {name for name, row in rows.items() if row["with_teacher"] > row["time"]}
+    assert taught == {"kd", "fitnet", "at"}
+    assert rows["kd"]["with_teacher"] == pytest.approx(rows["kd"]["time"] + rows["teacher"]["time"], rel=0.5)
