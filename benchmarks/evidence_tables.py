@@ -24,6 +24,8 @@ from timm_selfdistill.cli import run
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
+RIVALS = ["kd", "fitnet", "at", "dml", "dks"]
+"""What the paper compares itself with, and DKS."""
 Runs = dict[int, Row]
 """Lines of a method, by seed."""
 
@@ -40,6 +42,8 @@ def main() -> int:
         if tested := collect(rows, setting, "test"):
             tables[setting] = format_table(rows, setting, tested)
             settings[setting] = {method: _without_diverged(runs) for method, runs in tested.items()}
+            if rivals := settings[setting].keys() & RIVALS:
+                tables[f"rivals {setting}"] = format_rivals(settings[setting], sorted(rivals, key=RIVALS.index))
         if chosen := collect(rows, setting, "choose"):
             tables[f"choices {setting}"] = format_choices(rows, setting, chosen)
     if not tables:
@@ -92,6 +96,15 @@ def format_table(rows: list[Row], setting: str, tested: dict[str, Runs]) -> str:
                  _median([row["memory_mb"] for row in whole.values()])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", notes(rows, setting, tested)])
+
+
+def format_rivals(tested: dict[str, Runs], rivals: list[str]) -> str:
+    """Markdown, a row a rival: how far self distillation is above it at the deepest exit."""
+    lines = ["| other | paper - other | ensemble - other |", "|---|---|---|"]
+    for rival in rivals:
+        cells = [format_difference(tested.get(ours, {}), tested[rival]) for ours in ("paper", "ensemble")]
+        lines.append(f"| {' | '.join([rival, *cells])} |")
+    return "\n".join(lines)
 
 
 def format_choices(rows: list[Row], setting: str, chosen: dict[str, Runs]) -> str:

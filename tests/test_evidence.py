@@ -96,6 +96,15 @@ def test_a_table_shows_the_point_that_tuning_chose(tables):
         assert table_of(tables, rows) == table_of(tables, three_seeds())
 
 
+def test_self_distillation_against_its_rivals(tables):
+    rows = [*three_seeds(), *tuned("paper", (0.3, 0.5, 0.7)),
+            *(row("paper", seed, [45.0 + seed], weight=0.5) for seed in (1, 2, 3))]
+    tested = tables.collect(rows, "families-30", "test")
+    assert tables.format_rivals(tested, ["kd"]).splitlines() == [
+        "| other | paper - other | ensemble - other |", "|---|---|---|",
+        "| kd | -1.00 ± 2.48 (p 0.23) |  |"]
+
+
 def test_choices_are_differences_to_their_method(tables):
     rows = [*tuned("ensemble", (0.3, 0.5, 0.7)),
             *(row("ensemble", seed, [30.0, 40.0 + seed], 42.0, phase="choose", weight=0.5) for seed in (1, 2, 3)),
@@ -136,13 +145,15 @@ def test_lines_of_different_images_are_marked(tables):
 def test_page_and_picture(tables, tmp_path, monkeypatch):
     lines, page, picture = tmp_path / "evidence.jsonl", tmp_path / "page.md", tmp_path / "gain.png"
     lines.write_text("\n".join(map(json.dumps, three_seeds())) + '\n{"phase": "test", "set')
-    page.write_text("Before\n<!-- table families-30 -->\nold\n<!-- end -->\nAfter\n")
+    page.write_text("Before\n<!-- table families-30 -->\nold\n<!-- end -->\nAfter\n"
+                    "<!-- table rivals families-30 -->\n<!-- end -->\n")
     monkeypatch.setattr(sys, "argv", ["x", str(lines), "--page", str(page), "--picture", str(picture)])
     with pytest.warns(UserWarning, match="skipped a line that was cut short"):
         tables.main()
     text = page.read_text()
     assert text.startswith("Before\n<!-- table families-30 -->\n| method |")
-    assert text.endswith(" torch 2.14.1, float32.\n<!-- end -->\nAfter\n")
+    assert " torch 2.14.1, float32.\n<!-- end -->\nAfter\n<!-- table rivals families-30 -->\n| other |" in text
+    assert text.endswith("| kd |  |  |\n<!-- end -->\n")
     assert "old" not in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
