@@ -35,7 +35,7 @@ def draw_gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], picture:
     for axes, data in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
         own = {name: methods for name, methods in settings.items() if SETTINGS[name].data == data}
         for index, (method, color) in enumerate(COLORS.items()):
-            _draw_method(axes, gains(own, method), method, color, 1.04**index)  # so that no interval hides another
+            _draw_method(axes, gains(own, method), method, color, 1.04**index, places(own))  # none hides another
         axes.axhline(0, color="black", linewidth=0.8)
         counts = sorted({round(_images(name, methods)) for name, methods in own.items()})
         axes.set(title=f"{data}, {DATA[data]} classes", xlabel="training images of a class", xscale="log",
@@ -63,21 +63,32 @@ def gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], method: str) 
     return sorted(found, key=lambda gain: gain.images)
 
 
+def places(settings: Mapping[str, Mapping[str, Mapping[int, Any]]]) -> dict[str, float]:
+    """Images of a class; those of another network or length of training stand left of the line, one beside the other.
+    """
+    counts = {name: _images(name, methods) for name, methods in settings.items()}
+    beside = [name for name in counts if not _on_line(name)]
+    ranks = {name: sum(counts[other] == counts[name] for other in beside[:i]) + 1 for i, name in enumerate(beside)}
+    return {name: count / 1.3 ** ranks.get(name, 0) for name, count in counts.items()}
+
+
+def _on_line(setting: str) -> bool:
+    return setting.rpartition("-")[2].isdigit() or "-" not in setting
+
+
 def _images(setting: str, methods: Mapping[str, Mapping[int, Any]]) -> float:
     """Of a class, on average."""
     runs = next(filter(None, methods.values()))
     return next(iter(runs.values()))["images"] / DATA[SETTINGS[setting].data]
 
 
-def _draw_method(axes: Axes, found: list[Gain], method: str, color: str, beside: float) -> None:
-    line = [gain for gain in found if gain.setting.rpartition("-")[2].isdigit() or "-" not in gain.setting]
-    others = [gain for gain in found if gain not in line]  # another network or length of training: left of the line
-    axes.plot([gain.images * beside for gain in line], [gain.mean for gain in line], color=color, linewidth=1)
+def _draw_method(
+        axes: Axes, found: list[Gain], method: str, color: str, beside: float, place: Mapping[str, float]) -> None:
+    line = [gain for gain in found if _on_line(gain.setting)]
+    axes.plot([place[gain.setting] * beside for gain in line], [gain.mean for gain in line], color=color, linewidth=1)
     for gain in found:
-        setting, place = SETTINGS[gain.setting], gain.images * beside
-        if gain in others:
-            place /= 1.3 ** (1 + others.index(gain))
-        axes.errorbar(place, gain.mean, gain.half, color=color, capsize=3, markersize=5,
-                      marker=MARKERS[setting.network], markerfacecolor="white" if gain in others else color)
+        setting, at = SETTINGS[gain.setting], place[gain.setting] * beside
+        axes.errorbar(at, gain.mean, gain.half, color=color, capsize=3, markersize=5,
+                      marker=MARKERS[setting.network], markerfacecolor=color if gain in line else "white")
         if method == "ensemble":
-            axes.annotate(f"{setting.passes}", (place, gain.mean), (5, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(f"{setting.passes}", (at, gain.mean), (5, 4), textcoords="offset points", fontsize=7)

@@ -26,6 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 RIVALS = ["kd", "fitnet", "at", "dml", "dks"]
 """What the paper compares itself with, and DKS."""
+DISTILLED = ["paper", "deepest", "ensemble", "dks"]
+"""Those whose exits learn from one another."""
 Runs = dict[int, Row]
 """Lines of a method, by seed."""
 
@@ -49,6 +51,7 @@ def main() -> int:
     if not tables:
         raise FileNotFoundError(f"no runs of the phase 'test' in {', '.join(map(str, args.lines)) or RESULTS}; make"
                                 " them with python benchmarks/evidence.py")
+    tables["depths"] = format_depths(settings)
     for name, table in tables.items():
         print(f"{name}\n\n{table}\n")
     args.page.write_text(insert(args.page.read_text(), tables))
@@ -107,6 +110,19 @@ def format_rivals(tested: dict[str, Runs], rivals: list[str]) -> str:
     return "\n".join(lines)
 
 
+def format_depths(settings: dict[str, dict[str, Runs]]) -> str:
+    """Markdown, a row a setting and method: how far each exit, and the mean of all, is above deep supervision's."""
+    lines = ["| setting | method | exits - dsn's, shallow to deep | ensemble - dsn's |", "|---|---|---|---|"]
+    for setting, tested in settings.items():
+        for method in (method for method in DISTILLED if tested.get(method) and tested.get("dsn")):
+            pairs = [(row, tested["dsn"][seed]) for seed, row in tested[method].items() if seed in tested["dsn"]]
+            exits = zip(*([a - b for a, b in zip(row["top1"], other["top1"])] for row, other in pairs))
+            means = [row["ensemble"] - other["ensemble"] for row, other in pairs]
+            lines.append(f"| {setting} | {method} | {', '.join(format_mean(values, '+') for values in exits)} |"
+                         f" {format_mean(means, '+')} |")
+    return "\n".join(lines)
+
+
 def format_choices(rows: list[Row], setting: str, chosen: dict[str, Runs]) -> str:
     """Markdown, a row a change: validation accuracy, and the difference to the method in which it is changed."""
     lines = ["| method | exits, shallow to deep | ensemble | deepest - unchanged |", "|---|---|---|---|"]
@@ -160,7 +176,10 @@ def notes(rows: list[Row], setting: str, collected: dict[str, Runs]) -> str:
     if 1 in counts.values():
         found.append("No interval where there is one seed: nothing tells how much another would change.")
     if teachers := {row["seed"]: row["teacher_top1"] for row in shown if "teacher_top1" in row}:
-        found.append(f"Teacher: {TEACHERS[described.network]}, {format_mean(list(teachers.values()))}.")
+        plain = [top1 - collected["plain"][seed]["top1"][-1] for seed, top1 in teachers.items()
+                 if "top1" in collected.get("plain", {}).get(seed, {})]
+        found.append(f"Teacher: {TEACHERS[described.network]}, {format_mean(list(teachers.values()))}"
+                     + (f" ({format_mean(plain, '+')} over plain)." if plain else "."))
     hardware = sorted({", ".join([*(f"{key} {value}" for key, value in row["hardware"].items()),
                                   row["amp_dtype"] or "float32"]) for row in used})
     if len({row["data_sha256"] for row in used}) > 1:

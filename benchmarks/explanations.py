@@ -1,7 +1,7 @@
 """Do the paper's explanations hold? Flat minima, gradients and separability of networks trained as in `evidence.py`.
 
 Trains the points that `evidence.py` has tested (its lines of the phase "test") once more, with the same seeds, and
-measures each network on 2,000 test images, for the gradients on 640 of its training images:
+measures each network on 2,000 test images, for the gradients on up to 640 of its training images, in random order:
 
 - how far the deepest exit's top-1 falls with noise on the weights (levels over each tensor's root mean square; five
   draws, the same for all networks of a seed);
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import geometric_mean
 
 import torch
-from evidence_data import load_measured, load_training
+from evidence_data import Images, load_measured, load_training
 from evidence_grid import METHODS
 from evidence_points import Row
 from evidence_runs import BATCH_SIZE, create_task, create_trainer
@@ -46,7 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=Path, default=RESULTS / "evidence.jsonl", help="of evidence.py")
     parser.add_argument("--setting", default="characters-10")
-    parser.add_argument("--methods", nargs="+", default=["plain", "paper", "ensemble"],
+    parser.add_argument("--methods", nargs="+", default=["paper", "ensemble"], help="beside plain",
                         choices=[name for name, method in METHODS.items() if method.other != "teacher"])
     parser.add_argument("--tables", action="store_true", help="only draw the tables")
     parser.add_argument("--page", type=Path, default=DOCS / "evidence.md")
@@ -54,38 +54,44 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "explanations.jsonl")
     args = parser.parse_args()
-    args.amp_dtype, args.jobs = None, 1
+    args.amp_dtype, args.jobs, args.methods = None, 1, list(dict.fromkeys(["plain", *args.methods]))
     torch.set_num_threads(args.threads)
+    wanted = describe_runs(args)
     if not args.tables:
-        complete(args)
-    rows = read_lines(args.output)
+        complete(wanted, args)
+    rows = [row for row in read_lines(args.output) if any(described.items() <= row.items() for described in wanted)]
     if not rows:
-        raise FileNotFoundError(f"no runs in {args.output}; make them with python benchmarks/explanations.py")
+        raise FileNotFoundError(f"no runs of {args.setting} in {args.output}; make them with python"
+                                " benchmarks/explanations.py")
     table = format_table(rows)
     print(table)
     args.page.write_text(insert(args.page.read_text(), {"explanations": table}))
     return 0
 
 
-def complete(args: argparse.Namespace) -> None:
-    """Train and measure the runs whose lines are missing."""
-    tested, done = collect(read_lines(args.lines), args.setting, "test"), read_lines(args.output)
+def describe_runs(args: argparse.Namespace) -> list[Row]:
+    """Those that `evidence.py` has tested, at the points that tuning chose."""
+    tested = collect(read_lines(args.lines), args.setting, "test")
     for method in args.methods:
         if method not in tested:
             raise ValueError(f"{args.lines} has no tested runs of {method} in {args.setting}; make them with python"
                              f" benchmarks/evidence.py --settings {args.setting} --methods {method}")
-        for described in ({name: row[name] for name in DESCRIBED} for row in tested[method].values()):
-            if not any(described.items() <= row.items() for row in done):
-                append_line(args.output, described | measure(described, args) | {"hardware": describe(args.device)})
-                print(*described.values(), flush=True)
+    return [{name: row[name] for name in DESCRIBED} for method in args.methods for row in tested[method].values()]
+
+
+def complete(wanted: list[Row], args: argparse.Namespace) -> None:
+    """Train and measure the runs whose lines are missing."""
+    done = read_lines(args.output)
+    for described in wanted:
+        if not any(described.items() <= row.items() for row in done):
+            append_line(args.output, described | measure(described, args) | {"hardware": describe(args.device)})
+            print(*described.values(), flush=True)
 
 
 def measure(described: Row, args: argparse.Namespace) -> Row:
     train = load_training(described["data"], described["per_class"], described["seed"])
     test = load_measured(described["data"], "test")
-    some = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:2000]
-    images = DataLoader(Subset(test, some.tolist()), 500)
-    learned = DataLoader(Subset(train, range(0, len(train), max(1, len(train) // 640))), BATCH_SIZE)
+    images, learned = DataLoader(some(test, 2000), 500), DataLoader(some(train, 640), BATCH_SIZE)
     run = described | {"phase": "test"}
     task, _ = create_task(run, len(train), args)
     with tempfile.TemporaryDirectory() as output, redirect_stdout(io.StringIO()):
@@ -98,6 +104,11 @@ def measure(described: Row, args: argparse.Namespace) -> Row:
         gradients = [measure_gradients(task, learned).gradients
                      for _ in load_checkpoints(model, Path(output))]
     return {"top1": falls, "gradients": gradients, "sse_over_ssb": [row.ratio for row in separability]}
+
+
+def some(images: Images, count: int) -> Subset:
+    """Random ones, in random order, the same at every call; all where there are fewer."""
+    return Subset(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist())
 
 
 def format_table(rows: list[Row]) -> str:

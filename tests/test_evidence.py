@@ -84,7 +84,7 @@ def test_a_table_from_its_lines(tables):
         " 19 |",
         "",
         "3,000 training images of families, 60 passes, resnet10-16; 3 seeds; test images. Teacher: resnet10-32,"
-        " 52.00 ± 2.48. device AMD EPYC, threads 1, torch 2.14.1, float32.",
+        " 52.00 ± 2.48 (+10.00 ± 0.00 over plain). device AMD EPYC, threads 1, torch 2.14.1, float32.",
     ]
 
 
@@ -103,6 +103,16 @@ def test_self_distillation_against_its_rivals(tables):
     assert tables.format_rivals(tested, ["kd"]).splitlines() == [
         "| other | paper - other | ensemble - other |", "|---|---|---|",
         "| kd | -1.00 ± 2.48 (p 0.23) |  |"]
+
+
+def test_each_exit_against_deep_supervision(tables):
+    settings = {"families-30": tables.collect([*three_seeds(), *tuned("paper", (0.3, 0.5, 0.7)), *(
+        row("paper", seed, [31.0, 42.0 + 2 * seed], 43.0 + seed, weight=0.5) for seed in (1, 2, 3))],
+        "families-30", "test")}
+    assert tables.format_depths(settings).splitlines() == [
+        "| setting | method | exits - dsn's, shallow to deep | ensemble - dsn's |", "|---|---|---|---|",
+        "| families-30 | paper | +1.00 ± 0.00, +1.00 ± 1.24 | -1.00 ± 0.00 |"]
+    assert len(tables.format_depths({"families-30": {}}).splitlines()) == 2
 
 
 def test_choices_are_differences_to_their_method(tables):
@@ -146,14 +156,14 @@ def test_page_and_picture(tables, tmp_path, monkeypatch):
     lines, page, picture = tmp_path / "evidence.jsonl", tmp_path / "page.md", tmp_path / "gain.png"
     lines.write_text("\n".join(map(json.dumps, three_seeds())) + '\n{"phase": "test", "set')
     page.write_text("Before\n<!-- table families-30 -->\nold\n<!-- end -->\nAfter\n"
-                    "<!-- table rivals families-30 -->\n<!-- end -->\n")
+                    "<!-- table rivals families-30 -->\n<!-- end -->\n<!-- table depths -->\n<!-- end -->\n")
     monkeypatch.setattr(sys, "argv", ["x", str(lines), "--page", str(page), "--picture", str(picture)])
     with pytest.warns(UserWarning, match="skipped a line that was cut short"):
         tables.main()
     text = page.read_text()
     assert text.startswith("Before\n<!-- table families-30 -->\n| method |")
     assert " torch 2.14.1, float32.\n<!-- end -->\nAfter\n<!-- table rivals families-30 -->\n| other |" in text
-    assert text.endswith("| kd |  |  |\n<!-- end -->\n")
+    assert "| kd |  |  |\n<!-- end -->\n<!-- table depths -->\n| setting |" in text
     assert "old" not in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -162,6 +172,13 @@ def test_gains(benchmarks, tables):
     collected = {"families-30": tables.collect(three_seeds(), "families-30", "test")}
     assert benchmarks("evidence_picture").gains(collected, "dsn") == [
         ("families-30", 30.0, 3.0, pytest.approx(1.24, abs=0.01))]
+
+
+def test_settings_of_another_kind_stand_beside_the_line(benchmarks):
+    runs = {"plain": {1: row("plain", 1, [40.0])}}
+    names = ["families-30", "families-30-short", "families-30-cifar_resnet18"]
+    places = benchmarks("evidence_picture").places(dict.fromkeys(names, runs))
+    assert list(places.values()) == pytest.approx([30, 30 / 1.3, 30 / 1.69])
 
 
 def test_a_table_without_a_place_on_the_page(tables):

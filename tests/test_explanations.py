@@ -3,6 +3,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from .conftest import ROOT
 
@@ -34,6 +35,15 @@ def test_the_table_from_its_lines(explanations):
         "",
         "characters-10; 2 seeds. device AMD EPYC, threads 1.",
     ]
+
+
+def test_batches_for_gradients_are_mixed(explanations, benchmarks):
+    labels = torch.arange(62).repeat_interleave(10)
+    images = benchmarks("evidence_data").Images(torch.zeros(620, 1, 32, 32), labels, moved=True)
+    chosen = explanations.some(images, 640)
+    assert sorted(chosen.indices) == list(range(620))
+    assert len({labels[index].item() for index in chosen.indices[:64]}) > 30
+    assert len(explanations.some(images, 64)) == 64
 
 
 def test_tested_points_are_trained_again_and_measured(explanations, benchmarks, monkeypatch, tmp_path):

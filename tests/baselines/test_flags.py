@@ -137,6 +137,16 @@ def test_the_loss_is_what_measured_best_or_on_a_frozen_backbone_the_papers():
     assert repr(build("--freeze-backbone", "--no-freeze-backbone").criterion) == repr(build().criterion)
 
 
+def test_of_a_file_too(tmp_path):
+    (tmp_path / "c.yaml").write_text("freeze-backbone: true\nalpha: 0.5")
+    assert repr(build("--config", str(tmp_path / "c.yaml")).criterion) == repr(SelfDistillLoss(alpha=0.5))
+    (tmp_path / "c.yaml").write_text("beta: 0.1")
+    with pytest.raises(ValueError, match="--beta 0.1 is the weight of the hint, and --hint is none"):
+        parse("--config", str(tmp_path / "c.yaml"))
+    assert parse("--config", str(tmp_path / "c.yaml"), "--hint", "map").beta == 0.1
+    parse("--config", str(tmp_path / "c.yaml"), "--method", "dks")
+
+
 def test_each_method_has_its_task(teacher):
     with_teacher = ("--kd-model-name", teacher, "--method")
     assert type(build("--method", "plain")) is ClassificationTask

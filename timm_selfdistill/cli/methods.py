@@ -26,10 +26,11 @@ from .program import parse_exit
 
 NETWORK_FLAGS = ("exits", "head")
 LOSS_FLAGS = ("temperature", "t_squared", "alpha", "beta", "hint", "teacher")
+BETA = 0.03
 DEFAULTS = {"teacher": "ensemble", "t_squared": True, "hint": "none"}
-"""What was best where it was measured (docs/evidence.md); the paper's loss is that of FROZEN_DEFAULTS."""
+"""Of self distillation, by what was measured: docs/evidence.md."""
 FROZEN_DEFAULTS = {"teacher": "deepest", "t_squared": False, "hint": "map"}
-"""The ensemble of new exits has nothing to teach a network that stays as it is."""
+"""The paper's, where the deepest classifier stays as it is; other teachers were not measured there."""
 METHODS = {
     "plain": (),
     "dsn": NETWORK_FLAGS,
@@ -88,6 +89,9 @@ def check_method_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise ValueError(f"{_flag(name)} must be a number >= 0, got {value}")
+    if args.method == "self-distill" and args.hint == "none" and args.beta not in (0, BETA):
+        raise ValueError(f"--beta {args.beta:g} is the weight of the hint, and --hint is none; add --hint map or --hint"
+                         " pooled, or leave --beta out")
     weights = args.task_loss_weight, args.distill_loss_weight
     if args.method == "kd" and weights[1] is None and (weights[0] or 0) > 1:
         raise ValueError("--task-loss-weight, given alone, must lie in [0, 1], since the distillation has the rest to"
@@ -104,23 +108,19 @@ def check_method_flags(args: argparse.Namespace) -> None:
                          " weights for these classes, local-dir:FOLDER (best/ of another run) or hf-hub:ID")
 
 
-def check_typed_flags(typed: argparse.Namespace, args: argparse.Namespace) -> None:
+def check_typed_flags(typed: argparse.Namespace, method: str) -> None:
     """Look at the flags of exits and their loss that were typed; those of a --config file are for whoever takes them.
 
     A plain network has no use for them either, but --baseline is added to a command as it is, to compare.
 
     Args:
         typed: None where a flag was not.
-        args: what counts.
 
     Raises:
-        ValueError: one belongs to another method, or weighs a hint that there is not.
+        ValueError: one belongs to another method.
     """
-    if args.method != "plain":
-        _check_belonging(typed, METHODS["self-distill"], args.method)
-        if typed.beta and args.hint == "none":
-            raise ValueError(f"--beta {typed.beta:g} is the weight of the hint, and --hint is none; add --hint map or"
-                             " --hint pooled, or leave --beta out")
+    if method != "plain":
+        _check_belonging(typed, METHODS["self-distill"], method)
 
 
 def _check_belonging(args: argparse.Namespace, names: Iterable[str], method: str) -> None:

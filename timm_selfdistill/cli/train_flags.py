@@ -11,7 +11,15 @@ from ..training import TrainConfig
 from ..training.augmentation import CROP_MODES
 from ..training.config import CHOICES, SCHEDULES
 from .config_file import read_flags
-from .methods import DEFAULTS, EXIT_METHODS, FROZEN_DEFAULTS, METHODS, add_method_flags, check_typed_flags
+from .methods import (
+    BETA,
+    DEFAULTS,
+    EXIT_METHODS,
+    FROZEN_DEFAULTS,
+    METHODS,
+    add_method_flags,
+    check_typed_flags,
+)
 from .program import Parser
 
 _BOOLEAN = argparse.BooleanOptionalAction
@@ -94,7 +102,7 @@ def _add_distillation(group: Any) -> None:
     group.add_argument("--t-squared", action=_BOOLEAN,
                        help="multiply the distillation by the temperature's square")
     group.add_argument("--alpha", type=float, default=0.3, help="weight of the distillation against the labels")
-    group.add_argument("--beta", type=float, default=0.03, help="weight of the hint")
+    group.add_argument("--beta", type=float, default=BETA, help="weight of the hint")
     group.add_argument("--hint", choices=["map", "pooled", "none"], help="feature maps, pooled ones or none")
     group.add_argument("--teacher", choices=["deepest", "ensemble"], help="classifier, or the mean of all logits")
     group.add_argument("--freeze-backbone", action=_BOOLEAN, default=False,
@@ -149,7 +157,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a flag or value is wrong, by hand or in the file, or a flag typed would have no effect.
+        ValueError: a flag or value is wrong, by hand or in the file, or a flag typed belongs to another method.
     """
     argv = sys.argv[1:] if argv is None else argv
     by_hand = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(["data_dir", *METHODS["self-distill"]])))
@@ -157,9 +165,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         leave_out = SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()
         argv = [*read_flags(parser, Path(by_hand.config), leave_out), *argv]
     args = parser.parse_args(argv)
-    parser.set_defaults(**(FROZEN_DEFAULTS if args.freeze_backbone else DEFAULTS))
-    args = parser.parse_args(argv)
-    check_typed_flags(by_hand, args)
+    if args.freeze_backbone:
+        args = parser.parse_args(argv, argparse.Namespace(**FROZEN_DEFAULTS))
+    check_typed_flags(by_hand, args.method)
     return args
 
 

@@ -20,8 +20,9 @@ from .state import TrainState
 
 FIXED_SETTINGS = (
     "seed", "opt", "momentum", "weight_decay", "layer_decay", "head_lr_scale", "head_warmup_epochs", "model_ema",
-    "model", "exits", "head", "freeze_backbone", "unlabelled", "method", "in_chans", "img_size", "dataset",
-    "dataset_config", "train_split", "val_split", "val_fraction", "input_key", "target_key", "streaming", "num_classes")
+    "model", "exits", "head", "teacher", "hint", "t_squared", "freeze_backbone", "unlabelled", "method", "in_chans",
+    "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key", "target_key",
+    "streaming", "num_classes")
 """A run that is resumed with others would be another run."""
 FREE_SETTINGS = {
     "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to", "profile",
