@@ -63,7 +63,7 @@ class Method(NamedTuple):
     make: Callable[..., TrainingTask]
     """Of backbone, the run's weight and updates, and another network, where it needs one."""
     weights: tuple[float | None, ...] = (None,)
-    """Its own, the default first."""
+    """Its own; the first is that of the other points of the grid."""
     other: str | None = None
     """"teacher", trained before, or "peer", trained with it."""
     like: str | None = None
@@ -125,7 +125,7 @@ METHODS = {
     "fitnet": Method(_with_other(FitNetTask), (10.0, 1.0, 100.0), "teacher"),
     "at": Method(_with_other(AttentionTransferTask), (100.0, 10.0, 1000.0), "teacher"),
 }
-"""The loss of "Be Your Own Teacher" with the authors' temperature and alpha is "paper"; "deepest" and "ensemble" name
+"""The loss of "Be Your Own Teacher" with the authors' temperature is "paper"; "deepest" and "ensemble" name
 the teacher, have no hint, and multiply the distillation by temperature^2."""
 CHOICES = {
     "t1": {"temperature": 1.0}, "t6": {"temperature": 6.0}, "not-squared": {"t_squared": False},
