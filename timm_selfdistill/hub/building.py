@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from .trust import preprocessing
 
-MAX_CALLS = 100_000
+MAX_CALLS = 64_000
 """Most calls of torch while a network is made; timm's largest takes 32,000."""
 MAX_ELEMENTS = 2**28
 """Most elements of a tensor."""
