@@ -86,12 +86,14 @@ class FadingLoss(SelfDistillLoss):
 
 
 def _exits(
-        loss: Callable[..., SelfDistillLoss], head: str = "bottleneck", **settings: Any) -> Callable[..., TrainingTask]:
+        loss: Callable[..., SelfDistillLoss], head: str = "bottleneck", head_args: dict[str, int] | None = None,
+        **settings: Any,
+) -> Callable[..., TrainingTask]:
     """A task with exits, whose loss has these settings; its own weight is alpha, where it has one."""
 
     def make(backbone: nn.Module, weight: float | None, updates: int) -> SelfDistillTask:
         own = ({} if weight is None else {"alpha": weight}) | ({"updates": updates} if loss is FadingLoss else {})
-        return SelfDistillTask(wrap_self_distill(backbone, head=head), loss(**own, **settings))
+        return SelfDistillTask(wrap_self_distill(backbone, head=head, head_args=head_args), loss(**own, **settings))
 
     return make
 
@@ -131,6 +133,7 @@ CHOICES = {
     "t1": {"temperature": 1.0}, "t6": {"temperature": 6.0}, "not-squared": {"t_squared": False},
     "map": {"hint": "map"}, "pooled": {"hint": "pooled"},
     "linear": {"head": "linear"}, "attention": {"head": "attention"},
+    "width8": {"head_args": {"width": 8}}, "width64": {"head_args": {"width": 64}},
 }
 """What is changed in "ensemble", one thing at a time, at its own point of the grid."""
 METHODS |= {f"ensemble-{name}": Method(_exits(SelfDistillLoss, **_ENSEMBLE | change), like="ensemble")
