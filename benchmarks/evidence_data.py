@@ -66,7 +66,7 @@ def read_split(data: str, split: str) -> tuple[Tensor, Tensor]:
     pixels, labels = _read_fashion(split) if data == "fashion" else _read_typefaces(data, split)
     edge = (32 - pixels.shape[-1]) // 2
     pixels = np.pad(pixels, ((0, 0), (edge, edge), (edge, edge)))
-    return torch.from_numpy(pixels)[:, None].float() / 127.5 - 1, torch.from_numpy(labels).long()
+    return torch.from_numpy(pixels)[:, None].float() / 127.5 - 1, torch.tensor(labels, dtype=torch.long)
 
 
 def _read_typefaces(data: str, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -31,13 +31,13 @@ def draw_gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], picture:
         settings: lines by setting, method and seed.
     """
     panels = list(dict.fromkeys(SETTINGS[setting].data for setting in settings))
+    counts = sorted({round(_images(name, methods)) for name, methods in settings.items()})
     figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
     for axes, data in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
         own = {name: methods for name, methods in settings.items() if SETTINGS[name].data == data}
         for index, (method, color) in enumerate(COLORS.items()):
             _draw_method(axes, gains(own, method), method, color, 1.04**index, places(own))  # none hides another
         axes.axhline(0, color="black", linewidth=0.8)
-        counts = sorted({round(_images(name, methods)) for name, methods in own.items()})
         axes.set(title=f"{data}, {DATA[data]} classes", xlabel="training images of a class", xscale="log",
                  xlim=(counts[0] / 2, counts[-1] * 2))
         axes.set_xticks(counts, map(str, counts))
