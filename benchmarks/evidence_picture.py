@@ -36,7 +36,8 @@ def draw_gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], picture:
     for axes, data in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
         own = {name: methods for name, methods in settings.items() if SETTINGS[name].data == data}
         for index, (method, color) in enumerate(COLORS.items()):
-            _draw_method(axes, gains(own, method), method, color, 1.04**index, places(own))  # none hides another
+            beside = 1.04 ** (index - 2)  # none hides another
+            _draw_method(axes, gains(own, method), method, color, beside, places(own))
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(title=f"{data}, {DATA[data]} classes", xlabel="training images of a class", xscale="log",
                  xlim=(counts[0] / 2, counts[-1] * 2))
@@ -45,9 +46,11 @@ def draw_gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], picture:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("deepest exit less plain network, points")
     drawn = [(gain.setting, method) for method in COLORS for gain in gains(settings, method)]
+    filled = {SETTINGS[setting].network for setting, _ in drawn if _on_line(setting)}
     figure.legend(loc="outside lower center", ncols=8, handles=[
         *(Line2D([], [], color=COLORS[method], label=method) for method in dict.fromkeys(pair[1] for pair in drawn)),
-        *(Line2D([], [], color="black", linestyle="", marker=MARKERS[network], markerfacecolor="none", label=network)
+        *(Line2D([], [], color="black", linestyle="", marker=MARKERS[network], label=network,
+                 markerfacecolor="black" if network in filled else "none")
           for network in dict.fromkeys(SETTINGS[setting].network for setting, _ in drawn))])
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
