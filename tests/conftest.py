@@ -16,6 +16,7 @@ from timm_selfdistill.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "examples/data"
+HANGS = 900  # seconds, many times what any process here takes on a slow machine
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -74,14 +75,14 @@ def run_python(*args: object, launcher: tuple[str, ...] = (), check: bool = True
     """Run a script of the repository in a process of its own."""
     command = [sys.executable, *launcher, *map(str, args)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANGS)
     if check and done.returncode:
         raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + HANGS
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)

@@ -10,7 +10,7 @@ import pytest
 
 from timm_selfdistill import load_images
 
-from .conftest import EMBEDDED, ROOT
+from .conftest import EMBEDDED, HANGS, ROOT
 from .hub.server import TOKEN, HubServer
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
@@ -57,7 +57,7 @@ def environment(tmp_path):
 def test_python_blocks(page, workplace, environment):
     found = blocks(page, "python")
     assert found
-    subprocess.run([sys.executable, "-c", "\n".join(found)], cwd=workplace, check=True, timeout=300, env=environment)
+    subprocess.run([sys.executable, "-c", "\n".join(found)], cwd=workplace, check=True, timeout=HANGS, env=environment)
 
 
 @pytest.mark.parametrize("page", GUIDES)
@@ -82,7 +82,7 @@ def test_commands(page, workplace, environment):
         elif "--max-accuracy-drop" in arguments:
             arguments += ["--max-accuracy-drop", "100"]  # a network that has hardly learned anything
         done = subprocess.run([program, *arguments], cwd=workplace, env=environment, capture_output=True, text=True,
-                              timeout=300)
+                              timeout=HANGS)
         assert done.returncode == 0, command + "\n" + done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..conftest import ROOT, small_model
+from ..conftest import HANGS, ROOT, small_model
 from .server import TOKEN, HubServer
 
 
@@ -33,7 +33,7 @@ def command(environment, tmp_path) -> Callable[..., subprocess.CompletedProcess]
 
     def run(*args: object, check: bool = True, **more: str) -> subprocess.CompletedProcess:
         done = subprocess.run([*map(str, args)], cwd=tmp_path, env={**environment, **more}, capture_output=True,
-                              text=True, timeout=300)
+                              text=True, timeout=HANGS)
         assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert TOKEN not in done.stdout + done.stderr
         return done
@@ -64,7 +64,7 @@ def interpreter(environment, tmp_path) -> Iterator[Callable[[str], str]]:
     errors = (tmp_path / "errors").open("w+")
     process = subprocess.Popen([sys.executable, "-c", READER], cwd=tmp_path, env=environment, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-    timer = threading.Timer(240, process.kill)
+    timer = threading.Timer(HANGS, process.kill)
     timer.start()
 
     def run(code: str) -> str:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from timm_selfdistill import load_images
 
-from ..conftest import EMBEDDED, ROOT
+from ..conftest import EMBEDDED, HANGS, ROOT
 from .server import TOKEN
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641")
@@ -38,7 +38,7 @@ def test_pushed_every_epoch_without_waiting_and_loaded_by_both_readers(hub, envi
     run = subprocess.Popen(
         [sys.executable, *TORCHRUN, *map(str, flags), "--epochs", "3", "--hub-strategy", "epoch", "--hub-private"],
         cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.monotonic() + 200
+    until = time.monotonic() + HANGS
 
     def waits_for_the_last_upload() -> bool:
         return any("speedup" in path.read_text() for path in (tmp_path / "run").glob(".upload-*/config.json"))
@@ -48,7 +48,7 @@ def test_pushed_every_epoch_without_waiting_and_loaded_by_both_readers(hub, envi
     assert (tmp_path / "run/summary.json").exists()  # trained to the end while the Hub has not said a word
     assert not hub.repositories["user/model"].commits
     hub_answers.set()
-    out, err = run.communicate(timeout=100)
+    out, err = run.communicate(timeout=HANGS)
     assert run.returncode == 0, err
 
     repository = hub.repositories["user/model"]
@@ -122,7 +122,7 @@ def test_a_signal_ends_the_last_wait_and_the_table_and_the_command_are_there(hub
         assert lines[-1], "".join(lines)
     assert re.fullmatch(rf"uploading {tmp_path}/run/best to user/model, \d\.\d MB\n", lines[-1])
     run.terminate()
-    out, err = run.communicate(timeout=100)
+    out, err = run.communicate(timeout=HANGS)
     assert run.returncode == 3, err
     assert "ensemble" in out
     assert "the model is not on the Hub: stopped while it was uploaded" in out
@@ -134,7 +134,7 @@ def test_an_interrupted_run_waits_for_its_upload(hub, environment, flags, tmp_pa
     hub_answers = hub.hold("POST /api/repos/create")
     run = subprocess.Popen([sys.executable, *map(str, flags), "--epochs", "400", "--hub-strategy", "epoch"],
                            cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.monotonic() + 100
+    until = time.monotonic() + HANGS
     while not list((tmp_path / "run").glob(".upload-*")) and run.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
     run.terminate()
@@ -142,7 +142,7 @@ def test_an_interrupted_run_waits_for_its_upload(hub, environment, flags, tmp_pa
         time.sleep(0.1)
     assert run.poll() is None
     hub_answers.set()
-    out, err = run.communicate(timeout=100)
+    out, err = run.communicate(timeout=HANGS)
     assert run.returncode == 143, err
     assert "on the Hub: " in out
     assert "--resume" in out

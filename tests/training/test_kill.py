@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from timm_selfdistill.training.checkpoint import REST_FILE, WEIGHTS_FILE, list_checkpoints
 
-from ..conftest import ROOT, TWO_PROCESSES, run_python, wait_for
+from ..conftest import HANGS, ROOT, TWO_PROCESSES, run_python, wait_for
 from .run_to_kill import EPOCHS, GLOBAL_BATCH, IMAGES
 
 SCRIPT = "tests/training/run_to_kill.py"
@@ -163,7 +163,7 @@ def test_a_node_that_vanishes_and_comes_back(undisturbed, tmp_path):
             process.kill()
         agents[1].wait()
         agents[1] = agent(1)
-        assert [process.wait(timeout=300) for process in agents] == [0, 0]
+        assert [process.wait(timeout=HANGS) for process in agents] == [0, 0]
     finally:
         for process in agents:
             process.kill()

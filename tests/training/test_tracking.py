@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from timm_selfdistill import Trainer
 
-from ..conftest import ROOT, TWO_PROCESSES
+from ..conftest import HANGS, ROOT, TWO_PROCESSES
 from .test_trainer import fit, interrupt_after, make_task, settings
 
 WINDOWS = {"train_loss", "train_label_loss", "train_distill_loss", "train_hint_loss"}
@@ -161,7 +161,7 @@ def test_all_together_on_two_processes(fashion, tmp_path, elsewhere):
                "--model", "test_resnet", "-b", 25, "--log-interval", 1, "--epochs", 2, "--report-to", *names]
     for more in ([], ["--epochs", 3, "--resume"]):
         done = subprocess.run([sys.executable, *map(str, [*command, *more])], env=environment, capture_output=True,
-                              text=True, timeout=600)
+                              text=True, timeout=HANGS)
         assert done.returncode == 0, done.stderr
         assert "tracker" not in done.stderr
     check_tensorboard(run)
