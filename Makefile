@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+PYTEST = -m pytest -n logical --maxprocesses 8
 
 .PHONY: demo test test-slow test-min
 
@@ -10,15 +11,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) $(ARGS)
 
 # What takes long: runs killed at eighty random moments, every recipe; about an hour.
 test-slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 # The tests against the lowest version of every dependency that pyproject.toml allows.
 test-min: .venv-min/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-min/bin/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-min/bin/python $(PYTEST) $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from torch import nn
 from timm_selfdistill import SelfDistillModel, load_images, model_data_config, wrap_self_distill
 from timm_selfdistill.cli.main import main
 
-ROOT = Path(__file__).parents[1]
+from .programs import HANGS, ROOT, Programs
+
 EMBEDDED = ROOT / "examples/data"
-HANGS = 900  # seconds, many times what any process here takes on a slow machine
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -73,12 +75,20 @@ def benchmarks(monkeypatch):
 
 def run_python(*args: object, launcher: tuple[str, ...] = (), check: bool = True, **environment: str):
     """Run a script of the repository in a process of its own."""
-    command = [sys.executable, *launcher, *map(str, args)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANGS)
+    if launcher or environment:
+        command = [sys.executable, *launcher, *map(str, args)]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True,
+                              timeout=HANGS)
+    else:
+        done = _programs().run(*args)
     if check and done.returncode:
-        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        raise AssertionError(f"{args} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
+
+
+@cache
+def _programs() -> Programs:
+    return Programs(ENVIRONMENT)
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from timm_selfdistill import load_images
 
-from .conftest import EMBEDDED, HANGS, ROOT
+from .conftest import EMBEDDED
 from .hub.server import TOKEN, HubServer
+from .programs import HANGS, ROOT, Programs
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page != "docs/models.md"]  # which is a table of results
@@ -60,8 +61,14 @@ def test_python_blocks(page, workplace, environment):
     subprocess.run([sys.executable, "-c", "\n".join(found)], cwd=workplace, check=True, timeout=HANGS, env=environment)
 
 
+@pytest.fixture
+def programs(environment):
+    with Programs(environment) as programs:
+        yield programs
+
+
 @pytest.mark.parametrize("page", GUIDES)
-def test_commands(page, workplace, environment):
+def test_commands(page, workplace, environment, programs):
     """In the order of the page: a later command may go on where an earlier one stopped."""
     environment["PET_MASTER_PORT"] = str(29700 + PAGES.index(page))  # torchrun's, apart for pages that run at once
     assert commands(page)
@@ -81,8 +88,11 @@ def test_commands(page, workplace, environment):
             arguments += ["--draws", "1"]
         elif "--max-accuracy-drop" in arguments:
             arguments += ["--max-accuracy-drop", "100"]  # a network that has hardly learned anything
-        done = subprocess.run([program, *arguments], cwd=workplace, env=environment, capture_output=True, text=True,
-                              timeout=HANGS)
+        if program in ("python", "timm-selfdistill"):
+            done = programs.run(program, *arguments, cwd=workplace)
+        else:
+            done = subprocess.run([program, *arguments], cwd=workplace, env=environment, capture_output=True,
+                                  text=True, timeout=HANGS)
         assert done.returncode == 0, command + "\n" + done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..conftest import HANGS, ROOT, small_model
+from ..conftest import small_model
+from ..programs import HANGS, ROOT, Programs
 from .server import TOKEN, HubServer
 
 
@@ -28,17 +29,21 @@ def environment(hub, tmp_path) -> dict[str, str]:
 
 
 @pytest.fixture
-def command(environment, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+def command(environment, tmp_path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
     """Runs a program in that environment; its output never shows the token."""
+    with Programs(environment) as programs:
 
-    def run(*args: object, check: bool = True, **more: str) -> subprocess.CompletedProcess:
-        done = subprocess.run([*map(str, args)], cwd=tmp_path, env={**environment, **more}, capture_output=True,
-                              text=True, timeout=HANGS)
-        assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        assert TOKEN not in done.stdout + done.stderr
-        return done
+        def run(*args: object, check: bool = True, **more: str) -> subprocess.CompletedProcess:
+            if more or "-c" in args:
+                done = subprocess.run([*map(str, args)], cwd=tmp_path, env={**environment, **more},
+                                      capture_output=True, text=True, timeout=HANGS)
+            else:
+                done = programs.run(*args, cwd=tmp_path)
+            assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+            assert TOKEN not in done.stdout + done.stderr
+            return done
 
-    return run
+        yield run
 
 
 @pytest.fixture
