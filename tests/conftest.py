@@ -74,7 +74,7 @@ def benchmarks(monkeypatch):
 
 
 def run_python(*args: object, launcher: tuple[str, ...] = (), check: bool = True, **environment: str):
-    """Run a script of the repository in a process of its own."""
+    """Run a script of the repository; with a launcher or an environment of its own in a process that is new."""
     if launcher or environment:
         command = [sys.executable, *launcher, *map(str, args)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True,

@@ -116,6 +116,12 @@ def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, 
     assert losses[-1] < losses[0]
 
 
+def test_the_help_comes_alone():
+    done = run_python(TRAIN, "--help", COLUMNS="100")
+    assert "--teacher {deepest,ensemble}" in done.stdout
+    assert done.stderr == ""  # importing the libraries says nothing
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--exits", "9"], "ResNet has no level 9 for an exit; choose from 0 (act1)"),
     (["--amp"], "fp16 needs a GPU"),

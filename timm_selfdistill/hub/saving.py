@@ -72,7 +72,10 @@ def save_timm_model(
             _save_tensors(heads, fresh / HEADS)
         if check:
             check_rebuilds(rebuild or partial(_rebuild_with_timm, backbone), fresh, input_size)
-        _save_card(fresh, Path(folder), rows or [], metrics, card_data)
+        picture = _save_picture(fresh, rows or [], metrics)
+        if not picture:
+            (Path(folder) / PICTURE).unlink(missing_ok=True)  # which would be another model's
+        _save_card(fresh, Path(folder), rows or [], metrics, card_data, picture)
         for path in fresh.iterdir():
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
 
@@ -86,17 +89,17 @@ def check_metrics(metrics: Any) -> None:
 
 
 def save_metrics(folder: str | PathLike, metrics: dict[str, Any]) -> None:
-    """Record other metrics of a saved model, in config.json, card and picture; its weights stay as they are.
+    """Record what else was measured of a saved model, in config.json and card; weights and picture stay as they are.
 
     Args:
-        metrics: with "exits", the rows of the card.
+        metrics: with "exits", the rows of the card, whose accuracy and cost are those that the picture shows.
     """
     check_metrics(metrics)
     with replacing_files(Path(folder)) as fresh:
         config = read_json(Path(folder) / CONFIG)
         facts(config)["metrics"] = metrics
         (fresh / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, None)
+        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, None, (Path(folder) / PICTURE).exists())
 
 
 def create_model_card(
@@ -109,18 +112,22 @@ def create_model_card(
         return create_card(read_json(Path(folder) / CONFIG), rows, metrics, **card_data)
 
 
+def _save_picture(fresh: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None) -> bool:
+    """Draw exits.png where accuracy and cost of every row are known; whether they are."""
+    known = bool(rows) and all({"top1", "macs", "share"} <= row.keys() for row in rows)
+    if known:
+        architecture = read_json(fresh / CONFIG)["architecture"]
+        plot_exits(fresh / PICTURE, architecture, rows, agreement="reference" in (metrics or {}))
+    return known
+
+
 def _save_card(
         fresh: Path, folder: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None,
-        card_data: dict[str, Any] | None,
+        card_data: dict[str, Any] | None, picture: bool,
 ) -> None:
-    config = read_json(fresh / CONFIG)
-    picture = bool(rows) and all({"top1", "macs", "share"} <= row.keys() for row in rows)
-    if picture:
-        plot_exits(fresh / PICTURE, config["architecture"], rows, agreement="reference" in (metrics or {}))
-    else:
-        (folder / PICTURE).unlink(missing_ok=True)  # which would be another model's
     if may_replace(folder / CARD):
-        create_card(config, rows, metrics, picture=picture, **(card_data or {})).save(fresh / CARD)
+        card = create_card(read_json(fresh / CONFIG), rows, metrics, picture=picture, **(card_data or {}))
+        card.save(fresh / CARD)
 
 
 def check_rebuilds(rebuild: Rebuild, folder: Path, input_size: tuple[int, int, int]) -> None:
