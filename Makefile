@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PYTEST = -m pytest -n logical --maxprocesses 8
+# Processes that test at the same time; each takes a processor and 2 GB.
+WORKERS ?= 2
 
 .PHONY: demo test test-slow test-min
 
@@ -11,15 +12,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 # What takes long: runs killed at eighty random moments, every recipe; about an hour.
 test-slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) -m slow $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
 
 # The tests against the lowest version of every dependency that pyproject.toml allows.
 test-min: .venv-min/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-min/bin/python $(PYTEST) $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-min/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

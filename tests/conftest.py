@@ -73,9 +73,10 @@ def benchmarks(monkeypatch):
             del sys.modules[name]
 
 
-def run_python(*args: object, launcher: tuple[str, ...] = (), check: bool = True, **environment: str):
-    """Run a script of the repository; with a launcher or an environment of its own in a process that is new."""
-    if launcher or environment:
+def run_python(*args: object, launcher: tuple[str, ...] = (), fresh: bool = False, check: bool = True,
+               **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of the repository; `fresh`, with a launcher or an environment of its own in a new process."""
+    if launcher or fresh or environment:
         command = [sys.executable, *launcher, *map(str, args)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True,
                               timeout=HANGS)

@@ -1,22 +1,28 @@
-"""Python programs, each in a fork of one process that has imported the libraries, which takes longer than most runs."""
+"""Python scripts, each in a fork of one process that has imported the libraries, which takes longer than most runs."""
 import gc
 import importlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
-HANGS = 900  # seconds, many times what any program here takes on a slow machine
+HANGS = 3600  # seconds, ten times what any process here takes on two slow processors
 
 
 class Programs:
-    """Runs them one after another; libraries have read the environment once, when they were imported."""
+    """Runs scripts one after another.
+
+    They share what the libraries read from the environment when they were imported, and the seed of Python's hashes: a
+    test that is about either, or compares two runs, starts new processes.
+    """
 
     def __init__(self, environment: dict[str, str]):
         self.environment = environment
@@ -38,7 +44,13 @@ class Programs:
             [sys.executable, __file__], cwd=ROOT, env=self.environment, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE)
         print(json.dumps([str(cwd), script, *arguments]), file=self.server.stdin, flush=True)
-        return subprocess.CompletedProcess(command, *json.loads(self.server.stdout.readline()))
+        answer = self.server.stdout.readline()
+        if not answer:
+            self.server = None
+            raise RuntimeError(f"the process died of which {script} was to be a fork")
+        code, out, errors = json.loads(answer)
+        assert code != -signal.SIGALRM, f"{command} hangs:\n{out[-3000:]}\n{errors[-6000:]}"
+        return subprocess.CompletedProcess(command, code, out, errors)
 
 
 def serve() -> None:
@@ -55,14 +67,17 @@ def serve() -> None:
 
 
 def become(cwd: str, script: str, *arguments: str, files) -> None:
-    """Run a script in this process as if python had been started with it."""
+    """Run a script in this process as python does that is started with it."""
     signal.alarm(HANGS)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, file in enumerate(files, start=1):
         os.dup2(file.fileno(), number)
     os.chdir(cwd)
+    np.random.seed()
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
-    runpy.run_path(script, run_name="__main__")
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    main.__file__ = os.path.abspath(script)
+    exec(compile(Path(script).read_bytes(), main.__file__, "exec"), main.__dict__)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ class Enlarged(torch.utils.data.Dataset):
 def test_a_run_with_fsdp(precision, tmp_path):
     """Sharded over one process, as Accelerate does it, resumed, and refused what sharded weights do not have."""
     launcher = ("-m", "accelerate.commands.launch", "--config_file", "configs/fsdp2.yaml", "--num_processes", "1",
-                "--mixed_precision", precision)
+                "--main_process_port", "0", "--mixed_precision", precision)
     flags = ["examples/train.py", "--model", "test_resnet", "-b", 64, "--clip-grad", 1.0, "--channels-last"]
     run_python(*flags, "--epochs", 1, "--output", tmp_path / "run", launcher=launcher)
     run_python(*flags, "--epochs", 2, "--output", tmp_path / "run", "--resume", launcher=launcher)

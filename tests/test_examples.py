@@ -1,4 +1,4 @@
-"""The examples as a user runs them, each in a process of its own."""
+"""The examples as a user runs them."""
 import csv
 import json
 import os
@@ -14,7 +14,8 @@ import torch
 
 from timm_selfdistill import SelfDistillModel, load_images
 
-from .conftest import EMBEDDED, HANGS, ROOT, TWO_PROCESSES, run_python
+from .conftest import EMBEDDED, ENVIRONMENT, TWO_PROCESSES, run_python
+from .programs import HANGS, ROOT
 
 TRAIN = "examples/train.py"
 
@@ -94,7 +95,7 @@ def test_two_processes_train_one_model(few_images, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, code, few_images, tmp_path):
     flags = fast(few_images, tmp_path / "run", "--epochs", 400)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=ROOT, env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     history = tmp_path / "run" / "history.csv"
@@ -117,7 +118,7 @@ def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, 
 
 
 def test_the_help_comes_alone():
-    done = run_python(TRAIN, "--help", COLUMNS="100")
+    done = run_python(TRAIN, "--help", fresh=True)
     assert "--teacher {deepest,ensemble}" in done.stdout
     assert done.stderr == ""  # importing the libraries says nothing
 

@@ -84,7 +84,7 @@ def interpreter(environment, tmp_path) -> Iterator[Callable[[str], str]]:
 
     yield run
     process.stdin.close()
-    process.wait(60)
+    process.wait()
     timer.cancel()
     errors.seek(0)
     assert TOKEN not in errors.read()

@@ -147,7 +147,10 @@ def test_metrics_are_in_the_config_and_weights_stay_when_they_change(tmp_path):
     weights = (tmp_path / "model.safetensors").stat()
     record = json.loads((tmp_path / "config.json").read_text())["self_distill"]["metrics"]
     assert record == read_metrics(tmp_path) == METRICS
+    picture = (tmp_path / "exits.png").stat()
     save_metrics(tmp_path, METRICS | {"epoch": 5})
+    assert (tmp_path / "exits.png").stat() == picture
+    assert "](exits.png)" in (tmp_path / "README.md").read_text()
     assert read_metrics(tmp_path)["epoch"] == 5
     assert (tmp_path / "model.safetensors").stat() == weights
     assert SelfDistillModel.from_pretrained(tmp_path).exits == ("layer1", "layer2", "layer3", "layer4")

@@ -4,7 +4,7 @@ import pytest
 PUSH = """
 from timm_selfdistill import hub
 from timm_selfdistill.hub import client, push
-push.RETRY_SECONDS, client.SILENCE_SECONDS = {waits}, 1.0
+push.RETRY_SECONDS, client.SILENCE_SECONDS = {waits}, 10.0
 try:
     print(hub.push_folder({folder!r}, "user/model"{arguments}))
 except Exception as error:

@@ -105,6 +105,7 @@ def test_what_gets_lost_on_the_way_is_one_clear_error(hub, interpreter, pushed):
         assert said.startswith(message)
         assert "\n" not in said
     hub.failures.clear()
+    interpreter("constants.HF_HUB_DOWNLOAD_TIMEOUT = 60")
     assert "layer1" in interpreter(LOAD.format(arguments=""))
 
 

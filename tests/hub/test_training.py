@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 
 from timm_selfdistill import load_images
 
-from ..conftest import EMBEDDED, HANGS, ROOT
+from ..conftest import EMBEDDED
+from ..programs import HANGS, ROOT
 from .server import TOKEN
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29641")
@@ -138,7 +139,8 @@ def test_an_interrupted_run_waits_for_its_upload(hub, environment, flags, tmp_pa
     while not list((tmp_path / "run").glob(".upload-*")) and run.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
     run.terminate()
-    while not list((tmp_path / "run/checkpoints").glob("step-*")) and time.monotonic() < until:
+    checkpoints = tmp_path / "run/checkpoints"
+    while not list(checkpoints.glob("step-*")) and run.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
     assert run.poll() is None
     hub_answers.set()

@@ -18,7 +18,7 @@ from timm_selfdistill.training.saved_models import SavedModels
 from timm_selfdistill.training.sharding import prepare_to_shard
 from timm_selfdistill.training.update import MOST_SKIPPED, Updater
 
-from ..conftest import ROOT, small_model, wait_for
+from ..conftest import ENVIRONMENT, ROOT, small_model, wait_for
 from .test_trainer import RUN_FILES, fit, interrupt_after, make_task, same_weights, settings
 
 
@@ -88,7 +88,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
         pytest.skip("no mount namespaces here")
     script = ON_A_SMALL_DISK.format(folder=tmp_path, python=sys.executable)
     done = subprocess.run([*namespace, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
     assert "No space left on device" in done.stderr
     assert "the run goes on" in done.stderr
     assert f"{tmp_path}/run/checkpoints/step-" in done.stdout.splitlines()[-1]  # a whole one

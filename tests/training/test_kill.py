@@ -1,5 +1,4 @@
 """A run that is killed at any moment and resumed ends as if nothing had happened, to the last bit."""
-import os
 import random
 import socket
 import subprocess
@@ -15,7 +14,8 @@ from torch.utils._pytree import tree_flatten
 
 from timm_selfdistill.training.checkpoint import REST_FILE, WEIGHTS_FILE, list_checkpoints
 
-from ..conftest import HANGS, ROOT, TWO_PROCESSES, run_python, wait_for
+from ..conftest import ENVIRONMENT, TWO_PROCESSES, run_python, wait_for
+from ..programs import HANGS, ROOT
 from .run_to_kill import EPOCHS, GLOBAL_BATCH, IMAGES
 
 SCRIPT = "tests/training/run_to_kill.py"
@@ -150,15 +150,14 @@ def test_a_node_that_vanishes_and_comes_back(undisturbed, tmp_path):
     def agent(number: int) -> subprocess.Popen:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
                    "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}",
-                   "--rdzv-conf", f"is_host={1 - number},join_timeout=120", "--local-addr", "localhost",
+                   "--rdzv-conf", f"is_host={1 - number},join_timeout={HANGS}", "--local-addr", "localhost",
                    SCRIPT, str(tmp_path), "0"]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ".",
-               "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else a new agent cannot join the old ones
+        env = ENVIRONMENT | {"PYTHONPATH": ".", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else none joins old ones
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     agents = [agent(0), agent(1)]
     try:
-        wait_for(lambda: list_checkpoints(tmp_path / "checkpoints"))
+        wait_for(lambda: list_checkpoints(tmp_path / "checkpoints") or any(one.poll() is not None for one in agents))
         for process in [*psutil.Process(agents[1].pid).children(recursive=True), psutil.Process(agents[1].pid)]:
             process.kill()
         agents[1].wait()

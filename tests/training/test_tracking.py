@@ -13,7 +13,8 @@ from torch.utils.data import Subset
 
 from timm_selfdistill import Trainer
 
-from ..conftest import HANGS, ROOT, TWO_PROCESSES
+from ..conftest import ENVIRONMENT, TWO_PROCESSES
+from ..programs import HANGS, ROOT
 from .test_trainer import fit, interrupt_after, make_task, settings
 
 WINDOWS = {"train_loss", "train_label_loss", "train_distill_loss", "train_hint_loss"}
@@ -153,8 +154,7 @@ def test_all_together_on_two_processes(fashion, tmp_path, elsewhere):
     names = [name for name in ("tensorboard", "wandb", "mlflow", "trackio") if name in installed]
     fashion.train.select(range(100)).to_parquet(tmp_path / "images/train.parquet")
     fashion.val.select(range(100)).to_parquet(tmp_path / "images/test.parquet")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline",
-                   "TRACKIO_DIR": str(tmp_path / "trackio")}
+    environment = ENVIRONMENT | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
     environment.pop("MLFLOW_TRACKING_URI", None)
     run = tmp_path / "run"
     command = [*TWO_PROCESSES, ROOT / "examples/train.py", "--data-dir", tmp_path / "images", "--output", run, "-j", 0,

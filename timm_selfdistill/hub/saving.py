@@ -72,10 +72,8 @@ def save_timm_model(
             _save_tensors(heads, fresh / HEADS)
         if check:
             check_rebuilds(rebuild or partial(_rebuild_with_timm, backbone), fresh, input_size)
-        picture = _save_picture(fresh, rows or [], metrics)
-        if not picture:
-            (Path(folder) / PICTURE).unlink(missing_ok=True)  # which would be another model's
-        _save_card(fresh, Path(folder), rows or [], metrics, card_data, picture)
+        _save_picture(fresh, Path(folder), rows or [], metrics)
+        _save_card(fresh, Path(folder), rows or [], metrics, card_data)
         for path in fresh.iterdir():
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
 
@@ -99,7 +97,7 @@ def save_metrics(folder: str | PathLike, metrics: dict[str, Any]) -> None:
         config = read_json(Path(folder) / CONFIG)
         facts(config)["metrics"] = metrics
         (fresh / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, None, (Path(folder) / PICTURE).exists())
+        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, None)
 
 
 def create_model_card(
@@ -112,20 +110,21 @@ def create_model_card(
         return create_card(read_json(Path(folder) / CONFIG), rows, metrics, **card_data)
 
 
-def _save_picture(fresh: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None) -> bool:
-    """Draw exits.png where accuracy and cost of every row are known; whether they are."""
-    known = bool(rows) and all({"top1", "macs", "share"} <= row.keys() for row in rows)
-    if known:
+def _save_picture(fresh: Path, folder: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None) -> None:
+    """Draw exits.png where accuracy and cost of every row are known."""
+    if rows and all({"top1", "macs", "share"} <= row.keys() for row in rows):
         architecture = read_json(fresh / CONFIG)["architecture"]
         plot_exits(fresh / PICTURE, architecture, rows, agreement="reference" in (metrics or {}))
-    return known
+    else:
+        (folder / PICTURE).unlink(missing_ok=True)  # which would be another model's
 
 
 def _save_card(
         fresh: Path, folder: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None,
-        card_data: dict[str, Any] | None, picture: bool,
+        card_data: dict[str, Any] | None,
 ) -> None:
     if may_replace(folder / CARD):
+        picture = any((place / PICTURE).exists() for place in (fresh, folder))
         card = create_card(read_json(fresh / CONFIG), rows, metrics, picture=picture, **(card_data or {}))
         card.save(fresh / CARD)
 
