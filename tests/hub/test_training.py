@@ -3,14 +3,17 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from huggingface_hub import ModelCard
 
 from timm_selfdistill import load_images
+from timm_selfdistill.training import upload
+from timm_selfdistill.training.progress import ProgressReporter
 
-from ..conftest import EMBEDDED
+from ..conftest import EMBEDDED, small_model, wait_for
 from ..programs import HANGS, ROOT
 from .server import TOKEN
 
@@ -129,6 +132,33 @@ def test_a_signal_ends_the_last_wait_and_the_table_and_the_command_are_there(hub
     assert "the model is not on the Hub: stopped while it was uploaded" in out
     assert out.endswith(f"  timm-selfdistill push {tmp_path}/run/best user/model\n")
     assert not list((tmp_path / "run").glob(".upload-*"))
+
+
+def test_an_upload_that_was_stopped_has_no_more_to_say(tmp_path, monkeypatch):
+    """Its files go while it still runs."""
+    begun, progress = threading.Event(), ProgressReporter(1, 0, enabled=False)
+
+    def lose_files(staged, *_, **__):
+        begun.set()
+        wait_for(lambda: not staged.exists())
+        raise FileNotFoundError(staged)
+
+    def stop(*_):
+        begun.wait(HANGS)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upload, "create_repository", lambda *_, **__: None)
+    monkeypatch.setattr(upload, "push_staged", lose_files)
+    monkeypatch.setattr(progress, "wait", stop)
+    small_model().save_pretrained(tmp_path / "best")
+    uploader = upload.HubUploader("user/model", tmp_path, private=None, strategy="end", epochs=1)
+    uploader.start()
+    uploader.push("best", "End of training")
+    uploader.finish(progress)
+    uploader.thread.join(HANGS)
+    assert uploader.result.failure == "stopped while it was uploaded"
+    assert not uploader.news
+    assert not list(tmp_path.glob(".upload-*"))
 
 
 def test_an_interrupted_run_waits_for_its_upload(hub, environment, flags, tmp_path):

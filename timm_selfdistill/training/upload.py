@@ -2,6 +2,7 @@
 import shutil
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +86,7 @@ class HubUploader:
         """What is to be said about the uploads."""
         self.waiting: _Upload | None = None
         self.running: _Upload | None = None
-        self.closing = False
+        self.closing = self.stopped = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="upload", daemon=True)
 
@@ -133,6 +134,7 @@ class HubUploader:
                 with raising_on_sigterm():
                     progress.wait(f"uploading {upload.folder} to {self.repo_id}, {size:,.1f} MB", self._is_done)
             except KeyboardInterrupt:
+                self.stopped = True
                 self._tell(UploadResult(self.repo_id, upload.folder, failure="stopped while it was uploaded"))
         self._clean()
         self.report(progress)
@@ -154,6 +156,8 @@ class HubUploader:
                     upload.staged, self.repo_id, commit_message=upload.message, private=self.private)
             except Exception as error:  # likewise
                 result.failure = explain_failure(error, self.repo_id)
+            if self.stopped:  # its files are gone
+                return
             self._tell(result)
             shutil.rmtree(upload.staged, ignore_errors=True)
 
@@ -172,4 +176,6 @@ class HubUploader:
 
     def _clean(self) -> None:
         for left in self.output.glob(f"{STAGED}*"):
-            shutil.rmtree(left, ignore_errors=True)
+            with suppress(FileNotFoundError):  # its upload has just ended
+                ended = left.rename(f"{left}-ended")  # an upload that was stopped finds all of its files or none
+                shutil.rmtree(ended, ignore_errors=True)
