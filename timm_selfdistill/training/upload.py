@@ -134,8 +134,10 @@ class HubUploader:
                 with raising_on_sigterm():
                     progress.wait(f"uploading {upload.folder} to {self.repo_id}, {size:,.1f} MB", self._is_done)
             except KeyboardInterrupt:
-                self.stopped = True
-                self._tell(UploadResult(self.repo_id, upload.folder, failure="stopped while it was uploaded"))
+                with self.changed:
+                    if self.running or self.waiting:  # else it has just ended
+                        self.stopped = True
+                        self._tell(UploadResult(self.repo_id, upload.folder, failure="stopped while it was uploaded"))
         self._clean()
         self.report(progress)
         return self.result
@@ -147,24 +149,25 @@ class HubUploader:
     def _work(self) -> None:
         try:
             create_repository(self.repo_id, private=self.private)
-        except Exception as error:  # the training goes on, whatever it is
+        except BaseException as error:  # the training goes on, whatever it is
             self.news.append(f"models may not reach {self.repo_id}: {explain_failure(error, self.repo_id)}")
         while upload := self._next():
             result = UploadResult(self.repo_id, upload.folder)
             try:
                 result.url = push_staged(
                     upload.staged, self.repo_id, commit_message=upload.message, private=self.private)
-            except Exception as error:  # likewise
+            except BaseException as error:  # likewise
                 result.failure = explain_failure(error, self.repo_id)
-            if self.stopped:  # its files are gone
-                return
-            self._tell(result)
+            with self.changed:
+                if self.stopped:  # its files are gone
+                    return
+                self._tell(result)
+                self.running = None
             shutil.rmtree(upload.staged, ignore_errors=True)
 
     def _next(self) -> _Upload | None:
         """The upload that waits, or the next that comes; None at the end of the run."""
         with self.changed:
-            self.running = None
             self.changed.wait_for(lambda: self.waiting or self.closing)
             self.running, self.waiting = self.waiting, None
             return self.running
@@ -176,6 +179,6 @@ class HubUploader:
 
     def _clean(self) -> None:
         for left in self.output.glob(f"{STAGED}*"):
-            with suppress(FileNotFoundError):  # its upload has just ended
+            with suppress(OSError):  # its upload has just ended, or the system does not rename open files
                 ended = left.rename(f"{left}-ended")  # an upload that was stopped finds all of its files or none
                 shutil.rmtree(ended, ignore_errors=True)
