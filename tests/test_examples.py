@@ -175,6 +175,7 @@ def test_the_benchmark_of_frozen_backbones_runs(tmp_path):
                32, "--output", tmp_path / "a.json")
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["frozen_ms"] > 0
+    assert row["forward_ms"] > 0
     assert 1 < row["memory_ratio"] < 1.2
 
 

@@ -134,31 +134,52 @@ def test_a_signal_ends_the_last_wait_and_the_table_and_the_command_are_there(hub
     assert not list((tmp_path / "run").glob(".upload-*"))
 
 
-def test_an_upload_that_was_stopped_has_no_more_to_say(tmp_path, monkeypatch):
+@pytest.fixture
+def uploader(tmp_path, monkeypatch):
+    """One whose last wait is interrupted where `interrupt` returns, and whose uploads are calls of `push`."""
+    def run(push, interrupt) -> upload.HubUploader:
+        def wait(*_):
+            interrupt(uploader)
+            raise KeyboardInterrupt
+
+        progress = ProgressReporter(1, 0, enabled=False)
+        monkeypatch.setattr(progress, "wait", wait)
+        monkeypatch.setattr(upload, "create_repository", lambda *_, **__: None)
+        monkeypatch.setattr(upload, "push_staged", push)
+        small_model().save_pretrained(tmp_path / "best")
+        uploader = upload.HubUploader("user/model", tmp_path, private=None, strategy="end", epochs=1)
+        uploader.start()
+        uploader.push("best", "End of training")
+        uploader.finish(progress)
+        uploader.thread.join(HANGS)
+        assert not uploader.news
+        assert not list(tmp_path.glob(".upload-*"))
+        return uploader
+
+    return run
+
+
+def test_an_upload_that_was_stopped_has_no_more_to_say(uploader):
     """Its files go while it still runs."""
-    begun, progress = threading.Event(), ProgressReporter(1, 0, enabled=False)
+    begun = threading.Event()
 
     def lose_files(staged, *_, **__):
         begun.set()
         wait_for(lambda: not staged.exists())
         raise FileNotFoundError(staged)
 
-    def stop(*_):
-        begun.wait(HANGS)
-        raise KeyboardInterrupt
+    assert uploader(lose_files, lambda _: begun.wait(HANGS)).result.failure == "stopped while it was uploaded"
 
-    monkeypatch.setattr(upload, "create_repository", lambda *_, **__: None)
-    monkeypatch.setattr(upload, "push_staged", lose_files)
-    monkeypatch.setattr(progress, "wait", stop)
-    small_model().save_pretrained(tmp_path / "best")
-    uploader = upload.HubUploader("user/model", tmp_path, private=None, strategy="end", epochs=1)
-    uploader.start()
-    uploader.push("best", "End of training")
-    uploader.finish(progress)
-    uploader.thread.join(HANGS)
-    assert uploader.result.failure == "stopped while it was uploaded"
-    assert not uploader.news
-    assert not list(tmp_path.glob(".upload-*"))
+
+def test_an_upload_that_ends_as_it_is_stopped_keeps_its_outcome(uploader):
+    def fail(*_, **__):
+        raise SystemExit("a client that ends its thread")
+
+    def ended(one):
+        one.thread.join(HANGS)
+
+    assert uploader(lambda *_, **__: "address", ended).result.url == "address"
+    assert uploader(fail, ended).result.failure == "a client that ends its thread"
 
 
 def test_an_interrupted_run_waits_for_its_upload(hub, environment, flags, tmp_path):

@@ -205,14 +205,13 @@ HOSTILE = {
 
 
 def within_limits(work: Callable[[], str]) -> str:
-    """What `work` returns, run in a process of its own; the system ends it beyond 500 MB, and beyond 60 seconds, many
-    times the 5 that are promised, for a machine that is slow."""
+    """What `work` returns, run in a process of its own with 5 seconds and 500 MB; the system ends it beyond them."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (used + 500 * 2**20,) * 2)
-        resource.setrlimit(resource.RLIMIT_CPU, (60,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (5,) * 2)  # of its own work, however busy the machine is
         signal.alarm(HANGS)
         try:
             os.write(writer, work().encode())
@@ -228,7 +227,7 @@ def within_limits(work: Callable[[], str]) -> str:
 
 
 @pytest.mark.parametrize(("damage", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_it_is_refused_within_limits_and_before_anything_is_read(damage, message, copied, monkeypatch):
+def test_it_is_refused_within_5_seconds_and_500_mb_and_before_anything_is_read(damage, message, copied, monkeypatch):
     damage(copied)
 
     def load() -> str:

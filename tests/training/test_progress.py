@@ -1,5 +1,5 @@
-import re
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -43,9 +43,10 @@ def test_the_other_processes_are_silent(capsys):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_waiting_shows_how_long_it_takes(terminal, monkeypatch):
     monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: 7.0))
     answers, out = [False, False, True], StringIO()
     console = Console(file=out, force_terminal=terminal, width=120)
     ProgressReporter(1, 0, enabled=True, console=console).wait("uploading, 5.0 MB", lambda seconds: answers.pop(0))
     assert not answers
     assert "uploading, 5.0 MB" in out.getvalue()
-    assert terminal or re.fullmatch(r"uploading, 5.0 MB\n(uploading, 5.0 MB, \d:\d\d:\d\d\n){2}", out.getvalue())
+    assert terminal or out.getvalue().splitlines() == ["uploading, 5.0 MB", *["uploading, 5.0 MB, 0:00:00"] * 2]
