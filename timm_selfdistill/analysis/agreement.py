@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -114,6 +113,8 @@ def compare_answers(answers: Tensor, labels: Tensor, exits: list[str] | None = N
 
 def plot_agreement(path: str | Path, report: AgreementReport) -> None:
     """Draw heat maps of the same answers, of errors in common and of their kappa, each on a scale of its own."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels = (("same answer", report.same_answer), ("errors in common (Jaccard)", report.error_overlap),
               ("errors beyond chance (kappa)", report.error_kappa))

@@ -9,8 +9,6 @@ from statistics import mean, stdev
 from typing import Any, TypeVar
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -198,6 +196,9 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
     Args:
         reports: by the model's name, all of the same kind of noise.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = dict(zip(("top1", "loss"), figure.subplots(1, 2)))
     for index, (name, report) in enumerate(reports.items()):

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
@@ -176,6 +174,8 @@ def plot_gradients(path: str | Path, reports: Mapping[str, GradientReport]) -> N
     Args:
         reports: by the model's name, with sections of the same names.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(name for report in reports.values() for name in report.sections))
@@ -200,6 +200,9 @@ def plot_gradient_history(
         histories: by the model's name, reports with sections of the same names.
         updates: by the model's name, how many updates had been made at each report; None: there is one an epoch.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     names = list(dict.fromkeys(name for history in histories.values() for name in history[0].sections))
     figure = Figure(figsize=(3.2 * len(names), 3.6), layout="constrained")
     for axes, section in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -182,6 +181,8 @@ def plot_separability(path: str | Path, report: SeparabilityReport, class_names:
     Args:
         class_names: of all K classes.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(3.2 * len(report.rows), 4.2), layout="constrained")
     labels, before = report.sample_labels, None
     for axes, row, features in zip(figure.subplots(1, len(report.rows), squeeze=False)[0], report.rows, report.samples):

@@ -2,7 +2,6 @@
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from .batch_run import EarlyExitOutput
@@ -31,6 +30,8 @@ def plot_gallery(
         rows: of `choose_images`.
         labels: (N,).
     """
+    from matplotlib.figure import Figure
+
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(1.1 * columns + 0.8, 1.5 * len(rows) + 0.4), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .augmentation import create_train_transform
 from .images import decode_image, to_mode
-from .labels import NO_LABEL, label_splits, label_streams, label_val
+from .label_columns import label_splits, label_streams, label_val
+from .labels import NO_LABEL
 from .preprocessing import takes_other_sizes
 from .stream import StreamedImages
 

@@ -3,17 +3,18 @@ import warnings
 from collections.abc import Iterator
 from copy import copy
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .images import decode_image, to_mode
 from .labels import NO_LABEL, check_range
 from .sampling import ATTEMPTS, Batch, seeded
+
+if TYPE_CHECKING:
+    import datasets
 
 FEW_SHARDS = 4
 """For each process: with fewer, one shard more or less would be too much of a difference."""
@@ -28,8 +29,10 @@ class StreamedImages(IterableDataset):
     skips_unreadable = False
     """Whether None takes the place of an image that cannot be read."""
 
-    def __init__(self, rows: datasets.IterableDataset, image_column: str, label_column: str | None, transform: Any,
-                 mode: str, num_classes: int | None, source: dict[str, Any] | None = None):
+    def __init__(self, rows: "datasets.IterableDataset", image_column: str, label_column: str | None,
+                 transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None):
+        import datasets
+
         rows = rows.select_columns(list(filter(None, (image_column, label_column))))
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.image_column, self.label_column = image_column, label_column
@@ -49,6 +52,8 @@ class StreamedImages(IterableDataset):
         Args:
             workers: loading processes; parquet files are divided by row groups where they do not divide between all.
         """
+        from datasets.distributed import split_dataset_by_node
+
         rows, part = self.rows, copy(self)
         if rows.num_shards % world_size or rows.num_shards < world_size * max(workers, 1):
             rows = rows.reshard()

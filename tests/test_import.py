@@ -1,0 +1,41 @@
+"""What `import timm_selfdistill` brings with it; benchmarks/import_time.py measures how long it takes."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+import timm_selfdistill
+from timm_selfdistill import training
+
+from .conftest import ENVIRONMENT, run_python
+
+LATE = ("datasets", "pandas", "pyarrow", "matplotlib", "timm_selfdistill.analysis", "timm_selfdistill.cli", "wandb.sdk",
+        "mlflow", "trackio", "torch.utils.tensorboard", "onnx", "onnxruntime")
+"""What takes long to import, and is needed by some only."""
+ADDED = f"""
+import json, sys
+import timm
+before = set(sys.modules)
+import timm_selfdistill
+print(json.dumps([name for name in {LATE} if name in sys.modules and name not in before]))
+"""
+
+
+def test_what_takes_long_is_imported_where_it_is_used():
+    done = subprocess.run([sys.executable, "-c", ADDED], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize("module", [timm_selfdistill, training])
+def test_every_public_name_is_there(module):
+    assert all(getattr(module, name) for name in module.__all__)
+    with pytest.raises(AttributeError, match="'nothing'"):
+        module.nothing  # noqa: B018
+
+
+@pytest.mark.benchmark
+def test_the_benchmark_runs(tmp_path):
+    run_python("benchmarks/import_time.py", "--rounds", 1, "--output", tmp_path / "a.json")
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["ratio"] > 0
