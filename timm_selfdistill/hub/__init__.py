@@ -2,13 +2,14 @@
 from .card import measured_rows
 from .client import explain_failure
 from .download import fetch_model, file_sizes
-from .files import facts, read_config, read_metrics, read_network
+from .files import PICTURE, facts, read_config, read_metrics, read_network
 from .mixin import HubMixin
 from .picture import exit_style, plot_exits
 from .push import create_repository, push_folder, push_staged, stage_model
 from .saving import save_metrics, save_timm_model, save_weights, unshared_state_dict
 
 __all__ = [
+    "PICTURE",
     "HubMixin",
     "create_repository",
     "exit_style",

@@ -33,6 +33,7 @@ class HubMixin(ModelHubMixin):
             *,
             metrics: dict[str, Any] | None = None,
             check: bool = True,
+            picture: bool = True,
             push_to_hub: bool = False,
             repo_id: str | None = None,
             model_card_kwargs: dict[str, Any] | None = None,
@@ -50,6 +51,7 @@ class HubMixin(ModelHubMixin):
                 dict with exit, top1, top5 in per cent for each), "dataset" (name, type, split, images), "epoch",
                 "settings", "versions", "hardware".
             check: False saves without rebuilding, where this model was seen to be rebuilt before.
+            picture: False does not draw exits.png, which takes longer than saving a small model.
             push_to_hub: upload it, too, to `repo_id`, by default the folder's name.
             model_card_kwargs: metadata of the card, e.g. `{"license": "mit"}`.
             push_to_hub_kwargs: further arguments of `push_to_hub`.
@@ -63,8 +65,8 @@ class HubMixin(ModelHubMixin):
         """
         save_timm_model(
             self.backbone, save_directory, whole=self.whole, model_args=self.model_args, heads=self.heads,
-            settings=self.settings(), metrics=metrics, rows=self.card_rows(metrics), check=check, rebuild=self.rebuild,
-            card_data=model_card_kwargs)
+            settings=self.settings(), metrics=metrics, rows=self.card_rows(metrics), check=check, picture=picture,
+            rebuild=self.rebuild, card_data=model_card_kwargs)
         if not push_to_hub:
             return None
         return push_folder(save_directory, repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)

@@ -3,8 +3,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 
 def plot_exits(
         path: Path, model: str, rows: list[dict[str, Any]], curve: Sequence[dict[str, Any]] = (),
@@ -18,6 +16,8 @@ def plot_exits(
         baseline: the same network trained without exits.
         agreement: top1 tells how often an exit agrees with the deepest, not with labels.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     line = [row for row in rows if row["exit"] != "ensemble"]

@@ -40,6 +40,7 @@ def save_timm_model(
         metrics: dict[str, Any] | None = None,
         rows: list[dict[str, Any]] | None = None,
         check: bool = True,
+        picture: bool = True,
         rebuild: Rebuild | None = None,
         card_data: dict[str, Any] | None = None,
 ) -> None:
@@ -52,6 +53,7 @@ def save_timm_model(
         metrics: what to record in config.json.
         rows, card_data: see `create_card`.
         check: False saves without rebuilding, where the same model was seen to be rebuilt before.
+        picture: False leaves exits.png for a later `save_metrics` to draw.
         rebuild: gives, for the folder, the two models that must say the same, as it is and as it is loaded; None is the
             backbone, and what timm makes.
 
@@ -72,7 +74,9 @@ def save_timm_model(
             _save_tensors(heads, fresh / HEADS)
         if check:
             check_rebuilds(rebuild or partial(_rebuild_with_timm, backbone), fresh, input_size)
-        _save_picture(fresh, Path(folder), rows or [], metrics)
+        (Path(folder) / PICTURE).unlink(missing_ok=True)  # it shows the model that was here before
+        if picture:
+            _save_picture(fresh, rows or [], metrics)
         _save_card(fresh, Path(folder), rows or [], metrics, card_data)
         for path in fresh.iterdir():
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
@@ -86,17 +90,22 @@ def check_metrics(metrics: Any) -> None:
         raise ValueError(f"metrics must be what JSON can hold, got {short(metrics)}: {error}") from error
 
 
-def save_metrics(folder: str | PathLike, metrics: dict[str, Any]) -> None:
-    """Record what else was measured of a saved model, in config.json and card; weights and picture stay as they are.
+def save_metrics(folder: str | PathLike, metrics: dict[str, Any], picture: Path | None = None) -> None:
+    """Record what else was measured of a saved model, in config.json and card, and draw exits.png where it is missing.
 
     Args:
-        metrics: with "exits", the rows of the card, whose accuracy and cost are those that the picture shows.
+        metrics: with "exits", the rows of the card. A picture that is there stays: accuracy and cost must be its own.
+        picture: of these rows, where it has been drawn before.
     """
     check_metrics(metrics)
     with replacing_files(Path(folder)) as fresh:
         config = read_json(Path(folder) / CONFIG)
         facts(config)["metrics"] = metrics
         (fresh / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if picture:
+            shutil.copyfile(picture, fresh / PICTURE)
+        elif not (Path(folder) / PICTURE).exists():
+            _save_picture(fresh, measured_rows(metrics), metrics)
         _save_card(fresh, Path(folder), measured_rows(metrics), metrics, None)
 
 
@@ -110,13 +119,11 @@ def create_model_card(
         return create_card(read_json(Path(folder) / CONFIG), rows, metrics, **card_data)
 
 
-def _save_picture(fresh: Path, folder: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None) -> None:
+def _save_picture(fresh: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None) -> None:
     """Draw exits.png where accuracy and cost of every row are known."""
     if rows and all({"top1", "macs", "share"} <= row.keys() for row in rows):
         architecture = read_json(fresh / CONFIG)["architecture"]
         plot_exits(fresh / PICTURE, architecture, rows, agreement="reference" in (metrics or {}))
-    else:
-        (folder / PICTURE).unlink(missing_ok=True)  # which would be another model's
 
 
 def _save_card(

@@ -6,8 +6,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +55,9 @@ def write_json(path: Path, value: Any) -> None:
 def plot_curves(path: Path, history: list[dict[str, Any]], labelled: bool = True) -> None:
     """curves.png: training loss, and validation accuracy of every exit, or without labels its agreement with the
     deepest, over the epochs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)

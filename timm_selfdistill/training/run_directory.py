@@ -69,11 +69,12 @@ def write_config(config: TrainConfig, output: Path) -> None:
     write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
-def report_history(output: Path, history: list[dict[str, Any]], labelled: bool) -> None:
-    """history.csv and curves.png; a disk that is full is no reason to end the run."""
+def report_history(output: Path, history: list[dict[str, Any]], labelled: bool, picture: bool = True) -> None:
+    """history.csv, and curves.png unless `picture` is False; a disk that is full is no reason to end the run."""
     try:
         write_history(output / "history.csv", history)
-        plot_curves(output / "curves.png", history, labelled)
+        if picture:
+            plot_curves(output / "curves.png", history, labelled)
     except OSError as error:
         warn_unwritten(output, error)
 

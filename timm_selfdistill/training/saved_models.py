@@ -1,6 +1,7 @@
 """best/ and last/ of a run: saved models, with a record of how they were made."""
 import platform
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,16 +78,21 @@ class SavedModels:
                         shutil.copyfile(path, fresh / path.name)  # not its mode, which may be read-only
         return best.exists() and _epoch_of(best) <= epoch
 
-    def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:
+    def save(
+            self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None, picture: bool = True,
+    ) -> bool:
         """Save a model under its name; the first time, without metrics, after seeing that it can be loaded again.
 
         In the middle of a run a disk that is full is no reason to end it: there is a warning, the earlier model stays.
+
+        Args:
+            picture: False leaves exits.png for `draw_missing` or `summarize`.
 
         Returns:
             Whether it is saved.
         """
         try:
-            self._save(name, model, epoch, metrics)
+            self._save(name, model, epoch, metrics, picture)
             self.unsaved.pop(name, None)
             return True
         except UNWRITABLE as error:
@@ -105,9 +111,10 @@ class SavedModels:
         """
         for name in ("last", "best"):
             if not (self.output / name).exists() or self.unsaved.get(name) == epoch:
-                self._save(name, model, epoch, metrics)
+                self._save(name, model, epoch, metrics, picture=False)
 
-    def _save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
+    def _save(
+            self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None, picture: bool) -> None:
         folder, record, first = self.output / name, None, metrics is None
         self.costs = self.costs or exit_costs(model, self.input_size)
         if metrics is not None:
@@ -116,9 +123,10 @@ class SavedModels:
             if record["dataset"]:
                 record["dataset"] = {**record["dataset"], "images": self.val_images}
         if isinstance(model, SelfDistillModel):
-            model.save_pretrained(folder, metrics=record, check=first)
+            model.save_pretrained(folder, metrics=record, check=first, picture=picture)
         elif hasattr(model, "pretrained_cfg"):
-            hub.save_timm_model(model, folder, metrics=record, rows=record and record["exits"], check=first)
+            hub.save_timm_model(
+                model, folder, metrics=record, rows=record and record["exits"], check=first, picture=picture)
         else:
             hub.save_weights(model, folder)
 
@@ -130,13 +138,28 @@ class SavedModels:
         summary = {"model": model_name(model), "epochs": epochs, "input_size": list(self.input_size),
                    **self.reference, "exits": _with_speedups(rows, speedups)}
         write_json(self.output / "summary.json", summary)
-        hub.plot_exits(
-            self.output / "exits.png", summary["model"], summary["exits"], agreement=not self.val_labelled)
-        for folder in (self.output / "best", self.output / "last"):
-            record = hub.read_metrics(folder)
-            if record:
-                hub.save_metrics(folder, record | {"exits": _with_speedups(record["exits"], speedups)})
+        picture = self.output / hub.PICTURE
+        hub.plot_exits(picture, summary["model"], summary["exits"], agreement=not self.val_labelled)
+        for folder, record in self._records():
+            record |= {"exits": _with_speedups(record["exits"], speedups)}
+            hub.save_metrics(folder, record, picture if record["exits"] == summary["exits"] else None)
         return summary
+
+    def draw_missing(self) -> None:
+        """Draw exits.png of saved models that have none yet, where the run stops before its end."""
+        for folder, record in self._records():
+            if (folder / hub.PICTURE).exists():
+                continue
+            try:
+                hub.save_metrics(folder, record)
+            except UNWRITABLE as error:
+                warn_unwritten(folder, error)
+
+    def _records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Of the saved models that have any."""
+        for folder in (self.output / "best", self.output / "last"):
+            if record := hub.read_metrics(folder):
+                yield folder, record
 
     def _origin(self, model: nn.Module) -> dict[str, str]:
         """Licence, and the weights that the training began with, as far as both are known."""

@@ -37,6 +37,9 @@ from .tracking import RunTrackers, memory_gib
 from .update import Losses, create_updater
 from .upload import check_pushable, create_uploader
 
+PICTURE_INTERVAL = "30s"
+"""Between two drawings before the end of a run: they would take longer than the epochs of a small one."""
+
 
 class Trainer:
     """Trains any `timm.task.TrainingTask` with Accelerate.
@@ -82,6 +85,7 @@ class Trainer:
         self.output = open_run(config, self.accelerator, self.checkpoint)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint_hist)
         self.interval = Interval(config.checkpoint_interval)
+        self.pictures = Interval(PICTURE_INTERVAL)
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
         self.saved = SavedModels(self.output, config, self.accelerator, val_data, self.input_size)
@@ -138,6 +142,7 @@ class Trainer:
             if state.epoch < config.epochs:
                 self._save_checkpoint()
                 self.checkpoints.wait()
+                self._draw_missing()
                 return None
         summary = self._summarize()
         if self.accelerator.is_main_process:
@@ -255,14 +260,17 @@ class Trainer:
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
             + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
         self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
+        draw = self.pictures.is_overdue()
         top1 = deciding_top1(metrics, is_frozen(self.eval_model))
-        self._save_model("last", metrics)
+        self._save_model("last", metrics, draw)
         is_best = top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
-        is_best = is_best and self._save_model("best", metrics)
+        is_best = is_best and self._save_model("best", metrics, draw)
         if is_best:
             state.best_top1 = top1
         if accelerator.is_main_process:
-            report_history(self.output, state.history, self.saved.val_labelled)
+            report_history(self.output, state.history, self.saved.val_labelled, draw)
+        if draw:
+            self.pictures.restart()
         self._save_checkpoint()
         if self.uploader:
             self.uploader.finish_epoch(state.epoch, is_best, self.progress)
@@ -277,9 +285,16 @@ class Trainer:
             answer = [self.saved.summarize(self.eval_model, metrics, self.state.epoch)]
         return broadcast_object_list(answer)[0]
 
-    def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> bool:
+    def _draw_missing(self) -> None:
+        """The pictures of a run that stops before its end."""
+        if self.accelerator.is_main_process and self.state.history:
+            report_history(self.output, self.state.history, self.saved.val_labelled)
+            self.saved.draw_missing()
+
+    def _save_model(self, name: str, metrics: list[ExitMetrics] | None, picture: bool = True) -> bool:
         """Whether it is saved; the main process, which does it, keeps the books."""
-        return self.accelerator.is_main_process and self.saved.save(name, self.eval_model, self.state.epoch, metrics)
+        return self.accelerator.is_main_process and self.saved.save(
+            name, self.eval_model, self.state.epoch, metrics, picture)
 
     def _save_checkpoint(self) -> None:
         snapshot = take_snapshot(*self._run_parts())
