@@ -4,23 +4,30 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Processes that test at the same time; each takes a processor and 2 GB.
 WORKERS ?= 2
+# Neighbouring tests share fixtures: each worker begins with a half of them, and takes from the others when it is done.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-min
+.PHONY: demo test test-slow test-benchmarks test-min
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(ARGS)
 
-# What takes long: runs killed at eighty random moments, every recipe; about an hour.
+# What takes long: the demo, runs killed at eighty random moments, every recipe.
 test-slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
+
+# The programs in benchmarks/, on small input.
+test-benchmarks: $(VENV)/.installed
+	$(PYTEST) -m benchmark $(ARGS)
 
 # The tests against the lowest version of every dependency that pyproject.toml allows.
+test-min: BIN = .venv-min/bin
 test-min: .venv-min/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-min/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,30 +1,46 @@
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from timm_selfdistill import SelfDistillModel, load_images, model_data_config, wrap_self_distill
 from timm_selfdistill.cli.main import main
 
-from .programs import HANGS, ROOT, Programs
+from .hub.server import TOKEN, HubServer
+from .programs import HANGS, ROOT, Programs, save_dot
 
 EMBEDDED = ROOT / "examples/data"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+"""Of new processes."""
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Pictures of runs are made, but not rendered; test_examples.py looks at real ones."""
+    monkeypatch.setattr(Figure, "savefig", save_dot)
+
+
+@pytest.fixture(autouse=True)
+def _few_timings(monkeypatch):
+    """At the end of a run each exit is timed once, not for 3 seconds."""
+    monkeypatch.setattr("timm_selfdistill.training.summary.TIMED_SECONDS", 0.0)
 
 
 def small_backbone(name: str = "test_resnet", num_classes: int = 10, in_chans: int = 3, **kwargs) -> nn.Module:
@@ -50,6 +66,16 @@ def fashion_tensors(fashion):
     return fashion.transformed(config, no_aug=True)
 
 
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory):
+    """333 training and 101 test images as parquet: odd numbers, so that processes get different shares."""
+    folder = tmp_path_factory.mktemp("images")
+    images = load_images(EMBEDDED)
+    images.train.select(range(333)).to_parquet(folder / "train.parquet")
+    images.val.select(range(101)).to_parquet(folder / "test.parquet")
+    return folder
+
+
 @pytest.fixture
 def call(folder, monkeypatch, capsys):
     """Runs timm-selfdistill in the `folder` of a test's file; its exit code, output and errors."""
@@ -60,6 +86,38 @@ def call(folder, monkeypatch, capsys):
             main()
         return end.value.code or 0, *capsys.readouterr()
     return run
+
+
+@pytest.fixture(scope="session")
+def hub_place(tmp_path_factory) -> Iterator[tuple[HubServer, dict[str, str], Programs]]:
+    """A Hub on loopback, the environment of somebody who is logged in there, and programs in that environment."""
+    home = tmp_path_factory.mktemp("hub-home")
+    with HubServer() as server:
+        environment = {
+            **ENVIRONMENT, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        yield server, environment, Programs(environment)
+
+
+@pytest.fixture
+def hub(hub_place) -> Iterator[HubServer]:
+    """The Hub without a repository, and nothing in the cache of those who load from it."""
+    server, environment, _ = hub_place
+    shutil.rmtree(environment["HF_HOME"], ignore_errors=True)
+    yield server
+    server.reset()
+
+
+@pytest.fixture
+def environment(hub, hub_place) -> dict[str, str]:
+    """Of a new process whose Hub is `hub`."""
+    return dict(hub_place[1])
+
+
+@pytest.fixture
+def hub_programs(hub, hub_place) -> Programs:
+    """Whose Hub is `hub`."""
+    return hub_place[2]
 
 
 @pytest.fixture
@@ -73,22 +131,23 @@ def benchmarks(monkeypatch):
             del sys.modules[name]
 
 
-def run_python(*args: object, launcher: tuple[str, ...] = (), fresh: bool = False, check: bool = True,
-               **environment: str) -> subprocess.CompletedProcess:
-    """Run a script of the repository; `fresh`, with a launcher or an environment of its own in a new process."""
-    if launcher or fresh or environment:
+def run_python(*args: object, processes: int = 1, launcher: tuple[str, ...] = (), fresh: bool = False,
+               check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of the repository, on as many processes; `fresh` or with a launcher in new ones, not in forks."""
+    if launcher or fresh:
         command = [sys.executable, *launcher, *map(str, args)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True,
                               timeout=HANGS)
     else:
-        done = _programs().run(*args)
+        done = programs().run(*args, processes=processes, **environment)
     if check and done.returncode:
         raise AssertionError(f"{args} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
 
 
 @cache
-def _programs() -> Programs:
+def programs() -> Programs:
+    """Of all tests whose programs need no Hub."""
     return Programs(ENVIRONMENT)
 
 

@@ -1,78 +1,178 @@
 """Python scripts, each in a fork of one process that has imported the libraries, which takes longer than most runs."""
+import atexit
 import gc
 import importlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import types
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, mkdtemp
 
 import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from timm_selfdistill.training import summary
 
 ROOT = Path(__file__).parents[1]
-HANGS = 3600  # seconds, ten times what any process here takes on two slow processors
+HANGS = 240
+"""Seconds, ten times what any process here takes on two slow processors; less than what pytest gives a test."""
+
+
+class Program:
+    """A script that was started, on one process or several.
+
+    Attributes:
+        folders: for each process, where its output and what becomes of it are written.
+    """
+
+    def __init__(self, command: list[str], folders: list[Path]):
+        self.command, self.folders = command, folders
+        self.began = time.monotonic()
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._read("stdout")
+
+    @property
+    def stderr(self) -> str:
+        return self._read("stderr")
+
+    @property
+    def pids(self) -> list[int]:
+        self._wait_for(lambda: all((folder / "pid").exists() for folder in self.folders))
+        return [int((folder / "pid").read_text()) for folder in self.folders]
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs; where one of the processes fails, the others are killed."""
+        codes = [int(path.read_text()) if path.exists() else None
+                 for path in (folder / "code" for folder in self.folders)]
+        failed = next(filter(None, codes), 0)
+        if None not in codes:
+            return failed
+        if failed:
+            for pid, code in zip(self.pids, codes):
+                if code is None:
+                    os.kill(pid, signal.SIGKILL)
+            self._wait_for(lambda: all((folder / "code").exists() for folder in self.folders))
+            return failed
+        return None
+
+    def wait(self) -> subprocess.CompletedProcess:
+        self._wait_for(lambda: self.poll() is not None)
+        code = self.poll()
+        assert code != -signal.SIGALRM, f"{self.command} hangs:\n{self.stdout[-3000:]}\n{self.stderr[-6000:]}"
+        return subprocess.CompletedProcess(self.command, code, self.stdout, self.stderr)
+
+    def terminate(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGTERM)
+
+    def _read(self, name: str) -> str:
+        return "".join(path.read_text() for folder in self.folders if (path := folder / name).exists())
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert time.monotonic() - self.began < HANGS + 20, f"{self.command} did not start, or is not waited for"
+            time.sleep(0.005)
 
 
 class Programs:
-    """Runs scripts one after another.
+    """Runs scripts, each process in a session of its own.
 
     They share what the libraries read from the environment when they were imported, and the seed of Python's hashes: a
-    test that is about either, or compares two runs, starts new processes.
+    test that is about either starts new processes.
     """
 
     def __init__(self, environment: dict[str, str]):
         self.environment = environment
+        self.place = TemporaryDirectory(prefix="programs-")
         self.server: subprocess.Popen | None = None
 
-    def __enter__(self) -> "Programs":
-        return self
+    def run(self, *command: object, **settings: object) -> subprocess.CompletedProcess:
+        """Start a script, and wait for its end."""
+        return self.start(*command, **settings).wait()
 
-    def __exit__(self, *_: object) -> None:
-        if self.server:
-            self.server.communicate()
+    def start(self, *command: object, cwd: Path = ROOT, processes: int = 1, **environment: str) -> Program:
+        """A script of Python with its arguments, "python" before it or not; its name alone is looked for in PATH.
 
-    def run(self, *command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-        """A script of Python with its arguments, "python" before it or not; its name alone is looked for in PATH."""
+        Args:
+            processes: that find one another as torchrun's do.
+            environment: set in addition.
+        """
         script, *arguments = map(str, command[1:] if command[0] in ("python", sys.executable) else command)
         if not script.endswith(".py"):
             script = shutil.which(script, path=self.environment["PATH"])
-        self.server = self.server or subprocess.Popen(
-            [sys.executable, __file__], cwd=ROOT, env=self.environment, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE)
-        print(json.dumps([str(cwd), script, *arguments]), file=self.server.stdin, flush=True)
-        answer = self.server.stdout.readline()
-        if not answer:
-            self.server = None
-            raise RuntimeError(f"the process died of which {script} was to be a fork")
-        code, out, errors = json.loads(answer)
-        assert code != -signal.SIGALRM, f"{command} hangs:\n{out[-3000:]}\n{errors[-6000:]}"
-        return subprocess.CompletedProcess(command, code, out, errors)
+        if self.server is None:
+            self.server = subprocess.Popen(
+                [sys.executable, __file__], cwd=ROOT, env=self.environment, text=True, stdin=subprocess.PIPE)
+        if processes > 1:
+            environment = {**environment, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        folders = [Path(mkdtemp(dir=self.place.name)) for _ in range(processes)]
+        for rank, folder in enumerate(folders):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            print(json.dumps([str(folder), str(cwd), {**environment, **place}, script, *arguments]),
+                  file=self.server.stdin, flush=True)
+        return Program([script, *arguments], folders)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 def serve() -> None:
-    importlib.import_module("timm_selfdistill.cli.main")  # and with it torch, timm, datasets and the others
+    """Start what each line of the standard input asks for, until its end."""
+    importlib.import_module("timm_selfdistill.cli.main")  # and with it `datasets`
+    summary.TIMED_SECONDS = 0.0  # each exit is timed once
+    Figure.savefig = save_dot
+    if wandb := sys.modules.get("wandb.sdk.data_types._private"):  # a folder that the first fork to end would remove
+        atexit.unregister(wandb.MEDIA_TMP.cleanup)
+        wandb.MEDIA_TMP._finalizer.detach()
     gc.freeze()  # or the end of a fork takes 2 seconds
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for the scripts
     for line in sys.stdin:
-        with TemporaryFile("w+") as out, TemporaryFile("w+") as errors:
+        if os.fork() == 0:
+            folder, *script = json.loads(line)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             child = os.fork()
             if child == 0:
-                become(*json.loads(line), files=(out, errors))
-                break
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            print(json.dumps([code, *(file.seek(0) or file.read() for file in (out, errors))]), flush=True)
+                become(Path(folder), *script)
+                break  # the end of Python, as of any script
+            record(Path(folder) / "pid", child)
+            record(Path(folder) / "code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            os._exit(0)
 
 
-def become(cwd: str, script: str, *arguments: str, files) -> None:
+def save_dot(figure: Figure, path: Path, **_: object) -> None:
+    """In the place of `Figure.savefig`: the figure is made, but not rendered, which takes longer than most runs."""
+    Image.new("L", (1, 1)).save(path, "png")
+
+
+def record(path: Path, number: int) -> None:
+    path.with_suffix(".new").write_text(str(number))
+    path.with_suffix(".new").rename(path)
+
+
+def become(folder: Path, cwd: str, environment: dict[str, str], script: str, *arguments: str) -> None:
     """Run a script in this process as python does that is started with it."""
+    os.setsid()
     signal.alarm(HANGS)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, file in enumerate(files, start=1):
-        os.dup2(file.fileno(), number)
+    for number, (name, flags) in enumerate(
+            [(os.devnull, os.O_RDONLY), ("stdout", os.O_CREAT | os.O_WRONLY), ("stderr", os.O_CREAT | os.O_WRONLY)]):
+        os.dup2(os.open(folder / name, flags | os.O_APPEND), number)
     os.chdir(cwd)
+    os.environ.update(environment)
     np.random.seed()
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
     sys.modules["__main__"] = main = types.ModuleType("__main__")

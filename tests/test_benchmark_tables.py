@@ -16,7 +16,7 @@ def test_a_line_that_was_cut_short_is_passed_over(benchmarks, tmp_path):
     with path.open("a") as file:
         file.write('\n{"seed": 1, "to')
     append_line(path, {"seed": 2})
-    with pytest.warns(UserWarning, match=r"lines.jsonl: skipped a line that was cut short: .\"seed\": 1, \"to"):
+    with pytest.warns(UserWarning, match=r'lines\.jsonl.*"seed": 1, "to$'):
         assert read_lines(path) == [{"seed": 0}, {"seed": 2}]
 
 

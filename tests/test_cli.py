@@ -59,23 +59,23 @@ def test_every_switch_of_a_file_can_be_turned_off(tmp_path):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("learning-rate: 0.1", "unknown flag 'learning-rate'"),
-    ("weight-dcay: 0.1", "unknown flag 'weight-dcay'; did you mean weight-decay?"),
+    ("weight-dcay: 0.1", r"unknown flag 'weight-dcay'; .*\bweight-decay"),
     ("config: other.yaml", "unknown flag 'config'"),
     ("help: true", "unknown flag 'help'"),
     ("b: 3", "unknown flag 'b'"),
-    ("no-amp: true", "unknown flag 'no-amp'; did you mean"),
+    ("no-amp: true", r"unknown flag 'no-amp'; .*\bno-aug"),
     ("3: 4", "unknown flag 3"),
-    ("amp: 1", "amp must be true or false, got 1"),
-    ("lr: true", "lr takes one value, got True"),
-    ("lr: [0.1, 0.2]", r"lr takes one value, got \[0.1, 0.2\]"),
-    ("scale: {a: 1}", "scale takes values, got"),
-    ("- lr", "must hold flags and their values, as in 'lr: 0.1', got list"),
-    ("", "must hold flags and their values"),
-    ("lr: [", "is no valid YAML: while parsing"),
-    ("hint: null", "hint must have a value, got None; leave it out for its default none"),
-    ("decay-milestones: []", r"decay-milestones must have a value, got \[\]; leave it out for its default"),
-    ("batch-size: 3\nbatch_size: 4", "batch_size stands there twice"),
-    ("lr: fast", r"config.yaml: argument --lr: invalid float value: 'fast'"),
+    ("amp: 1", "amp .*true or false, got 1"),
+    ("lr: true", "lr .*one value, got True"),
+    ("lr: [0.1, 0.2]", r"lr .*one value, got \[0.1, 0.2\]"),
+    ("scale: {a: 1}", "scale .*values, got .'a': 1"),
+    ("- lr", r"config\.yaml .*'lr: 0.1', got list"),
+    ("", r"config\.yaml .*'lr: 0.1', got NoneType"),
+    ("lr: [", r"config\.yaml .*YAML: .*line 1"),
+    ("hint: null", "hint .*got None; .*default none"),
+    ("decay-milestones: []", r"decay-milestones .*got \[\]; .*default \(90, 180, 270\)"),
+    ("batch-size: 3\nbatch_size: 4", "batch_size .*twice"),
+    ("lr: fast", r"config\.yaml: .*--lr\b.*'fast'"),
 ])
 def test_a_bad_config_file_is_refused(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -83,24 +83,24 @@ def test_a_bad_config_file_is_refused(text, message, tmp_path):
 
 
 def test_a_config_file_that_does_not_exist_is_refused():
-    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml does not exist; --config takes a YAML file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml .*--config .*YAML"):
         parse_args(train_parser("", "images"), ["--config", "nowhere.yaml"])
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("lr: fast", "argument --lr: invalid float value: 'fast'"),
-    ("hint: foo", "argument --hint: invalid choice: 'foo'"),
-    ("scale: 0.1", "argument --scale: expected 2 arguments"),
-    ("lrr: 0.1", "unknown flag 'lrr'; did you mean lr?"),
-    ("aa: cifar11", "timm does not know a setting of the transforms"),
-    ("cutout: -1", "cutout must be a number of pixels, at least 0, got -1"),
+    ("lr: fast", r"--lr\b.*'fast'"),
+    ("hint: foo", r"--hint\b.*'foo'"),
+    ("scale: 0.1", r"--scale\b.* 2 arguments"),
+    ("lrr: 0.1", r"unknown flag 'lrr'; .*\blr\b"),
+    ("aa: cifar11", "timm .*transforms: .*cifar11"),
+    ("cutout: -1", "cutout .*pixels, .*got -1"),
 ])
 def test_a_bad_value_ends_in_one_line_and_exit_code_2(text, message, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     done = run_python("examples/train.py", "--config", tmp_path / "c.yaml", "--output", tmp_path / "run", check=False)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert message in line
+    assert re.search(message, line), line
 
 
 def test_a_run_can_be_repeated_from_its_config_yaml(tmp_path):
@@ -118,30 +118,30 @@ def test_a_batch_size_is_a_number_or_auto(tmp_path):
     assert parse(tmp_path, "batch-size: auto").batch_size == "auto"
     assert train_config(parse(tmp_path, "batch-size: auto")).batch_size == "auto"
     assert parse(tmp_path, "batch-size: auto", "-b", "32").batch_size == 32
-    with pytest.raises(ValueError, match="argument -b/--batch-size: invalid int_or_auto value: 'much'"):
+    with pytest.raises(ValueError, match="--batch-size: .*'much'"):
         parse(tmp_path, "lr: 1", "-b", "much")
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--cache-features"], "(--train-crop-mode rrc, --hflip 0.5, --color-jitter 0.4); add --no-aug"),
+    (["--cache-features"], r"\(--train-crop-mode rrc, --hflip 0.5, --color-jitter 0.4\); add --no-aug"),
     (["--cache-features", "--train-crop-mode", "rkrc", "--hflip", "0", "--color-jitter", "0", "--aa", "rand-m5"],
-     "(--train-crop-mode rkrc, --aa rand-m5); add --no-aug"),
-    (["--no-freeze-backbone", "--cache-features"], "--cache-features is for exits on a network that stays as it is"),
-    (["--no-freeze-backbone", "--unlabelled"], "--unlabelled is for exits on a network that stays as it is; give --fr"),
-    (["--baseline"], "--method plain trains the network itself, and --freeze-backbone keeps it"),
-    (["--method", "dml"], "--method dml trains the network itself, and --freeze-backbone keeps it"),
-    (["--method", "dsn", "--unlabelled"], "--method dsn learns from labels, and --unlabelled has none; leave one out"),
-    (["--pretrained-path", "a"], "begins with a new classifier, which --freeze-backbone would keep random; give --in"),
-    (["--num-classes", "0"], "--num-classes must be at least 1, got 0"),
+     r"\(--train-crop-mode rkrc, --aa rand-m5\); add --no-aug"),
+    (["--no-freeze-backbone", "--cache-features"], "^--cache-features .*give --freeze-backbone"),
+    (["--no-freeze-backbone", "--unlabelled"], "^--unlabelled .*give --freeze-backbone"),
+    (["--baseline"], "--method plain .*--freeze-backbone .*leave one out"),
+    (["--method", "dml"], "--method dml .*--freeze-backbone .*leave one out"),
+    (["--method", "dsn", "--unlabelled"], "--method dsn .*--unlabelled .*leave one out"),
+    (["--pretrained-path", "a"], "--pretrained-path .*--freeze-backbone .*give --initial-checkpoint"),
+    (["--num-classes", "0"], "--num-classes .*1, got 0"),
 ])
 def test_flags_that_contradict(flags, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         check_frozen_flags(parse_args(train_parser("", "images"), ["--freeze-backbone", *flags]))
 
 
 def test_a_frozen_backbone_without_weights_is_warned_of():
-    with pytest.warns(UserWarning, match="--freeze-backbone keeps random weights.* no weights are loaded; give --pre"):
+    with pytest.warns(UserWarning, match="--freeze-backbone .*random.*give --pretrained or --initial-checkpoint"):
         check_frozen_flags(parse_args(train_parser("", "images"), ["--freeze-backbone"]))
 
 

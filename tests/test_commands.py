@@ -77,19 +77,19 @@ def test_info_on_a_damaged_model_is_one_line(settings, saved, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "the following arguments are required"),
+    ([], "required: COMMAND"),
     (["fetch"], "invalid choice: 'fetch'"),
-    (["info", "nobody/nothing"], "nobody/nothing is no folder here and not in the cache, and the Hub may not be asked"),
-    (["info", "a/b/c"], "a/b/c is no folder here, and no id of a repository on the Hub"),
-    (["push", "nowhere", "user/name"], "nowhere is not on the Hub: nowhere holds no saved model: config.json does not"),
-    (["push", "{saved}", "a/b/c"], "repo_id must be 'user/name' or 'name', got 'a/b/c'"),
-    (["push", "{saved}", "user/name"], "is not on the Hub: Cannot reach .*: offline mode is enabled"),
+    (["info", "nobody/nothing"], "nobody/nothing .*cache, .*offline"),
+    (["info", "a/b/c"], "a/b/c .*no folder.*user/name"),
+    (["push", "nowhere", "user/name"], "nowhere .*the Hub: nowhere .*config.json"),
+    (["push", "{saved}", "a/b/c"], "repo_id .*'user/name' or 'name', got 'a/b/c'"),
+    (["push", "{saved}", "user/name"], "{saved} .*the Hub: .*offline mode"),
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, saved, monkeypatch, capsys):
     assert call(main, monkeypatch, *(argument.format(saved=saved) for argument in arguments)) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert re.search(message, err), err
+    assert re.search(message.format(saved=saved), err), err
 
 
 @pytest.mark.parametrize("exit", ["0", "-1", "ensemble"])
@@ -103,20 +103,20 @@ def test_predict_prints_the_classes_of_an_exit(exit, saved, picture, monkeypatch
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["{tmp}/none.jpg"], "none.jpg does not exist; expected an image file"),
-    (["{tmp}"], "does not exist; expected an image file"),
+    (["{tmp}/none.jpg"], "none.jpg .*exist; .*image file"),
+    (["{tmp}"], "{tmp} .*exist; .*image file"),
     (["{saved}/config.json"], "cannot read image .*config.json"),
-    (["{picture}", "--exit", "4"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got 4"),
-    (["{picture}", "--exit=--1"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got '--1'"),
-    (["{picture}", "--exit", "first"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got 'first'"),
-    (["{picture}", "--topk", "0"], "--topk must be at least 1, got 0"),
+    (["{picture}", "--exit", "4"], "exit .*0 to 3, .*'ensemble', got 4"),
+    (["{picture}", "--exit=--1"], "exit .*0 to 3, .*'ensemble', got '--1'"),
+    (["{picture}", "--exit", "first"], "exit .*0 to 3, .*'ensemble', got 'first'"),
+    (["{picture}", "--topk", "0"], "--topk .*1, got 0"),
 ])
 def test_predict_refuses(arguments, message, saved, picture, tmp_path, monkeypatch, capsys):
     arguments = [argument.format(tmp=tmp_path, saved=saved, picture=picture) for argument in arguments]
     assert call(predict, monkeypatch, *arguments, "--model", saved) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert re.search(message, err), err
+    assert re.search(message.format(tmp=tmp_path), err), err
 
 
 def test_a_picture_is_turned_as_its_exif_data_say(tmp_path):
@@ -128,7 +128,7 @@ def test_a_picture_is_turned_as_its_exif_data_say(tmp_path):
 
 
 def test_a_picture_too_large_and_a_model_for_other_channels(picture, monkeypatch):
-    with pytest.raises(ValueError, match="takes images of 4 channels; a file's are made into 1 or 3"):
+    with pytest.raises(ValueError, match="4 channels; .*1 or 3"):
         open_image(picture, 4)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="cannot read image .*noise.png: .*decompression bomb"):

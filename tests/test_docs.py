@@ -1,22 +1,18 @@
 """Every code block of README.md and docs/ runs as written; training commands on a smaller network and fewer images."""
-import os
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from timm_selfdistill import load_images
 
 from .conftest import EMBEDDED
-from .hub.server import TOKEN, HubServer
-from .programs import HANGS, ROOT, Programs
+from .programs import HANGS, ROOT
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page != "docs/models.md"]  # which is a table of results
-SMALL = "--epochs 1 --data-dir {images} -b 32 -j 0"
+SMALL = "--epochs 1 --data-dir {images} -b 32 -j 0 --img-size 32"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -40,37 +36,34 @@ def workplace(tmp_path):
                  "add_exits.py", "ankle_boot.png"):
         (folder / "examples" / name).symlink_to(ROOT / "examples" / name)
     images = load_images(EMBEDDED)
-    images.train.select(range(160)).to_parquet(folder / "examples/data/train.parquet")
+    images.train.select(range(64)).to_parquet(folder / "examples/data/train.parquet")
     images.val.select(range(320)).to_parquet(folder / "examples/data/test.parquet")
     return folder
 
 
-@pytest.fixture
-def environment(tmp_path):
-    """Of a reader who is logged in to a Hub."""
-    with HubServer() as hub:
-        yield {**os.environ, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
-               "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache"),
-               "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def unlaunched(program: str, *arguments: str) -> tuple[int, tuple[str, ...]]:
+    """How many processes a launcher would start, and of what; test_examples.py runs the launchers themselves."""
+    if program == "torchrun":
+        assert arguments[0] == "--nproc_per_node"
+        return int(arguments[1]), arguments[2:]
+    if program == "accelerate":
+        assert arguments[0] == "launch"
+        return 1, arguments[1:]
+    return 1, (program, *arguments)
 
 
 @pytest.mark.parametrize("page", GUIDES)
-def test_python_blocks(page, workplace, environment):
+def test_python_blocks(page, workplace, hub_programs):
     found = blocks(page, "python")
     assert found
-    subprocess.run([sys.executable, "-c", "\n".join(found)], cwd=workplace, check=True, timeout=HANGS, env=environment)
-
-
-@pytest.fixture
-def programs(environment):
-    with Programs(environment) as programs:
-        yield programs
+    (workplace / "blocks.py").write_text("\n".join(found))
+    done = hub_programs.run("blocks.py", cwd=workplace, PYTHONPATH=str(workplace))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", GUIDES)
-def test_commands(page, workplace, environment, programs):
+def test_commands(page, workplace, environment, hub_programs):
     """In the order of the page: a later command may go on where an earlier one stopped."""
-    environment["PET_MASTER_PORT"] = str(29700 + PAGES.index(page))  # torchrun's, apart for pages that run at once
     assert commands(page)
     for command in commands(page):
         program, *arguments = shlex.split(command)
@@ -88,11 +81,12 @@ def test_commands(page, workplace, environment, programs):
             arguments += ["--draws", "1"]
         elif "--max-accuracy-drop" in arguments:
             arguments += ["--max-accuracy-drop", "100"]  # a network that has hardly learned anything
-        if program in ("python", "timm-selfdistill"):
-            done = programs.run(program, *arguments, cwd=workplace)
-        else:
+        if program in ("make", "pip"):
             done = subprocess.run([program, *arguments], cwd=workplace, env=environment, capture_output=True,
                                   text=True, timeout=HANGS)
+        else:
+            processes, script = unlaunched(program, *arguments)
+            done = hub_programs.run(*script, processes=processes, cwd=workplace)
         assert done.returncode == 0, command + "\n" + done.stdout[-2000:] + done.stderr[-4000:]
 
 

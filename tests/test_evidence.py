@@ -1,5 +1,6 @@
 """The runs, tables and picture of benchmarks/evidence.py."""
 import json
+import re
 import sys
 
 import pytest
@@ -92,7 +93,7 @@ def test_a_table_shows_the_point_that_tuning_chose(tables):
     """Lines of another point, another number of passes or a tuning that is not complete are left out."""
     rows = [*three_seeds(), row("plain", 4, [90.0], lr=0.2), row("plain", 1, [90.0], passes=15),
             *tuned("paper", (0.3, 0.5, 0.7))[:-1], row("paper", 1, [90.0], weight=0.5)]
-    with pytest.warns(UserWarning, match="families-30: paper is left out, its tuning is not complete"):
+    with pytest.warns(UserWarning, match="families-30: paper .*tuning"):
         assert table_of(tables, rows) == table_of(tables, three_seeds())
 
 
@@ -136,7 +137,7 @@ def test_one_seed_has_no_interval(tables):
     table = table_of(tables, [
         *tuned("plain"), row("plain", 1, [41.0]), *tuned("dsn"), row("dsn", 1, [30.0, 43.0], 44.0, seconds=None)])
     assert "| dsn | 0.1, 0.0005 | 30.00, 43.00 | 44.00 | +2.00 (1 seed) |  |  |  | 19 |" in table
-    assert "1 seed; test images. No interval where there is one seed: nothing tells how much another would" in table
+    assert "1 seed; test images. No interval" in table
 
 
 @pytest.mark.parametrize("changes", [
@@ -144,12 +145,12 @@ def test_one_seed_has_no_interval(tables):
 @pytest.mark.parametrize("phase", ["tune", "test"])
 def test_lines_of_different_machines_are_marked(tables, changes, phase):
     rows = [line | (changes if line["phase"] == phase else {}) for line in tuned("plain") + [row("plain", 1, [41.0])]]
-    assert "**Mixed: these lines come from 2 kinds of hardware or versions**" in table_of(tables, rows)
+    assert re.search(r"\*\*Mixed: .* 2 kinds of hardware", table_of(tables, rows))
 
 
 def test_lines_of_different_images_are_marked(tables):
     rows = [*tuned("plain"), row("plain", 1, [41.0]), row("plain", 2, [42.0], data_sha256="1")]
-    assert "**Mixed: these lines come from different images.**" in table_of(tables, rows)
+    assert re.search(r"\*\*Mixed: .* different images", table_of(tables, rows))
 
 
 def test_page_and_picture(tables, tmp_path, monkeypatch):
@@ -158,7 +159,7 @@ def test_page_and_picture(tables, tmp_path, monkeypatch):
     page.write_text("Before\n<!-- table families-30 -->\nold\n<!-- end -->\nAfter\n"
                     "<!-- table rivals families-30 -->\n<!-- end -->\n<!-- table depths -->\n<!-- end -->\n")
     monkeypatch.setattr(sys, "argv", ["x", str(lines), "--page", str(page), "--picture", str(picture)])
-    with pytest.warns(UserWarning, match="skipped a line that was cut short"):
+    with pytest.warns(UserWarning, match=r'evidence\.jsonl.*"phase": "test", "set$'):
         tables.main()
     text = page.read_text()
     assert text.startswith("Before\n<!-- table families-30 -->\n| method |")
@@ -182,16 +183,17 @@ def test_settings_of_another_kind_stand_beside_the_line(benchmarks):
 
 
 def test_a_table_without_a_place_on_the_page(tables):
-    with pytest.warns(UserWarning, match="no marks for the table 'fashion'"):
+    with pytest.warns(UserWarning, match="the page .*'fashion'"):
         assert tables.insert("page", {"fashion": "| table |"}) == "page"
 
 
 def test_no_lines(tmp_path):
     done = run_python("benchmarks/evidence_tables.py", tmp_path / "none.jsonl", check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "none.jsonl; make them with python benchmarks/evidence.py" in done.stderr
+    assert re.search(r"none\.jsonl; .*python benchmarks/evidence\.py", done.stderr)
 
 
+@pytest.mark.benchmark
 def test_a_run_that_was_cut_short_is_done_again(tiny):
     rows, output = tiny("--methods", "plain", "ensemble", "--seeds", "1")
     assert [(row["phase"], row["method"], row["seed"], row["lr"], row["weight"]) for row in rows[:4]] == [
@@ -206,12 +208,13 @@ def test_a_run_that_was_cut_short_is_done_again(tiny):
     assert [row["images"] for row in rows] == [199] * len(rows)  # the sample has one image only of one class
     assert 1 < rows[6]["memory_mb"] < rows[7]["memory_mb"] < 1.3 * rows[6]["memory_mb"]
     output.write_text("\n".join(output.read_text().splitlines()[:-1]) + '\n{"phase": "test", "set')
-    with pytest.warns(UserWarning, match="skipped a line that was cut short"):
+    with pytest.warns(UserWarning, match=r'lines\.jsonl.*"phase": "test", "set$'):
         again, _ = tiny("--methods", "plain", "ensemble", "--seeds", "1")
     assert len(again) == len(rows)
     assert again[-1]["top1"] == rows[-1]["top1"]  # the same seed gives the same network
 
 
+@pytest.mark.benchmark
 def test_runs_at_the_same_time(benchmarks, tmp_path, monkeypatch):
     """The processes of --jobs find the data set in the working directory; the lines are those of one after another."""
     (tmp_path / "output/typefaces").mkdir(parents=True)
@@ -232,6 +235,7 @@ def test_runs_at_the_same_time(benchmarks, tmp_path, monkeypatch):
     assert len(found[0]) == 4
 
 
+@pytest.mark.benchmark
 def test_methods_with_another_network(benchmarks, tiny, monkeypatch):
     grid = benchmarks("evidence_grid")
     monkeypatch.setitem(grid.TEACHERS, "resnet10-16", "resnet10-32")
@@ -246,6 +250,7 @@ def test_methods_with_another_network(benchmarks, tiny, monkeypatch):
     assert sorted(path.name for path in output.with_suffix("").iterdir()) == ["tiny-0.pt", "tiny-1.pt"]
 
 
+@pytest.mark.benchmark
 def test_a_choice_is_trained_at_the_point_of_its_method(tiny):
     rows, _ = tiny("--methods", "ensemble-t1", "--seeds", "1")
     assert [row["method"] for row in rows] == ["ensemble"] * 4 + ["ensemble-t1"]
@@ -263,6 +268,7 @@ def test_labels_of_shallow_exits_fade(benchmarks):
     assert labels == pytest.approx([ce[2] + share * 0.5 * (ce[0] + ce[1]) for share in (1, 0.5, 0, 0)])
 
 
+@pytest.mark.benchmark
 def test_a_point_of_the_grid_that_diverges_is_not_chosen(benchmarks, tiny, monkeypatch):
     monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (1e6, 0.05))
     rows, _ = tiny("--methods", "plain", "--seeds", "1")
@@ -270,6 +276,7 @@ def test_a_point_of_the_grid_that_diverges_is_not_chosen(benchmarks, tiny, monke
     assert rows[2]["lr"] == 0.05
 
 
+@pytest.mark.benchmark
 def test_a_teacher_that_lost_its_weights_is_trained_again(benchmarks, tiny, monkeypatch):
     monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (0.05,))
     grid = benchmarks("evidence_grid")
@@ -283,12 +290,14 @@ def test_a_teacher_that_lost_its_weights_is_trained_again(benchmarks, tiny, monk
     assert [(row["phase"], row["seed"]) for row in tiny("--methods", "kd", "--seeds", "1")[0][5:]] == [("teacher", 1)]
 
 
+@pytest.mark.benchmark
 def test_a_network_without_a_larger_one_to_teach_it(benchmarks, tiny, monkeypatch):
     monkeypatch.delitem(benchmarks("evidence_grid").TEACHERS, "resnet10-16")
-    with pytest.raises(ValueError, match="resnet10-16 has no larger network to teach it"):
+    with pytest.raises(ValueError, match=r"resnet10-16 .*larger network.*evidence_grid\.TEACHERS"):
         tiny("--methods", "kd")
 
 
+@pytest.mark.benchmark
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_step(benchmarks, method):
     grid = benchmarks("evidence_grid")
@@ -301,14 +310,15 @@ def test_every_method_takes_a_step(benchmarks, method):
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.benchmark
 def test_the_time_is_up(tiny, capsys):
     with pytest.raises(SystemExit, match="0"):
         tiny("--methods", "plain", "--minutes", "0")
-    assert "the time is up; the same command goes on" in capsys.readouterr().out
+    assert "the time is up" in capsys.readouterr().out
 
 
 def test_typefaces_that_are_not_there(benchmarks, tmp_path, monkeypatch):
     data = benchmarks("evidence_data")
     monkeypatch.setattr(data, "TYPEFACES", tmp_path)
-    with pytest.raises(FileNotFoundError, match="is not there; make it with python benchmarks/typefaces.py"):
+    with pytest.raises(FileNotFoundError, match=r"families/train\.parquet .*python benchmarks/typefaces\.py"):
         data.load_training("families", 2, 0)

@@ -4,30 +4,17 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from timm_selfdistill import SelfDistillModel, load_images
 
-from .conftest import EMBEDDED, ENVIRONMENT, TWO_PROCESSES, run_python
-from .programs import HANGS, ROOT
+from .conftest import EMBEDDED, TWO_PROCESSES, programs, run_python, wait_for
 
 TRAIN = "examples/train.py"
-
-
-@pytest.fixture(scope="module")
-def few_images(tmp_path_factory):
-    """333 training and 101 test images as parquet: odd numbers, so that processes get different shares."""
-    folder = tmp_path_factory.mktemp("images")
-    images = load_images(EMBEDDED)
-    images.train.select(range(333)).to_parquet(folder / "train.parquet")
-    images.val.select(range(101)).to_parquet(folder / "test.parquet")
-    return folder
 
 
 def fast(data, output, *more: object) -> list:
@@ -39,20 +26,35 @@ def last_metrics(output) -> dict:
     return {row["exit"]: row for row in json.loads((output / "summary.json").read_text())["exits"]}
 
 
-def test_without_a_flag_it_reaches_80_percent_on_real_images(tmp_path):
-    done = run_python(TRAIN, "--output", tmp_path / "run")
-    assert last_metrics(tmp_path / "run")[3]["top1"] >= 80
-    for part in ("resnet18 after 6 epochs", "exit", "top-1 %", "MACs", "share", "speed-up", "ensemble",
-                 f"SelfDistillModel.from_pretrained('{tmp_path}/run/best')",
-                 f"python examples/train.py --output {tmp_path}/run --baseline --output {tmp_path}/run-baseline"):
-        assert part in done.stdout
-    assert "\x1b" not in done.stdout
-
+def check_saved(run) -> None:
+    """Both readers load the run's best model, and their logits are equal."""
     x = torch.randn(2, 1, 32, 32)
-    plain = timm.create_model(f"local-dir:{tmp_path}/run/best", pretrained=True).eval()
+    plain = timm.create_model(f"local-dir:{run}/best", pretrained=True).eval()
     with torch.no_grad():
-        assert torch.equal(plain(x), SelfDistillModel.from_pretrained(tmp_path / "run" / "best")(x))
+        assert torch.equal(plain(x), SelfDistillModel.from_pretrained(run / "best")(x))
     assert plain.pretrained_cfg["label_names"][9] == "Ankle boot"
+
+
+@pytest.mark.slow
+def test_without_a_flag_it_reaches_80_percent_on_real_images(tmp_path):
+    run_python(TRAIN, "--output", tmp_path / "run")
+    assert last_metrics(tmp_path / "run")[3]["top1"] >= 80
+    check_saved(tmp_path / "run")
+
+
+def test_a_run_prints_its_table_and_what_comes_next(few_images, tmp_path):
+    done = run_python(*fast(few_images, tmp_path / "run", "--epochs", 1), fresh=True)
+    assert done.stderr == ""  # importing and reading the images says nothing
+    for part in ("test_resnet after 1 epochs", "exit", "top-1 %", "MACs", "share", "speed-up", "ensemble",
+                 f"SelfDistillModel.from_pretrained('{tmp_path}/run/best')",
+                 f"--output {tmp_path}/run ", f"--baseline --output {tmp_path}/run-baseline"):
+        assert part in done.stdout
+    for row in last_metrics(tmp_path / "run").values():
+        assert f"{row['top1']:.2f}" in done.stdout
+    for picture in ("curves.png", "exits.png", "best/exits.png", "last/exits.png"):
+        assert len(set(Image.open(tmp_path / "run" / picture).convert("L").getdata())) > 50  # drawn, not blank
+    assert "\x1b" not in done.stdout
+    check_saved(tmp_path / "run")
 
 
 def test_the_plain_network_trains_in_the_same_loop(few_images, tmp_path):
@@ -76,6 +78,11 @@ def test_many_flags_at_once(few_images, tmp_path):
     assert saved["pretrained_cfg"]["input_size"] == [3, 40, 40]
 
 
+def test_accelerate_launch(few_images, tmp_path):
+    done = run_python(*fast(few_images, tmp_path / "run", "--epochs", 1), launcher=("-m", "accelerate.commands.launch"))
+    assert "after 1 epochs" in done.stdout
+
+
 def test_two_processes_train_one_model(few_images, tmp_path):
     flags = fast(few_images, tmp_path / "two", "--amp", "--amp-dtype", "bfloat16", "--grad-accum-steps", 2, "-b", 16)
     done = run_python(*flags, launcher=TWO_PROCESSES)
@@ -88,25 +95,20 @@ def test_two_processes_train_one_model(few_images, tmp_path):
     assert hits == pytest.approx(round(hits), abs=1e-6)
 
     run_python(*fast(few_images, "", "--resume", tmp_path / "two", "--epochs", 3, "-b", 16, "--grad-accum-steps", 2),
-               launcher=TWO_PROCESSES)
+               processes=2)
     assert [row["epoch"] for row in csv.DictReader((tmp_path / "two" / "history.csv").open())] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, code, few_images, tmp_path):
-    flags = fast(few_images, tmp_path / "run", "--epochs", 400)
-    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, *map(str, flags)], cwd=ROOT, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    run = programs().start(*fast(few_images, tmp_path / "run", "--epochs", 400))
     history = tmp_path / "run" / "history.csv"
-    until = time.monotonic() + HANGS
-    while not history.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
-    os.killpg(process.pid, number)  # the loading processes get it too
-    out, err = process.communicate(timeout=HANGS)
-    assert process.returncode == code, err
-    assert f"stopped by {number.name}; go on with the same command and --resume" in out
-    assert f"--resume {tmp_path}/run" in out
+    wait_for(lambda: history.exists() or run.poll() is not None)
+    os.killpg(run.pids[0], number)  # the loading processes get it too
+    done = run.wait()
+    assert done.returncode == code, done.stderr
+    assert f"stopped by {number.name}" in done.stdout
+    assert f"--resume {tmp_path}/run" in done.stdout
 
     epochs = len(history.read_text().splitlines()) - 1
     done = run_python(*fast(few_images, tmp_path / "run", "--epochs", epochs + 1, "--resume"))
@@ -118,27 +120,27 @@ def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, 
 
 
 def test_the_help_comes_alone():
-    done = run_python(TRAIN, "--help", fresh=True)
+    done = run_python(TRAIN, "--help")
     assert "--teacher {deepest,ensemble}" in done.stdout
-    assert done.stderr == ""  # importing the libraries says nothing
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--exits", "9"], "ResNet has no level 9 for an exit; choose from 0 (act1)"),
-    (["--amp"], "fp16 needs a GPU"),
+    (["--exits", "9"], r"ResNet .*level 9 .*0 \(act1\)"),
+    (["--amp"], "fp16 .*GPU.*bfloat16"),
     (["--opt", "foo"], "unknown optimizer 'foo'"),
     (["--head", "foo"], "unknown head 'foo'"),
-    (["--hint", "foo"], "argument --hint: invalid choice: 'foo'"),
+    (["--hint", "foo"], "--hint: .*'foo'"),
     (["--resume"], "nothing to resume"),
-    (["--data-dir", "nowhere"], "nowhere is no folder or file here, and no data set"),
-    (["--lr", "1e30", "--warmup-epochs", "0"], "the loss is nan at update"),
-    (["--model", "resnet1"], "Unknown model (resnet1)"),
+    (["--data-dir", "nowhere"], "nowhere .*folder or file.* data set"),
+    (["--lr", "1e30", "--warmup-epochs", "0"], r"loss is nan at update \d+ .*lower lr"),
+    (["--model", "resnet1"], r"Unknown model \(resnet1\)"),
 ])
 def test_bad_input_ends_in_one_line_and_exit_code_2(flags, message, few_images, tmp_path):
     done = run_python(*fast(few_images, tmp_path / "run", *flags), check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("train.py: error: ")
-    assert message in done.stderr.strip().splitlines()[-1]
+    assert re.search(message, done.stderr.strip().splitlines()[-1]), done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -155,6 +157,7 @@ def test_an_unreadable_image_in_a_loading_process_is_named(tmp_path):
     assert done.stderr.splitlines()[-1].startswith(f"train.py: error: cannot read image {broken}")
 
 
+@pytest.mark.benchmark
 def test_the_step_benchmark_runs(tmp_path):
     run_python("benchmarks/step.py", "--rounds", 1, "--seconds", 0, "-b", 2, "--cases", "resnet18, 32 px", "--output",
                tmp_path / "a.json")
@@ -162,6 +165,7 @@ def test_the_step_benchmark_runs(tmp_path):
     assert 1 < row["macs_ratio"] <= 1.048
 
 
+@pytest.mark.benchmark
 def test_the_training_benchmark_runs(tmp_path):
     run_python("benchmarks/train.py", "--rounds", 1, "--images", 32, "-b", 16, "--models", "resnet18", "--img-size", 32,
                "-j", 0, "--output", tmp_path / "a.json")
@@ -170,6 +174,7 @@ def test_the_training_benchmark_runs(tmp_path):
     assert 1 < row["memory_ratio"] < 1.15
 
 
+@pytest.mark.benchmark
 def test_the_benchmark_of_frozen_backbones_runs(tmp_path):
     run_python("benchmarks/frozen.py", "--rounds", 1, "--images", 32, "-b", 16, "--models", "resnet18", "--img-size",
                32, "--output", tmp_path / "a.json")
@@ -179,6 +184,7 @@ def test_the_benchmark_of_frozen_backbones_runs(tmp_path):
     assert 1 < row["memory_ratio"] < 1.2
 
 
+@pytest.mark.benchmark
 def test_the_benchmark_of_analyses_runs(tmp_path):
     run_python("benchmarks/analysis.py", "--rounds", 1, "--images", 64, "-b", 32, "--num-classes", 10, "--output",
                tmp_path / "a.json")
@@ -187,6 +193,7 @@ def test_the_benchmark_of_analyses_runs(tmp_path):
     assert all(row["forward_s"] > 0 and row["analysis_s"] > 0 for row in rows)
 
 
+@pytest.mark.benchmark
 def test_the_benchmark_of_training_time_runs(tmp_path):
     run_python("benchmarks/training_time.py", "--rounds", 1, "--seconds", 0, "-b", 4, "--output", tmp_path / "a.json")
     rows = {row["method"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}

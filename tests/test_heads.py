@@ -101,19 +101,19 @@ def test_a_callable_makes_heads_of_ones_own():
 
 
 @pytest.mark.parametrize(("head", "head_args", "error", "message"), [
-    ("foo", None, ValueError, "unknown head 'foo'; choose from bottleneck, attention, linear"),
-    (3, None, TypeError, "a callable that makes a module for each stage, got int"),
+    ("foo", None, ValueError, "unknown head 'foo'; .*bottleneck, attention, linear"),
+    (3, None, TypeError, "bottleneck, attention, linear .*callable .*got int"),
     ("linear", {"width": 3}, TypeError,
-     r"'linear' of ResNet at level 1 \(layer1\) does not take .*head_args=\{'width': 3\}: .* are none"),
-    ("attention", {"widht": 3}, TypeError, r"'widht'; its further arguments are width"),
-    ("bottleneck", {"width": 0}, ValueError, r"width must be .* at least 1, got 0 \(level 1 \(layer1\)\)"),
-    ("attention", {"width": 6.5}, ValueError, "width must be a whole number of channels, at least 1, got 6.5"),
-    ("attention", {"width": "64"}, ValueError, "width must be a whole number of channels, at least 1, got '64'"),
-    ("bottleneck", {"width": True}, ValueError, "got True"),
-    (nn.Linear(3, 3), None, TypeError, "a callable that makes a module for each stage, got Linear"),
-    (max, None, TypeError, r"of ResNet at level 1 \(layer1\) does not take \(stage, teacher, num_classes\)"),
-    (lambda stage, teacher: None, None, TypeError, "too many positional arguments; its further arguments are none"),
-    (lambda *_: None, None, TypeError, r"of ResNet at level 1 \(layer1\) must be a module, .* returned NoneType"),
+     r"'linear' of ResNet .*level 1 \(layer1\) .*head_args=\{'width': 3\}: .* none$"),
+    ("attention", {"widht": 3}, TypeError, r"'widht'; .* width$"),
+    ("bottleneck", {"width": 0}, ValueError, r"width .*1, got 0 \(level 1 \(layer1\)\)"),
+    ("attention", {"width": 6.5}, ValueError, "width .*channels.* 1, got 6.5"),
+    ("attention", {"width": "64"}, ValueError, "width .*channels.* 1, got '64'"),
+    ("bottleneck", {"width": True}, ValueError, "width .*got True"),
+    (nn.Linear(3, 3), None, TypeError, "bottleneck, attention, linear .*callable .*got Linear"),
+    (max, None, TypeError, r"ResNet .*level 1 \(layer1\) .*\(stage, teacher, num_classes\)"),
+    (lambda stage, teacher: None, None, TypeError, r"\(stage, teacher, num_classes\) .* none$"),
+    (lambda *_: None, None, TypeError, r"ResNet .*level 1 \(layer1\) .*module, .*NoneType"),
 ])
 def test_bad_heads_are_refused(head, head_args, error, message):
     with pytest.raises(error, match=message):

@@ -90,21 +90,21 @@ def test_export_writes_one_exit_or_every_stage(call, folder):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["evaluate", "run"], "the following arguments are required: --data"),
-    (["evaluate", "nowhere", "--data", "data"], "nowhere is no folder here"),
-    (["evaluate", "run", "--data", "nowhere"], "nowhere is no folder or file here"),
+    (["evaluate", "run"], "required: --data"),
+    (["evaluate", "nowhere", "--data", "data"], "nowhere .*no folder here"),
+    (["evaluate", "run", "--data", "nowhere"], "nowhere .*folder or file"),
     (["evaluate", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
-    (["evaluate", "plain", "--data", "data"], 'has no "self_distill" entry: this is not a self-distilled model'),
-    (["evaluate", "short", "--data", "data"], "short is a truncated model, which has one exit only"),
-    (["evaluate", "other", "--data", "data"], "the model knows 3 classes .*, data has 10 .*; they must be the same"),
-    (["calibrate", "run", "--data", "data"], "give one of max_accuracy_drop, max_macs, min_speedup, got none"),
+    (["evaluate", "plain", "--data", "data"], 'plain.*"self_distill".*timm.create_model'),
+    (["evaluate", "short", "--data", "data"], "short .*truncated.* one exit"),
+    (["evaluate", "other", "--data", "data"], "model .*3 classes .*, data .*10 "),
+    (["calibrate", "run", "--data", "data"], "one of max_accuracy_drop, max_macs, min_speedup, got none"),
     (["calibrate", "run", "--data", "data", "--max-macs", "1", "--min-speedup", "2"], "got max_macs, min_speedup"),
-    (["calibrate", "user/name", "--data", "data", "--min-speedup", "2"], "user/name is no folder here: say with --ou"),
-    (["calibrate", "run", "--data", "data", "--split", "train", "--min-speedup", "2"], "at least 300 images, got 50"),
-    (["tradeoff", "run", "--data", "data", "--baseline", "nowhere"], "--baseline nowhere is no folder of a saved"),
-    (["tradeoff", "run", "--data", "data", "--policy", "luck"], "invalid choice: 'luck'"),
-    (["export", "run"], "the following arguments are required: --output"),
-    (["export", "run", "--exit", "7", "--output", "x"], "exit must be 0 to 3, -1 to -4 or 'ensemble', got 7"),
+    (["calibrate", "user/name", "--data", "data", "--min-speedup", "2"], "user/name .*--output"),
+    (["calibrate", "run", "--data", "data", "--split", "train", "--min-speedup", "2"], "300 images, got 50"),
+    (["tradeoff", "run", "--data", "data", "--baseline", "nowhere"], "--baseline nowhere .*no folder"),
+    (["tradeoff", "run", "--data", "data", "--policy", "luck"], "--policy.*'luck'"),
+    (["export", "run"], "required: --output"),
+    (["export", "run", "--exit", "7", "--output", "x"], "exit .*0 to 3, .*'ensemble', got 7"),
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call, folder):
     if not (folder / "short").exists():

@@ -168,24 +168,24 @@ def test_nan_logits_give_a_nan_loss():
     {"hint": "maps"}, {"teacher": "first"},
 ])
 def test_settings_out_of_range_are_refused(number):
-    (name,) = number
-    with pytest.raises(ValueError, match=f"{name} must .*, got"):
+    ((name, value),) = number.items()
+    with pytest.raises(ValueError, match=f"^{name} .*, got .?{value}"):
         SelfDistillLoss(**number)
 
 
 def test_a_label_loss_that_cannot_be_called_is_refused():
-    with pytest.raises(TypeError, match="label_loss must be a criterion"):
+    with pytest.raises(TypeError, match="label_loss .*criterion.*got 'bce'"):
         SelfDistillLoss(label_loss="bce")
 
 
 @pytest.mark.parametrize(("target", "error", "message"), [
-    (torch.tensor([0, 1, 2, 3, 7]), ValueError, r"class indices must lie in 0..6, got 7"),
-    (torch.tensor([0, 1, 2, 3, -1]), ValueError, r"class indices must lie in 0..6, got -1"),
-    (torch.zeros(5), TypeError, "class indices must be integers, got torch.float32"),
-    (torch.zeros(5, dtype=torch.bool), TypeError, "class indices must be integers, got torch.bool"),
+    (torch.tensor([0, 1, 2, 3, 7]), ValueError, r"class indices .*0\.\.6, got 7"),
+    (torch.tensor([0, 1, 2, 3, -1]), ValueError, r"class indices .*0\.\.6, got -1"),
+    (torch.zeros(5), TypeError, r"class indices .*got torch\.float32; .*target\.long\(\)"),
+    (torch.zeros(5, dtype=torch.bool), TypeError, r"class indices .*got torch\.bool; .*target\.long\(\)"),
     (torch.zeros(4, dtype=torch.long), ValueError, r"class indices \(5,\) or soft labels \(5, 7\)"),
     (torch.zeros(5, 6), ValueError, r"class indices \(5,\) or soft labels \(5, 7\)"),
-    ([0, 1, 2, 3, 4], TypeError, "target must be a tensor, got list"),
+    ([0, 1, 2, 3, 4], TypeError, "target .*tensor, got list"),
 ])
 def test_bad_targets_are_refused(target, error, message):
     with pytest.raises(error, match=message):

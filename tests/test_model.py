@@ -68,7 +68,7 @@ def test_predict_runs_no_layer_behind_its_exit():
 
 @pytest.mark.parametrize("exit", [4, -5, "last", 1.0, True, None])
 def test_predict_refuses_an_exit_that_does_not_exist(exit):
-    with pytest.raises(ValueError, match="exit must be 0 to 3, -1 to -4 or 'ensemble', got"):
+    with pytest.raises(ValueError, match=f"exit .*0 to 3, -1 to -4 or 'ensemble', got {exit!r}"):
         small_model().eval().predict(torch.randn(IMAGES), exit)
 
 
@@ -205,11 +205,12 @@ def test_a_frozen_backbone_stays_as_it_is_to_the_bit():
     assert all(p.grad is None for p in backbone.parameters())
 
 
-def test_model_and_loss_compile_to_one_graph_with_the_eager_gradients():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_model_and_loss_compile_to_one_graph_with_the_eager_gradients(backend):
     model, criterion = small_model().train(), SelfDistillLoss()
     x, y = torch.randn(IMAGES), torch.tensor([0, 1])
     plain = copy.deepcopy(model)
-    loss = torch.compile(lambda x, y: criterion(model(x), y), fullgraph=True)(x, y)
+    loss = torch.compile(lambda x, y: criterion(model(x), y), fullgraph=True, backend=backend)(x, y)
     loss.backward()
     expected = criterion(plain(x), y)
     expected.backward()
@@ -240,9 +241,9 @@ def test_a_seed_makes_the_heads_repeatable():
 
 
 @pytest.mark.parametrize(("name", "shape", "message"), [
-    ("vit_tiny_patch16_224", (2, 3, 96, 96), "VisionTransformer takes images of 224x224 pixels only, got 96x96;"),
-    ("test_resnet", (2, 1, 64, 64), r"ResNet takes images of the shape \(B, 3, H, W\), got \(2, 1, 64, 64\)"),
-    ("test_resnet", (3, 64, 64), r"ResNet takes images of the shape \(B, 3, H, W\), got \(3, 64, 64\)"),
+    ("vit_tiny_patch16_224", (2, 3, 96, 96), r"VisionTransformer .*224x224 .*got 96x96; .*img_size=\(96, 96\)"),
+    ("test_resnet", (2, 1, 64, 64), r"ResNet .*\(B, 3, H, W\), got \(2, 1, 64, 64\)"),
+    ("test_resnet", (3, 64, 64), r"ResNet .*\(B, 3, H, W\), got \(3, 64, 64\)"),
 ])
 def test_images_of_a_wrong_shape_are_refused(name, shape, message):
     model = small_model(name)
@@ -288,25 +289,25 @@ def test_a_head_of_another_shape_than_the_teachers_is_refused(logits, feature):
     model = small_model(head=OwnHead, head_args={"logits": logits, "feature": feature})
     x = torch.randn(IMAGES)
     for call in (lambda x: model.train()(x), model.forward_exits, lambda x: model.predict(x, 0)):
-        with pytest.raises(ValueError, match=r"head of ResNet at level 1 \(layer1\) must return logits \(2, 10\) and a"
-                                             r" feature \(2, 96, H, W\), got .*mend the callable"):
+        with pytest.raises(ValueError, match=r"head of ResNet .*layer1.*\(2, 10\) .*\(2, 96, H, W\), got .*callable"):
             call(x)
 
 
 def test_a_backbone_whose_logits_changed_is_named_instead_of_the_head():
     model = small_model().train()
     model.backbone.reset_classifier(5)
-    with pytest.raises(ValueError, match=r"ResNet gives logits \(2, 5\), expected \(2, 10\); .* be wrapped again"):
+    with pytest.raises(ValueError, match=r"ResNet .*\(2, 5\), expected \(2, 10\); .*reset_classifier"):
         model(torch.randn(IMAGES))
 
 
 @pytest.mark.parametrize("argument", ["head_args", "model_args"])
 def test_arguments_that_must_be_dicts(argument):
-    with pytest.raises(TypeError, match=rf"{argument} must be a dict, got \[1\]"):
+    with pytest.raises(TypeError, match=rf"{argument} .*dict, got \[1\]"):
         small_model(**{argument: [1]})
 
 
-@pytest.mark.parametrize(("name", "size"), [("coat_tiny", 64), ("visformer_tiny", (64, 96))])
+@pytest.mark.parametrize(("name", "size"), [
+    pytest.param("coat_tiny", 64, marks=pytest.mark.slow), ("visformer_tiny", (64, 96))])
 def test_a_model_made_for_another_image_size(name, size, tmp_path):
     backbone = timm.create_model(name, num_classes=10, img_size=size)
     model = wrap_self_distill(backbone, model_args={"img_size": size}).eval()
@@ -318,5 +319,5 @@ def test_a_model_made_for_another_image_size(name, size, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))
     assert loaded.summary() == model.summary()
-    with pytest.raises(ValueError, match=f"takes images of {height}x{width} pixels only, got 33x33"):
+    with pytest.raises(ValueError, match=f"{height}x{width} .*got 33x33"):
         loaded(torch.randn(1, 3, 33, 33))

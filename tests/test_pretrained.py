@@ -1,6 +1,7 @@
 """Real ImageNet weights, and photographs that packages ship."""
 import copy
 import json
+import re
 
 import pytest
 import skimage
@@ -63,15 +64,6 @@ def test_fine_tuning_keeps_the_preprocessing_of_the_weights(lite0, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def few_images(tmp_path_factory):
-    """300 training and 100 test images of Fashion-MNIST."""
-    folder, images = tmp_path_factory.mktemp("few"), load_images(EMBEDDED)
-    images.train.select(range(300)).to_parquet(folder / "train.parquet")
-    images.val.select(range(100)).to_parquet(folder / "test.parquet")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def fine_tuned(lite0, few_images, tmp_path_factory):
     """The plain network for ten classes, and what the run said."""
     output = tmp_path_factory.mktemp("runs") / "plain"
@@ -103,7 +95,7 @@ def test_a_classifier_that_is_new_has_nothing_to_teach(lite0, few_images, tmp_pa
     done = run_python(ROOT / "examples/train.py", "--model", f"local-dir:{lite0}", "--pretrained", "--freeze-backbone",
                       "--data-dir", few_images, "--in-chans", 3, "--img-size", 32, "--epochs", 1, "-b", 100, "-j", 0,
                       "--output", tmp_path)
-    assert done.stderr.startswith("warning: the frozen backbone's classifier for 10 classes is new, with random")
+    assert re.match("warning: .*frozen backbone.* 10 classes .*random", done.stderr)
 
 
 def test_exits_for_a_network_from_images_alone(lite0, few_images, tmp_path):
@@ -112,7 +104,7 @@ def test_exits_for_a_network_from_images_alone(lite0, few_images, tmp_path):
         row["image"].save(tmp_path / f"images/{index}.png")
     done = run_python(ROOT / "examples/add_exits.py", tmp_path / "images", "--model", f"local-dir:{lite0}",
                       "--img-size", 32, "--epochs", 2, "--output", tmp_path / "run")
-    assert "without labels, top-1 and top-5 tell how often an exit agrees with the deepest" in done.stdout
+    assert re.search("without labels.* deepest", done.stdout)
     before, after = backbone_weights(lite0), backbone_weights(tmp_path / "run/best")
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     config = json.loads((tmp_path / "run/best/config.json").read_text())

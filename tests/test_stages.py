@@ -41,15 +41,15 @@ def test_exits_by_index_or_name_the_teacher_named_or_not(exits):
 
 
 @pytest.mark.parametrize(("exits", "error", "message"), [
-    ([], ValueError, "names no shallow exit"),
-    (["layer4"], ValueError, "names no shallow exit"),
-    ([9], ValueError, "ResNet has no level 9 for an exit"),
-    ([-1], ValueError, "has no level -1"),
-    (["layer9"], ValueError, r"has no level 'layer9' for an exit; choose from 0 \(act1\), 1 \(layer1\)"),
-    ([1, 1], ValueError, "ascending without repeats"),
-    ([3, 1], ValueError, "ascending without repeats"),
-    ("layer1", TypeError, "sequence of feature_info indices or module names"),
-    (2, TypeError, "sequence of feature_info indices or module names"),
+    ([], ValueError, r"exits=\[\] .*choose from 0 \(act1\), 1 \(layer1\)"),
+    (["layer4"], ValueError, r"exits=\['layer4'\] .*choose from 0 \(act1\), 1 \(layer1\)"),
+    ([9], ValueError, r"ResNet .*level 9 .*choose from 0 \(act1\), 1 \(layer1\)"),
+    ([-1], ValueError, "ResNet .*level -1 .*choose from 0"),
+    (["layer9"], ValueError, r"ResNet .*level 'layer9' .*choose from 0 \(act1\), 1 \(layer1\)"),
+    ([1, 1], ValueError, r"exits=\[1, 1\] .*ascending"),
+    ([3, 1], ValueError, r"exits=\[3, 1\] .*ascending"),
+    ("layer1", TypeError, "exits .*sequence .*got 'layer1'"),
+    (2, TypeError, "exits .*sequence .*got 2"),
     ([1.5], TypeError, "got 1.5"),
     ([True], TypeError, "got True"),
 ])
@@ -61,7 +61,7 @@ def test_bad_exits_are_refused(exits, error, message):
 def test_a_name_of_several_levels_is_refused():
     with torch.device("meta"):
         model = timm.create_model("crossvit_tiny_240", num_classes=10)
-    with pytest.raises(ValueError, match=r"'blocks.1' ends the levels \[1, 4\] of CrossVit; choose one by its index"):
+    with pytest.raises(ValueError, match=r"'blocks.1' .*levels \[1, 4\] of CrossVit; .*index"):
         wrap_self_distill(model, exits=["blocks.1"])
     assert wrap_self_distill(model, exits=[1, 4]).exits == ("blocks.1", "blocks.1", "blocks.2")
 
@@ -69,13 +69,13 @@ def test_a_name_of_several_levels_is_refused():
 def test_encoders_are_refused():
     with torch.device("meta"):
         model = timm.create_model("mobilenetv5_300m_enc")
-    with pytest.raises(ValueError, match="MobileNetV5Encoder has no classifier.*encoders without a head cannot"):
+    with pytest.raises(ValueError, match="MobileNetV5Encoder .*num_classes=0.*encoders"):
         wrap_self_distill(model)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), "resnet18", None])
 def test_what_is_not_a_timm_model_is_refused(model):
-    with pytest.raises(TypeError, match="expected a timm model, got"):
+    with pytest.raises(TypeError, match=rf"timm model, got \S*\.{type(model).__name__}\b.*timm\.create_model"):
         check_timm_classifier(model)
 
 
@@ -85,12 +85,12 @@ def test_feature_only_models_are_refused():
 
 
 def test_models_without_classifier_are_refused():
-    with pytest.raises(ValueError, match=r"ResNet has no classifier \(num_classes=0\).*num_classes=K"):
+    with pytest.raises(ValueError, match="ResNet .*num_classes=0.*num_classes=K"):
         check_timm_classifier(timm.create_model("resnet10t", num_classes=0))
 
 
 def test_a_model_without_a_level_before_its_last_is_refused():
     model = small_backbone()
     model.feature_info = [dict(info, module="layer4") for info in model.feature_info]
-    with pytest.raises(ValueError, match=r"ResNet has no level for an exit before its last, level 4 \(layer4\)"):
+    with pytest.raises(ValueError, match=r"ResNet .*level 4 \(layer4\); .*exits="):
         wrap_self_distill(model)

@@ -1,3 +1,4 @@
+import re
 from io import StringIO
 
 import pytest
@@ -51,5 +52,5 @@ def test_rich_prints_the_same_table():
 
 @pytest.mark.parametrize("size", [(3, 32), (1, 32, 32), 32, "3x32x32", ()])
 def test_a_wrong_input_size_is_refused(size):
-    with pytest.raises(ValueError, match=r"input_size must be \(3, height, width\), got"):
+    with pytest.raises(ValueError, match=rf"input_size .*\(3, height, width\), got {re.escape(repr(size))}$"):
         small_model().summary(size)

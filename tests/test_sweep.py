@@ -14,6 +14,7 @@ SMALL = [  # a network of each of 30 classes
 ]
 
 
+@pytest.mark.benchmark
 def test_small_networks_of_30_classes_pass_on_real_tensors(tmp_path):
     files = [*(ROOT / "benchmarks/results").glob("sweep_*.json"), ROOT / "docs/models.md"]
     before = [path.read_bytes() for path in files]
@@ -25,6 +26,7 @@ def test_small_networks_of_30_classes_pass_on_real_tensors(tmp_path):
     assert [path.read_bytes() for path in files] == before
 
 
+@pytest.mark.benchmark
 def test_a_sweep_goes_on_where_it_stopped_and_names_what_fails(tmp_path):
     progress = tmp_path / "meta.jsonl"
     rows = [{"name": "test_resnet", "error": None}, {"name": "test_vit", "error": "TimeoutError: took too long"}]

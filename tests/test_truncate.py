@@ -1,5 +1,6 @@
 """One exit as a network of its own."""
 import json
+import re
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_it_holds_no_more_than_its_exit_needs():
 
 @pytest.mark.parametrize("exit", [4, -5, 1.0, True, "first", None])
 def test_an_exit_that_does_not_exist(exit):
-    with pytest.raises(ValueError, match="exit must be 0 to 3, -1 to -4 or 'ensemble', got"):
+    with pytest.raises(ValueError, match=f"exit .*0 to 3, -1 to -4 or 'ensemble', got {exit!r}"):
         small_model().truncate(exit)
 
 
@@ -66,14 +67,14 @@ def test_with_a_head_of_ones_own(tmp_path):
     model.truncate(1).save_pretrained(tmp_path)
     x = torch.randn(1, 3, 160, 160)
     assert torch.equal(SelfDistillModel.from_pretrained(tmp_path, head=LinearHead)(x), model.predict(x, 1))
-    with pytest.raises(ValueError, match="saved with a head of its own"):
+    with pytest.raises(ValueError, match=r"head of its own.*from_pretrained\(\.\.\., head=\.\.\.\)"):
         SelfDistillModel.from_pretrained(tmp_path)
 
 
 def test_a_backbone_that_is_not_rebuilt_is_not_saved(tmp_path):
     model = small_model().eval()
     model.backbone.act1 = torch.nn.Tanh()
-    with pytest.raises(ValueError, match="does not rebuild"):
+    with pytest.raises(ValueError, match=r"rebuild .*wrap_self_distill\(model, model_args="):
         model.truncate(0).save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
 
@@ -98,7 +99,7 @@ def test_a_damaged_config_is_refused(exit, tmp_path):
     values = json.loads(config.read_text())
     values["self_distill"]["truncated_to"] = exit
     config.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="exit must be 0 to 3"):
+    with pytest.raises(ValueError, match=rf"exit .*0 to 3, .*got {re.escape(repr(exit))}"):
         SelfDistillModel.from_pretrained(tmp_path)
 
 

@@ -69,14 +69,13 @@ def test_copies_of_a_font_are_left_out(from_matplotlib, monkeypatch):
 
 
 def test_packages_that_are_not_installed_are_named(typefaces, tmp_path):
-    with pytest.raises(FileNotFoundError, match="^2 of 2 font packages are not installed; apt-get install fonts-no1"
-                                                " fonts-no2$"):
+    with pytest.raises(FileNotFoundError, match="^2 of 2 .*apt-get install fonts-no1 fonts-no2$"):
         typefaces.build(["fonts-no1", "fonts-no2"], 4, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_fewer_fonts_than_there_should_be_are_refused(from_matplotlib, tmp_path):
-    with pytest.raises(ValueError, match="found 4 fonts with all letters and digits in 3 packages, expected 5;"):
+    with pytest.raises(ValueError, match="4 fonts .*3 packages, expected 5; .*apt-get install --reinstall"):
         from_matplotlib.build(list(FILES), 5, tmp_path)
 
 

@@ -76,12 +76,12 @@ def test_a_model_is_run_once_for_each_batch(tmp_path):
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    (loader(torch.full((4,), -1)), "labels must be 0 to 9, got -1 to -1; -1 stands for an image without a label"),
-    (loader(torch.tensor([10])), "labels must be 0 to 9, got 10 to 10"),
-    (loader(torch.rand(4)), r"labels must be class indices \(B,\), got torch.float32"),
-    (loader(torch.zeros(4, dtype=torch.bool)), r"labels must be class indices \(B,\), got torch.bool"),
-    ([torch.zeros(2, 3, 32, 32)], r"the loader must give batches of \(images"),
-    ([], "the loader gives no images"),
+    (loader(torch.full((4,), -1)), "labels .*0 to 9, got -1 to -1; -1 .*without a label"),
+    (loader(torch.tensor([10])), "labels .*0 to 9, got 10 to 10$"),
+    (loader(torch.rand(4)), r"labels .*\(B,\), got torch.float32 \(4,\)"),
+    (loader(torch.zeros(4, dtype=torch.bool)), r"labels .*\(B,\), got torch.bool \(4,\)"),
+    ([torch.zeros(2, 3, 32, 32)], r"loader .*\(images \(B, C, H, W\), class indices \(B,\)\)"),
+    ([], "loader .*no images"),
 ])
 def test_wrong_data(data, message):
     with pytest.raises(ValueError, match=message):
@@ -90,12 +90,12 @@ def test_wrong_data(data, message):
 
 def test_models_without_exits_and_damaged_ones_are_refused():
     for model in (small_backbone(), small_model().truncate(1)):
-        with pytest.raises(ValueError, match="agreement compares the exits of a SelfDistillModel, got .*, which has one"
-                                             " exit only; give it exits with wrap_self_distill"):
+        message = f"agreement .*SelfDistillModel, got {type(model).__name__}, .*wrap_self_distill"
+        with pytest.raises(ValueError, match=message):
             measure_agreement(model, loader(torch.arange(10)))
     model = small_model()
     torch.nn.init.constant_(model.heads[1].fc.bias, float("nan"))
-    with pytest.raises(ValueError, match="logits that are no finite numbers"):
+    with pytest.raises(ValueError, match="logits .*no finite numbers"):
         measure_agreement(model, loader(torch.arange(10)))
-    with pytest.raises(ValueError, match=r"expected answers \(C, N\) and labels \(N,\), N >= 1, got \(3, 10\) and"):
+    with pytest.raises(ValueError, match=r"answers \(C, N\) .*labels \(N,\), .*got \(3, 10\) and \(5,\)"):
         compare_answers(ANSWERS, LABELS[:5])

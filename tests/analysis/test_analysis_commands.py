@@ -108,21 +108,24 @@ TRAINED = SETTINGS | {"alpha": 0.3, "hint": "map", "distill_loss_weight": None}
     ({"settings": TRAINED | {"method": "dks"}}, "KnowledgeSynergyLoss(distill_loss_weight=1.0)"),
     ({"settings": {"method": "dks", "distill_loss_weight": 2}}, "KnowledgeSynergyLoss(distill_loss_weight=2)"),
 ])
-def test_the_loss_is_that_of_the_method(metrics, criterion, tmp_path):
+def test_the_loss_is_that_of_the_method(metrics, criterion, call, folder):
     model = small_model(in_chans=1)
-    model.save_pretrained(tmp_path, metrics=metrics, check=False)
-    assert repr(analysis._task(str(tmp_path), model, None).criterion) == criterion
+    model_data_config(model.backbone, 32, 1)
+    model.save_pretrained(folder / "own", metrics=metrics, check=False)
+    code, _, err = call("gradients", "own", "--data", "data", "--output", "out")
+    assert code == 0, err
+    assert written(folder, "gradients")["own"]["criterion"] == criterion
 
 
 @pytest.mark.parametrize(("metrics", "message"), [
-    ({"settings": [1]}, r"best/config.json is damaged: settings must be an object, got \[1\]"),
-    ({"settings": SETTINGS | {"alpha": "0.3"}}, "best/config.json is damaged: settings have alpha='0.3'"),
-    ({"settings": SETTINGS | {"temperature": None}}, "best/config.json is damaged: settings have temperature=None"),
-    ({"settings": SETTINGS | {"hint": ["map"]}}, r"best/config.json is damaged: settings have hint=\['map'\]"),
-    ({"settings": SETTINGS | {"t_squared": 1}}, "best/config.json is damaged: settings have t_squared=1"),
-    ({"settings": SETTINGS | {"alpha": 2}}, r"best/config.json: of its settings, alpha must lie in \[0, 1\], got 2"),
-    ({"settings": SETTINGS | {"method": "kd"}}, "best/config.json: of its settings, method must be dsn, self-distill,"),
-    ({"frozen": True}, "run was trained with a frozen backbone, whose weights get no gradients"),
+    ({"settings": [1]}, r"best/config.json .*settings .*got \[1\]"),
+    ({"settings": SETTINGS | {"alpha": "0.3"}}, "best/config.json .*alpha='0.3'"),
+    ({"settings": SETTINGS | {"temperature": None}}, "best/config.json .*temperature=None"),
+    ({"settings": SETTINGS | {"hint": ["map"]}}, r"best/config.json .*hint=\['map'\]"),
+    ({"settings": SETTINGS | {"t_squared": 1}}, "best/config.json .*t_squared=1"),
+    ({"settings": SETTINGS | {"alpha": 2}}, r"best/config.json: .*alpha .*\[0, 1\], got 2"),
+    ({"settings": SETTINGS | {"method": "kd"}}, "best/config.json: .*method .*dsn, self-distill, dks, got 'kd'"),
+    ({"frozen": True}, "run .*frozen backbone.* no gradients"),
 ])
 def test_settings_that_tell_no_loss(metrics, message, call, folder):
     save_metrics(folder / "run/best", metrics)
@@ -154,27 +157,24 @@ def test_agreement(call, folder):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["flat-minima", "--data", "data"], "the following arguments are required: model"),
-    (["flat-minima", "plain"], "the following arguments are required: --data"),
-    (["flat-minima", "plain", "--data", "data", "--levels", "-1"], r"levels must be different numbers above 0, got \["),
-    (["flat-minima", "plain", "--data", "data", "--draws", "0"], "draws must be a whole number of at least 1, got 0"),
-    (["flat-minima", "plain", "nowhere", "--data", "data"], "nowhere is no folder here"),
-    (["flat-minima", "plain", "--data", "data", "-b", "0"], "-b/--batch-size: must be a whole number of at least 1, got"
-                                                            " 0"),
-    (["flat-minima", "plain", "--data", "data", "-j", "-1"], "-j/--workers: must be a whole number of at least 0, got"
-                                                             " -1"),
-    (["flat-minima", "plain", "--data", "data", "--device", "foo"], "--device: foo cannot be used here .*; try --dev"),
-    (["flat-minima", "plain", "--data", "data", "--device", "cuda:99"], "--device: cuda:99 cannot be used here .* cpu"),
-    (["flat-minima", "short", "--data", "data"], "short is a truncated model, which has one exit only"),
-    (["gradients", "other", "--data", "data"], "the model knows 3 classes .*, data has 10 .*; they must be the same"),
-    (["gradients", "frozen", "--data", "data"], "frozen was trained with a frozen backbone, whose weights get no"),
-    (["gradients", "run", "--data", "data", "--checkpoints"], "run is no run directory with checkpoints/; give the"),
-    (["gradients", "run", "--data", "nowhere"], "nowhere is no folder or file here"),
-    (["separability", "plain", "--data", "data"], "separability compares the exits of a SelfDistillModel, got ResNet, "
-                                                  "which has one exit only; give it exits with wrap_self_distill"),
-    (["separability", "run", "--data", "data", "--classes", "10"], "classes to draw must be class indices from 0 to 9"),
-    (["agreement", "plain", "--data", "data"], "agreement compares the exits of a SelfDistillModel, got ResNet, which"),
-    (["agreement", "short", "--data", "data"], "short is a truncated model, which has one exit only"),
+    (["flat-minima", "--data", "data"], "required: model"),
+    (["flat-minima", "plain"], "required: --data"),
+    (["flat-minima", "plain", "--data", "data", "--levels", "-1"], r"levels .*above 0, got \[-1.0\]"),
+    (["flat-minima", "plain", "--data", "data", "--draws", "0"], "draws .* 1, got 0"),
+    (["flat-minima", "plain", "nowhere", "--data", "data"], "nowhere .*no folder here"),
+    (["flat-minima", "plain", "--data", "data", "-b", "0"], "--batch-size: .* 1, got 0"),
+    (["flat-minima", "plain", "--data", "data", "-j", "-1"], "--workers: .* 0, got -1"),
+    (["flat-minima", "plain", "--data", "data", "--device", "foo"], "--device: foo .*try --device cpu"),
+    (["flat-minima", "plain", "--data", "data", "--device", "cuda:99"], "--device: cuda:99 .*try --device cpu"),
+    (["flat-minima", "short", "--data", "data"], "short .*truncated.* one exit"),
+    (["gradients", "other", "--data", "data"], "model .*3 classes .*, data .*10 "),
+    (["gradients", "frozen", "--data", "data"], "error: frozen .*frozen backbone.* no gradients"),
+    (["gradients", "run", "--data", "data", "--checkpoints"], "run .*checkpoints/; .*--output"),
+    (["gradients", "run", "--data", "nowhere"], "nowhere .*folder or file"),
+    (["separability", "plain", "--data", "data"], "separability .*SelfDistillModel, got ResNet.*wrap_self_distill"),
+    (["separability", "run", "--data", "data", "--classes", "10"], r"classes .*0 to 9, got \[10\]"),
+    (["agreement", "plain", "--data", "data"], "agreement .*SelfDistillModel, got ResNet.*wrap_self_distill"),
+    (["agreement", "short", "--data", "data"], "short .*truncated.* one exit"),
     (["agreement", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
@@ -185,12 +185,12 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["flat-minima", "plain", "other"], "the model knows 3 classes"),
-    (["gradients", "plain", "other"], "the model knows 3 classes"),
-    (["gradients", "plain", "frozen"], "frozen was trained with a frozen backbone"),
-    (["gradients", "plain", "run", "--checkpoints"], "plain is no run directory with checkpoints/"),
-    (["flat-minima", "plain", "--output", "afile"], "afile is a file; give --output a folder"),
-    (["agreement", "run", "--output", "afile/folder"], "afile is a file; give --output a folder"),
+    (["flat-minima", "plain", "other"], "model .*3 classes .*, data .*10 "),
+    (["gradients", "plain", "other"], "model .*3 classes .*, data .*10 "),
+    (["gradients", "plain", "frozen"], "error: frozen .*frozen backbone.* no gradients"),
+    (["gradients", "plain", "run", "--checkpoints"], "plain .*checkpoints/; .*--output"),
+    (["flat-minima", "plain", "--output", "afile"], "afile .*file; .*--output .*folder"),
+    (["agreement", "run", "--output", "afile/folder"], "afile .*file; .*--output .*folder"),
 ])
 def test_what_is_wrong_is_found_before_anything_is_measured(arguments, message, call, monkeypatch):
     def measure(*_, **__):
@@ -200,7 +200,7 @@ def test_what_is_wrong_is_found_before_anything_is_measured(arguments, message, 
         monkeypatch.setattr(analysis, name, measure)
     code, _, err = call(*arguments, "--data", "data")
     assert (code, err.count("\n")) == (2, 1)
-    assert message in err
+    assert re.search(message, err), err
 
 
 @pytest.mark.parametrize("make", [
@@ -222,7 +222,7 @@ def test_checkpoints_hold_the_network_whatever_learns_beside_it(make, tmp_path):
         assert next(loaded) == step
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     (tmp_path / "checkpoints/step-00000007/run.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="step-00000007/run.pt is damaged; remove"):
+    with pytest.raises(ValueError, match=r"step-00000007/run\.pt .*damaged.*remove .*step-00000007$"):
         load_checkpoints(model, tmp_path)
 
 

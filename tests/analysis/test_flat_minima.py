@@ -173,21 +173,21 @@ def test_the_band_goes_from_the_smallest_to_the_largest_draw(monkeypatch):
 def test_noise_that_makes_no_numbers_is_refused_and_taken_back():
     model = small_backbone()
     before = weights(model)
-    with pytest.raises(ValueError, match="with noise of level 1e[+]38 the logits are no finite numbers; choose lower"):
+    with pytest.raises(ValueError, match=r"level 1e\+38 .*no finite numbers; .*lower levels"):
         measure_flatness(model, loader(), levels=[1e38], draws=1, scaled=False)
     assert_equal(model, before)
     nn.init.constant_(model.fc.bias, float("nan"))
-    with pytest.raises(ValueError, match="logits that are no finite numbers; its weights or the images are damaged"):
+    with pytest.raises(ValueError, match="logits .*no finite numbers; .*damaged"):
         measure_flatness(model, loader(), draws=1)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"levels": []}, r"levels must be different numbers above 0, got \[\]"),
-    ({"levels": [0.1, 0]}, r"levels must be different numbers above 0, got \[0.1, 0\]"),
-    ({"levels": [0.1, 0.1]}, "levels must be different numbers above 0"),
-    ({"levels": [float("nan")]}, r"levels must be different numbers above 0, got \[nan\]"),
-    ({"draws": 0}, "draws must be a whole number of at least 1, got 0"),
-    ({"draws": 1.5}, "draws must be a whole number of at least 1, got 1.5"),
+    ({"levels": []}, r"levels .*above 0, got \[\]"),
+    ({"levels": [0.1, 0]}, r"levels .*above 0, got \[0.1, 0\]"),
+    ({"levels": [0.1, 0.1]}, r"levels .*different .*got \[0.1, 0.1\]"),
+    ({"levels": [float("nan")]}, r"levels .*above 0, got \[nan\]"),
+    ({"draws": 0}, "draws .* 1, got 0"),
+    ({"draws": 1.5}, "draws .*whole number.* 1, got 1.5"),
 ])
 def test_wrong_arguments(arguments, message):
     model = small_backbone()
@@ -197,5 +197,5 @@ def test_wrong_arguments(arguments, message):
 
 
 def test_a_loader_that_ends_for_good_is_refused():
-    with pytest.raises(ValueError, match="the loader can be read only once; pass one that starts anew each time"):
+    with pytest.raises(ValueError, match="loader .*once; .*DataLoader"):
         measure_flatness(small_backbone(), iter(loader()))

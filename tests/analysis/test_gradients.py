@@ -195,21 +195,21 @@ def test_frozen_sections_have_no_gradient(tmp_path):
 
 
 def test_what_cannot_be_measured():
-    with pytest.raises(TypeError, match="expected a timm.task.TrainingTask, got ResNet; give SelfDistillTask"):
+    with pytest.raises(TypeError, match=r"timm\.task\.TrainingTask, got ResNet; .*SelfDistillTask\(model\)"):
         measure_gradients(small_backbone(), batches())
-    with pytest.raises(ValueError, match="nothing in the backbone ResNet learns, so it has no gradients"):
+    with pytest.raises(ValueError, match=r"ResNet .*no gradients; .*requires_grad_\(True\)"):
         measure_gradients(plain_task(small_backbone().requires_grad_(False)), batches())
     frozen = small_model(freeze_backbone=True)
     for learns in (False, True):  # the weights of the second would get gradients of 0
-        with pytest.raises(ValueError, match="trained with a frozen backbone, whose weights get no gradients"):
+        with pytest.raises(ValueError, match="frozen backbone.* no gradients$"):
             measure_gradients(SelfDistillTask(frozen.requires_grad_(learns)), batches())
-    with pytest.raises(ValueError, match="ResNet has no level 'layer9' for an exit"):
+    with pytest.raises(ValueError, match="ResNet .*'layer9' .*layer1"):
         measure_gradients(plain_task(small_backbone()), batches(), exits=["layer9"])
-    with pytest.raises(ValueError, match="the loader gives no images"):
+    with pytest.raises(ValueError, match="loader .*no images"):
         measure_gradients(plain_task(small_backbone()), [])
-    with pytest.raises(ValueError, match="labels must be 0 to 9, got 0 to 10"):
+    with pytest.raises(ValueError, match="labels .*0 to 9, got 0 to 10"):
         measure_gradients(plain_task(small_backbone()), [(torch.zeros(2, 3, 32, 32), torch.tensor([0, 10]))])
     backbone = small_backbone()
     nn.init.constant_(backbone.fc.bias, float("nan"))
-    with pytest.raises(ValueError, match="the loss is nan, no finite number"):
+    with pytest.raises(ValueError, match="loss is nan, .*damaged"):
         measure_gradients(plain_task(backbone), batches())

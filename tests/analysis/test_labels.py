@@ -36,5 +36,5 @@ def test_a_batch_without_images_counts_for_nothing(measure):
     model = small_model()
     with_empty = MEASURES[measure](model, [EMPTY, *batches(), EMPTY]).to_dict()
     assert with_empty == MEASURES[measure](model, batches()).to_dict()
-    with pytest.raises(ValueError, match="the loader gives no images"):
+    with pytest.raises(ValueError, match="loader .*no images"):
         MEASURES[measure](model, [EMPTY])

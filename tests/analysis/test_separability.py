@@ -1,4 +1,5 @@
 """Sums of squares of clusters whose spread is known."""
+import re
 from io import StringIO
 
 import pytest
@@ -150,10 +151,10 @@ def test_axes_of_successive_exits_point_alike(monkeypatch):
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    (loader(torch.ones(4, dtype=torch.long)), "all 4 images are of class 1; separability needs two or more"),
-    (loader(torch.arange(4)), "each of the 4 classes has one image; separability needs two images of a class"),
-    (loader(torch.full((4,), -1)), "labels must be 0 to 9, got -1 to -1; -1 stands for an image without a label"),
-    ([], "the loader gives no images"),
+    (loader(torch.ones(4, dtype=torch.long)), "all 4 images .*class 1; separability .*two"),
+    (loader(torch.arange(4)), "4 classes .*one image; separability .*two images"),
+    (loader(torch.full((4,), -1)), "labels .*0 to 9, got -1 to -1; -1 .*without a label"),
+    ([], "loader .*no images"),
 ])
 def test_wrong_data(data, message):
     with pytest.raises(ValueError, match=message):
@@ -161,13 +162,12 @@ def test_wrong_data(data, message):
 
 
 def test_wrong_models_and_classes():
-    with pytest.raises(ValueError, match="separability compares the exits of a SelfDistillModel, got ResNet, which has"
-                                         " one exit only; give it exits with wrap_self_distill"):
+    with pytest.raises(ValueError, match="separability .*SelfDistillModel, got ResNet, .*wrap_self_distill"):
         measure_separability(small_backbone(), loader(torch.arange(10)))
     for classes in ([], [10], [-1], [0.5]):
-        with pytest.raises(ValueError, match="classes to draw must be class indices from 0 to 9, got"):
+        with pytest.raises(ValueError, match=f"classes .*0 to 9, got {re.escape(str(classes))}"):
             measure_separability(small_model(), loader(torch.arange(10)), classes=classes)
-    with pytest.raises(ValueError, match=r"classes to draw must have images, \[7, 8\] have none; choose others"):
+    with pytest.raises(ValueError, match=r"classes .*images, \[7, 8\] .*choose others"):
         measure_separability(small_model(), loader(torch.arange(20) % 7), classes=[7, 3, 8])
 
 

@@ -16,7 +16,7 @@ from timm_selfdistill.baselines import (
 from timm_selfdistill.cli import check_method_flags, create_task, parse_args, train_config, train_parser
 from timm_selfdistill.training.preprocessing import model_data_config
 
-from ..conftest import EMBEDDED, TWO_PROCESSES, run_python, small_backbone
+from ..conftest import EMBEDDED, run_python, small_backbone
 
 
 def parse(*argv: str):
@@ -62,41 +62,41 @@ def test_in_a_config_file(text, method, tmp_path):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--method", "kd"], "--method kd needs a teacher; give --kd-model-name, a timm model with pretrained weights"),
-    (["--method", "at"], "--method at needs a teacher"),
+    (["--method", "kd"], "--method kd .*teacher; .*--kd-model-name, .*local-dir:FOLDER .*hf-hub:ID"),
+    (["--method", "at"], "--method at .*teacher; .*--kd-model-name"),
     (["--method", "dml", "--kd-model-name", "resnet18"],
-     "--kd-model-name belongs to --method kd, fitnet, at, and the method is dml; leave one out"),
-    (["--kd-temperature", "2"], "--kd-temperature belongs to --method kd, and the method is self-distill"),
-    (["--method", "dsn", "--distill-loss-weight", "2"], "--distill-loss-weight belongs to --method kd, fitnet, at"),
-    (["--method", "dks", "--task-loss-weight", "0"], "--task-loss-weight belongs to --method kd, fitnet, at, and"),
-    (["--method", "dks", "--distill-loss-weight", "-1"], "--distill-loss-weight must be a number >= 0, got -1.0"),
-    (["--method", "dks", "--distill-loss-weight", "nan"], "--distill-loss-weight must be a number >= 0, got nan"),
-    (["--method", "kd", "--kd-model-name", "a", "--kd-temperature", "0"], "--kd-temperature must be a number > 0, got"),
+     "^--kd-model-name .*--method kd, fitnet, at, .* dml; leave one out"),
+    (["--kd-temperature", "2"], "^--kd-temperature .*--method kd, .* self-distill; leave one out"),
+    (["--method", "dsn", "--distill-loss-weight", "2"], "--distill-loss-weight .*--method kd, fitnet, at, .* dsn"),
+    (["--method", "dks", "--task-loss-weight", "0"], "^--task-loss-weight .*--method kd, fitnet, at, .* dks"),
+    (["--method", "dks", "--distill-loss-weight", "-1"], "--distill-loss-weight .*>= 0, got -1.0"),
+    (["--method", "dks", "--distill-loss-weight", "nan"], "--distill-loss-weight .*>= 0, got nan"),
+    (["--method", "kd", "--kd-model-name", "a", "--kd-temperature", "0"], "--kd-temperature .*> 0, got 0"),
     (["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "2"],
-     "--task-loss-weight, given alone, must lie in [0, 1], since the distillation has the rest to 1, got 2.0; or give"),
+     r"--task-loss-weight.*\[0, 1\], .*got 2.0; .*--distill-loss-weight"),
     (["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "0", "--distill-loss-weight", "0"],
-     "--task-loss-weight and --distill-loss-weight are both 0, which leaves nothing to learn from"),
+     "--task-loss-weight and --distill-loss-weight .*both 0"),
     (["--method", "at", "--kd-model-name", "a", "--task-loss-weight", "0", "--distill-loss-weight", "0"],
-     "--task-loss-weight and --distill-loss-weight are both 0"),
+     "--task-loss-weight and --distill-loss-weight .*both 0"),
     (["--method", "kd", "--kd-model-name", "a", "--temperature", "8"],
-     "--temperature belongs to --method self-distill, and the method is kd; leave one out"),
-    (["--method", "dsn", "--alpha", "0.3"], "--alpha belongs to --method self-distill, and the method is dsn"),
-    (["--method", "dks", "--hint", "map"], "--hint belongs to --method self-distill, and the method is dks"),
-    (["--method", "dml", "--no-t-squared"], "--t-squared belongs to --method self-distill, and the method is dml"),
-    (["--method", "dks", "--teacher", "ensemble"], "--teacher belongs to --method self-distill, and"),
-    (["--method", "dsn", "--beta", "0"], "--beta belongs to --method self-distill, and the method is dsn"),
+     "^--temperature .*--method self-distill, .* kd; leave one out"),
+    (["--method", "dsn", "--alpha", "0.3"], "^--alpha .*--method self-distill, .* dsn; leave one out"),
+    (["--method", "dks", "--hint", "map"], "^--hint .*--method self-distill, .* dks; leave one out"),
+    (["--method", "dml", "--no-t-squared"], "^--t-squared .*--method self-distill, .* dml; leave one out"),
+    (["--method", "dks", "--teacher", "ensemble"], "^--teacher .*--method self-distill, .* dks; leave one out"),
+    (["--method", "dsn", "--beta", "0"], "^--beta .*--method self-distill, .* dsn; leave one out"),
     (["--method", "fitnet", "--kd-model-name", "a", "--exits", "1"],
-     "--exits belongs to --method dsn, self-distill, dks, and the method is fitnet; leave one out"),
+     "^--exits .*--method dsn, self-distill, dks, .* fitnet; leave one out"),
     (["--method", "at", "--kd-model-name", "a", "--head", "linear"],
-     "--head belongs to --method dsn, self-distill, dks, and the method is at"),
-    (["--beta", "0.1"], "--beta 0.1 is the weight of the hint, and --hint is none; add --hint map or --hint pooled"),
-    (["--freeze-backbone", "--hint", "none", "--beta", "0.1"], "--beta 0.1 is the weight of the hint, and --hint is"),
+     "^--head .*--method dsn, self-distill, dks, .* at; leave one out"),
+    (["--beta", "0.1"], "--beta 0.1 .*--hint .*none; .*--hint map or --hint pooled"),
+    (["--freeze-backbone", "--hint", "none", "--beta", "0.1"], "--beta 0.1 .*--hint .*none; .*--hint map"),
     (["--method", "dml", "--initial-checkpoint", "a.pth"],
-     "--initial-checkpoint gives both networks of --method dml the same weights, so that neither has anything to"),
-    (["--method", "foo"], "argument --method: invalid choice: 'foo'"),
+     "--initial-checkpoint .*--method dml .*same weights.*leave it out"),
+    (["--method", "foo"], "--method: .*'foo'"),
 ])
 def test_flags_that_contradict(argv, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         parse(*argv)
 
 
@@ -116,7 +116,7 @@ def test_of_a_file_each_method_takes_what_it_has_a_use_for(method, tmp_path):
     (tmp_path / "c.yaml").write_text("alpha: 0.5\ntemperature: 2\nhint: none\nhead: linear\nexits: [layer2]")
     args = parse("--config", str(tmp_path / "c.yaml"), "--method", method)
     assert (args.method, args.head) == (method, "linear")
-    with pytest.raises(ValueError, match="--alpha belongs to --method self-distill, and the method is dsn"):
+    with pytest.raises(ValueError, match="^--alpha .*--method self-distill, .* dsn; leave one out"):
         parse("--config", str(tmp_path / "c.yaml"), "--method", "dsn", "--alpha", "0.1")
 
 
@@ -141,7 +141,7 @@ def test_of_a_file_too(tmp_path):
     (tmp_path / "c.yaml").write_text("freeze-backbone: true\nalpha: 0.5")
     assert repr(build("--config", str(tmp_path / "c.yaml")).criterion) == repr(SelfDistillLoss(alpha=0.5))
     (tmp_path / "c.yaml").write_text("beta: 0.1")
-    with pytest.raises(ValueError, match="--beta 0.1 is the weight of the hint, and --hint is none"):
+    with pytest.raises(ValueError, match="--beta 0.1 .*--hint .*none; .*--hint map"):
         parse("--config", str(tmp_path / "c.yaml"))
     assert parse("--config", str(tmp_path / "c.yaml"), "--hint", "map").beta == 0.1
     parse("--config", str(tmp_path / "c.yaml"), "--method", "dks")
@@ -179,22 +179,22 @@ def test_the_teacher_is_the_saved_network(teacher):
 
 
 def test_teachers_that_do_not_fit(teacher, tmp_path):
-    with pytest.raises(ValueError, match="--kd-model-name cifar_resnet18 has no pretrained weights, and a random"):
+    with pytest.raises(ValueError, match="--kd-model-name cifar_resnet18 .*random teacher.*local-dir:FOLDER"):
         build("--method", "kd", "--kd-model-name", "cifar_resnet18")
     hub.save_timm_model(small_backbone(), tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
     for name, said in (
-            ("resnet1", r"Unknown model \(resnet1\)"), ("resnet18.no", r"Invalid pretrained tag \(no\) for resnet18"),
-            ("local-dir:/nowhere", "Config file not found: /nowhere/config.json"),
-            (f"local-dir:{tmp_path / 'empty'}", "No suitable checkpoints found in .*/empty"),
-            ("hf-hub:nobody/nothing", "we cannot find the requested files in the local cache.*")):
-        with pytest.raises(ValueError, match=rf"^--kd-model-name {name}: .*{said}; give a timm model with pretra"):
+            ("resnet1", r"Unknown model \(resnet1\)"), ("resnet18.no", r"tag \(no\) for resnet18"),
+            ("local-dir:/nowhere", "not found: /nowhere/config.json"),
+            (f"local-dir:{tmp_path / 'empty'}", "checkpoints found in .*/empty"),
+            ("hf-hub:nobody/nothing", "local cache.*")):
+        with pytest.raises(ValueError, match=rf"^--kd-model-name {name}: .*{said}; .*local-dir:FOLDER .*hf-hub:ID"):
             build("--method", "kd", "--kd-model-name", name)
     hub.save_timm_model(small_backbone(num_classes=7, in_chans=1), tmp_path / "classes")
-    with pytest.raises(ValueError, match=r"the teacher \(ResNet\) has 7 classes, the student \(ResNet\) 10"):
+    with pytest.raises(ValueError, match=r"teacher \(ResNet\) .*7 classes, .*student \(ResNet\) 10"):
         build("--method", "kd", "--kd-model-name", f"local-dir:{tmp_path / 'classes'}")
     hub.save_timm_model(small_backbone(), tmp_path / "channels")
-    with pytest.raises(ValueError, match=r"the teacher \(ResNet\) has 3 image channels, the student \(ResNet\) 1"):
+    with pytest.raises(ValueError, match=r"teacher \(ResNet\) .*3 image channels, .*student \(ResNet\) 1"):
         build("--method", "at", "--kd-model-name", f"local-dir:{tmp_path / 'channels'}")
 
 
@@ -204,14 +204,14 @@ def test_a_teacher_of_other_class_names_is_warned_of(tmp_path):
         model_data_config(network, 32, 1, class_names=list(names))
     hub.save_timm_model(model, tmp_path)
     args = parse("--method", "kd", "--kd-model-name", f"local-dir:{tmp_path}")
-    with pytest.warns(UserWarning, match=r"class 2 is 'c' for the teacher local-dir:.* and 'd' in the data"):
+    with pytest.warns(UserWarning, match="class 2 .*'c' .*teacher local-dir:.* 'd' .*data"):
         create_task(args, student, lambda: None)
 
 
 def test_a_teacher_for_images_of_another_size_is_warned_of(teacher):
     student = small_backbone(in_chans=1)
     model_data_config(student, 64, 1)
-    with pytest.warns(UserWarning, match=r"local-dir:.* was made for images of 32 pixels and sees the student's, of 6"):
+    with pytest.warns(UserWarning, match=r"local-dir:.* 32 pixels .* of 64, .*--img-size 32"):
         task = create_task(parse("--method", "at", "--kd-model-name", teacher), student, lambda: None)
     assert task.teacher.model.pretrained_cfg["input_size"] == (1, 64, 64)
 
@@ -223,7 +223,7 @@ def test_a_command_on_two_processes_and_a_word_where_the_teacher_is_missing(meth
     images.val.select(range(51)).to_parquet(tmp_path / "test.parquet")
     flags = ["examples/train.py", "--data-dir", tmp_path, "--output", tmp_path / "run", "--model", "test_resnet",
              "--epochs", 1, "-b", 32, "-j", 0, "--method", method]
-    done = run_python(*flags, "--kd-model-name", teacher, "--amp", "--amp-dtype", "bfloat16", launcher=TWO_PROCESSES)
+    done = run_python(*flags, "--kd-model-name", teacher, "--amp", "--amp-dtype", "bfloat16", processes=2)
     assert "SelfDistillModel" not in done.stdout
     assert "--baseline" not in done.stdout
     assert timm.create_model(f"local-dir:{tmp_path / 'run' / 'best'}", pretrained=True).num_classes == 10
@@ -234,4 +234,4 @@ def test_a_command_on_two_processes_and_a_word_where_the_teacher_is_missing(meth
     done = run_python(*flags, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"train.py: error: --method {method} needs a teacher; give --kd-model-name")
+    assert re.match(f"train.py: error: --method {method} .*teacher; .*--kd-model-name", line)

@@ -94,16 +94,16 @@ def test_a_run_is_not_gone_on_with_under_another_teacher(few, tmp_path):
     task = make("at")
     with torch.no_grad():
         task.teacher.model.conv1[0].weight.mul_(2)
-    with pytest.raises(ValueError, match="of a run with a teacher .* other weights than this one; resume with"):
+    with pytest.raises(ValueError, match="with a teacher .*other weights.*resume with .*the teacher"):
         fit(tmp_path, few, task, epochs=2, resume="latest")
 
 
 def test_a_run_is_not_gone_on_with_where_there_was_no_teacher(few, tmp_path):
     fit(tmp_path / "plain", few, plain_task(), epochs=1)
-    with pytest.raises(ValueError, match="of a run with neither a teacher nor a frozen backbone, and this run has one"):
+    with pytest.raises(ValueError, match="neither .*teacher .*frozen backbone, .*has one; resume"):
         fit(tmp_path / "plain", few, make("kd"), epochs=2, resume="latest")
     fit(tmp_path / "kd", few, make("kd"), epochs=1)
-    with pytest.raises(ValueError, match="of a run with a teacher or a frozen backbone, and this run has none; resume"):
+    with pytest.raises(ValueError, match="with a teacher .*frozen backbone, .*has none; resume"):
         fit(tmp_path / "kd", few, plain_task(), epochs=2, resume="latest")
 
 
@@ -124,7 +124,7 @@ def test_a_teacher_whose_weights_are_not_finite_is_refused(method, few, tmp_path
     task = make(method)
     with torch.no_grad():
         task.teacher.model.fc.bias[3] = float("nan")
-    with pytest.raises(ValueError, match=r"the teacher's weights are not finite, fc.bias first; they come from a run"):
+    with pytest.raises(ValueError, match=r"teacher's weights .*not finite, fc\.bias .*another teacher"):
         fit(tmp_path, few, task)
     assert not list(tmp_path.iterdir())
 
@@ -164,7 +164,7 @@ def test_the_classifiers_of_peers_of_other_depths_learn_at_the_same_rate():
 
 @pytest.mark.parametrize("method", ["fitnet", "dml"])
 def test_networks_without_exits_have_no_learning_rate_for_heads(method):
-    with pytest.raises(ValueError, match="head_lr_scale is for shallow classifiers, which a network without exits doe"):
+    with pytest.raises(ValueError, match="head_lr_scale .*without exits"):
         create_optimizer(make(method).get_trainable_module(), TrainConfig(head_lr_scale=2.0))
 
 
@@ -192,25 +192,25 @@ def test_distributed_and_compiled_as_timm_does_it(method, tmp_path):
 
 def test_networks_that_do_not_fit_are_refused():
     network = small_backbone()
-    with pytest.raises(ValueError, match=r"the teacher \(ResNet\) has 7 classes, the student \(ResNet\) 10; take"):
+    with pytest.raises(ValueError, match=r"teacher \(ResNet\) .*7 classes, .*student \(ResNet\) 10; take a teacher"):
         FitNetTask(network, small_backbone(num_classes=7))
-    with pytest.raises(ValueError, match="the teacher .* has 1 image channels, the student .* 3;"):
+    with pytest.raises(ValueError, match=r"teacher \(ResNet\) .*1 image channels, .*student \(ResNet\) 3;"):
         AttentionTransferTask(network, small_backbone(in_chans=1))
-    with pytest.raises(ValueError, match="the peer .* has 7 classes"):
+    with pytest.raises(ValueError, match=r"peer \(ResNet\) .*7 classes, .*student \(ResNet\) 10; take a peer"):
         MutualLearningTask(network, small_backbone(num_classes=7))
-    with pytest.raises(ValueError, match="student and peer have the same weights"):
+    with pytest.raises(ValueError, match="student and peer .*same weights"):
         MutualLearningTask(network, network)
-    with pytest.raises(TypeError, match="expected a timm model, got torch.nn.modules.linear.Linear"):
+    with pytest.raises(TypeError, match=r"timm model, got torch\.nn\.modules\.linear\.Linear"):
         FitNetTask(network, nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"level 2 \(layer2\) of ResNet is 1/8 .* VisionTransformer 1/16; take a teac"):
+    with pytest.raises(ValueError, match=r"level 2 \(layer2\) of ResNet .*1/8 .* VisionTransformer 1/16; .*teacher"):
         FitNetTask(network, small_backbone("test_vit"))
-    with pytest.raises(ValueError, match=r"distill_loss_weight must be a number >= 0, got -1"):
+    with pytest.raises(ValueError, match="distill_loss_weight .*>= 0, got -1"):
         FitNetTask(network, small_backbone(), distill_loss_weight=-1)
     for task in (FitNetTask, AttentionTransferTask):
-        with pytest.raises(ValueError, match="student and teacher are one model, and a teacher is frozen; give a"):
+        with pytest.raises(ValueError, match="student and teacher .*one model, .*teacher$"):
             task(network, network)
     assert all(p.requires_grad for p in network.parameters())
-    with pytest.raises(ValueError, match=r"distill_loss_weight must be a number >= 0, got nan"):
+    with pytest.raises(ValueError, match="distill_loss_weight .*>= 0, got nan"):
         KnowledgeSynergyLoss(float("nan"))
 
 
@@ -218,10 +218,10 @@ def test_networks_that_do_not_fit_are_refused():
 def test_grey_networks_of_other_normalisations(make):
     """timm gives networks for grey images the means of three channels."""
     student, teacher = small_backbone(in_chans=1), small_backbone("resnet10t", in_chans=1)
-    with pytest.raises(ValueError, match=r"\(0.5, 0.5, 0.5\), are not of images of 1 channel\(s\); call model_data_c"):
+    with pytest.raises(ValueError, match=r"\(0.5, 0.5, 0.5\), .*1 channel\(s\); .*model_data_config\(model, size, 1\)"):
         make(student, teacher)
     model_data_config(student, 32, in_chans=1)
-    with pytest.raises(ValueError, match=r"the teacher's mean and std, \(0.485, 0.456, 0.406\) and"):
+    with pytest.raises(ValueError, match=r"teacher's mean and std, \(0.485, 0.456, 0.406\) and"):
         make(student, teacher)
     model_data_config(teacher, 32, in_chans=1)
     task = make(student, teacher)
@@ -239,5 +239,5 @@ def test_attention_goes_from_a_transformer_to_a_convolutional_network():
 def test_networks_of_other_numbers_of_stages_are_refused():
     student, teacher = small_backbone(), small_backbone()
     teacher.feature_info = teacher.feature_info[2:]
-    with pytest.raises(ValueError, match=r"ResNet has 4 stages to compare \(level 1 \(layer1\), .* 3 \(level .* many"):
+    with pytest.raises(ValueError, match=r"ResNet .*4 stages .*level 1 \(layer1\), .*teacher ResNet 3 \(level "):
         AttentionTransferTask(student, teacher)

@@ -52,10 +52,17 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for event in [self.stopped, *(event for _, event in self.held)]:
-            event.set()
+        self.reset()
         self.server.shutdown()
         self.server.server_close()
+
+    def reset(self) -> None:
+        """Forget everything; what was held goes on."""
+        for event in [self.stopped, *(event for _, event in self.held)]:
+            event.set()
+        for kept in (self.repositories, self.objects, self.requests, self.failures, self.held):
+            kept.clear()
+        self.stopped = threading.Event()
 
     def fail(
             self, pattern: str, status: int | None, times: int = 1, seconds: float = 0.0, **headers: str) -> None:

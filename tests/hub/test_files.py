@@ -59,7 +59,7 @@ def test_a_reloaded_model_can_be_saved_again(saved, tmp_path):
 def test_a_head_of_ones_own_is_given_again_when_loading(tmp_path):
     model = small_model(head=LinearHead).eval()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"saved with a head of its own; pass it: from_pretrained\(..., head=...\)"):
+    with pytest.raises(ValueError, match=r"head of its own.*from_pretrained\(\.\.\., head=\.\.\.\)"):
         SelfDistillModel.from_pretrained(tmp_path)
     x = torch.randn(2, 3, 64, 64)
     loaded = SelfDistillModel.from_pretrained(tmp_path, head=LinearHead)
@@ -91,7 +91,7 @@ def test_a_backbone_that_timm_cannot_rebuild_is_refused_and_the_old_model_stays(
     before = {name: (copied / name).read_bytes() for name in FILES}
     backbone = timm.create_model("resnet10t", num_classes=10)
     setattr(backbone, module, replacement)
-    with pytest.raises(ValueError, match="timm does not rebuild this backbone.*model_args="):
+    with pytest.raises(ValueError, match="rebuild .*model_args="):
         wrap_self_distill(backbone).save_pretrained(copied)
     assert {name: (copied / name).read_bytes() for name in FILES} == before
     assert {path.name for path in copied.iterdir()} == FILES
@@ -102,13 +102,13 @@ def test_a_backbone_that_timm_cannot_rebuild_is_refused_and_the_old_model_stays(
 def test_truncated_files_are_named(copied, file, length):
     path = copied / file
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match=f"{file} is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match=f"{file} .*damaged"):
         SelfDistillModel.from_pretrained(copied)
 
 
 def test_tensors_of_another_model_are_refused(copied):
     shutil.copy(copied / "self_distill.safetensors", copied / "model.safetensors")
-    with pytest.raises(ValueError, match=r"does not hold this model's tensors: \d+ missing .*, \d+ foreign"):
+    with pytest.raises(ValueError, match=r"model\.safetensors .*tensors: \d+ missing .*, \d+ foreign"):
         SelfDistillModel.from_pretrained(copied)
 
 
@@ -122,19 +122,19 @@ def test_tensors_of_another_shape_are_refused(copied, tmp_path):
 @pytest.mark.parametrize("file", sorted(MODEL_FILES))
 def test_missing_files_are_named(copied, file):
     (copied / file).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{file} does not exist"):
+    with pytest.raises(FileNotFoundError, match=rf"/{file} .*exist"):
         SelfDistillModel.from_pretrained(copied)
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder here, and no id of a repository on the Hub"):
+    with pytest.raises(FileNotFoundError, match="nowhere .*no folder here.*user/name"):
         SelfDistillModel.from_pretrained(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"format_version": 2}, "format version 2, this timm-selfdistill .* reads 1"),
-    ({"format_version": None}, "format version None"),
-    ({"exits": [9]}, "ResNet has no level 9 for an exit"),
+    ({"format_version": 2}, "version 2, .*timm-selfdistill .* reads 1"),
+    ({"format_version": None}, "version None, .*timm-selfdistill .* reads 1"),
+    ({"exits": [9]}, "ResNet .*level 9 .*layer1"),
     ({"exits": None}, "damaged.*exits=None"),
     ({"head": "foo"}, "unknown head 'foo'"),
     ({"head_args": 3}, "damaged.*head_args=3"),
@@ -149,7 +149,7 @@ def test_a_config_that_is_no_json_or_a_plain_timm_models_is_refused(copied):
     config = json.loads((copied / "config.json").read_text())
     del config["self_distill"]
     (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match='no "self_distill" entry.*timm.create_model'):
+    with pytest.raises(ValueError, match='"self_distill".*timm.create_model'):
         SelfDistillModel.from_pretrained(copied)
     (copied / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
@@ -157,7 +157,7 @@ def test_a_config_that_is_no_json_or_a_plain_timm_models_is_refused(copied):
 
 
 def test_saving_to_a_file_is_refused(saved):
-    with pytest.raises(FileExistsError, match="config.json is a file; a model is saved to a folder"):
+    with pytest.raises(FileExistsError, match=r"config\.json .*file; .*folder"):
         small_model().save_pretrained(saved / "config.json")
 
 

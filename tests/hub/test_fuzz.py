@@ -48,9 +48,12 @@ def folder(saved, tmp_path_factory):
     return shutil.copytree(saved, tmp_path_factory.mktemp("fuzz") / "model")
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_a_changed_config(data, saved, folder):
+def examples(count: int) -> settings:
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def check_changed_config(data, saved: Path, folder: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     for _ in range(data.draw(st.integers(1, 2))):
         place = data.draw(st.sampled_from(places(config)))
@@ -59,7 +62,20 @@ def test_a_changed_config(data, saved, folder):
     load_or_refuse(folder, saved)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(25)
+@given(data=st.data())
+def test_a_changed_config(data, saved, folder):
+    check_changed_config(data, saved, folder)
+
+
+@pytest.mark.slow
+@examples(400)
+@given(data=st.data())
+def test_many_changed_configs(data, saved, folder):
+    check_changed_config(data, saved, folder)
+
+
+@examples(25)
 @given(position=st.integers(0, 10_000), wrong=st.binary(min_size=1, max_size=3))
 def test_flipped_bytes(position, wrong, saved, folder):
     content = (saved / "config.json").read_bytes()

@@ -1,10 +1,12 @@
 """Everything that can go wrong on the way to the Hub."""
+import re
+
 import pytest
 
 PUSH = """
 from timm_selfdistill import hub
 from timm_selfdistill.hub import client, push
-push.RETRY_SECONDS, client.SILENCE_SECONDS = {waits}, 10.0
+push.RETRY_SECONDS, client.SILENCE_SECONDS = {waits}, {silence}
 try:
     print(hub.push_folder({folder!r}, "user/model"{arguments}))
 except Exception as error:
@@ -15,23 +17,23 @@ TWICE, ONCE = (0.1, 0.1), ()
 
 # What fails and how; seconds waited before further attempts; what is said, and how many attempts there were.
 FAILURES = {
-    "no token": ({}, ONCE, ", token=False", "answers 401: the token is missing or not valid: log in with `hf auth", 1),
-    "401": ({"pattern": CREATE, "status": 401}, TWICE, "", "answers 401: the token is missing or not valid", 1),
-    "403": ({"pattern": COMMIT, "status": 403}, TWICE, "", "answers 403: this token may not write to user/model", 1),
-    "404": ({"pattern": PREUPLOAD, "status": 404}, TWICE, "", "answers 404: there is no user/model that this", 1),
-    "409": ({"pattern": COMMIT, "status": 409}, TWICE, "", "answers 409: another commit came in between", 3),
+    "no token": ({}, ONCE, ", token=False", "401: .*token.*`hf auth login`.*HF_TOKEN", 1),
+    "401": ({"pattern": CREATE, "status": 401}, TWICE, "", "401: .*token.*`hf auth login`.*HF_TOKEN", 1),
+    "403": ({"pattern": COMMIT, "status": 403}, TWICE, "", "403: .*token .*user/model", 1),
+    "404": ({"pattern": PREUPLOAD, "status": 404}, TWICE, "", "404: .*user/model .*token", 1),
+    "409": ({"pattern": COMMIT, "status": 409}, TWICE, "", "409: .*another commit", 3),
     "429": ({"pattern": CREATE, "status": 429, "Retry_After": "1"}, TWICE, "",
-            "answers 429: too many requests; it asks to wait 1 s", 3),
-    "429 for an hour": ({"pattern": CREATE, "status": 429, "Retry_After": "3600"}, TWICE, "", "asks to wait 3600 s", 1),
-    "500": ({"pattern": COMMIT, "status": 500}, TWICE, "", "the Hub answers 500: an error of the server", 3),
-    "a time-out": ({"pattern": COMMIT, "status": 500, "seconds": 30}, ONCE, "", "the Hub does not answer in time", 1),
-    "a lost connection": ({"pattern": COMMIT, "status": None}, TWICE, "", "the connection to the Hub is lost", 3),
+            "429: .*wait 1 s", 3),
+    "429 for an hour": ({"pattern": CREATE, "status": 429, "Retry_After": "3600"}, TWICE, "", "429: .*wait 3600 s", 1),
+    "500": ({"pattern": COMMIT, "status": 500}, TWICE, "", "500: .*server", 3),
+    "a time-out": ({"pattern": COMMIT, "status": 500, "seconds": 30}, ONCE, "", "the Hub .*in time", 1),
+    "a lost connection": ({"pattern": COMMIT, "status": None}, TWICE, "", "connection .*lost", 3),
     "a connection lost in the middle of a file": (
-        {"pattern": PUT, "status": None}, ONCE, "", "the connection to the Hub is lost", 1),
+        {"pattern": PUT, "status": None}, ONCE, "", "connection .*lost", 1),
 }
 
 
-def test_whatever_fails_is_said_in_one_line_and_there_is_no_commit(hub, interpreter, saved):
+def test_whatever_fails_is_said_in_one_line_and_there_is_no_commit(hub, client, saved):
     for name, (failure, waits, arguments, message, attempts) in FAILURES.items():
         hub.repositories.clear()
         hub.objects.clear()
@@ -39,18 +41,19 @@ def test_whatever_fails_is_said_in_one_line_and_there_is_no_commit(hub, interpre
         hub.failures.clear()
         if failure:
             hub.fail(**failure, times=99)
-        said = interpreter(PUSH.format(folder=str(saved), waits=waits, arguments=arguments))
+        silence = 2.0 if "seconds" in failure else 30.0
+        said = client(PUSH.format(folder=str(saved), waits=waits, silence=silence, arguments=arguments))
         assert said.startswith("failed: "), name
         assert "\n" not in said, name
-        assert message in said, name
+        assert re.search(message, said), (name, said)
         assert hub.count(CREATE) == attempts, name
         assert not any(repository.commits for repository in hub.repositories.values()), name
 
 
-def test_what_passes_by_itself_is_tried_again(hub, interpreter, saved):
+def test_what_passes_by_itself_is_tried_again(hub, client, saved):
     hub.fail(CREATE, 429, Retry_After="1")
     hub.fail(PUT, None)
-    said = interpreter(PUSH.format(folder=str(saved), waits=TWICE, arguments=", commit_message='Third time'"))
+    said = client(PUSH.format(folder=str(saved), waits=TWICE, silence=30.0, arguments=", commit_message='Third time'"))
     assert said.startswith(f"{hub.url}/user/model/commit/")
     files = hub.repositories["user/model"].files("main")
     assert {name: files[name] for name in ("config.json", "model.safetensors", "self_distill.safetensors")} == {
@@ -60,20 +63,20 @@ def test_what_passes_by_itself_is_tried_again(hub, interpreter, saved):
     assert "user/name" in (saved / "README.md").read_text()
 
 
-def test_a_push_looks_at_what_is_there(hub, interpreter, saved):
-    push = PUSH.format(folder=str(saved), waits=ONCE, arguments="{arguments}")
+def test_a_push_looks_at_what_is_there(hub, client, saved):
+    push = PUSH.format(folder=str(saved), waits=ONCE, silence=30.0, arguments="{arguments}")
     card = b"---\nlicense: mit\n---\nmine"
     hub.add("user/model", {"README.md": card, "exits.png": b"an earlier model's", "notes.txt": b"mine"})
-    assert hub.url in interpreter(push.format(arguments=""))
+    assert hub.url in client(push.format(arguments=""))
     files = hub.repositories["user/model"].files("main")
     assert set(files) == {"config.json", "model.safetensors", "self_distill.safetensors", "README.md", "notes.txt"}
     assert files["README.md"] == card
 
-    said = interpreter(push.format(arguments=", private=True"))
-    assert said == "failed: user/model exists and is public; make it private on its page, or choose another name"
-    assert interpreter(push.format(arguments=", revision='nope'")) == "failed: user/model has no such revision"
+    said = client(push.format(arguments=", private=True"))
+    assert re.fullmatch("failed: user/model .*public; .*private .*another name", said)
+    assert re.fullmatch("failed: user/model .*revision", client(push.format(arguments=", revision='nope'")))
     hub.add("user/model", {"pytorch_model.bin": b"theirs"})
-    assert "holds 'pytorch_model.bin', which may run code" in interpreter(push.format(arguments=""))
+    assert re.search("user/model .*'pytorch_model.bin'.*safetensors", client(push.format(arguments="")))
     assert len(hub.repositories["user/model"].commits) == 3
 
 
@@ -81,5 +84,5 @@ def test_a_push_looks_at_what_is_there(hub, interpreter, saved):
 def test_half_a_model_is_not_pushed(missing, copied):
     from timm_selfdistill.hub import push_folder
     (copied / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=f"holds no saved model: {missing} does not exist"):
+    with pytest.raises(FileNotFoundError, match=f"no saved model: {missing} "):
         push_folder(copied, "user/model")

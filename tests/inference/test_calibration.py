@@ -223,8 +223,9 @@ def test_a_promise_that_is_not_kept_changes_nothing(trained):
     assert trained.early_exit is None
 
 
-@pytest.mark.parametrize(
-    ("name", "stops"), [("test_resnet", [0, 1, 2]), ("efficientvim_m1", [0, 2]), ("coat_tiny", [1])])
+@pytest.mark.parametrize(("name", "stops"), [
+    ("test_resnet", [0, 1, 2]), ("efficientvim_m1", [0, 2]),
+    pytest.param("coat_tiny", [1], marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*images cannot leave")
 def test_the_cost_of_who_cannot_leave_is_that_of_going_on(name, stops):
     model = small_model(name).eval()
@@ -246,19 +247,24 @@ def test_training_makes_thresholds_void(trained, tmp_path):
 def test_logits_that_are_no_numbers_are_refused():
     model = small_model().eval()
     torch.nn.init.constant_(model.backbone.fc.bias, float("nan"))
-    with pytest.raises(ValueError, match="logits that are no finite numbers"):
+    with pytest.raises(ValueError, match="logits .*no finite numbers"):
         EarlyExit(model).calibrate(loader(), max_accuracy_drop=1.0)
 
 
-@pytest.mark.parametrize("early_exit", [5, [1], {"thresholds": [0.5]}, {"thresholds": ["a", "b", "c"]},
-                                        {"policy": "os.system", "thresholds": [0.5] * 3},
-                                        {"thresholds": [0.5] * 3, "temperatures": [0] * 4}])
-def test_a_damaged_record_is_refused(early_exit, tmp_path):
+@pytest.mark.parametrize(("early_exit", "message"), [
+    (5, "early_exit .*got 5"),
+    ([1], r"early_exit .*got \[1\]"),
+    ({"thresholds": [0.5]}, r"3 thresholds, .*got \[0.5\]"),
+    ({"thresholds": ["a", "b", "c"]}, "threshold .*got 'a'"),
+    ({"policy": "os.system", "thresholds": [0.5] * 3}, "policy .*got 'os.system'"),
+    ({"thresholds": [0.5] * 3, "temperatures": [0] * 4}, "temperature .*got 0"),
+])
+def test_a_damaged_record_is_refused(early_exit, message, tmp_path):
     small_model().save_pretrained(tmp_path, check=False)
     config = json.loads((tmp_path / "config.json").read_text())
     config["self_distill"]["early_exit"] = early_exit
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="early_exit must be|threshold|policy|temperature"):
+    with pytest.raises(ValueError, match=message):
         EarlyExit(SelfDistillModel.from_pretrained(tmp_path))
 
 
@@ -267,15 +273,15 @@ def labelled(labels: torch.Tensor) -> DataLoader:
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    (loader(299), "calibration needs at least 300 images, got 299"),
-    (labelled(torch.zeros(300, dtype=torch.long)), "all 300 images are of class 0; calibration needs two or more"),
-    (labelled(torch.arange(300) % 11), "labels must be 0 to 9, got 0 to 10"),
-    (labelled(torch.arange(300) % 3 - 1), "labels must be 0 to 9, got -1 to 1"),
-    (labelled(torch.rand(300)), r"labels must be class indices \(B,\), got torch.float32 \(100,\)"),
-    ([], "the loader gives no images"),
-    ([torch.zeros(2, 3, 32, 32)], r"the loader must give batches of \(images \(B, C, H, W\), class indices \(B,\)\)"),
-    ([(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))], "the images are torch.uint8"),
-    ([(torch.zeros(2, 1, 32, 32), torch.zeros(2, dtype=torch.long))], r"takes images of the shape \(B, 3, H, W\)"),
+    (loader(299), "calibration .*300 images, got 299"),
+    (labelled(torch.zeros(300, dtype=torch.long)), "all 300 images .*class 0; calibration .*two"),
+    (labelled(torch.arange(300) % 11), "labels .*0 to 9, got 0 to 10"),
+    (labelled(torch.arange(300) % 3 - 1), "labels .*0 to 9, got -1 to 1"),
+    (labelled(torch.rand(300)), r"labels .*\(B,\), got torch.float32 \(100,\)"),
+    ([], "loader .*no images"),
+    ([torch.zeros(2, 3, 32, 32)], r"loader .*\(images \(B, C, H, W\), class indices \(B,\)\)"),
+    ([(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))], r"torch\.uint8 .*x\.to"),
+    ([(torch.zeros(2, 1, 32, 32), torch.zeros(2, dtype=torch.long))], r"images .*\(B, 3, H, W\), got \(2, 1, 32, 32\)"),
 ])
 def test_wrong_data(data, message):
     with pytest.raises(ValueError, match=message):
@@ -283,12 +289,12 @@ def test_wrong_data(data, message):
 
 
 @pytest.mark.parametrize(("budget", "message"), [
-    ({}, "give one of max_accuracy_drop, max_macs, min_speedup, got none"),
-    ({"max_macs": 1e6, "min_speedup": 2}, "give one of .*, got max_macs, min_speedup"),
-    ({"max_accuracy_drop": -1}, "max_accuracy_drop must be a number of at least 0, got -1"),
-    ({"max_macs": float("nan")}, "max_macs must be a number of at least 1, got nan"),
-    ({"min_speedup": 0.5}, "min_speedup must be a number of at least 1, got 0.5"),
-    ({"min_speedup": "2"}, "min_speedup must be a number of at least 1, got '2'"),
+    ({}, "one of max_accuracy_drop, max_macs, min_speedup, got none"),
+    ({"max_macs": 1e6, "min_speedup": 2}, "one of .*, got max_macs, min_speedup"),
+    ({"max_accuracy_drop": -1}, "max_accuracy_drop .* 0, got -1"),
+    ({"max_macs": float("nan")}, "max_macs .* 1, got nan"),
+    ({"min_speedup": 0.5}, "min_speedup .* 1, got 0.5"),
+    ({"min_speedup": "2"}, "min_speedup .* 1, got '2'"),
 ])
 def test_wrong_budgets(budget, message):
     with pytest.raises(ValueError, match=message):

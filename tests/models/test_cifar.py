@@ -1,11 +1,15 @@
 """The networks for CIFAR behave as every timm model does, and have the published sizes."""
+from functools import partial
+
 import pytest
 import timm
 import torch
+from timm.layers import create_conv2d
+from timm.models.resnetv2 import DownsampleConv, PreActBasic
 from torch import nn
 
 from timm_selfdistill import wrap_self_distill
-from timm_selfdistill.models.cifar_resnetv2 import _pyramid, _wide
+from timm_selfdistill.models.cifar_resnetv2 import CifarResNetV2, PyramidBottleneck
 
 ALL = ["cifar_pyramidnet101_240", "cifar_resnet101", "cifar_resnet152", "cifar_resnet18", "cifar_resnet50",
        "cifar_resnext29_8x64d", "cifar_vgg19_bn", "cifar_wide_resnet20_8", "cifar_wide_resnet28_12",
@@ -40,20 +44,46 @@ def test_parameter_counts_are_the_published_ones(name, classes, millions):
     assert round(params(create(name, num_classes=classes)), digits) == millions
 
 
+def wide(depth: int, width: int, num_classes: int) -> nn.Module:
+    """WideResNet-depth-width of arXiv:1605.07146, table 1, its blocks dealt to three groups, the last first."""
+    blocks = (depth - 4) // 2
+    depths = [blocks // 3, (blocks + 1) // 3, (blocks + 2) // 3]
+    channels = [16 * width] * depths[0] + [32 * width] * depths[1] + [64 * width] * depths[2]
+    block = partial(PreActBasic, proj_layer=DownsampleConv, conv_layer=create_conv2d)
+    return CifarResNetV2(block, depths, channels, num_classes=num_classes)
+
+
+def pyramid(depth: int, alpha: int, num_classes: int) -> nn.Module:
+    """PyramidNet with bottlenecks of arXiv:1610.02915, equation 3."""
+    blocks = (depth - 2) // 3
+    channels = [4 * round(16 + alpha * block / blocks) for block in range(1, blocks + 1)]
+    return CifarResNetV2(PyramidBottleneck, [blocks // 3] * 3, channels, stem_norm=True, num_classes=num_classes)
+
+
 @pytest.mark.parametrize(("depth", "width", "millions"), [
     (28, 10, 36.5), (22, 8, 17.2), (16, 8, 11.0), (40, 4, 8.9)])  # arXiv:1605.07146, tables 4 and 5
 def test_the_family_of_wide_resnets_has_the_published_parameter_counts(depth, width, millions):
-    model = _wide("cifar_wide_resnet28_12", False, depth, width, num_classes=10)
-    assert round(params(model), 1) == millions
+    assert round(params(wide(depth, width, num_classes=10)), 1) == millions
 
 
 @pytest.mark.parametrize(("depth", "alpha", "millions"), [
     (164, 270, 27.0), (200, 240, 26.6), (236, 220, 26.8), (272, 200, 26.0)])  # github.com/jhkim89/PyramidNet
 def test_the_family_of_pyramidnets_has_the_published_parameter_counts(depth, alpha, millions):
     with torch.device("meta"):
-        model = _pyramid("cifar_pyramidnet101_240", False, depth, alpha, num_classes=10)
+        model = pyramid(depth, alpha, num_classes=10)
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
     assert weights / 1e6 == pytest.approx(millions, abs=0.06)  # published without the norms' parameters
+
+
+@pytest.mark.parametrize(("name", "family", "size"), [
+    ("cifar_wide_resnet20_8", wide, (20, 8)), ("cifar_wide_resnet44_8", wide, (44, 8)),
+    ("cifar_wide_resnet28_12", wide, (28, 12)), ("cifar_pyramidnet101_240", pyramid, (101, 240))])
+def test_networks_are_those_of_their_family(name, family, size):
+    with torch.device("meta"):
+        networks = create(name), family(*size, num_classes=100)
+    first, second = ({key: value.shape for key, value in model.state_dict().items()} for model in networks)
+    assert first == second
+    assert repr(networks[0]) == repr(networks[1])
 
 
 def test_vgg_has_the_convolutions_of_configuration_e_and_its_two_hidden_layers():

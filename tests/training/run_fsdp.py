@@ -1,7 +1,7 @@
 """Two processes: runs with DistributedDataParallel and with Accelerate's FSDP2 end in the same weights, and those that
 are resumed in the middle of an epoch in the same bits.
 
-    torchrun --nproc_per_node 2 tests/training/run_fsdp.py DIRECTORY
+    torchrun --nproc_per_node 2 tests/training/run_fsdp.py DIRECTORY NETWORK...
 """
 import sys
 from pathlib import Path
@@ -73,8 +73,9 @@ RUNS = {
 }
 
 
-def main(folder: Path) -> None:
-    for name, changes in RUNS.items():
+def main(folder: Path, names: list[str]) -> None:
+    for name in names:
+        changes = RUNS[name]
         whole = fit(name, folder / name / "ddp", fsdp=False, **changes)
         sharded = fit(name, folder / name / "fsdp", fsdp=True, **changes)
         compare(whole, sharded, 1e-5)
@@ -92,4 +93,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

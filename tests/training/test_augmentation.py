@@ -72,9 +72,9 @@ def test_without_augmentation_nothing_is_random():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"cutout": -1}, "cutout must be a number of pixels, at least 0, got -1"),
-    ({"cutout": 1.5}, "cutout must be a number of pixels, at least 0, got 1.5"),
-    ({"train_crop_mode": "padd"}, "train_crop_mode must be one of rrc, rkrc, rkrr, pad, got 'padd'"),
+    ({"cutout": -1}, r"cutout .*got -1$"),
+    ({"cutout": 1.5}, r"cutout .*got 1\.5$"),
+    ({"train_crop_mode": "padd"}, r"train_crop_mode .*rrc, rkrc, rkrr, pad, got 'padd'"),
 ])
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

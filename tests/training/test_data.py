@@ -148,9 +148,9 @@ def test_small_images_are_trained_at_a_fitting_size(fashion):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"img_size": 0}, "img_size must be at least 1 pixel, got 0"),
-    ({"crop_pct": 0}, r"crop_pct must lie in \(0, 1\], got 0"),
-    ({"mean": [0.1, 0.2]}, r"mean has 2 values for images of 3 channels: \(0.1, 0.2\)"),
+    ({"img_size": 0}, r"img_size .*1 pixel, got 0"),
+    ({"crop_pct": 0}, r"crop_pct .*\(0, 1\], got 0"),
+    ({"mean": [0.1, 0.2]}, r"mean .*2 values .*3 channels: \(0\.1, 0\.2\)"),
 ])
 def test_bad_preprocessing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -158,8 +158,8 @@ def test_bad_preprocessing_is_refused(arguments, message):
 
 
 @pytest.mark.parametrize(("setting", "message"), [
-    ({"auto_augment": "foo"}, "timm does not know a setting of the transforms: Unknown AA policy foo"),
-    ({"interpolation": "foo"}, "timm does not know a setting of the transforms: 'foo'"),
+    ({"auto_augment": "foo"}, r"timm .*transforms: .*policy foo"),
+    ({"interpolation": "foo"}, r"timm .*transforms: 'foo'"),
 ])
 def test_unknown_augmentation_is_refused(fashion, setting, message):
     with pytest.raises(ValueError, match=message):
@@ -167,12 +167,12 @@ def test_unknown_augmentation_is_refused(fashion, setting, message):
 
 
 def test_other_numbers_of_channels_are_refused(fashion):
-    with pytest.raises(ValueError, match="images have 1 or 3 channels, but the model takes in_chans=7"):
+    with pytest.raises(ValueError, match=r"1 or 3 channels.*in_chans=7"):
         fashion.transformed(model_data_config(small_backbone(in_chans=7), 32, 7))
 
 
 def test_a_folder_with_no_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no images; expected one subfolder per class"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} .*one subfolder per class.*parquet"):
         load_images(tmp_path)
 
 
@@ -180,7 +180,7 @@ def test_a_folder_with_one_class(folder):
     for path in (folder / "dog").iterdir():
         path.unlink()
     (folder / "dog").rmdir()
-    with pytest.raises(ValueError, match="a folder needs one subfolder per class, at least 2"):
+    with pytest.raises(ValueError, match=r"ClassLabel.*label_column \(--target-key\).*one subfolder per class, .*2"):
         load_images(folder)
 
 
@@ -188,7 +188,7 @@ def test_an_unreadable_image_is_named(folder):
     (folder / "dog" / "3.png").write_bytes(b"not an image")
     images = load_images(folder, val_fraction=0.1)
     train, _ = images.transformed(model_data_config(small_backbone(), 32))
-    with pytest.raises(ValueError, match=re.escape(f"cannot read image {folder / 'dog' / '3.png'}")):
+    with pytest.raises(ValueError, match=re.escape(f"image {folder / 'dog' / '3.png'}:")):
         [train[index] for index in range(len(train))]
 
 
@@ -197,13 +197,13 @@ def test_a_truncated_image_is_named(folder):
     path.write_bytes(path.read_bytes()[:200])
     images = load_images(folder, val_fraction=0.1)
     train, val = images.transformed(model_data_config(small_backbone(), 32))
-    with pytest.raises(ValueError, match="cannot read image .*0.png"):
+    with pytest.raises(ValueError, match=re.escape(f"image {path}:")):
         [data[index] for data in (train, val) for index in range(len(data))]
 
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "images.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"images.txt is no .parquet or .arrow file"):
+    with pytest.raises(ValueError, match=r"images\.txt .*\.parquet .*\.arrow "):
         load_images(tmp_path / "images.txt")
 
 
@@ -213,17 +213,17 @@ def test_a_source_of_another_type():
 
 
 @pytest.mark.parametrize(("labels", "arguments", "error", "message"), [
-    (["x"] * 4, {"label_column": "label"}, ValueError, r"of one class only \(\['x'\]\)"),
-    ([3] * 4, {"label_column": "label"}, ValueError, r"of one class only \(\['3'\]\)"),
-    ([[0], [1]], {"label_column": "label"}, TypeError, "one class index or name a row"),
-    ([0, -1, 1, 0], {"label_column": "label"}, ValueError, "got -1; -1 marks a split without labels"),
-    ([0.5, 1.0, 0.0, 1.0], {"label_column": "label"}, TypeError, "must hold class indices or names"),
-    (["x", "y"] * 2, {}, ValueError, r"no label column \(ClassLabel\) among image, label; name one as label_column"),
-    (["x", "y"] * 2, {"label_column": "class"}, ValueError, "no column 'class'; it has image, label"),
-    (["x", "y"] * 2, {"image_column": "picture"}, ValueError, "no column 'picture'; it has image, label"),
+    (["x"] * 4, {"label_column": "label"}, ValueError, r"one class .*\(\['x'\]\); 2 "),
+    ([3] * 4, {"label_column": "label"}, ValueError, r"one class .*\(\['3'\]\); 2 "),
+    ([[0], [1]], {"label_column": "label"}, TypeError, r"'label' .*one class index .*List\("),
+    ([0, -1, 1, 0], {"label_column": "label"}, ValueError, r"'label' .*0\.\.1, got -1; .*split without labels"),
+    ([0.5, 1.0, 0.0, 1.0], {"label_column": "label"}, TypeError, r"'label' .*indices or names, got .*float64"),
+    (["x", "y"] * 2, {}, ValueError, r"\(ClassLabel\) .*image, label; .*label_column \(--target-key\)"),
+    (["x", "y"] * 2, {"label_column": "class"}, ValueError, r"column 'class'; .*image, label"),
+    (["x", "y"] * 2, {"image_column": "picture"}, ValueError, r"column 'picture'; .*image, label"),
     (["x", "y"] * 2, {"train_split": "training", "val_split": "eval", "label_column": "label"}, ValueError,
-     "no split 'eval'; it has 'training'"),
-    (["x", "y"] * 2, {"label_column": "label", "val_fraction": 1.0}, ValueError, "must lie between 0 and 1, got 1.0"),
+     r"split 'eval'; .*'training'"),
+    (["x", "y"] * 2, {"label_column": "label", "val_fraction": 1.0}, ValueError, r"val_fraction .*0 and 1, got 1\.0"),
 ])
 def test_tables_that_do_not_fit_are_refused(labels, arguments, error, message):
     with pytest.raises(error, match=message):
@@ -232,13 +232,13 @@ def test_tables_that_do_not_fit_are_refused(labels, arguments, error, message):
 
 def test_labels_out_of_the_classes_range_are_refused():
     rows = table([0, 1, -1, 0]).cast_column("label", AB)
-    with pytest.raises(ValueError, match="labels in column 'label' must lie in 0..1, got -1"):
+    with pytest.raises(ValueError, match=r"column 'label' .*0\.\.1, got -1"):
         load_images(rows)
 
 
 def test_missing_labels_are_counted():
     rows = table([0, 1, None, 0]).cast_column("label", AB)
-    with pytest.raises(ValueError, match="1 of 4 rows of the training split have no label"):
+    with pytest.raises(ValueError, match=r"1 of 4 rows .*training split .*no label"):
         load_images(datasets.DatasetDict(train=rows, test=rows))
 
 
@@ -246,7 +246,7 @@ def test_splits_with_other_classes_are_refused():
     def rows(names):
         return table([0, 1, 0, 1]).cast_column("label", datasets.ClassLabel(names=names))
 
-    with pytest.raises(ValueError, match="training and validation split differ in classes"):
+    with pytest.raises(ValueError, match=r"training and validation .*\['a', 'b'\], \['b', 'a'\]"):
         load_images(datasets.DatasetDict(train=rows(["a", "b"]), test=rows(["b", "a"])))
 
 
@@ -259,7 +259,7 @@ def test_a_folder_of_images_without_labels(tmp_path):
     assert [label for _, label in train] == [-1] * 16
     assert [label for _, label in val] == [-1] * 4
     assert train[0][0].shape == (3, 32, 32)
-    with pytest.raises(ValueError, match="has no label column"):
+    with pytest.raises(ValueError, match=r"\(ClassLabel\) .*label_column \(--target-key\).*one subfolder per class"):
         load_images(tmp_path)
 
 
@@ -273,8 +273,9 @@ def test_labels_of_unlabelled_images_are_used_for_validation_only(streaming):
     assert next(iter(val))[1] >= 0
     assert images.fitting_labels(10) is images
     assert images.fitting_labels(10, CLASSES) is images
-    for others in ((1000,), (10, CLASSES[::-1])):
-        with pytest.warns(UserWarning, match="of other classes .* than the network's .* agreement with the deepest"):
+    for others, network in (((1000,), "1000"), ((10, CLASSES[::-1]), "10: Ankle boot, ...")):
+        said = rf"\(10: T-shirt/top, .*network's \({re.escape(network)}\).*agreement with the deepest"
+        with pytest.warns(UserWarning, match=said):
             without = images.fitting_labels(*others)
         assert (without.label_column, without.num_classes) == (None, None)
 
@@ -296,5 +297,5 @@ def test_a_network_may_have_more_classes_than_the_images(streaming):
     if not streaming:
         assert images.train.features["label"].names == images.val.features["label"].names == images.class_names
         assert images.train[:5]["label"] == load_images(EMBEDDED).train[:5]["label"]
-    with pytest.raises(ValueError, match="num_classes is 9, but the data have 10 classes"):
+    with pytest.raises(ValueError, match=r"num_classes .*9, .*10 classes"):
         load_images(EMBEDDED, num_classes=9, streaming=streaming)

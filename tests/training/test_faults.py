@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from timm_selfdistill import SelfDistillModel, SelfDistillTask, Trainer
-from timm_selfdistill.training.checkpoint import WEIGHTS_FILE, Checkpoints, _checksum_of, find_damage, list_checkpoints
+from timm_selfdistill.training.checkpoint import WEIGHTS_FILE, Checkpoints, find_damage, list_checkpoints
 from timm_selfdistill.training.metrics import ExitMeter
 from timm_selfdistill.training.saved_models import SavedModels
 from timm_selfdistill.training.sharding import prepare_to_shard
@@ -48,7 +48,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_to_stops_nothing(few, tmp_pa
         folder.touch()
 
     at_update(monkeypatch, 3, replace_by_a_file)
-    with pytest.warns(UserWarning, match=r"step-00000004 could not be written \(.*Not a directory.*; the run goes on"):
+    with pytest.warns(UserWarning, match=rf"{folder}/step-00000004 .*\(.*Not a directory.*\); .*run goes on"):
         result, _ = fit(tmp_path, few)
     assert result.summary
     assert [path.name for path in list_checkpoints(tmp_path / "away")] == ["step-00000002"]
@@ -61,37 +61,46 @@ def test_a_model_that_cannot_be_written_in_the_middle_is_written_at_the_end(few,
         shutil.move(tmp_path / "last", hidden)
         (tmp_path / "last").touch()
 
-    real = Trainer._summarize
+    real = SavedModels.save_missing
 
-    def unblock(self):
+    def unblock(self, *args):
         (tmp_path / "last").unlink()
-        return real(self)
+        real(self, *args)
 
     at_update(monkeypatch, 3, block)
-    monkeypatch.setattr(Trainer, "_summarize", unblock)
-    with pytest.warns(UserWarning, match=f"{tmp_path}/last could not be written"):
+    monkeypatch.setattr(SavedModels, "save_missing", unblock)
+    with pytest.warns(UserWarning, match=f"{tmp_path}/last .*run goes on"):
         _, task = fit(tmp_path, few)
     same_weights(SelfDistillModel.from_pretrained(tmp_path / "last"), task.get_trainable_module(), rtol=0, atol=0)
 
 
 ON_A_SMALL_DISK = """
 mount -t tmpfs -o size=7000k none {folder}
-{python} examples/train.py --output {folder}/run --epochs 3 -j 0 --model test_resnet --img-size 32 -b 100
-{python} -c "from timm_selfdistill.training.checkpoint import find_checkpoint as f; print(f('latest', '{folder}/run'))"
+exec {python} -c "
+import runpy, sys
+from timm_selfdistill.training.checkpoint import find_checkpoint
+sys.argv[1:] = '--output {folder}/run --data-dir {images} --epochs 3 -j 0 --model test_resnet -b 50'.split()
+try:
+    runpy.run_path('examples/train.py', run_name='__main__')
+finally:
+    print(find_checkpoint('latest', '{folder}/run'))
+"
 """
 
 
-def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
+def test_a_full_disk_loses_nothing_that_was_saved(few_images, tmp_path):
     """On a file system that holds the models and the first checkpoints, but not all of them."""
     namespace = ["unshare", "--map-root-user", "--mount"] if os.getuid() else ["unshare", "--mount"]
     if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    script = ON_A_SMALL_DISK.format(folder=tmp_path, python=sys.executable)
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    script = ON_A_SMALL_DISK.format(folder=folder, images=few_images, python=sys.executable)
     done = subprocess.run([*namespace, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
+                          env=ENVIRONMENT)
     assert "No space left on device" in done.stderr
     assert "the run goes on" in done.stderr
-    assert f"{tmp_path}/run/checkpoints/step-" in done.stdout.splitlines()[-1]  # a whole one
+    assert f"{folder}/run/checkpoints/step-" in done.stdout.splitlines()[-1]  # a whole one
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no checksums"])
@@ -148,13 +157,13 @@ def test_a_validation_image_that_cannot_be_read(workers, few, tmp_path):
     data = few[0], Photos(few[1], {3})
     with pytest.raises(ValueError, match="image 3 cannot be read"):
         fit(tmp_path / "a", data, workers=workers)
-    with pytest.warns(UserWarning, match="1 validation images cannot be read and are left out"):
+    with pytest.warns(UserWarning, match=r"\b1 validation images .*left out"):
         fit(tmp_path / "b", data, workers=workers, on_bad_sample="skip", validation_batch_size=1)
 
 
 def test_a_data_set_of_which_nothing_can_be_read(few, tmp_path):
     data = Photos(few[0], set(range(1, 100))), few[1]
-    with pytest.raises(ValueError, match=r"neither image \d+ nor 10 others can be read; the last: image"):
+    with pytest.raises(ValueError, match=r"image \d+ .*10 others .*: image \d+ cannot be read"):
         fit(tmp_path, data, on_bad_sample="skip")
 
 
@@ -171,7 +180,7 @@ def poison(updater: Updater) -> None:
 
 def test_an_update_that_is_not_finite_is_left_out(few, tmp_path, monkeypatch):
     at_update(monkeypatch, 2, poison)
-    with pytest.raises(FloatingPointError, match="the loss is nan at update 2"):
+    with pytest.raises(FloatingPointError, match=r"^the loss .*nan at update 2 .*lower lr, clip_grad"):
         fit(tmp_path / "a", few)
     result, task = fit(tmp_path / "b", few, on_nan="skip", model_ema=True)
     assert result.summary["exits"][-1]["loss"] < 10
@@ -184,7 +193,8 @@ def test_an_update_that_is_not_finite_is_left_out(few, tmp_path, monkeypatch):
 def test_too_many_updates_that_are_not_finite(fashion_tensors, tmp_path, monkeypatch):
     for update in range(3, 3 + MOST_SKIPPED):
         at_update(monkeypatch, update, poison)
-    with pytest.raises(FloatingPointError, match=f"gradients of {MOST_SKIPPED} updates in a row are not finite"):
+    last = 2 + MOST_SKIPPED
+    with pytest.raises(FloatingPointError, match=rf"{MOST_SKIPPED} updates .*update {last}; .*lower lr or clip_grad"):
         fit(tmp_path, fashion_tensors, on_nan="skip", batch_size=20)
 
 
@@ -216,7 +226,7 @@ def test_a_tracker_that_fails_is_left_alone(few, tmp_path, monkeypatch):
         trainer.trackers.trackers[0].writer = None
 
     at_update(monkeypatch, 2, fail)
-    with pytest.warns(UserWarning, match="the tracker tensorboard failed and gets no more"):
+    with pytest.warns(UserWarning, match="tracker tensorboard failed"):
         assert trainer.fit().summary
 
 
@@ -267,23 +277,23 @@ def test_weights_that_are_not_finite_are_no_checkpoint(few, tmp_path, monkeypatc
         handle = model.backbone.fc.weight.register_hook(lambda grad: (handle.remove(), grad * float("nan"))[1])
 
     at_update(monkeypatch, 3, poison_gradients)
-    with pytest.warns(UserWarning, match="step-00000003 could not be written \\(its weights are not finite\\)"):
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/checkpoints/step-00000003 .*\(.*weights .*not finite\)"):
         with pytest.raises(FloatingPointError, match="step-00000002 stays"):
             fit(tmp_path, few, checkpoint_interval="1")
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001", "step-00000002"]
 
 
 def test_a_best_model_that_could_not_be_written_is_not_the_best(few, tmp_path, monkeypatch):
-    real, calls = SavedModels._save, []
+    real, calls = SelfDistillModel.save_pretrained, []
 
-    def full_at_first(self, name, *args):
-        calls.append(name)
-        if name == "best" and calls.count("best") == 1:
+    def full_at_first(self, folder, **how):
+        calls.append(folder.name)
+        if folder.name == "best" and calls.count("best") == 1:
             raise OSError(28, "No space left on device")
-        real(self, name, *args)
+        real(self, folder, **how)
 
-    monkeypatch.setattr(SavedModels, "_save", full_at_first)
-    with pytest.warns(UserWarning, match="best could not be written .*No space left"):
+    monkeypatch.setattr(SelfDistillModel, "save_pretrained", full_at_first)
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/best .*\(.*No space left.*\); .*run goes on"):
         result, _ = fit(tmp_path, few)
     assert calls.count("best") > 1
     saved = json.loads((tmp_path / "best/config.json").read_text())["self_distill"]["metrics"]
@@ -306,7 +316,7 @@ def test_torchrun_restarts_only_its_own_run(few, tmp_path, monkeypatch):
     fit(tmp_path / "other", few, epochs=1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(FileExistsError, match="holds another run"):
+    with pytest.raises(FileExistsError, match=f"another run; .*--resume {tmp_path}/other,"):
         fit(tmp_path / "other", few)
     fit(tmp_path / "own", few, epochs=1)
     result, _ = fit(tmp_path / "own", few)
@@ -314,14 +324,14 @@ def test_torchrun_restarts_only_its_own_run(few, tmp_path, monkeypatch):
 
 
 def test_too_few_updates_for_a_trace(few, tmp_path):
-    with pytest.warns(UserWarning, match="there is no profile"):
+    with pytest.warns(UserWarning, match="no profile"):
         fit(tmp_path, few, profile=50)
 
 
 def test_a_picture_cut_short_is_no_matter(few, tmp_path, monkeypatch):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG")
     assert fit(tmp_path, few)[0].summary
-    with pytest.warns(UserWarning, match="the tracker tensorboard failed"):
+    with pytest.warns(UserWarning, match="tracker tensorboard failed"):
         assert fit(tmp_path, few, epochs=3, resume="latest", report_to=("tensorboard",))[0].summary
 
 
@@ -333,24 +343,22 @@ def test_a_trace_of_some_updates(fashion_tensors, tmp_path):
 
 def test_settings_that_make_it_another_run_are_refused_and_others_are_listed(few, tmp_path):
     fit(tmp_path, few, epochs=1)
-    with pytest.raises(ValueError, match="another run, .*: seed 7 instead of 42, opt adamw instead of sgd; resume"):
+    with pytest.raises(ValueError, match=": seed 7 instead of 42, opt adamw instead of sgd; .*same settings"):
         fit(tmp_path, few, resume="latest", opt="adamw", seed=7)
-    with pytest.warns(UserWarning, match=r"settings than before: epochs 2 instead of 1, lr 0.1 instead of 0.02$"):
+    with pytest.warns(UserWarning, match=r": epochs 2 instead of 1, lr 0\.1 instead of 0\.02$"):
         fit(tmp_path, few, resume="latest", epochs=2, lr=0.1)
 
 
-def test_a_checkpoint_of_a_newer_format(few, tmp_path):
-    fit(tmp_path, few, epochs=1)
-    (record,) = (tmp_path / "checkpoints").glob("*/checksums.json")
-    content = {**json.loads(record.read_text()), "format": 2}
-    del content["record"]
-    record.write_text(json.dumps({**content, "record": _checksum_of(content)}))
-    with pytest.raises(ValueError, match="has format 2, this version of timm-selfdistill reads 1; install a newer"):
+def test_a_checkpoint_of_a_newer_format(few, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_selfdistill.training.checkpoint.FORMAT", 2)
+        fit(tmp_path, few, epochs=1)
+    with pytest.raises(ValueError, match="checkpoints/step-.* format 2, .*timm-selfdistill reads 1; .*newer"):
         fit(tmp_path, few, resume="latest")
 
 
 def test_batch_norm_and_one_image(few, tmp_path):
-    with pytest.raises(ValueError, match=r"batch norm \(BatchNorm2d\) .*batch_size must be at least 2"):
+    with pytest.raises(ValueError, match=r"\(BatchNorm2d\) .*batch_size .*2\b"):
         fit(tmp_path, few, batch_size=1)
     fit(tmp_path, tuple(Subset(part, range(4)) for part in few), make_task("test_convnext", head="linear"),
         batch_size=1, epochs=1)
@@ -359,32 +367,32 @@ def test_batch_norm_and_one_image(few, tmp_path):
 def test_sync_bn_on_a_cpu_is_refused(few, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="sync_bn needs GPUs"):
+    with pytest.raises(ValueError, match="sync_bn .*GPUs .*leave it out"):
         fit(tmp_path, few, sync_bn=True)
 
 
-@pytest.mark.parametrize(("variable", "value", "changes"), [
-    ("ACCELERATE_MIXED_PRECISION", "fp16", {"amp": True, "amp_dtype": "bfloat16"}),
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {"grad_accum_steps": 2})])
-def test_a_launcher_that_contradicts_the_flags(variable, value, changes, few, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("variable", "value", "changes", "message"), [
+    ("ACCELERATE_MIXED_PRECISION", "fp16", {"amp": True, "amp_dtype": "bfloat16"}, "mixed_precision fp16, .*bf16"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {"grad_accum_steps": 2}, r"accumulation_steps 4, .*\b2")])
+def test_a_launcher_that_contradicts_the_flags(variable, value, changes, message, few, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(ValueError, match=f"accelerate launch says .* {value}, the run's own flags say"):
+    with pytest.raises(ValueError, match=f"accelerate launch .*{message}; "):
         fit(tmp_path, few, **changes)
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_a_launcher_of_another_kind(name, few, tmp_path, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match=f"accelerate launch asks for {name}, which .*; take FSDP2"):
+    with pytest.raises(ValueError, match=rf"accelerate launch .*{name}, .*FSDP2, .*configs/fsdp2\.yaml"):
         fit(tmp_path, few)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"FSDP_VERSION": "1"}, "set fsdp_version: 2"),
-    ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading, which is not supported"),
-    ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "set it to false, and grad_checkpointing"),
-    ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
-    ({"CUDA_VISIBLE_DEVICES": ""}, "FSDP needs GPUs")])
+    ({"FSDP_VERSION": "1"}, r"FSDP1; .*fsdp_version: 2, .*configs/fsdp2\.yaml"),
+    ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading, .*to false"),
+    ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing, .*to false, and grad_checkpointing"),
+    ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "SIZE_BASED_WRAP, .*fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+    ({"CUDA_VISIBLE_DEVICES": ""}, r"FSDP .*GPUs, .*accelerate launch .*configs/fsdp2\.yaml")])
 def test_a_launcher_that_shards_in_a_way_that_does_not_work(changes, message, few, tmp_path, monkeypatch):
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **changes}.items():
         monkeypatch.setenv(name, value)
@@ -394,10 +402,13 @@ def test_a_launcher_that_shards_in_a_way_that_does_not_work(changes, message, fe
         fit(tmp_path, few)
 
 
-@pytest.mark.parametrize("changes", [{"model_ema": True}, {"torchcompile": True}, {"opt": "lamb"}])
-def test_what_sharded_weights_do_not_have(changes, few, tmp_path):
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_ema": True}, r"model_ema .*FSDP; .*configs/multi_gpu\.yaml"),
+    ({"torchcompile": True}, r"torchcompile .*FSDP; .*configs/multi_gpu\.yaml"),
+    ({"opt": "lamb"}, "opt 'lamb' .*FSDP; .*sgd, momentum, adam, adamw")])
+def test_what_sharded_weights_do_not_have(changes, message, few, tmp_path):
     task = SelfDistillTask(small_model(in_chans=1))
-    with pytest.raises(ValueError, match=f"{next(iter(changes))} .*is not supported with FSDP"):
+    with pytest.raises(ValueError, match=message):
         prepare_to_shard(None, task, settings(tmp_path, **changes))
 
 

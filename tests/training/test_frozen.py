@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from timm_selfdistill.hub import read_metrics
 from timm_selfdistill.training.feature_cache import FOLDER
 from timm_selfdistill.training.metrics import ExitMetrics, deciding_top1
 
-from ..conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
+from ..conftest import EMBEDDED, ROOT, run_python, small_backbone, small_model
 from .frozen_runs import equal, fit, frozen_model
 
 
@@ -100,7 +101,7 @@ def test_a_resumed_run_gives_the_same_heads(settings, few, tmp_path):
 
 def test_a_checkpoint_of_heads_on_another_backbone_is_refused(few, tmp_path):
     fit(frozen_model(), few, tmp_path, epochs=1)
-    with pytest.raises(ValueError, match="frozen backbone, which had other weights than this one"):
+    with pytest.raises(ValueError, match="frozen backbone, .*other weights .*pretrained weights"):
         fit(frozen_model(seed=1), few, tmp_path, resume="latest")
 
 
@@ -122,20 +123,21 @@ def test_with_cached_features_the_backbone_sees_each_image_once(few, tmp_path):
     model.backbone.layer1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     trainer = Trainer(SelfDistillTask(model), *few, TrainConfig(
         output=str(tmp_path), workers=0, batch_size=40, epochs=3, cache_features=True))
-    summarize, counts = trainer._summarize, []
-    trainer._summarize = lambda: (counts.append(sum(seen)), summarize())[1]
+    saved, counts = trainer.saved, []
+    save_missing = saved.save_missing
+    saved.save_missing = lambda *args: (counts.append(sum(seen)), save_missing(*args))[1]
     seen.clear()
-    trainer._save_model = lambda *_: True  # which runs the model, to see that it can be loaded
+    saved.save = lambda *_: True  # which runs the model, to see that it can be loaded
     trainer.fit()
     one_for_its_shape = 1
     assert counts == [95 + 50 + 2 * one_for_its_shape]
 
 
-def test_two_processes_train_frozen_exits_and_share_the_cache(tmp_path):
-    command = [ROOT / "examples/train.py", "--model", "test_resnet", "--img-size", 32, "--epochs", 2, "-b", 400,
+def test_two_processes_train_frozen_exits_and_share_the_cache(few_images, tmp_path):
+    command = [ROOT / "examples/train.py", "--data-dir", few_images, "--model", "test_resnet", "--epochs", 2, "-b", 40,
                "-j", 0, "--freeze-backbone", "--no-aug", "--unlabelled"]
-    run_python(*command, "--output", tmp_path / "seen", launcher=TWO_PROCESSES)
-    run_python(*command, "--output", tmp_path / "cached", "--cache-features", launcher=TWO_PROCESSES)
+    run_python(*command, "--output", tmp_path / "seen", processes=2)
+    run_python(*command, "--output", tmp_path / "cached", "--cache-features", processes=2)
     seen, cached = (load_file(tmp_path / name / "last/self_distill.safetensors") for name in ("seen", "cached"))
     for key, value in seen.items():
         torch.testing.assert_close(cached[key], value, rtol=1e-4, atol=1e-5)
@@ -152,8 +154,8 @@ def test_the_best_exits_are_those_of_the_best_mean():
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"unlabelled": True}, r"unlabelled \(--unlabelled\) needs a model with a frozen backbone"),
-    ({"cache_features": True}, r"cache_features \(--cache-features\) needs a model with a frozen backbone"),
+    ({"unlabelled": True}, r"unlabelled \(--unlabelled\) .*frozen backbone, .*\(--freeze-backbone\)"),
+    ({"cache_features": True}, r"cache_features \(--cache-features\) .*frozen backbone, .*\(--freeze-backbone\)"),
 ])
 def test_what_needs_a_frozen_backbone(settings, message, few, tmp_path):
     for task in (SelfDistillTask(small_model(in_chans=1)),
@@ -164,10 +166,10 @@ def test_what_needs_a_frozen_backbone(settings, message, few, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"unlabelled": True, "smoothing": 0.1}, "smoothing is of labels, which unlabelled images do not have"),
-    ({"cache_features": True, "mixup": 0.2}, r"mixup \(--mixup\) changes them in every epoch"),
-    ({"cache_features": True, "cutmix": 1.0}, r"cutmix \(--cutmix\) changes them in every epoch"),
-    ({"cache_features": True, "on_bad_sample": "skip"}, "cache_features needs every image"),
+    ({"unlabelled": True, "smoothing": 0.1}, "smoothing .*unlabelled .*leave one"),
+    ({"cache_features": True, "mixup": 0.2}, r"cache_features .*mixup \(--mixup\) .*leave one"),
+    ({"cache_features": True, "cutmix": 1.0}, r"cache_features .*cutmix \(--cutmix\) .*leave one"),
+    ({"cache_features": True, "on_bad_sample": "skip"}, "cache_features .*on_bad_sample .*'raise'"),
 ])
 def test_settings_that_contradict(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -180,7 +182,7 @@ DATA_CONFIG = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interp
 def test_a_cache_of_augmented_images_is_refused(fashion, tmp_path):
     train, val = fashion.transformed(DATA_CONFIG, hflip=0.5)
     for data in (train, Subset(train, range(100))):  # which tells, and of which some images are read twice
-        with pytest.raises(ValueError, match=r"augmented: not the same each time .* no_aug=True \(--no-aug\)"):
+        with pytest.raises(ValueError, match=r"cache_features .*augmented: .*no_aug=True \(--no-aug\)"):
             fit(frozen_model(), (data, val), tmp_path / "out", cache_features=True)
 
 
@@ -188,14 +190,13 @@ def test_a_cache_of_a_stream_is_refused(tmp_path):
     stream = load_images(EMBEDDED, streaming=True).transformed(DATA_CONFIG, no_aug=True)
     whole = load_images(EMBEDDED).transformed(DATA_CONFIG, no_aug=True)
     for data in (stream, (whole[0], stream[1])):
-        with pytest.raises(ValueError, match="which a stream is not; leave out streaming or cache_features"):
+        with pytest.raises(ValueError, match="a stream .*leave out streaming or cache_features"):
             fit(frozen_model(), data, tmp_path / "out", cache_features=True)
 
 
 def test_a_disk_that_is_too_small_for_the_cache(few, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
-    message = r"the features of the images take \d+ MB, and .* has 1 MB free \(.*\); leave out cache_features, or"
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(OSError, match=rf"features .*\d MB, .*{tmp_path} .* 1 MB free \(.+\); .*cache_features"):
         fit(frozen_model(), few, tmp_path, cache_features=True)
     assert not (tmp_path / FOLDER).exists()
     assert (tmp_path / "last").exists()
@@ -206,7 +207,7 @@ def test_a_disk_that_fills_up_before_there_is_room_for_the_cache(few, tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OSError, match=r"features of the images take .* \(No space left on device\)"):
+    with pytest.raises(OSError, match=rf"features .*\d MB, .*{tmp_path} .*\(No space left.*\); .*cache_features"):
         fit(frozen_model(), few, tmp_path, cache_features=True)
     assert not (tmp_path / FOLDER).exists()
 
@@ -258,7 +259,7 @@ def test_a_cache_is_the_images_before_and_after_a_run(few, tmp_path):
 
 
 def test_layer_decay_of_a_frozen_backbone(few, tmp_path):
-    with pytest.raises(ValueError, match="layer_decay is for a backbone that learns, and this one is frozen"):
+    with pytest.raises(ValueError, match="layer_decay .*frozen; leave one"):
         fit(frozen_model(), few, tmp_path, layer_decay=0.5)
 
 
@@ -268,27 +269,26 @@ def test_the_card_tells_that_the_network_is_as_it_was(few, tmp_path):
     run.eval_model.truncate(0).save_pretrained(tmp_path / "first", metrics=record)
     for name in ("best", "first"):
         card = (tmp_path / name / "README.md").read_text()
-        assert "The network itself is as it was: frozen. Only its shallow classifiers were trained." in card
+        assert re.search("frozen.* shallow classifiers", card)
         assert "trained together" not in card
 
 
 def test_nothing_that_learns(few, tmp_path):
-    with pytest.raises(ValueError, match="the backbone is frozen and head_lr_scale is 0: nothing would learn"):
+    with pytest.raises(ValueError, match="frozen .*head_lr_scale .*0: .*leave one"):
         fit(frozen_model(), few, tmp_path, head_lr_scale=0.0)
 
 
-def test_the_class_names_of_a_frozen_network_are_kept(tmp_path):
+def test_the_class_names_of_a_frozen_network_are_kept(few_images, tmp_path):
     """Also where those of the data differ, of which there is a warning; without labels the data's are not used."""
     backbone = small_backbone()
     backbone.pretrained_cfg.update(label_names=[f"own{index}" for index in range(10)], input_size=(3, 32, 32))
     wrap_self_distill(backbone).save_pretrained(tmp_path / "own")
     command = [ROOT / "examples/train.py", "--model", f"local-dir:{tmp_path / 'own'}", "--pretrained", "--epochs", 1,
-               "-b", 500, "-j", 0, "--freeze-backbone", "--no-aug"]
+               "--data-dir", few_images, "-b", 50, "-j", 0, "--freeze-backbone", "--no-aug"]
     done = run_python(*command, "--output", tmp_path / "a")
-    assert done.stderr == ("warning: class 0 is 'own0' for the frozen backbone and 'T-shirt/top' in the data; the"
-                           " backbone's names are kept, and labels must mean the same classes in the same order\n")
+    assert re.fullmatch("warning: class 0 .*'own0' .*backbone .*'T-shirt/top' .*data.*names .*kept.*\n", done.stderr)
     done = run_python(*command, "--unlabelled", "--output", tmp_path / "b")
-    assert "of other classes (10: T-shirt/top, ...) than the network's (10: own0, ...): they are not" in done.stderr
+    assert re.search(r"\(10: T-shirt/top, .*network's \(10: own0, .*agreement with the deepest", done.stderr)
     assert "agreement with the deepest" in done.stdout
     for name in ("a", "b"):
         config = json.loads((tmp_path / name / "best/config.json").read_text())

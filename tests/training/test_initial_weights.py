@@ -47,19 +47,18 @@ def test_a_checkpoint_as_pretrained_weights_gives_all_but_the_classifier(trained
     assert model.fc.weight.shape[0] == 10
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in model.state_dict().items()
                if not key.startswith("fc."))
-    with pytest.raises(ValueError, match="does not fit ConvNeXt: .*stem.0.weight is missing"):
+    with pytest.raises(ValueError, match=rf"{path} .*ConvNeXt: .*stem\.0\.weight is missing.*--model, "):
         create_backbone("test_convnext", pretrained_path=str(path), num_classes=10, in_chans=1)
-    with pytest.raises(ValueError, match=r"conv1.0.weight \(\d+, 1, 3, 3\) instead of \(\d+, 3, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"conv1\.0\.weight \(\d+, 1, 3, 3\) instead of \(\d+, 3, 3, 3\).*--in-chans"):
         create_backbone("test_resnet", pretrained_path=str(path), num_classes=10)
-    with pytest.raises(ValueError, match="are two ways to load a checkpoint; give one of them"):
+    with pytest.raises(ValueError, match="initial_checkpoint .*pretrained_path .*give one"):
         create_backbone("test_resnet", pretrained_path=str(path), initial_checkpoint=str(path))
 
 
 @pytest.mark.parametrize(("name", "classes", "message"), [
-    ("test_resnet", 10, r"does not fit ResNet: fc.weight \(12, 96\) instead of \(10, 96\), fc.bias \(12,\) instead of"
-     r" \(10,\); it was made for 12 classes, not 10: --num-classes 12 keeps its classifier, --pretrained-path instead"),
-    ("test_convnext", 12, r"does not fit ConvNeXt: .*stem.0.weight is missing.* and \d+ more; give the --model,"
-     " --in-chans and --num-classes that it was made with"),
+    ("test_resnet", 10, r"ResNet: fc\.weight \(12, 96\) instead of \(10, 96\), fc\.bias \(12,\) instead of \(10,\); "
+     ".*12 classes.* 10: --num-classes 12 .*--pretrained-path instead of --initial-checkpoint"),
+    ("test_convnext", 12, r"ConvNeXt: .*stem\.0\.weight is missing.* \d+ more; .*--model, .*--num-classes"),
 ])
 def test_a_checkpoint_of_another_network(name, classes, message, trained, tmp_path):
     path = write(tmp_path, trained.state_dict(), ".safetensors")
@@ -71,9 +70,9 @@ def test_what_is_no_checkpoint(tmp_path, trained):
     def create(path):
         create_backbone("test_resnet", initial_checkpoint=str(path), num_classes=12, in_chans=1)
 
-    with pytest.raises(FileNotFoundError, match="missing.pth is no file"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/missing\.pth .*file; .*\.safetensors or \.pth"):
         create(tmp_path / "missing.pth")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} .*file; .*\.safetensors or \.pth"):
         create(tmp_path)
     whole = write(tmp_path, trained.state_dict(), ".safetensors").read_bytes()
     torch.save(trained.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
@@ -82,16 +81,16 @@ def test_what_is_no_checkpoint(tmp_path, trained):
               "empty.pth": b"", "text.pth": b"hello", "cut.pth": whole[:99], "empty.safetensors": b""}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"cannot read the checkpoint .*{name}"):
+        with pytest.raises(ValueError, match=rf"{tmp_path}/{name} \(.+\); .*\.safetensors, .*weights_only=True"):
             create(tmp_path / name)
     torch.save(trained, tmp_path / "pickled.pth")
-    with pytest.raises(ValueError, match="cannot read the checkpoint .*weights_only=True"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/pickled\.pth \(.+\); .*\.safetensors, .*weights_only=True"):
         create(tmp_path / "pickled.pth")
     weights = torch.zeros(3)
     for name, content in {"numbers": {"lr": 0.1}, "list": [weights], "tensor": weights, "text": {"state_dict": "x"},
                           "none": {"model": None}, "keys": {1: weights}}.items():
         torch.save(content, tmp_path / f"{name}.pth")
-        with pytest.raises(ValueError, match="holds no state dict|cannot read the checkpoint"):
+        with pytest.raises(ValueError, match=rf"{tmp_path}/{name}\.pth .*(state dict: |weights_only=True)"):
             create(tmp_path / f"{name}.pth")
 
 
@@ -101,20 +100,21 @@ def test_weights_that_are_not_finite(value, fashion_tensors, tmp_path):
     for backbone in (model.backbone, plain):
         backbone.layer1[0].bn1.running_var[3] = value
     for task in (SelfDistillTask(model), ClassificationTask(plain, verbose=False)):
-        with pytest.raises(ValueError, match=r"not finite before the first update: .*layer1.0.bn1.running_var"):
+        with pytest.raises(ValueError, match=r"model.* weights .*not finite .*layer1\.0\.bn1\.running_var"):
             Trainer(task, *fashion_tensors, TrainConfig(output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_network_of_more_classes_than_the_images_get_its_exits(trained, tmp_path):
+def test_a_network_of_more_classes_than_the_images_get_its_exits(trained, few_images, tmp_path):
     path = write(tmp_path, trained.state_dict(), ".safetensors")
-    command = [ROOT / "examples/train.py", "--model", "test_resnet", "--initial-checkpoint", path, "--img-size", 32,
-               "--epochs", 1, "-b", 500, "-j", 0, "--freeze-backbone", "--no-aug", "--in-chans", 1, "--output",
-               tmp_path / "run"]
+    command = [ROOT / "examples/train.py", "--model", "test_resnet", "--initial-checkpoint", path, "--data-dir",
+               few_images, "--epochs", 1, "-b", 50, "-j", 0, "--freeze-backbone", "--no-aug", "--in-chans", 1,
+               "--output", tmp_path / "run"]
     refused = run_python(*command, check=False)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "--num-classes 12 keeps its classifier" in refused.stderr
+    assert "--num-classes 12 " in refused.stderr
+    assert "--pretrained-path" in refused.stderr
     run_python(*command, "--num-classes", 12)
     saved = timm.create_model(f"local-dir:{tmp_path / 'run/best'}", pretrained=True)
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in saved.state_dict().items())

@@ -1,6 +1,6 @@
 """A run that is killed at any moment and resumed ends as if nothing had happened, to the last bit."""
 import random
-import socket
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,19 +15,16 @@ from torch.utils._pytree import tree_flatten
 from timm_selfdistill.training.checkpoint import REST_FILE, WEIGHTS_FILE, list_checkpoints
 
 from ..conftest import ENVIRONMENT, TWO_PROCESSES, run_python, wait_for
-from ..programs import HANGS, ROOT
+from ..programs import HANGS, ROOT, free_port
 from .run_to_kill import EPOCHS, GLOBAL_BATCH, IMAGES
 
 SCRIPT = "tests/training/run_to_kill.py"
 UPDATES = EPOCHS * (IMAGES // GLOBAL_BATCH // 2)
 
 
-def start(output: Path, workers: int, *moment: object, processes: int = 1, killed: int = 0) -> int:
+def start(output: Path, workers: int, *moment: object, killed: int = 0, **how) -> int:
     """Its exit code."""
-    launcher = TWO_PROCESSES if processes == 2 else ()
-    done = run_python(SCRIPT, output, workers, *moment, launcher=launcher, check=not moment, KILLED_RANK=str(killed),
-                      PYTHONPATH=".")
-    return done.returncode
+    return run_python(SCRIPT, output, workers, *moment, check=not moment, KILLED_RANK=str(killed), **how).returncode
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +66,14 @@ def seen(output: Path, processes: int) -> dict[int, list[str]]:
     return {number: sorted(hashes) for number, hashes in updates.items()}
 
 
-def kill_and_resume(output: Path, undisturbed, processes: int, workers: int, moment: str, number: int) -> None:
+def kill_and_resume(
+        output: Path, undisturbed, processes: int, workers: int, moment: str, number: int, fresh: bool = False) -> None:
     expected = undisturbed(processes)
     killed = processes - 1 if moment == "update" else 0  # the others are done by the main process alone
-    code = start(output, workers, moment, number, processes=processes, killed=killed)
-    assert code != 0, "the run was not killed"
+    code = start(output, workers, moment, number, processes=processes, killed=killed, fresh=fresh)
+    assert code == -signal.SIGKILL, "the run was not killed"
     assert not (output / "summary.json").exists()
-    start(output, workers, processes=processes)
+    start(output, workers, processes=processes, fresh=fresh)
     check_same(output, expected)
     assert seen(output, processes) == seen(expected, processes)
 
@@ -99,9 +97,15 @@ def test_two_processes_see_the_same_images_in_every_update(undisturbed):
 
 
 @pytest.mark.parametrize(("processes", "workers", "moment", "number"), [
-    (1, 2, "update", 8), (1, 0, "evaluation", 1), (1, 2, "checkpoint", 3), (2, 2, "update", 9)])
+    (1, 0, "evaluation", 1), (1, 2, "checkpoint", 3), (2, 2, "update", 9)])
 def test_a_killed_run(processes, workers, moment, number, undisturbed, tmp_path):
     kill_and_resume(tmp_path, undisturbed, processes, workers, moment, number)
+
+
+@pytest.mark.slow
+def test_a_killed_run_in_processes_with_other_hashes(undisturbed, tmp_path):
+    """New processes, not forks, of which each has its own seed of Python's hashes."""
+    kill_and_resume(tmp_path, undisturbed, 1, 2, "update", 8, fresh=True)
 
 
 def random_moments() -> list[tuple[int, int, str, int]]:
@@ -119,7 +123,7 @@ def test_a_run_killed_at_a_random_moment(processes, workers, moment, number, und
 
 def test_torchrun_starts_a_killed_group_again_by_itself(undisturbed, tmp_path):
     done = run_python(SCRIPT, tmp_path, 0, "update", 9, launcher=(*TWO_PROCESSES, "--max-restarts", "3"),
-                      KILLED_RANK="1", PYTHONPATH=".", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+                      KILLED_RANK="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     assert "resumed" in done.stdout
     check_same(tmp_path, undisturbed(2))
     assert seen(tmp_path, 2) == seen(undisturbed(2), 2)
@@ -128,9 +132,8 @@ def test_torchrun_starts_a_killed_group_again_by_itself(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_four_processes(tmp_path):
     """With more than two the order of a sum shows."""
-    launcher = (*TWO_PROCESSES[:-1], "4")
     for name, moment in (("a", ()), ("b", ("update", 9)), ("b", ())):
-        run_python(SCRIPT, tmp_path / name, 0, *moment, launcher=launcher, check=not moment, PYTHONPATH=".")
+        start(tmp_path / name, 0, *moment, processes=4)
     check_same(tmp_path / "b", tmp_path / "a")
 
 
@@ -143,6 +146,7 @@ def test_a_run_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
     assert before | after == seen(undisturbed(1), 1)
 
 
+@pytest.mark.slow
 def test_a_node_that_vanishes_and_comes_back(undisturbed, tmp_path):
     """Two torchrun agents, one of them killed with all its processes and started again."""
     port = free_port()
@@ -152,7 +156,7 @@ def test_a_node_that_vanishes_and_comes_back(undisturbed, tmp_path):
                    "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}",
                    "--rdzv-conf", f"is_host={1 - number},join_timeout={HANGS}", "--local-addr", "localhost",
                    SCRIPT, str(tmp_path), "0"]
-        env = ENVIRONMENT | {"PYTHONPATH": ".", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else none joins old ones
+        env = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else none joins old ones
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     agents = [agent(0), agent(1)]
@@ -167,9 +171,3 @@ def test_a_node_that_vanishes_and_comes_back(undisturbed, tmp_path):
         for process in agents:
             process.kill()
     check_same(tmp_path, undisturbed(2))
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, wrap_self_distill
 from timm_selfdistill.training.optimizer import create_optimizer
 
-from ..conftest import ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
+from ..conftest import ROOT, run_python, small_backbone, small_model
 
 
 def scales(model: nn.Module, **settings) -> dict[str, tuple[float, float]]:
@@ -49,7 +49,7 @@ def test_a_backbone_without_groups():
     backbone = small_backbone()
     model = wrap_self_distill(backbone)
     backbone.__class__ = type("Ungrouped", (type(backbone),), {"__getattribute__": hide("group_matcher")})
-    with pytest.raises(ValueError, match="Ungrouped does not tell its groups of layers"):
+    with pytest.raises(ValueError, match=r"Ungrouped .*\(group_matcher\), .*layer_decay .*leave it out"):
         scales(model, layer_decay=0.5)
 
 
@@ -102,22 +102,22 @@ def test_the_classifiers_learn_alone_first(few, tmp_path):
     assert changed == backbone_at(4).keys()
 
 
-def test_the_classifiers_learn_alone_first_on_two_processes(tmp_path):
-    command = [ROOT / "examples/train.py", "--model", "test_resnet", "--img-size", 32, "--epochs", 2, "-b", 400,
+def test_the_classifiers_learn_alone_first_on_two_processes(few_images, tmp_path):
+    command = [ROOT / "examples/train.py", "--data-dir", few_images, "--model", "test_resnet", "--epochs", 2, "-b", 22,
                "-j", 0, "--head-warmup-epochs", 1, "--layer-decay", 0.7, "--head-lr-scale", 2]
-    run_python(*command, "--output", tmp_path / "a", launcher=TWO_PROCESSES)
+    run_python(*command, "--output", tmp_path / "a", processes=2)
     run_python(*command, "--output", tmp_path / "b", "--resume", tmp_path / "a/checkpoints/step-00000007",
-               launcher=TWO_PROCESSES)
+               processes=2)
     for name in ("history.csv", "last/model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"layer_decay": 0.0}, r"layer_decay must lie in \(0, 1\], got 0.0"),
-    ({"layer_decay": 1.5}, r"layer_decay must lie in \(0, 1\], got 1.5"),
-    ({"head_lr_scale": -1.0}, "head_lr_scale must be a number >= 0, got -1.0"),
-    ({"head_warmup_epochs": -1}, "head_warmup_epochs must be a number >= 0, got -1"),
-    ({"head_warmup_epochs": 6}, r"head_warmup_epochs must be less than epochs \(6\), got 6; to train the heads alone"),
+    ({"layer_decay": 0.0}, r"^layer_decay .*\(0, 1\], got 0\.0"),
+    ({"layer_decay": 1.5}, r"^layer_decay .*\(0, 1\], got 1\.5"),
+    ({"head_lr_scale": -1.0}, r"^head_lr_scale .*>= 0, got -1\.0"),
+    ({"head_warmup_epochs": -1}, r"^head_warmup_epochs .*>= 0, got -1"),
+    ({"head_warmup_epochs": 6}, r"^head_warmup_epochs .*epochs \(6\), got 6; .*freeze the backbone"),
 ])
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -125,8 +125,8 @@ def test_settings_that_cannot_work(settings, message):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"head_lr_scale": 2.0}, "head_lr_scale is for shallow classifiers, which a network without exits does not have"),
-    ({"head_warmup_epochs": 1}, "head_warmup_epochs is for shallow classifiers on a backbone that learns"),
+    ({"head_lr_scale": 2.0}, "^head_lr_scale .*without exits"),
+    ({"head_warmup_epochs": 1}, "^head_warmup_epochs .*shallow classifiers .*learns"),
 ])
 def test_a_plain_model_has_no_heads(settings, message, few, tmp_path):
     task = ClassificationTask(timm.create_model("test_resnet", num_classes=10, in_chans=1), verbose=False)

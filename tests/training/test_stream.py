@@ -16,9 +16,8 @@ from PIL import Image
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, load_images, model_data_config, wrap_self_distill
 from timm_selfdistill.training.images import decode_image
 from timm_selfdistill.training.loading import StreamedBatches, ValBatches, train_batches
-from timm_selfdistill.training.stream import TrainStream
 
-from ..conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
+from ..conftest import EMBEDDED, ROOT, run_python, small_backbone, small_model
 
 SHARDS = (40, 25, 9, 31, 18)
 COUNT = sum(SHARDS)
@@ -144,7 +143,7 @@ def test_a_state_survives_a_checkpoint(parquet, tmp_path):
 ])
 def test_another_division_is_refused(parquet, changes, message):
     state = streamed(parquet, workers=2).state_dict()
-    with pytest.raises(ValueError, match=f"divided in another way: .*{message}.*; resume with the same"):
+    with pytest.raises(ValueError, match=f"{message}.*; .*same processes, workers, files and shuffle_buffer"):
         streamed(parquet, **{"workers": 2, **changes}).load_state_dicts([state])
 
 
@@ -168,9 +167,9 @@ def test_no_loading_process_reads_what_one_would():
 def test_a_checkpoint_of_the_other_kind_is_refused(parquet, fashion_tensors):
     accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
     indexed = train_batches(fashion_tensors[0], TrainConfig(workers=0), accelerator)
-    with pytest.raises(ValueError, match="of a run on streamed images; resume with streaming"):
+    with pytest.raises(ValueError, match="streamed images; .*with streaming"):
         indexed.load_state_dicts([streamed(parquet, workers=0).state_dict()])
-    with pytest.raises(ValueError, match="images that were not streamed; resume without"):
+    with pytest.raises(ValueError, match="not streamed; .*without streaming"):
         streamed(parquet, workers=0).load_state_dicts([indexed.state_dict()])
 
 
@@ -224,7 +223,7 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
     batches = list(make("skip").batches(0, 0))
     assert sorted(torch.cat([x[:, 0, 1, 1] for x, *_ in batches]).tolist()) == [i for i in range(1, 41) if i % 5]
     assert 5 <= sum(int(left_out.sum()) for *_, left_out in batches) <= 8  # not those after the last good one
-    with pytest.raises(ValueError, match="cannot read image"):
+    with pytest.raises(ValueError, match=r"image in row \d+:"):
         list(make("raise").batches(0, 0))
 
 
@@ -237,7 +236,7 @@ def test_rows_that_are_not_mixed(tmp_path):
     data, _ = load_images(tmp_path, streaming=True).transformed(model_data_config(small_backbone(), 32, 1))
     accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device="cpu")
     config = TrainConfig(batch_size=4, steps_per_epoch=2, workers=0, shuffle_buffer=10)
-    with pytest.warns(UserWarning, match="the first 10 rows of the stream are of 1 of 4 classes: they are not mixed"):
+    with pytest.warns(UserWarning, match="first 10 rows .* 1 of 4 classes: .*leave out streaming"):
         StreamedBatches(data, config, accelerator, {}).next_batch()
 
 
@@ -246,21 +245,21 @@ def test_images_at_an_address():
     with fsspec.open("memory://folder/a.png", "wb") as file:
         file.write(picture(7))
     assert decode_image({"bytes": None, "path": "memory://folder/a.png"}).getpixel((0, 0)) == 7
-    with pytest.raises(ValueError, match="cannot read image memory://folder/b.png"):
+    with pytest.raises(ValueError, match=r"image memory://folder/b\.png:"):
         decode_image({"bytes": None, "path": "memory://folder/b.png"})
 
 
 def test_a_connection_that_is_lost_ends_the_run_and_keeps_its_checkpoint(webdataset, tmp_path, monkeypatch):
     run = train(webdataset, tmp_path, steps_per_epoch=20, checkpoint_interval="4", on_bad_sample="skip")
-    real, calls = TrainStream._blocks, itertools.count()
+    real, calls = datasets.IterableDataset.__iter__, itertools.count()
 
-    def blocks(self, place):
-        for found in real(self, place):
-            if next(calls) == 3:
+    def rows(self):
+        for row in real(self):
+            if next(calls) == 30:
                 raise ConnectionError("the Hub is gone")
-            yield found
+            yield row
 
-    monkeypatch.setattr(TrainStream, "_blocks", blocks)
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", rows)
     run.batches.stream.block = 10
     with pytest.raises(ConnectionError, match="the Hub is gone"):
         run.fit()
@@ -285,8 +284,8 @@ def test_a_run_on_a_stream(webdataset, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({}, r"the stream does not tell its length; give steps_per_epoch \(--steps-per-epoch\)"),
-    ({"steps_per_epoch": 0}, "steps_per_epoch must be at least 1, got 0"),
+    ({}, r"stream .*length; .*steps_per_epoch \(--steps-per-epoch\)"),
+    ({"steps_per_epoch": 0}, "^steps_per_epoch .*1, got 0"),
 ])
 def test_epochs_of_unknown_length(webdataset, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -304,22 +303,22 @@ def test_a_known_length_is_the_epoch(tmp_path):
 
 def test_steps_per_epoch_belong_to_streams(fashion_tensors, tmp_path):
     config = TrainConfig(output=str(tmp_path), steps_per_epoch=3, workers=0)
-    with pytest.raises(ValueError, match="steps_per_epoch is for streamed images"):
+    with pytest.raises(ValueError, match="steps_per_epoch .*streamed images"):
         Trainer(SelfDistillTask(small_model(in_chans=1)), *fashion_tensors, config)
 
 
 def test_too_few_images_for_a_batch(webdataset, tmp_path):
     run = train(webdataset, tmp_path, steps_per_epoch=2)
     run.batches.stream.batch_size = 500
-    with pytest.raises(ValueError, match="process 0 of 1 reads does not fill a batch of 500"):
+    with pytest.raises(ValueError, match="process 0 of 1 .*batch of 500 .*batch_size .*workers"):
         run.fit()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({}, "does not say how many classes there are; give num_classes"),
-    ({"num_classes": 3}, r"labels in column 'cls' must lie in 0..2, got \d"),
-    ({"num_classes": 10, "val_split": "dev"}, "has no split 'dev'"),
-    ({"num_classes": 10, "label_column": "__key__"}, "must hold class indices, got .*string"),
+    ({}, r"column 'cls' .*num_classes \(--num-classes\)"),
+    ({"num_classes": 3}, r"column 'cls' .*0\.\.2, got \d"),
+    ({"num_classes": 10, "val_split": "dev"}, "split 'dev'; .*'train', 'validation'"),
+    ({"num_classes": 10, "label_column": "__key__"}, "'__key__' .*class indices, .*string.*leave out streaming"),
 ])
 def test_streams_that_cannot_work(webdataset, arguments, message):
     def read() -> None:
@@ -335,14 +334,14 @@ def test_a_stream_without_a_validation_split(tmp_path):
         {"image": [{"bytes": picture(0)}], "label": [0]},
         datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)}))
     rows.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="has no validation split, and a stream cannot be divided"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} .*validation split, .*\(--val-split\), .*leave out streaming"):
         load_images(tmp_path, streaming=True)
 
 
 def test_one_split_streamed_and_one_not(parquet):
     splits = {"train": datasets.load_dataset(str(parquet), split="train"),
               "test": datasets.load_dataset(str(parquet), split="test", streaming=True)}
-    with pytest.raises(TypeError, match="must both be streamed or neither, got Dataset and IterableDataset"):
+    with pytest.raises(TypeError, match="streamed .*got Dataset and IterableDataset"):
         load_images(splits)
 
 
@@ -356,9 +355,9 @@ def test_the_command_on_two_processes_is_resumed_exactly(parquet, tmp_path):
     command = [str(ROOT / "examples/train.py"), "--data-dir", parquet, "--streaming", "--steps-per-epoch", 6, "--model",
                "test_resnet", "--img-size", 32, "--epochs", 2, "-b", 4, "-j", 2, "--checkpoint-interval", 4,
                "--shuffle-buffer", 10, "--checkpoint-hist", 9, "--grad-accum-steps", 2, "--mixup", 0.2, "--model-ema"]
-    run_python(*command, "--output", tmp_path / "a", launcher=TWO_PROCESSES)
+    run_python(*command, "--output", tmp_path / "a", processes=2)
     checkpoints = sorted((tmp_path / "a/checkpoints").iterdir())
     assert [path.name[-2:] for path in checkpoints] == ["04", "06", "08", "12"]
-    run_python(*command, "--output", tmp_path / "b", "--resume", checkpoints[2], launcher=TWO_PROCESSES)
+    run_python(*command, "--output", tmp_path / "b", "--resume", checkpoints[2], processes=2)
     for name in ("history.csv", "last/model.safetensors", "last/self_distill.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name

@@ -203,7 +203,7 @@ def test_schedules_warm_up_and_step_every_update(fashion_tensors, tmp_path):
     rates = []
     update = trainer.update
     step = update.optimizer.step
-    update.optimizer.step = lambda: (rates.append(trainer._lr()), step())
+    update.optimizer.step = lambda: (rates.append(update.optimizer.param_groups[0]["lr"]), step())
     trainer.fit()
     assert rates[0] == pytest.approx(1e-5)
     assert rates[:4] == sorted(rates[:4])
@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(b
 
     task = SelfDistillTask(small_model(in_chans=1), Breaking())
     checkpoint = tmp_path / "checkpoints" / "step-00000008"
-    with pytest.raises(FloatingPointError, match=rf"the loss is {bad} at update 11 \(epoch 2\); {checkpoint} stays"):
+    with pytest.raises(FloatingPointError, match=rf"^the loss .*{bad} .* 11 \(epoch 2\); {checkpoint} stays; .* lr"):
         fit(tmp_path, fashion_tensors, task)
     assert list_checkpoints(tmp_path / "checkpoints") == [checkpoint]
     assert all(value.isfinite().all() for value in SelfDistillModel.from_pretrained(tmp_path / "last").parameters())
@@ -238,23 +238,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(b
 def test_fp16_on_a_cpu_is_refused(fashion_tensors, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+    with pytest.raises(ValueError, match="fp16 .*GPU .*amp_dtype bfloat16"):
         fit(tmp_path, fashion_tensors, amp=True)
 
 
 def test_model_and_data_of_other_classes(fashion_tensors, tmp_path):
-    with pytest.raises(ValueError, match="the model has 7 classes, the data 10; create the model with num_classes=10"):
+    with pytest.raises(ValueError, match="7 classes, .*10; .*num_classes=10"):
         fit(tmp_path, fashion_tensors, make_task(num_classes=7))
 
 
 def test_what_is_no_task_is_refused(fashion_tensors, tmp_path):
-    with pytest.raises(TypeError, match="expected a timm.task.TrainingTask .*, got SelfDistillModel"):
+    with pytest.raises(TypeError, match=r"timm\.task\.TrainingTask .*got SelfDistillModel"):
         fit(tmp_path, fashion_tensors, small_model())
 
 
 def test_labels_out_of_range_are_refused(tmp_path):
     data = TensorDataset(torch.randn(8, 1, 32, 32), torch.tensor([0, 1, 2, 10] * 2))
-    with pytest.raises(ValueError, match=r"class indices must lie in 0..9, got 10"):
+    with pytest.raises(ValueError, match=r"class indices .*0\.\.9, got 10"):
         fit(tmp_path, (data, data), batch_size=8)
 
 
@@ -264,7 +264,7 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_first_step(fashio
     backbone.bn1 = nn.Identity()
     task = SelfDistillTask(wrap_self_distill(backbone))
     trainer = Trainer(task, *fashion_tensors, settings(tmp_path))
-    with pytest.raises(ValueError, match="timm does not rebuild this backbone"):
+    with pytest.raises(ValueError, match=r"rebuild .*wrap_self_distill\(model, model_args="):
         trainer.fit()
     assert trainer.state.updates == 0
 
@@ -272,23 +272,23 @@ def test_a_model_that_could_not_be_saved_is_refused_before_the_first_step(fashio
 def test_an_output_of_another_run_is_refused(fashion_tensors, tmp_path):
     data = tuple(Subset(part, range(100)) for part in fashion_tensors)
     fit(tmp_path / "a", data, epochs=1)
-    with pytest.raises(FileExistsError, match=f"a holds another run; go on with --resume {tmp_path}/a, or choose"):
+    with pytest.raises(FileExistsError, match=f"{tmp_path}/a .*another run; .*--resume {tmp_path}/a, .*another output"):
         fit(tmp_path / "a", data)
     (tmp_path / "config.yaml").write_text("epochs: 3\n")
-    with pytest.raises(FileExistsError, match=f"{tmp_path} holds another run; remove it, or choose another output"):
+    with pytest.raises(FileExistsError, match=f"{tmp_path} .*another run; remove it, .*another output"):
         fit(tmp_path, data)
 
 
 def test_an_output_that_cannot_be_written_is_refused(fashion_tensors, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"cannot write the run directory .*file/run \(Not a directory\)"):
+    with pytest.raises(OSError, match=rf"{tmp_path}/file/run \(Not a directory\); .*another output"):
         fit(tmp_path / "file" / "run", fashion_tensors)
 
 
 def test_nothing_to_resume(fashion_tensors, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing to resume: .*holds none under checkpoints/"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} .*checkpoints/"):
         fit(tmp_path, fashion_tensors, resume="latest")
-    with pytest.raises(FileNotFoundError, match="needs the run directory as output"):
+    with pytest.raises(FileNotFoundError, match="resume='latest' .*as output"):
         fit("", fashion_tensors, resume="latest")
     assert not (tmp_path / "config.yaml").exists()
 
@@ -301,7 +301,7 @@ def test_a_checkpoint_of_another_model_is_refused(change, first, fashion_tensors
     data = tuple(Subset(part, range(100)) for part in fashion_tensors)
     fit(tmp_path, data, epochs=1)
     before = {name: (tmp_path / name).read_bytes() for name in ("last/model.safetensors", "config.yaml")}
-    with pytest.raises(ValueError, match=f"the checkpoint is of another model: .*'{first}' first"):
+    with pytest.raises(ValueError, match=rf"another model: \d+ tensors .*'{first}' first; .*model_ema"):
         fit(tmp_path, data, make_task(**change), epochs=2, resume="latest")
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
@@ -311,7 +311,8 @@ def test_an_epoch_begun_with_other_batches_is_not_gone_on_with(change, fashion_t
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         fit(tmp_path, fashion_tensors)
-    with pytest.raises(ValueError, match="middle of an epoch of 400 images in batches of 50 .*; resume with the same"):
+    message = f"400 images in batches of 50 .*400 in batches of {change['batch_size']}; .*with the same"
+    with pytest.raises(ValueError, match=message):
         fit(tmp_path, fashion_tensors, resume="latest", **change)
 
 
@@ -358,7 +359,7 @@ def test_a_second_run_in_the_process_has_its_own_precision(fashion_tensors, tmp_
 
 def test_weights_that_exploded_in_the_last_update_are_not_saved(fashion_tensors, tmp_path):
     data = tuple(Subset(part, range(50)) for part in fashion_tensors)
-    with pytest.raises(FloatingPointError, match="the validation loss is nan at update 1"):
+    with pytest.raises(FloatingPointError, match=r"validation loss .*nan at update 1\b"):
         fit(tmp_path, data, lr=1e30, warmup_epochs=0)
     assert not list_checkpoints(tmp_path / "checkpoints")
 
@@ -366,7 +367,7 @@ def test_weights_that_exploded_in_the_last_update_are_not_saved(fashion_tensors,
 @pytest.mark.parametrize("part", ["training", "validation"])
 def test_no_images(part, fashion_tensors, tmp_path):
     sizes = {"training": 100, "validation": 100, part: 0}
-    with pytest.raises(ValueError, match=f"there are no {part} images"):
+    with pytest.raises(ValueError, match=f"no {part} images"):
         fit(tmp_path, tuple(Subset(data, range(size)) for data, size in zip(fashion_tensors, sizes.values())))
 
 
@@ -375,17 +376,17 @@ def test_a_damaged_checkpoint_is_named(fashion_tensors, tmp_path):
     fit(tmp_path, data, epochs=1)
     (path,) = (tmp_path / "checkpoints").glob("*/model.safetensors")
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=f"all 1 checkpoints of {tmp_path} are damaged"):
+    with pytest.raises(ValueError, match=f" 1 checkpoints of {tmp_path} .*damaged; .*new run"):
         fit(tmp_path, data, epochs=2, resume="latest")
 
 
 def test_too_few_images(fashion_tensors, tmp_path):
-    with pytest.raises(ValueError, match="400 training images do not fill a batch of 401"):
+    with pytest.raises(ValueError, match="400 training images .*batch of 401; .*batch_size"):
         fit(tmp_path, fashion_tensors, batch_size=401)
 
 
 def test_an_unknown_tracker(fashion_tensors, tmp_path):
-    with pytest.raises(ValueError, match="no tracker foo; installed: .*tensorboard"):
+    with pytest.raises(ValueError, match="tracker foo; .*tensorboard"):
         fit(tmp_path, fashion_tensors, report_to=("foo",))
 
 
@@ -407,6 +408,6 @@ def test_a_finished_run_resumed_into_a_new_output_saves_its_models_there(fashion
 
 def test_only_timm_models_can_be_pushed(fashion_tensors, tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
-    with pytest.raises(ValueError, match="push_to_hub takes timm models, got Sequential"):
+    with pytest.raises(ValueError, match="push_to_hub .*timm .*got Sequential"):
         fit(tmp_path / "run", fashion_tensors, ClassificationTask(network, nn.CrossEntropyLoss()), push_to_hub=True)
     assert not (tmp_path / "run").exists()

@@ -38,7 +38,7 @@ def without_labels(few):
     ({"alpha": 0.5, "hint": None}, "bottleneck fc"),
     ({"alpha": 0.0, "beta": 1.0}, "bottleneck"),
     ({"alpha": 0.0, "beta": 1.0, "hint": "pooled"}, "bottleneck")], ids=str)
-@pytest.mark.filterwarnings("ignore:with alpha=0 and no labels")
+@pytest.mark.filterwarnings("ignore:.*alpha=0 and no labels")
 def test_exits_learn_without_labels_from_maps_and_logits(loss, learns, without_labels, tmp_path):
     model = frozen_model()
     before = copy.deepcopy(model.heads.state_dict())
@@ -64,7 +64,7 @@ def test_without_labels_agreement_with_the_deepest_is_measured_and_called_so(wit
     record = read_metrics(run.output / "best")
     assert record["reference"] == "deepest"
     card = (run.output / "best/README.md").read_text()
-    assert "how often an exit agrees with the deepest" in card
+    assert "agrees with the deepest" in card
     assert "model-index" not in card
 
 
@@ -74,16 +74,16 @@ def test_mixup_of_images_without_labels(without_labels, tmp_path):
 
 
 def test_a_task_that_needs_labels(few, tmp_path):
-    with pytest.raises(TypeError, match="needs a SelfDistillTask, .* ClassificationTask learns from labels"):
+    with pytest.raises(TypeError, match=r"\(--unlabelled\) .*SelfDistillTask, .* ClassificationTask .*labels"):
         Trainer(ClassificationTask(frozen_model(), verbose=False), *few,
                 TrainConfig(output=str(tmp_path / "out"), unlabelled=True))
 
 
 def test_nothing_to_learn_from(without_labels, tmp_path):
     for loss in ({"alpha": 0.0, "beta": 0.0}, {"alpha": 0.0, "hint": None}):
-        with pytest.raises(ValueError, match="alpha=0 and no hint leave nothing to learn from"):
+        with pytest.raises(ValueError, match="alpha=0 .*no hint .*give alpha, beta or hint"):
             fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(**loss), unlabelled=True)
-    with pytest.warns(UserWarning, match="only the features of the exits learn, their classifiers stay"):
+    with pytest.warns(UserWarning, match="alpha=0 .*features .*classifiers stay"):
         fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(alpha=0.0), unlabelled=True, epochs=1)
 
 
@@ -110,7 +110,7 @@ def test_images_alone_in_a_folder_for_each_split(streaming, tmp_path):
     run = fit(frozen_model(), data, tmp_path / "run", unlabelled=True, batch_size=3, epochs=1,
               steps_per_epoch=1 if streaming else None)
     assert run.metrics[-2].top1 == 100
-    with pytest.raises(ValueError, match="has no label column .* a folder needs one subfolder per class, at least 2"):
+    with pytest.raises(ValueError, match=r"\(ClassLabel\) .*\(--target-key\).*one subfolder per class, .*2"):
         load_images(tmp_path, streaming=streaming)
 
 
@@ -121,27 +121,27 @@ def test_labels_that_are_there_in_part(labels, column, warned, fashion, recwarn)
     rows = fashion.train.select(range(4)).remove_columns("label")
     rows = rows.add_column("label", labels, feature=datasets.ClassLabel(names=["a", "b"]))
     assert load_images({"train": rows, "test": rows}, unlabelled=True).label_column == column
-    assert any("some of the 4 validation images have no label" in str(found.message) for found in recwarn) == warned
+    assert any("4 validation images have no label" in str(found.message) for found in recwarn) == warned
 
 
 def test_a_network_of_fewer_classes_than_the_labels(fashion):
     images = load_images({"train": fashion.train, "test": fashion.val}, unlabelled=True, num_classes=7)
-    with pytest.warns(UserWarning, match=r"are of other classes \(10: T-shirt/top, ...\) than the network's \(7\)"):
+    with pytest.warns(UserWarning, match=r"\(10: T-shirt/top, \.\.\.\) .*network's \(7\): .*agreement"):
         assert images.fitting_labels(7).label_column is None
 
 
 def test_images_without_labels_in_a_run_that_needs_them(few, without_labels, tmp_path):
-    with pytest.raises(ValueError, match=r"the training images have no labels; give unlabelled=True \(--unlabelled\)"):
+    with pytest.raises(ValueError, match=r"training images .*no labels; .*unlabelled=True \(--unlabelled\)"):
         fit(frozen_model(), without_labels, tmp_path)
 
 
 def test_an_ensemble_that_learns_cannot_teach_without_labels(without_labels, tmp_path):
-    with pytest.raises(ValueError, match="teacher 'ensemble' learns itself, from labels"):
+    with pytest.raises(ValueError, match="teacher 'ensemble' .*unlabelled .*\"deepest\""):
         fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(teacher="ensemble"), unlabelled=True)
 
 
 def test_validation_images_of_other_classes(fashion, tmp_path):
     images = load_images({"train": fashion.train, "test": fashion.val}, unlabelled=True)
     data = images.transformed(model_data_config(small_backbone(in_chans=1), 32, in_chans=1), no_aug=True)
-    with pytest.raises(ValueError, match=r"the model has 7 classes, the data 10; .* images.fitting_labels\(7\)"):
+    with pytest.raises(ValueError, match=r"7 classes, .*10; .*images\.fitting_labels\(7\)"):
         fit(frozen_model(num_classes=7), data, tmp_path / "out", unlabelled=True)

@@ -10,6 +10,8 @@ from .metrics import ExitMetrics
 
 CPU_MACS = 4_000_000_000
 """Multiply-adds that a timed call may take on a CPU, about a fifth of a second."""
+TIMED_SECONDS = 3.0
+"""Of the processor, for all calls at the end of a run."""
 
 
 def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[dict[str, Any]]:
@@ -37,8 +39,8 @@ def exit_speedups(model: nn.Module, rows: list[dict[str, Any]], input_size: tupl
     x = torch.randn(count, *input_size, device=like.device, dtype=like.dtype)
     if isinstance(model, SelfDistillModel):
         calls = [lambda x, exit=row["exit"]: model.predict(x, exit) for row in rows]
-        return measure_speedups(model, model.backbone, calls, x)
-    return measure_speedups(model, model, [model], x)
+        return measure_speedups(model, model.backbone, calls, x, seconds=TIMED_SECONDS)
+    return measure_speedups(model, model, [model], x, seconds=TIMED_SECONDS)
 
 
 def model_name(model: nn.Module) -> str:
