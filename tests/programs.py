@@ -9,11 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
+from typing import NoReturn
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -139,7 +142,7 @@ def serve() -> None:
     if wandb := sys.modules.get("wandb.sdk.data_types._private"):  # a folder that the first fork to end would remove
         atexit.unregister(wandb.MEDIA_TMP.cleanup)
         wandb.MEDIA_TMP._finalizer.detach()
-    gc.freeze()  # or the end of a fork takes 2 seconds
+    gc.freeze()  # forks share the memory
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for the scripts
     for line in sys.stdin:
         if os.fork() == 0:
@@ -148,7 +151,6 @@ def serve() -> None:
             child = os.fork()
             if child == 0:
                 become(Path(folder), *script)
-                break  # the end of Python, as of any script
             record(Path(folder) / "pid", child)
             record(Path(folder) / "code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
             os._exit(0)
@@ -164,8 +166,8 @@ def record(path: Path, number: int) -> None:
     path.with_suffix(".new").rename(path)
 
 
-def become(folder: Path, cwd: str, environment: dict[str, str], script: str, *arguments: str) -> None:
-    """Run a script in this process as python does that is started with it."""
+def become(folder: Path, cwd: str, environment: dict[str, str], script: str, *arguments: str) -> NoReturn:
+    """Run a script in this process as python does that is started with it, and end."""
     os.setsid()
     signal.alarm(HANGS)
     for number, (name, flags) in enumerate(
@@ -177,7 +179,22 @@ def become(folder: Path, cwd: str, environment: dict[str, str], script: str, *ar
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).resolve().parent)
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     main.__file__ = os.path.abspath(script)
-    exec(compile(Path(script).read_bytes(), main.__file__, "exec"), main.__dict__)
+    code: object = 0
+    try:
+        exec(compile(Path(script).read_bytes(), main.__file__, "exec"), main.__dict__)
+    except SystemExit as end:
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # The end of Python but for its last part, the removal of all modules, which takes half a second.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":

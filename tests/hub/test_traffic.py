@@ -70,10 +70,11 @@ def test_branches_pull_requests_and_what_stands_in_the_way(hub, client, pushed):
 
 
 def test_offline_a_cached_model_loads_and_another_says_so(client, pushed):
-    missing = client(LOAD.format(arguments=""), fresh=True, HF_HUB_OFFLINE="1")
-    assert re.match("FileNotFoundError user/model .*no folder here .*cache, .*offline", missing)
-    client(LOAD.format(arguments=""))
-    assert "layer1" in client(LOAD.format(arguments=""), fresh=True, HF_HUB_OFFLINE="1")
+    load = LOAD.format(arguments="")
+    client(load)
+    missing, found = client(load.replace("user/model", "user/other") + load, fresh=True, HF_HUB_OFFLINE="1").split("\n")
+    assert re.match("FileNotFoundError user/other .*no folder here .*cache, .*offline", missing)
+    assert "layer1" in found
 
 
 REFUSALS = [
@@ -96,7 +97,13 @@ def test_a_refusal_is_one_clear_error_until_the_model_is_in_the_cache(hub, clien
 
 
 def test_what_gets_lost_on_the_way_is_one_clear_error(hub, client, pushed):
-    impatient = "from huggingface_hub import constants; constants.HF_HUB_DOWNLOAD_TIMEOUT = 1\n"
+    impatient = """
+import time
+from huggingface_hub import constants
+constants.HF_HUB_DOWNLOAD_TIMEOUT = 1
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.1))
+"""
     for failure, message in (
             ({"status": None}, r"OSError user/model .*connection .*lost \(peer closed"),
             ({"status": 500, "seconds": 3}, "OSError user/model .*the Hub .*in time")):

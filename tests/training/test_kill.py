@@ -121,6 +121,7 @@ def test_a_run_killed_at_a_random_moment(processes, workers, moment, number, und
     kill_and_resume(tmp_path, undisturbed, processes, workers, moment, number)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_group_again_by_itself(undisturbed, tmp_path):
     done = run_python(SCRIPT, tmp_path, 0, "update", 9, launcher=(*TWO_PROCESSES, "--max-restarts", "3"),
                       KILLED_RANK="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")

@@ -113,7 +113,8 @@ def test_shards_and_images_come_in_another_order_in_every_pass(parquet):
     assert passes[0] != first_pass(streamed(parquet, 1, workers=0, seed=1))
 
 
-@pytest.mark.parametrize(("form", "workers"), [("parquet", 0), ("parquet", 2), ("parquet", 3), ("webdataset", 2)])
+@pytest.mark.parametrize(("form", "workers"), [
+    ("parquet", 0), pytest.param("parquet", 2, marks=pytest.mark.slow), ("parquet", 3), ("webdataset", 2)])
 def test_it_goes_on_from_any_batch(form, workers, request):
     """Through the end of a pass, also where loading processes come to their ends at different times."""
     folder, total = request.getfixturevalue(form), COUNT // 4 + 12

@@ -115,9 +115,11 @@ class SavedModels:
 
     def _save(
             self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None, picture: bool) -> None:
-        folder, record, first = self.output / name, None, metrics is None
+        folder, first = self.output / name, metrics is None
         self.costs = self.costs or exit_costs(model, self.input_size)
-        if metrics is not None:
+        if metrics is None:
+            record = {"exits": self.costs}
+        else:
             record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._origin(model), **self.facts,
                       **({"frozen": True} if is_frozen(model) else {})}
             if record["dataset"]:
@@ -126,7 +128,7 @@ class SavedModels:
             model.save_pretrained(folder, metrics=record, check=first, picture=picture)
         elif hasattr(model, "pretrained_cfg"):
             hub.save_timm_model(
-                model, folder, metrics=record, rows=record and record["exits"], check=first, picture=picture)
+                model, folder, metrics=record, rows=record["exits"], check=first, picture=picture)
         else:
             hub.save_weights(model, folder)
 

@@ -15,16 +15,16 @@ TIMED_SECONDS = 3.0
 
 
 def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[dict[str, Any]]:
-    """Module, parameters, multiply-adds and share of the plain network's for each exit, or for a plain model alone.
+    """Exit, module, parameters, multiply-adds and share of the plain network's, for each exit or a plain model alone.
 
     Args:
         input_size: (channels, height, width) of the images.
     """
     if isinstance(model, SelfDistillModel):
-        return [{"module": row.module, "params": row.params, "macs": row.macs, "share": row.share}
+        return [{"exit": row.exit, "module": row.module, "params": row.params, "macs": row.macs, "share": row.share}
                 for row in model.summary(input_size)]
     params, macs, _ = count_cost(model, input_size)
-    return [{"module": "", "params": params, "macs": macs, "share": 1.0}]
+    return [{"exit": 0, "module": "", "params": params, "macs": macs, "share": 1.0}]
 
 
 def merge_rows(metrics: list[ExitMetrics], costs: list[dict[str, Any]]) -> list[dict[str, Any]]:
