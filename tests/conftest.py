@@ -139,14 +139,14 @@ def benchmarks(monkeypatch):
 
 
 def run_python(*args: object, processes: int = 1, launcher: tuple[str, ...] = (), fresh: bool = False,
-               check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+               check: bool = True, limit: int = HANGS, **environment: str) -> subprocess.CompletedProcess:
     """Run a script of the repository, on as many processes; `fresh` or with a launcher in new ones, not in forks."""
     if launcher or fresh:
         command = [sys.executable, *launcher, *map(str, args)]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True,
-                              timeout=HANGS)
+                              timeout=limit)
     else:
-        done = programs().run(*args, processes=processes, **environment)
+        done = programs().run(*args, processes=processes, limit=limit, **environment)
     if check and done.returncode:
         raise AssertionError(f"{args} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

@@ -14,6 +14,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import NoReturn
@@ -34,10 +35,12 @@ class Program:
 
     Attributes:
         folders: for each process, where its output and what becomes of it are written.
+        server: of which the processes are forks.
+        limit: seconds after which they count as hanging.
     """
 
-    def __init__(self, command: list[str], folders: list[Path]):
-        self.command, self.folders = command, folders
+    def __init__(self, command: list[str], folders: list[Path], server: subprocess.Popen, limit: int):
+        self.command, self.folders, self.server, self.limit = command, folders, server, limit
         self.began = time.monotonic()
 
     @property
@@ -64,7 +67,8 @@ class Program:
         if failed:
             for pid, code in zip(self.pids, codes):
                 if code is None:
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it has just ended
+                        os.kill(pid, signal.SIGKILL)
             self._wait_for(lambda: all((folder / "code").exists() for folder in self.folders))
             return failed
         return None
@@ -84,7 +88,8 @@ class Program:
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         while not condition():
-            assert time.monotonic() - self.began < HANGS + 20, f"{self.command} did not start, or is not waited for"
+            assert self.server.poll() is None, f"the process died of which {self.command} was to be a fork"
+            assert time.monotonic() - self.began < self.limit + 20, f"{self.command} does not end"
             time.sleep(0.005)
 
 
@@ -104,11 +109,13 @@ class Programs:
         """Start a script, and wait for its end."""
         return self.start(*command, **settings).wait()
 
-    def start(self, *command: object, cwd: Path = ROOT, processes: int = 1, **environment: str) -> Program:
+    def start(self, *command: object, cwd: Path = ROOT, processes: int = 1, limit: int = HANGS, **environment: str,
+              ) -> Program:
         """A script of Python with its arguments, "python" before it or not; its name alone is looked for in PATH.
 
         Args:
             processes: that find one another as torchrun's do.
+            limit: seconds after which they count as hanging.
             environment: set in addition.
         """
         script, *arguments = map(str, command[1:] if command[0] in ("python", sys.executable) else command)
@@ -123,9 +130,9 @@ class Programs:
         folders = [Path(mkdtemp(dir=self.place.name)) for _ in range(processes)]
         for rank, folder in enumerate(folders):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            print(json.dumps([str(folder), str(cwd), {**environment, **place}, script, *arguments]),
+            print(json.dumps([str(folder), str(cwd), limit, {**environment, **place}, script, *arguments]),
                   file=self.server.stdin, flush=True)
-        return Program([script, *arguments], folders)
+        return Program([script, *arguments], folders, self.server, limit)
 
 
 def free_port() -> int:
@@ -166,10 +173,10 @@ def record(path: Path, number: int) -> None:
     path.with_suffix(".new").rename(path)
 
 
-def become(folder: Path, cwd: str, environment: dict[str, str], script: str, *arguments: str) -> NoReturn:
+def become(folder: Path, cwd: str, limit: int, environment: dict[str, str], script: str, *arguments: str) -> NoReturn:
     """Run a script in this process as python does that is started with it, and end."""
     os.setsid()
-    signal.alarm(HANGS)
+    signal.alarm(limit)
     for number, (name, flags) in enumerate(
             [(os.devnull, os.O_RDONLY), ("stdout", os.O_CREAT | os.O_WRONLY), ("stderr", os.O_CREAT | os.O_WRONLY)]):
         os.dup2(os.open(folder / name, flags | os.O_APPEND), number)

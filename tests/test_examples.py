@@ -36,8 +36,9 @@ def check_saved(run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_without_a_flag_it_reaches_80_percent_on_real_images(tmp_path):
-    run_python(TRAIN, "--output", tmp_path / "run")
+    run_python(TRAIN, "--output", tmp_path / "run", limit=1100)
     assert last_metrics(tmp_path / "run")[3]["top1"] >= 80
     check_saved(tmp_path / "run")
 
