@@ -24,6 +24,7 @@ from .programs import HANGS, ROOT, Programs, save_dot
 EMBEDDED = ROOT / "examples/data"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Of new processes."""
+ENVIRONMENT.pop("MLFLOW_TRACKING_URI", None)  # a server that is not for tests
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -109,9 +110,10 @@ def hub_place(tmp_path_factory) -> Iterator[tuple[HubServer, dict[str, str], Pro
 @pytest.fixture
 def hub(hub_place) -> Iterator[HubServer]:
     """The Hub without a repository, and nothing in the cache of those who load from it."""
-    server, environment, _ = hub_place
+    server, environment, programs = hub_place
     shutil.rmtree(environment["HF_HOME"], ignore_errors=True)
     yield server
+    programs.end_all()
     server.reset()
 
 
@@ -156,6 +158,12 @@ def run_python(*args: object, processes: int = 1, launcher: tuple[str, ...] = ()
 def programs() -> Programs:
     """Of all tests whose programs need no Hub."""
     return Programs(ENVIRONMENT)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on():
+    yield
+    programs().end_all()
 
 
 def wait_for(condition: Callable[[], object]) -> None:

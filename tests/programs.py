@@ -41,7 +41,7 @@ class Program:
 
     def __init__(self, command: list[str], folders: list[Path], server: subprocess.Popen, limit: int):
         self.command, self.folders, self.server, self.limit = command, folders, server, limit
-        self.began = time.monotonic()
+        self.began, self.failed = time.monotonic(), 0
 
     @property
     def stdout(self) -> str:
@@ -61,17 +61,10 @@ class Program:
         """The exit code, or None while it runs; where one of the processes fails, the others are killed."""
         codes = [int(path.read_text()) if path.exists() else None
                  for path in (folder / "code" for folder in self.folders)]
-        failed = next(filter(None, codes), 0)
-        if None not in codes:
-            return failed
-        if failed:
-            for pid, code in zip(self.pids, codes):
-                if code is None:
-                    with suppress(ProcessLookupError):  # it has just ended
-                        os.kill(pid, signal.SIGKILL)
-            self._wait_for(lambda: all((folder / "code").exists() for folder in self.folders))
-            return failed
-        return None
+        self.failed = self.failed or next(filter(None, codes), 0)  # that of the first which fails
+        if self.failed:
+            self.kill()
+        return self.failed if self.failed or None not in codes else None
 
     def wait(self) -> subprocess.CompletedProcess:
         self._wait_for(lambda: self.poll() is not None)
@@ -82,6 +75,14 @@ class Program:
     def terminate(self) -> None:
         for pid in self.pids:
             os.kill(pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End all that runs of it, loading processes included."""
+        for pid, folder in zip(self.pids, self.folders):
+            if not (folder / "code").exists():
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(pid, signal.SIGKILL)
+        self._wait_for(lambda: all((folder / "code").exists() for folder in self.folders))
 
     def _read(self, name: str) -> str:
         return "".join(path.read_text() for folder in self.folders if (path := folder / name).exists())
@@ -104,6 +105,14 @@ class Programs:
         self.environment = environment
         self.place = TemporaryDirectory(prefix="programs-")
         self.server: subprocess.Popen | None = None
+        self.started: list[Program] = []
+
+    def end_all(self) -> None:
+        """Kill what a test has left running."""
+        while self.started:
+            program = self.started.pop()
+            if program.poll() is None and program.server.poll() is None:
+                program.kill()
 
     def run(self, *command: object, **settings: object) -> subprocess.CompletedProcess:
         """Start a script, and wait for its end."""
@@ -121,7 +130,7 @@ class Programs:
         script, *arguments = map(str, command[1:] if command[0] in ("python", sys.executable) else command)
         if not script.endswith(".py"):
             script = shutil.which(script, path=self.environment["PATH"])
-        if self.server is None:
+        if self.server is None or self.server.poll() is not None:
             self.server = subprocess.Popen(
                 [sys.executable, __file__], cwd=ROOT, env=self.environment, text=True, stdin=subprocess.PIPE)
         if processes > 1:
@@ -132,7 +141,8 @@ class Programs:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             print(json.dumps([str(folder), str(cwd), limit, {**environment, **place}, script, *arguments]),
                   file=self.server.stdin, flush=True)
-        return Program([script, *arguments], folders, self.server, limit)
+        self.started.append(Program([script, *arguments], folders, self.server, limit))
+        return self.started[-1]
 
 
 def free_port() -> int:
@@ -146,7 +156,8 @@ def serve() -> None:
     importlib.import_module("timm_selfdistill.cli.main")  # and with it `datasets`
     summary.TIMED_SECONDS = 0.0  # each exit is timed once
     Figure.savefig = save_dot
-    if wandb := sys.modules.get("wandb.sdk.data_types._private"):  # a folder that the first fork to end would remove
+    wandb = sys.modules.get("wandb.sdk.data_types._private")
+    if wandb:  # which makes a folder that the first fork to end would remove
         atexit.unregister(wandb.MEDIA_TMP.cleanup)
         wandb.MEDIA_TMP._finalizer.detach()
     gc.freeze()  # forks share the memory
@@ -161,6 +172,8 @@ def serve() -> None:
             record(Path(folder) / "pid", child)
             record(Path(folder) / "code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
             os._exit(0)
+    if wandb:
+        wandb.MEDIA_TMP.cleanup()
 
 
 def save_dot(figure: Figure, path: Path, **_: object) -> None:
@@ -180,6 +193,7 @@ def become(folder: Path, cwd: str, limit: int, environment: dict[str, str], scri
     for number, (name, flags) in enumerate(
             [(os.devnull, os.O_RDONLY), ("stdout", os.O_CREAT | os.O_WRONLY), ("stderr", os.O_CREAT | os.O_WRONLY)]):
         os.dup2(os.open(folder / name, flags | os.O_APPEND), number)
+    sys.stdin = os.fdopen(0)  # without the lines that the server has read ahead
     os.chdir(cwd)
     os.environ.update(environment)
     np.random.seed()

@@ -59,6 +59,10 @@ def test_speed_ups_are_ratios_of_medians_to_the_plain_call(monkeypatch):
 
     plain, x = lasting(4.0), torch.zeros(1)
     assert measure_speedups(torch.nn.Identity(), plain, [plain, lasting(1.0), lasting(8.0)], x) == [1, 4, 0.5]
+    for seconds, rounds in ((0, 1), (20, 2), (10**6, 15)):  # each of 8 s, after one for warming up
+        began = now[0]
+        measure_speedups(torch.nn.Identity(), plain, [plain], x, seconds=seconds)
+        assert now[0] - began == 8 * (1 + rounds)
 
 
 def test_counting_gives_back_tensors_that_modules_share():

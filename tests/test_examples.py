@@ -110,6 +110,8 @@ def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, 
     assert done.returncode == code, done.stderr
     assert f"stopped by {number.name}" in done.stdout
     assert f"--resume {tmp_path}/run" in done.stdout
+    for picture in ("curves.png", "best/exits.png", "last/exits.png"):
+        assert (tmp_path / "run" / picture).exists()
 
     epochs = len(history.read_text().splitlines()) - 1
     done = run_python(*fast(few_images, tmp_path / "run", "--epochs", epochs + 1, "--resume"))

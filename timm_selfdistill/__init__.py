@@ -38,3 +38,7 @@ def __getattr__(name: str) -> Any:
     from .training import load_images
 
     return load_images
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -95,10 +95,10 @@ def measure_speedups(
 
     Args:
         x: a batch of images (B, C, H, W), on the model's device.
-        rounds: at most; fewer where so many `seconds` of the processor, on all its cores, are used up.
+        rounds: at most; fewer where `seconds` are used up.
     """
     times: list[list[float]] = [[] for _ in [plain, *calls]]
-    began = time.process_time()
+    began = time.perf_counter()
     with evaluating(model), torch.no_grad():
         for round in range(-1, rounds):
             for record, call in zip(times, [plain, *calls]):
@@ -109,7 +109,7 @@ def measure_speedups(
                 record.append(time.perf_counter() - start)
             if round == -1:  # the first round is for warming up
                 times = [[] for _ in times]
-            elif time.process_time() - began > seconds:
+            elif time.perf_counter() - began > seconds:
                 break
     return [median(first / second for first, second in zip(times[0], record)) for record in times[1:]]
 

@@ -156,6 +156,24 @@ def test_metrics_are_in_the_config_and_weights_stay_when_they_change(tmp_path):
     assert SelfDistillModel.from_pretrained(tmp_path).exits == ("layer1", "layer2", "layer3", "layer4")
 
 
+def test_a_picture_may_be_drawn_later_and_never_shows_another_model(tmp_path):
+    from timm_selfdistill.hub import save_metrics
+    model, picture, card = small_model(), tmp_path / "exits.png", tmp_path / "README.md"
+    metrics = METRICS | {"exits": model.card_rows(METRICS)}
+    model.save_pretrained(tmp_path, metrics=metrics)
+    first = picture.read_bytes()
+    others = metrics | {"exits": [row | {"top1": row["top1"] / 2} for row in metrics["exits"]]}
+    model.save_pretrained(tmp_path, metrics=others, picture=False)
+    assert not picture.exists()
+    assert "exits.png" not in card.read_text()
+    save_metrics(tmp_path, others)
+    assert picture.read_bytes() != first
+    assert "](exits.png)" in card.read_text()
+    (tmp_path / "drawn.png").write_bytes(first)
+    save_metrics(tmp_path, metrics, tmp_path / "drawn.png")
+    assert picture.read_bytes() == first
+
+
 def test_a_plain_network_has_a_card_too(tmp_path):
     from timm_selfdistill.hub import save_timm_model
     rows = [{"exit": 0, "module": "", "top1": 70.0, "top5": 90.0, "macs": 10**6, "share": 1.0}]

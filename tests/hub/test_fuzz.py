@@ -69,15 +69,30 @@ def test_a_changed_config(data, saved, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @examples(400)
 @given(data=st.data())
 def test_many_changed_configs(data, saved, folder):
     check_changed_config(data, saved, folder)
 
 
+FLIPPED = {"position": st.integers(0, 10_000), "wrong": st.binary(min_size=1, max_size=3)}
+
+
 @examples(25)
-@given(position=st.integers(0, 10_000), wrong=st.binary(min_size=1, max_size=3))
+@given(**FLIPPED)
 def test_flipped_bytes(position, wrong, saved, folder):
+    check_flipped_bytes(position, wrong, saved, folder)
+
+
+@pytest.mark.slow
+@examples(200)
+@given(**FLIPPED)
+def test_many_flipped_bytes(position, wrong, saved, folder):
+    check_flipped_bytes(position, wrong, saved, folder)
+
+
+def check_flipped_bytes(position: int, wrong: bytes, saved: Path, folder: Path) -> None:
     content = (saved / "config.json").read_bytes()
     position %= len(content)
     (folder / "config.json").write_bytes(content[:position] + wrong + content[position + len(wrong):])

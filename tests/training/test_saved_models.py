@@ -73,6 +73,28 @@ def test_a_data_set_that_says_where_it_is_from(tmp_path):
     assert record(tmp_path, source=source)["dataset"] == {**source, "images": 7}
 
 
+def test_the_picture_of_each_model_shows_its_own_figures(tmp_path, monkeypatch):
+    drawn = {"saved": [], "run": []}
+    for kind, place in (("saved", "hub.saving.plot_exits"), ("run", "hub.plot_exits")):
+        def plot(path, name, rows, kind=kind, **_):
+            path.write_text(kind)
+            drawn[kind].append([row["top1"] for row in rows])
+
+        monkeypatch.setattr(f"timm_selfdistill.{place}", plot)
+    saved = SavedModels(tmp_path, TrainConfig(), Accelerator(cpu=True), Images([(None, 0)] * 7), (3, 32, 32))
+    model, later = small_model(), [metric._replace(top1=metric.top1 - 10) for metric in METRICS]
+    saved.save("best", model, 1, METRICS)
+    saved.save("last", model, 2, later)
+    assert drawn == {"saved": [], "run": []}
+    saved.draw_missing()
+    assert drawn["saved"] == [[metric.top1 for metric in metrics] for metrics in (METRICS, later)]
+    saved.save("last", model, 2, later)
+    saved.summarize(model, later, 2)
+    assert drawn["run"] == [[metric.top1 for metric in later]]
+    assert len(drawn["saved"]) == 2
+    assert [(tmp_path / name / "exits.png").read_text() for name in ("best", "last")] == ["saved", "run"]
+
+
 def test_a_plain_networks_record_is_where_timm_does_not_look(tmp_path):
     saved = SavedModels(tmp_path, TrainConfig(), Accelerator(cpu=True), Images([(None, 0)]), (3, 32, 32))
     saved.save("best", timm.create_model("test_resnet", num_classes=3), 1, METRICS[:1])

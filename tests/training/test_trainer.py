@@ -1,6 +1,7 @@
 import csv
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -80,6 +81,23 @@ def test_a_run_learns_and_leaves_its_directory(fashion_tensors, tmp_path):
     assert summary["exits"][3]["top1"] == float(rows[-1]["top1_exit_3"])
     assert summary["exits"][3]["share"] == 1
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["batch_size"] == 50
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(1, 1), (31, 4)])
+def test_pictures_are_drawn_at_the_end_and_every_30_seconds_at_most(
+        seconds, times, fashion_tensors, tmp_path, monkeypatch):
+    """Three epochs of so many seconds, by a clock of the test's own."""
+    now, drawn = [0.0], []
+    monkeypatch.setattr("timm_selfdistill.training.interval.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("timm_selfdistill.training.run_directory.plot_curves", lambda *_: drawn.append(
+        [(tmp_path / name / "exits.png").exists() for name in ("best", "last")]))
+    evaluate = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: (now.append(now.pop() + seconds), evaluate(self))[1])
+    fit(tmp_path, tuple(Subset(part, range(100)) for part in fashion_tensors), epochs=3)
+    assert len(drawn) == times
+    for name in ("best", "last"):
+        assert (tmp_path / name / "exits.png").exists()
+        assert "](exits.png)" in (tmp_path / name / "README.md").read_text()
 
 
 def test_the_saved_models_are_the_evaluated_ones(fashion_tensors, tmp_path):
@@ -232,6 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(b
     with pytest.raises(FloatingPointError, match=rf"^the loss .*{bad} .* 11 \(epoch 2\); {checkpoint} stays; .* lr"):
         fit(tmp_path, fashion_tensors, task)
     assert list_checkpoints(tmp_path / "checkpoints") == [checkpoint]
+    assert {"curves.png", "history.csv"} < {path.name for path in tmp_path.iterdir()}
     assert all(value.isfinite().all() for value in SelfDistillModel.from_pretrained(tmp_path / "last").parameters())
 
 

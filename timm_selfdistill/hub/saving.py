@@ -74,12 +74,14 @@ def save_timm_model(
             _save_tensors(heads, fresh / HEADS)
         if check:
             check_rebuilds(rebuild or partial(_rebuild_with_timm, backbone), fresh, input_size)
-        (Path(folder) / PICTURE).unlink(missing_ok=True)  # it shows the model that was here before
         if picture:
             _save_picture(fresh, rows or [], metrics)
-        _save_card(fresh, Path(folder), rows or [], metrics, card_data)
+        drawn = (fresh / PICTURE).exists()
+        _save_card(fresh, Path(folder), rows or [], metrics, card_data, drawn)
         for path in fresh.iterdir():
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
+    if not drawn:
+        (Path(folder) / PICTURE).unlink(missing_ok=True)  # it shows the model that was here before
 
 
 def check_metrics(metrics: Any) -> None:
@@ -106,7 +108,8 @@ def save_metrics(folder: str | PathLike, metrics: dict[str, Any], picture: Path 
             shutil.copyfile(picture, fresh / PICTURE)
         elif not (Path(folder) / PICTURE).exists():
             _save_picture(fresh, measured_rows(metrics), metrics)
-        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, None)
+        drawn = any((place / PICTURE).exists() for place in (fresh, Path(folder)))
+        _save_card(fresh, Path(folder), measured_rows(metrics), metrics, None, drawn)
 
 
 def create_model_card(
@@ -128,10 +131,9 @@ def _save_picture(fresh: Path, rows: list[dict[str, Any]], metrics: dict[str, An
 
 def _save_card(
         fresh: Path, folder: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None,
-        card_data: dict[str, Any] | None,
+        card_data: dict[str, Any] | None, picture: bool,
 ) -> None:
     if may_replace(folder / CARD):
-        picture = any((place / PICTURE).exists() for place in (fresh, folder))
         card = create_card(read_json(fresh / CONFIG), rows, metrics, picture=picture, **(card_data or {}))
         card.save(fresh / CARD)
 

@@ -188,7 +188,7 @@ def preprocessing(config: dict[str, Any], path: Path) -> dict[str, Any]:
         ValueError: a value is of another kind than timm's.
     """
     values, classes = config.get("pretrained_cfg"), config["num_classes"]
-    if not isinstance(values, dict) or "input_size" not in values:
+    if not isinstance(values, dict) or values.get("input_size") is None:
         raise ValueError(f"{path}: pretrained_cfg must be an object with an input_size, got {short(values)}")
     known = {key: values[key] for key in PREPROCESSING if values.get(key) is not None}
     for key, value in known.items():

@@ -26,3 +26,7 @@ def __getattr__(name: str) -> Any:
     from . import data
 
     return getattr(data, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

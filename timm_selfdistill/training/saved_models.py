@@ -78,21 +78,17 @@ class SavedModels:
                         shutil.copyfile(path, fresh / path.name)  # not its mode, which may be read-only
         return best.exists() and _epoch_of(best) <= epoch
 
-    def save(
-            self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None, picture: bool = True,
-    ) -> bool:
-        """Save a model under its name; the first time, without metrics, after seeing that it can be loaded again.
+    def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:
+        """Save a model under its name, without its picture; the first time, without metrics, after seeing that it can
+        be loaded again.
 
         In the middle of a run a disk that is full is no reason to end it: there is a warning, the earlier model stays.
-
-        Args:
-            picture: False leaves exits.png for `draw_missing` or `summarize`.
 
         Returns:
             Whether it is saved.
         """
         try:
-            self._save(name, model, epoch, metrics, picture)
+            self._save(name, model, epoch, metrics)
             self.unsaved.pop(name, None)
             return True
         except UNWRITABLE as error:
@@ -111,10 +107,9 @@ class SavedModels:
         """
         for name in ("last", "best"):
             if not (self.output / name).exists() or self.unsaved.get(name) == epoch:
-                self._save(name, model, epoch, metrics, picture=False)
+                self._save(name, model, epoch, metrics)
 
-    def _save(
-            self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None, picture: bool) -> None:
+    def _save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
         folder, first = self.output / name, metrics is None
         self.costs = self.costs or exit_costs(model, self.input_size)
         if metrics is None:
@@ -125,10 +120,9 @@ class SavedModels:
             if record["dataset"]:
                 record["dataset"] = {**record["dataset"], "images": self.val_images}
         if isinstance(model, SelfDistillModel):
-            model.save_pretrained(folder, metrics=record, check=first, picture=picture)
+            model.save_pretrained(folder, metrics=record, check=first, picture=False)
         elif hasattr(model, "pretrained_cfg"):
-            hub.save_timm_model(
-                model, folder, metrics=record, rows=record["exits"], check=first, picture=picture)
+            hub.save_timm_model(model, folder, metrics=record, rows=record["exits"], check=first, picture=False)
         else:
             hub.save_weights(model, folder)
 
@@ -148,7 +142,7 @@ class SavedModels:
         return summary
 
     def draw_missing(self) -> None:
-        """Draw exits.png of saved models that have none yet, where the run stops before its end."""
+        """Draw exits.png of saved models that have none yet."""
         for folder, record in self._records():
             if (folder / hub.PICTURE).exists():
                 continue

@@ -10,8 +10,8 @@ from .metrics import ExitMetrics
 
 CPU_MACS = 4_000_000_000
 """Multiply-adds that a timed call may take on a CPU, about a fifth of a second."""
-TIMED_SECONDS = 3.0
-"""Of the processor, for all calls at the end of a run."""
+TIMED_SECONDS = 2.0
+"""After which no further round of timed calls begins."""
 
 
 def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[dict[str, Any]]:

@@ -119,6 +119,9 @@ class Trainer:
                 self.uploader.start()
             self.update.settle(self.input_size)
             summary = self._train()
+        except Exception:
+            self._draw_missing()  # of a run that diverged, say
+            raise
         finally:
             self.checkpoints.wait()
             drop_caches(self.caches, self.output, self.accelerator)
@@ -260,17 +263,16 @@ class Trainer:
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
             + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
         self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
-        draw = self.pictures.is_overdue()
         top1 = deciding_top1(metrics, is_frozen(self.eval_model))
-        self._save_model("last", metrics, draw)
+        self._save_model("last", metrics)
         is_best = top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
-        is_best = is_best and self._save_model("best", metrics, draw)
+        is_best = is_best and self._save_model("best", metrics)
         if is_best:
             state.best_top1 = top1
         if accelerator.is_main_process:
-            report_history(self.output, state.history, self.saved.val_labelled, draw)
-        if draw:
-            self.pictures.restart()
+            report_history(self.output, state.history, self.saved.val_labelled, picture=False)
+            if self.pictures.is_overdue() or (self.uploader and self.uploader.pushes(state.epoch, is_best)):
+                self._draw_missing()
         self._save_checkpoint()
         if self.uploader:
             self.uploader.finish_epoch(state.epoch, is_best, self.progress)
@@ -286,15 +288,15 @@ class Trainer:
         return broadcast_object_list(answer)[0]
 
     def _draw_missing(self) -> None:
-        """The pictures of a run that stops before its end."""
+        """The pictures of the epochs so far."""
         if self.accelerator.is_main_process and self.state.history:
             report_history(self.output, self.state.history, self.saved.val_labelled)
             self.saved.draw_missing()
+            self.pictures.restart()
 
-    def _save_model(self, name: str, metrics: list[ExitMetrics] | None, picture: bool = True) -> bool:
+    def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> bool:
         """Whether it is saved; the main process, which does it, keeps the books."""
-        return self.accelerator.is_main_process and self.saved.save(
-            name, self.eval_model, self.state.epoch, metrics, picture)
+        return self.accelerator.is_main_process and self.saved.save(name, self.eval_model, self.state.epoch, metrics)
 
     def _save_checkpoint(self) -> None:
         snapshot = take_snapshot(*self._run_parts())

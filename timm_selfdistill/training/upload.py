@@ -111,10 +111,14 @@ class HubUploader:
             self.waiting = upload
             self.changed.notify_all()
 
+    def pushes(self, epoch: int, is_best: bool) -> bool:
+        """Whether the strategy has an upload after this epoch."""
+        return epoch < self.epochs and (self.strategy == "epoch" or (self.strategy == "best" and is_best))
+
     def finish_epoch(self, epoch: int, is_best: bool, progress: ProgressReporter) -> None:
         """Ask for an upload where the strategy has one after an epoch; the last epoch's comes at the end of the run."""
         self.report(progress)
-        if epoch < self.epochs and (self.strategy == "epoch" or (self.strategy == "best" and is_best)):
+        if self.pushes(epoch, is_best):
             self.push("last" if self.strategy == "epoch" else "best", f"Epoch {epoch}")
 
     def report(self, progress: ProgressReporter) -> None:
