@@ -10,8 +10,9 @@ from timm_selfdistill import training
 
 from .conftest import ENVIRONMENT, run_python
 
-LATE = ("datasets", "pandas", "pyarrow", "matplotlib", "timm_selfdistill.analysis", "timm_selfdistill.cli", "wandb.sdk",
-        "mlflow", "trackio", "torch.utils.tensorboard", "onnx", "onnxruntime")
+LATE = ("accelerate", "datasets", "pandas", "pyarrow", "matplotlib", "timm_selfdistill.analysis",
+        "timm_selfdistill.cli", "timm_selfdistill.training", "wandb.sdk", "mlflow", "trackio",
+        "torch.utils.tensorboard", "onnx", "onnxruntime")
 """What takes long to import, and is needed by some only."""
 ADDED = f"""
 import json, sys

@@ -1,4 +1,5 @@
 """Self-distillation for any timm model."""
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import models
@@ -7,11 +8,10 @@ from .loss import SelfDistillLoss
 from .model import SelfDistillModel, wrap_self_distill
 from .output import SelfDistillOutput
 from .task import SelfDistillTask
-from .training import TrainConfig, Trainer, TrainResult, model_data_config
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .training import load_images
+    from .training import TrainConfig, Trainer, TrainResult, load_images, model_data_config
 
 __all__ = [
     "EarlyExit",
@@ -32,12 +32,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `datasets`, which takes half a second, when it is needed."""
-    if name != "load_images":
+    """Import what trains, and with it Accelerate, with the first of the names that need it."""
+    if name not in ("TrainConfig", "TrainResult", "Trainer", "load_images", "model_data_config"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .training import load_images
-
-    return load_images
+    return getattr(importlib.import_module(".training", __name__), name)
 
 
 def __dir__() -> list[str]:
