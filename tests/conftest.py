@@ -109,7 +109,7 @@ def hub_place(tmp_path_factory) -> Iterator[tuple[HubServer, dict[str, str], Pro
 
 @pytest.fixture
 def hub(hub_place) -> Iterator[HubServer]:
-    """The Hub without a repository, and nothing in the cache of those who load from it."""
+    """An empty Hub; the clients' cache is empty, too."""
     server, environment, programs = hub_place
     shutil.rmtree(environment["HF_HOME"], ignore_errors=True)
     yield server

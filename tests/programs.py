@@ -161,7 +161,7 @@ def serve() -> None:
         atexit.unregister(wandb.MEDIA_TMP.cleanup)
         wandb.MEDIA_TMP._finalizer.detach()
     gc.freeze()  # forks share the memory
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for the scripts
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks that wait for scripts are reaped automatically
     for line in sys.stdin:
         if os.fork() == 0:
             folder, *script = json.loads(line)

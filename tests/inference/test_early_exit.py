@@ -24,7 +24,7 @@ CLASSES = [  # a small network of each of 30 model classes
     "visformer_tiny", "crossvit_tiny_240", "lowformer_b0", "inception_next_atto", "rexnet_100"]
 QUICK = {"test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet", "test_nfnet", "test_coatnet",
          "levit_128s", "edgenext_xx_small", "deit_tiny_distilled_patch16_224", "efficientvim_m1", "hrnet_w18_small"}
-STUBBORN = {  # those whose rows cannot leave, at some stages or at all: where those leave that are done at each exit
+STUBBORN = {  # images cannot leave the batch at some or all stages: the exit at which those finished at each exit leave
     "efficientvim_m1": [0, 2], "hrnet_w18_small": [3, 3, 3], "coat_tiny": [1], "mvitv2_tiny": [3, 3, 3]}
 
 
