@@ -2,6 +2,7 @@
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -58,6 +59,16 @@ def test_python_blocks(page, workplace, hub_programs):
     assert found
     (workplace / "blocks.py").write_text("\n".join(found))
     done = hub_programs.run("blocks.py", cwd=workplace, PYTHONPATH=str(workplace))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDES)
+def test_python_blocks_in_a_new_process(page, workplace, environment):
+    """In which nothing has been imported that the page does not import."""
+    (workplace / "blocks.py").write_text("\n".join(blocks(page, "python")))
+    done = subprocess.run([sys.executable, "blocks.py"], cwd=workplace, env=environment, capture_output=True, text=True,
+                          timeout=HANGS)
     assert done.returncode == 0, done.stderr
 
 

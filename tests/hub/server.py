@@ -60,8 +60,9 @@ class HubServer:
         """Forget everything; what was held goes on."""
         for event in [self.stopped, *(event for _, event in self.held)]:
             event.set()
-        for kept in (self.repositories, self.objects, self.requests, self.failures, self.held):
-            kept.clear()
+        with self.lock:
+            for kept in (self.repositories, self.objects, self.requests, self.failures, self.held):
+                kept.clear()
         self.stopped = threading.Event()
 
     def fail(

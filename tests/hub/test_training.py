@@ -1,6 +1,7 @@
 """Training runs that push, as a user starts them, and what others load."""
 import json
 import re
+import subprocess
 import sys
 import threading
 
@@ -87,6 +88,15 @@ assert "timm_selfdistill" not in sys.modules
     lines = command(*predict, "--exit", 0).stdout.splitlines()
     assert len(lines) == 5
     assert all(re.fullmatch(r" *\d+\.\d\d%  [\w/ -]+", line) for line in lines)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_pushed_ends(hub, environment, flags, tmp_path):
+    """A new one, with all that Python does at its end: a fork of the other tests leaves out the last part."""
+    done = subprocess.run([sys.executable, *map(str, flags), "--epochs", "1"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=HANGS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert hub.repositories["user/model"].commits
 
 
 def test_a_run_that_cannot_push_trains_to_its_end_and_says_how_to_upload(hub, command, flags, tmp_path):

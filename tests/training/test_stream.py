@@ -17,7 +17,7 @@ from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, load_images,
 from timm_selfdistill.training.images import decode_image
 from timm_selfdistill.training.loading import StreamedBatches, ValBatches, train_batches
 
-from ..conftest import EMBEDDED, ROOT, run_python, small_backbone, small_model
+from ..conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
 
 SHARDS = (40, 25, 9, 31, 18)
 COUNT = sum(SHARDS)
@@ -360,5 +360,21 @@ def test_the_command_on_two_processes_is_resumed_exactly(parquet, tmp_path):
     checkpoints = sorted((tmp_path / "a/checkpoints").iterdir())
     assert [path.name[-2:] for path in checkpoints] == ["04", "06", "08", "12"]
     run_python(*command, "--output", tmp_path / "b", "--resume", checkpoints[2], processes=2)
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+
+
+def assert_equal_runs(*runs) -> None:
     for name in ("history.csv", "last/model.safetensors", "last/self_distill.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+        first, second = ((run / name).read_bytes() for run in runs)
+        assert first == second, name
+
+
+@pytest.mark.slow
+def test_processes_with_other_hashes_train_the_same(parquet, tmp_path):
+    """Each process that is started has another seed of Python's hashes; forks share theirs."""
+    command = [str(ROOT / "examples/train.py"), "--data-dir", parquet, "--streaming", "--steps-per-epoch", 6, "--model",
+               "test_resnet", "--img-size", 32, "--epochs", 1, "-b", 4, "-j", 2]
+    for seed in ("1", "2"):
+        done = run_python(*command, "--output", tmp_path / seed, launcher=TWO_PROCESSES, PYTHONHASHSEED=seed)
+        assert "Traceback" not in done.stderr
+    assert_equal_runs(tmp_path / "1", tmp_path / "2")

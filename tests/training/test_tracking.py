@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from timm_selfdistill import Trainer
 
-from ..conftest import ENVIRONMENT, programs
+from ..conftest import ENVIRONMENT, programs, run_python
 from ..programs import ROOT
 from .test_trainer import fit, interrupt_after, make_task, settings
 
@@ -169,6 +169,17 @@ def test_all_together_on_two_processes(fashion, tmp_path, elsewhere):
         assert len(list(run.glob("mlartifacts/*"))) == 1
     if "trackio" in names:
         check_trackio(run, environment)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_reported_ends(few_images, tmp_path, elsewhere):
+    """A new one, with all that Python does at its end: forks, as above, leave out the last part."""
+    names = [tracker.value for tracker in get_available_trackers() if tracker.value in ("tensorboard", "wandb", "mlflow")]
+    done = run_python(
+        ROOT / "examples/train.py", "--data-dir", few_images, "--output", tmp_path / "run", "-j", 2, "--model", "test_resnet",
+        "-b", 25, "--epochs", 1, "--report-to", *names, fresh=True, WANDB_MODE="offline")
+    assert "Traceback" not in done.stderr
+    assert "after 1 epochs" in done.stdout
 
 
 def check_tensorboard(run: Path) -> None:
