@@ -12,7 +12,7 @@ from timm_selfdistill import training
 from .conftest import ENVIRONMENT, run_python
 
 LATE = ("accelerate", "datasets", "pandas", "pyarrow", "matplotlib", "timm_selfdistill.analysis",
-        "timm_selfdistill.cli", "timm_selfdistill.training", "wandb.sdk", "mlflow", "trackio",
+        "timm_selfdistill.cli", "timm_selfdistill.training", "timm.task", "wandb.sdk", "mlflow", "trackio",
         "torch.utils.tensorboard", "onnx", "onnxruntime")
 """What takes long to import, and is needed by some only."""
 ADDED = f"""

@@ -7,10 +7,10 @@ from .inference import EarlyExit, EarlyExitOutput
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel, wrap_self_distill
 from .output import SelfDistillOutput
-from .task import SelfDistillTask
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .task import SelfDistillTask
     from .training import TrainConfig, Trainer, TrainResult, load_images, model_data_config
 
 __all__ = [
@@ -31,11 +31,15 @@ __all__ = [
 ]
 
 
+IMPORTED_LATER = {"SelfDistillTask": ".task", "TrainConfig": ".training", "TrainResult": ".training",
+                  "Trainer": ".training", "load_images": ".training", "model_data_config": ".training"}
+"""With the first of these names comes what trains, and with it `timm.task` and Accelerate."""
+
+
 def __getattr__(name: str) -> Any:
-    """Import what trains, and with it Accelerate, with the first of the names that need it."""
-    if name not in ("TrainConfig", "TrainResult", "Trainer", "load_images", "model_data_config"):
+    if name not in IMPORTED_LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".training", __name__), name)
+    return getattr(importlib.import_module(IMPORTED_LATER[name], __name__), name)
 
 
 def __dir__() -> list[str]:
