@@ -5,11 +5,12 @@
 """
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 POLICIES = {  # how sure an image is, more is surer; the threshold of "entropy" is an upper one
     "confidence": lambda p: p.max(1),
@@ -38,10 +39,23 @@ def predict(folder: Path, about: dict, images: np.ndarray) -> tuple[np.ndarray, 
     return probabilities, exits
 
 
+def open_upright(path: str) -> Image.Image:
+    """Turned as its EXIF data say, if they can be read; more than 8 bits a pixel are scaled to 8."""
+    image = Image.open(path)
+    image.load()
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        white = 65536 if image.mode.startswith("I") else 256 if values.max() > 1 else 256 / 255
+        image = Image.fromarray((values * 256 / white).clip(0, 255).astype(np.uint8))
+    return image
+
+
 def load_image(path: str, about: dict) -> np.ndarray:
     """(C, H, W) as timm's transform makes it: the short side to the size over crop_pct, then the centre."""
     channels, height, width = about["input_size"]
-    image = Image.open(path).convert("L" if channels == 1 else "RGB")
+    image = open_upright(path).convert("L" if channels == 1 else "RGB")
     size = [side * int(max(height, width) / about["crop_pct"]) // min(image.size) for side in image.size]
     image = image.resize(size, getattr(Image.Resampling, about["interpolation"].upper(), Image.Resampling.BICUBIC))
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)

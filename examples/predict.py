@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--model", required=True, metavar="ID", help="repository on the Hub, or a saved model")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the deepest; ensemble is the mean of all")
+    parser.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="black and white of an image with more than 8 bits (default: the full range of its type)")
     parser.add_argument("--topk", type=int, default=5, help="classes to print")
     args = parser.parse_args()
     if args.topk < 1:
@@ -33,7 +35,7 @@ def main() -> int:
     if not isinstance(model, SelfDistillModel) and args.exit != "-1":
         raise ValueError(f"{args.model} has one exit only; leave out --exit")
     config = resolve_model_data_config(backbone)
-    image = open_image(args.image, config["input_size"][0])
+    image = open_image(args.image, config["input_size"][0], args.value_range)
     with torch.no_grad():
         x = create_transform(**config)(image)[None]
         logits = model.predict(x, parse_exit(args.exit)) if isinstance(model, SelfDistillModel) else model(x)

@@ -23,6 +23,7 @@ from timm_selfdistill.cli import (
     check_frozen_flags,
     check_method_flags,
     create_task,
+    found_lines,
     parse_args,
     run,
     train_config,
@@ -30,7 +31,8 @@ from timm_selfdistill.cli import (
     upload_lines,
 )
 from timm_selfdistill.cost import default_input_size
-from timm_selfdistill.training.preprocessing import create_backbone, frozen_class_names, own_class_names
+from timm_selfdistill.training.data.class_order import fit_classes
+from timm_selfdistill.training.preprocessing import create_backbone, own_class_names
 from timm_selfdistill.training.report import print_exits, summary_title
 
 
@@ -43,27 +45,35 @@ def main() -> int:
     images = load_images(
         args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
         val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
-        num_classes=args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled, seed=args.seed)
+        num_classes=args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled,
+        value_range=args.value_range and tuple(args.value_range), seed=args.seed)
     torch.manual_seed(config.seed)
-    # A network that stays as it is keeps its own channels, classes and size, unless flags say otherwise.
+    # A network that stays as it is keeps its own classes and size, unless flags say otherwise.
     frozen = args.freeze_backbone and (args.pretrained or args.initial_checkpoint)
     create = partial(
         create_backbone, args.model, args.img_size, pretrained=args.pretrained,
-        in_chans=args.in_chans or (None if frozen else images.in_chans),
-        num_classes=args.num_classes or (None if args.unlabelled else images.num_classes), drop_rate=args.drop,
-        drop_path_rate=args.drop_path, initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path)
+        in_chans=args.in_chans, num_classes=args.num_classes or (None if args.unlabelled else images.num_classes),
+        drop_rate=args.drop, drop_path_rate=args.drop_path, initial_checkpoint=args.initial_checkpoint,
+        pretrained_path=args.pretrained_path)
     backbone = create()
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
     if args.unlabelled:
         images = images.fitting_labels(backbone.num_classes, own_class_names(backbone))
-    class_names = (frozen_class_names(backbone, images.class_names) if frozen else images.class_names) or None
-    img_size = args.img_size
+    elif args.pretrained or args.initial_checkpoint:
+        images = fit_classes(images, backbone, frozen)
+    class_names = images.class_names or (own_class_names(backbone) if frozen else None)
+    img_size, own_size = args.img_size, default_input_size(backbone)[-1]
     if img_size is None and not (args.pretrained or frozen):
         img_size = images.fitting_size(backbone)
     data_config = model_data_config(
         backbone, img_size, default_input_size(backbone)[0], class_names=class_names, mean=args.mean, std=args.std,
         interpolation=args.interpolation, crop_pct=args.crop_pct)
+    config.settings["found"] = {"splits": images.found, "median_size": list(images.size),
+                                "input_size": list(data_config["input_size"])}
+    if os.environ.get("RANK", "0") == "0":
+        fitted = not args.img_size and img_size not in (None, own_size)
+        print(*found_lines(images, data_config["input_size"], fitted, args), sep="\n", flush=True)
     augmentation = {"no_aug": True} if args.no_aug else {
         "train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,
         "vflip": args.vflip, "color_jitter": args.color_jitter, "auto_augment": args.aa, "re_prob": args.reprob,

@@ -15,6 +15,7 @@ from timm_selfdistill.heads import LinearHead
 from timm_selfdistill.inference import export
 from timm_selfdistill.inference.export import export_onnx, export_program, export_stages
 from timm_selfdistill.inference.policy import POLICIES
+from timm_selfdistill.training.images import open_image
 
 from ..conftest import ROOT, small_backbone, small_model
 
@@ -134,3 +135,27 @@ def test_the_example_prepares_pictures_as_timm_does(size, tmp_path):
     found = example["load_image"](tmp_path / "picture.png", about)
     expected = create_transform(**about)(noise)
     np.testing.assert_allclose(found, expected.numpy(), atol=0.1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", [
+    "turned", "16 bits", "32 bits", "float", "palette", "CMYK", "transparent", "grey", "bilevel"])
+def test_the_example_reads_files_as_training_does(kind, channels, tmp_path):
+    path, image = tmp_path / "picture.tif", Image.effect_noise((60, 40), 90)
+    colours = Image.merge("RGB", [image, image.rotate(180), image])
+    values, exif = np.arange(2400).reshape(40, 60) / 2400, Image.Exif()
+    exif[0x0112] = 6 if kind == "turned" else 1
+    made = {"16 bits": lambda: Image.fromarray((values * 65535).astype(np.uint16)),
+            "32 bits": lambda: Image.fromarray((values * 65535).astype(np.int32)),
+            "float": lambda: Image.fromarray((values * 255).astype(np.float32)),
+            "palette": lambda: colours.quantize(16), "CMYK": lambda: colours.convert("CMYK"),
+            "transparent": lambda: Image.merge("RGBA", [*colours.split(), image]), "grey": lambda: image,
+            "bilevel": lambda: image.convert("1"), "turned": lambda: colours}[kind]()
+    made.save(path, exif=exif)
+    about = {"input_size": [channels, 32, 32], "mean": [0.0] * channels, "std": [1.0] * channels,
+             "interpolation": "nearest", "crop_pct": 1.0, "crop_mode": "center"}
+    found = runpy.run_path(str(ROOT / "examples/onnx_early_exit.py"))["load_image"](path, about)
+    expected = create_transform(**about)(open_image(path, channels)).numpy()
+    assert found.shape == expected.shape
+    assert np.isclose(found, expected, atol=1 / 255).mean() > 0.9  # the two choose other nearest pixels at some edges
+    assert found.std() > 0.1

@@ -279,19 +279,20 @@ def test_nothing_that_learns(few, tmp_path):
 
 
 def test_the_class_names_of_a_frozen_network_are_kept(few_images, tmp_path):
-    """Also where those of the data differ, of which there is a warning; without labels the data's are not used."""
+    """Images with labels of other classes are refused; without labels the data's are not used."""
     backbone = small_backbone()
     backbone.pretrained_cfg.update(label_names=[f"own{index}" for index in range(10)], input_size=(3, 32, 32))
     wrap_self_distill(backbone).save_pretrained(tmp_path / "own")
     command = [ROOT / "examples/train.py", "--model", f"local-dir:{tmp_path / 'own'}", "--pretrained", "--epochs", 1,
                "--data-dir", few_images, "-b", 50, "-j", 0, "--freeze-backbone", "--no-aug"]
-    done = run_python(*command, "--output", tmp_path / "a")
-    assert re.fullmatch("warning: class 0 .*'own0' .*backbone .*'T-shirt/top' .*data.*names .*kept.*\n", done.stderr)
+    done = run_python(*command, "--output", tmp_path / "a", check=False)
+    assert done.returncode == 2
+    assert re.fullmatch("train.py: error: .*'own0', .*'T-shirt/top', .*--unlabelled.*\n", done.stderr)
+    assert not (tmp_path / "a").exists()
     done = run_python(*command, "--unlabelled", "--output", tmp_path / "b")
     assert re.search(r"\(10: T-shirt/top, .*network's \(10: own0, .*agreement with the deepest", done.stderr)
     assert "agreement with the deepest" in done.stdout
-    for name in ("a", "b"):
-        config = json.loads((tmp_path / name / "best/config.json").read_text())
-        assert config["label_names"] == backbone.pretrained_cfg["label_names"]
-        before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("own", f"{name}/best"))
-        assert equal(before, after)  # three channels, although the images are grey
+    config = json.loads((tmp_path / "b/best/config.json").read_text())
+    assert config["label_names"] == backbone.pretrained_cfg["label_names"]
+    before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("own", "b/best"))
+    assert equal(before, after)

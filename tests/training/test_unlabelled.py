@@ -11,8 +11,8 @@ from timm_selfdistill import SelfDistillLoss, TrainConfig, Trainer, load_images,
 from timm_selfdistill.hub import read_metrics
 
 from ..conftest import small_backbone
+from .data.test_load import picture
 from .frozen_runs import equal, fit, frozen_model
-from .test_data import picture
 
 
 class Images(Dataset):
@@ -99,19 +99,19 @@ def test_a_part_of_images_without_labels(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_images_alone_in_a_folder_for_each_split(streaming, tmp_path):
-    """`datasets` makes classes of the folders' names, which are no labels."""
+    """The folders' names are no labels."""
     for split in ("train", "validation"):
-        (tmp_path / split).mkdir()
+        (tmp_path / "images" / split).mkdir(parents=True)
         for index in range(3):
-            picture("L").save(tmp_path / split / f"{index}.png")
-    images = load_images(tmp_path, unlabelled=True, streaming=streaming)
+            picture("L").save(tmp_path / "images" / split / f"{index}.png")
+    images = load_images(tmp_path / "images", unlabelled=True, streaming=streaming)
     assert (images.label_column, images.class_names, list(images.val.features)) == (None, [], ["image"])
     data = images.transformed(model_data_config(small_backbone(in_chans=1), 32, in_chans=1), no_aug=True)
     run = fit(frozen_model(), data, tmp_path / "run", unlabelled=True, batch_size=3, epochs=1,
               steps_per_epoch=1 if streaming else None)
     assert run.metrics[-2].top1 == 100
-    with pytest.raises(ValueError, match=r"\(ClassLabel\) .*\(--target-key\).*one subfolder per class, .*2"):
-        load_images(tmp_path, streaming=streaming)
+    with pytest.raises(ValueError, match=r"train holds 3 images, .*no folders of classes; .*\(--unlabelled\)"):
+        load_images(tmp_path / "images", streaming=streaming)
 
 
 @pytest.mark.parametrize(("labels", "column", "warned"), [

@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
-from torch.utils.data import DataLoader
 
 from .. import hub
 from ..analysis import (
@@ -29,6 +28,7 @@ from ..hub.trust import short
 from ..model import SelfDistillModel
 from ..task import SelfDistillTask
 from ..training.hardware import device_name
+from ..training.loading import MeasuredImages
 from ..training.report import write_json
 from ..version import __version__
 from .methods import exit_loss
@@ -128,13 +128,13 @@ def agreement(args: argparse.Namespace) -> int:
 COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": separability, "agreement": agreement}
 
 
-def _open(args: argparse.Namespace, names: list[str]) -> dict[str, tuple[nn.Module, DataLoader]]:
+def _open(args: argparse.Namespace, names: list[str]) -> dict[str, tuple[nn.Module, MeasuredImages]]:
     """Models on their device, by the names that they were given, and the images as each takes them; and the folder of
     --output is made. What is wrong with any of them is found before the first is measured."""
     images, opened = read_data(args), {}
     for name in dict.fromkeys(names):
         model = load_any_model(saved_model(name), args.revision).to(args.device)
-        opened[name] = model, open_data(model, images, args)
+        opened[name] = model, open_data(model, saved_model(name), images, args)
     for path in (args.output, *args.output.parents):
         if path.is_file():
             raise NotADirectoryError(f"{path} is a file; give --output a folder")

@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+FOUND = "found"
+"""What a run records beside its flags: the images of its splits."""
+
 
 def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collection[str] = ()) -> list[str]:
     """The flags of a YAML file, ready to be put in front of the command line.
@@ -34,6 +37,8 @@ def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collectio
     flags, seen = [], set()
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if name == FOUND:
+            continue
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""

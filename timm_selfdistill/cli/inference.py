@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 from timm.data import resolve_model_data_config
 from torch import nn
-from torch.utils.data import DataLoader
 
 from .. import hub
 from ..cost import measure_speedups
@@ -19,6 +18,7 @@ from ..inference.export import STAGES_FILE, export_onnx, export_stages
 from ..inference.gallery import choose_images, plot_gallery
 from ..inference.policy import POLICIES
 from ..model import SelfDistillModel
+from ..training.loading import MeasuredImages
 from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
 from ..training.summary import exit_costs, exit_speedups, merge_rows, model_name
@@ -62,7 +62,8 @@ def evaluate(args: argparse.Namespace) -> int:
         row["speedup"] = speedup
     if model.early_exit:
         rows.append(_evaluate_early_exit(EarlyExit(model), loader))
-    print_exits(Console(soft_wrap=True), f"{model_name(model)} on {len(loader.dataset)} images", rows)
+    print_exits(Console(soft_wrap=True), f"{model_name(model)} on {len(loader.kept)} images", rows)
+    _say_unreadable(loader)
     return 0
 
 
@@ -74,6 +75,7 @@ def calibrate(args: argparse.Namespace) -> int:
     budget = {name: getattr(args, name) for name in BUDGETS}
     report = EarlyExit(model, policy=args.policy).calibrate(loader, **budget, seed=args.seed)
     Console(soft_wrap=True).print(report)
+    _say_unreadable(loader)
     if not report.met:
         print("nothing is saved: ask for less, or give more images")
         return BUDGET_NOT_MET
@@ -100,13 +102,15 @@ def tradeoff(args: argparse.Namespace) -> int:
     name = model_name(model)
     hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline)
     chosen = choose_images(output, columns=10)
-    images = {position: _as_picture(model, loader.dataset[position][0]) for row in chosen.values() for position in row}
+    images = {position: _as_picture(model, loader.data[loader.kept[position]][0])
+              for row in chosen.values() for position in row}
     names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     plot_gallery(args.output / "gallery.png", images, chosen, output, labels, names)
     write_json(args.output / "tradeoff.json", {
-        "model": name, "images": len(loader.dataset), "exits": rows, "early_exit": curve, "calibrated": calibrated,
+        "model": name, "images": len(loader.kept), "exits": rows, "early_exit": curve, "calibrated": calibrated,
         "baseline": baseline})
     print(f"wrote {', '.join(str(args.output / file) for file in ('tradeoff.json', 'exits.png', 'gallery.png'))}")
+    _say_unreadable(loader)
     return 0
 
 
@@ -121,17 +125,22 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, DataLoader]:
+def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, MeasuredImages]:
     """The model on its device, and its data."""
     model = load_model(args)
-    return model.to(args.device), open_data(model, read_data(args), args)
+    return model.to(args.device), open_data(model, args.model, read_data(args), args)
 
 
-def _input_size(loader: DataLoader) -> tuple[int, int, int]:
-    return tuple(loader.dataset[0][0].shape)
+def _input_size(loader: MeasuredImages) -> tuple[int, int, int]:
+    return tuple(next(iter(loader))[0].shape[1:])
 
 
-def _evaluate(model: nn.Module, loader: DataLoader) -> list[dict[str, Any]]:
+def _say_unreadable(loader: MeasuredImages) -> None:
+    if loader.unreadable:
+        print(f"{loader.unreadable} images cannot be read and were left out")
+
+
+def _evaluate(model: nn.Module, loader: MeasuredImages) -> list[dict[str, Any]]:
     """A row per exit: accuracy and cost."""
     device = next(model.parameters()).device
     meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, device)
@@ -141,7 +150,7 @@ def _evaluate(model: nn.Module, loader: DataLoader) -> list[dict[str, Any]]:
     return merge_rows(meter.compute(meter.totals), exit_costs(model, _input_size(loader)))
 
 
-def _evaluate_early_exit(early_exit: EarlyExit, loader: DataLoader) -> dict[str, Any]:
+def _evaluate_early_exit(early_exit: EarlyExit, loader: MeasuredImages) -> dict[str, Any]:
     """The row of early exit; its speed is that of one batch of the images."""
     output, labels = predict_all(early_exit, loader)
     meter = ExitMeter(1, torch.device("cpu"))

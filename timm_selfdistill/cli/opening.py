@@ -2,18 +2,21 @@
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
-from torch.utils.data import DataLoader
 
 from .. import hub
 from ..model import SelfDistillModel
 from ..training import ImageSplits, load_images
 from ..training.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
+from ..training.data.load import load_split
+from ..training.loading import MeasuredImages
+from .program import printable
 
 MODEL_HELP = "saved model, run directory, or id of a repository on the Hub"
 
@@ -31,8 +34,16 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
                              " was trained with")
     parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
     parser.add_argument("--split", metavar="NAME",
-                        help="default: the first of validation, val, valid, test; else the tenth of train that"
+                        help="default: the validation split, else the test split, else the tenth of train that"
                              " train.py leaves out")
+    parser.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type); of a folder"
+                        " of image files their extensions, '.webp;.png' (default: timm's)")
+    parser.add_argument("--target-key", metavar="COLUMN", help="label column (default: found by its type)")
+    parser.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="black and white of images with more than 8 bits (default: the full range of their type)")
+    parser.add_argument("--on-bad-sample", choices=("raise", "skip"),
+                        help="an image that cannot be read ends the command, or is left out and counted (default: as in"
+                             " the model's training)")
     parser.add_argument("-b", "--batch-size", type=_whole_number(1), default=64)
     parser.add_argument("-j", "--workers", type=_whole_number(0), default=0, help="data-loading processes")
     parser.add_argument("--device", type=_usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -81,25 +92,39 @@ def load_checkpoints(model: nn.Module, run: Path) -> Iterator[int]:
 
 
 def read_data(args: argparse.Namespace) -> ImageSplits:
-    """The images of `add_data_flags`."""
-    splits = {"train_split": args.split, "val_split": args.split} if args.split else {}
-    return load_images(args.data, name=args.dataset_config, **splits)
+    """The images of `add_data_flags`; a line says what was found."""
+    settings = {"name": args.dataset_config, "image_column": args.input_key, "label_column": args.target_key,
+                "value_range": args.value_range and tuple(args.value_range)}
+    images = load_split(args.data, args.split, **settings) if args.split else load_images(args.data, **settings)
+    print(printable(images.lines()[-1]))
+    return images
 
 
-def open_data(model: nn.Module, images: ImageSplits, args: argparse.Namespace) -> DataLoader:
+def open_data(model: nn.Module, name: str, images: ImageSplits, args: argparse.Namespace) -> MeasuredImages:
     """The validation images as a model takes them.
+
+    Args:
+        name: where the model was loaded from.
 
     Raises:
         ValueError: they are of other classes than the model's.
     """
     backbone = model.backbone if isinstance(model, SelfDistillModel) else model
-    names = backbone.pretrained_cfg.get("label_names")
-    if images.num_classes != model.num_classes or (names and list(names) != images.class_names):
-        raise ValueError(
-            f"the model knows {model.num_classes} classes {list(names or [])[:3]}..., {args.data} has"
-            f" {images.num_classes} {images.class_names[:3]}...; they must be the same, in the same order")
+    if names := backbone.pretrained_cfg.get("label_names"):
+        images = images.in_order(list(names))
+    elif images.num_classes != model.num_classes:
+        raise ValueError(f"the model knows {model.num_classes} classes, {args.data} has {images.num_classes}"
+                         f" ({', '.join(images.class_names[:3])}, ...)")
     _, val_data = images.transformed(resolve_model_data_config(backbone))
-    return DataLoader(val_data, args.batch_size, num_workers=args.workers, persistent_workers=args.workers > 0)
+    on_bad_sample = args.on_bad_sample or _trained_with(name, args.revision).get("on_bad_sample")
+    return MeasuredImages(val_data, args.batch_size, args.workers, "skip" if on_bad_sample == "skip" else "raise")
+
+
+def _trained_with(name: str, revision: str | None) -> dict[str, Any]:
+    """The settings of a model's training, as far as its files tell."""
+    metrics = hub.read_metrics(hub.fetch_model(name, revision=revision, only_config=True))
+    settings = metrics.get("settings") if isinstance(metrics, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def _load_checkpoint(model: nn.Module, checkpoint: Path) -> int:

@@ -46,16 +46,19 @@ def _add_data(group: Any, default_data: str) -> None:
     group.add_argument("--dataset", metavar="NAME", help="data set on the Hub, instead of --data-dir")
     group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
     group.add_argument("--train-split", metavar="NAME", default="train", help="name of the training split")
-    group.add_argument("--val-split", metavar="NAME", help="default: the first of validation, val, valid, test")
+    group.add_argument("--val-split", metavar="NAME", help="default: the validation split, else the test split")
     group.add_argument("--val-fraction", type=float, default=0.1, help="of the training split, where there is no other")
-    group.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type)")
+    group.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type); of a folder"
+                       " of image files their extensions, '.webp;.png' (default: timm's)")
     group.add_argument("--target-key", metavar="COLUMN", help="label column (default: found by its type)")
     group.add_argument("--num-classes", type=int,
                        help="of the model (default: those of the data, or without labels the model's own)")
     group.add_argument("--streaming", action=_BOOLEAN, default=False,
                        help="read the images while training instead of downloading and converting them first")
     group.add_argument("--img-size", type=int, help="pixels (default: the model's, less where the images are small)")
-    group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the images')")
+    group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the model's, mostly 3)")
+    group.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       help="black and white of images with more than 8 bits (default: the full range of their type)")
     group.add_argument("--mean", type=float, nargs="+",
                        help="of the pixels, one value or one a channel (default: the model's)")
     group.add_argument("--std", type=float, nargs="+", help="likewise")

@@ -11,10 +11,12 @@ from .labels import NO_LABEL, check_range
 def label_splits(
         train: datasets.Dataset, val: datasets.Dataset | None, column: str, num_classes: int | None, name: str,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Both with class indices that were looked at."""
+    """Both with class indices that were looked at; a warning says where classes have no training image."""
+    named = isinstance(train.features.get(column), datasets.ClassLabel) and len(train.features[column].names)
     train = encode_labels(train, column, num_classes=num_classes)
     class_names = train.features[column].names
     found = check_labels(train, column, len(class_names), "training")
+    _warn_of_gaps(found, class_names[:named or found[-1] + 1])
     if len(found) < 2:
         names = [class_names[label] for label in found]
         raise ValueError(f"the training images of {name} are of one class only ({names}); 2 are needed")
@@ -59,6 +61,17 @@ def label_streams(
     if len(class_names) < 2:
         raise ValueError(f"the training images of {name} are of one class only ({class_names}); 2 are needed")
     return stream_class_names(val, column, class_names, len(class_names))
+
+
+def is_secret(rows: Any, column: str) -> bool:
+    """Whether all labels are -1 or missing, as in a test split whose labels are secret; of a stream the first row."""
+    if column not in rows.features:
+        return False
+    if isinstance(rows, datasets.IterableDataset):
+        values = {row[column] for row in rows.select_columns([column]).take(1)}
+    else:
+        values = set(rows.unique(column))
+    return values <= {NO_LABEL, None}
 
 
 def encode_labels(
@@ -125,6 +138,21 @@ def check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_na
     values = np.unique(labels.to_numpy())
     check_range(int(values[0]), int(values[-1]), num_classes, column)
     return values
+
+
+def _warn_of_gaps(found: np.ndarray, class_names: list[str]) -> None:
+    missing = [f"{index} ({name})" if name != str(index) else name for index, name in enumerate(class_names)
+               if index not in set(found.tolist())]
+    if missing:
+        shown = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+        begin = ", since they begin at 1" if missing == ["0"] else ""
+        warnings.warn(f"no training image has label {shown}{begin}: {len(class_names)} classes, {len(found)} of them"
+                      " with images", stacklevel=5)
+
+
+def label_values(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """(N,)."""
+    return rows.select_columns([column]).with_format("arrow")[:][column].to_numpy()
 
 
 def _check_column(rows: Any, column: str) -> None:

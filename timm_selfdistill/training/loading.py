@@ -218,10 +218,35 @@ class ValBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.unreadable = 0
-        for *batch, unreadable in self.loader:
-            self.unreadable += unreadable
+        for *batch, readable in self.loader:
+            self.unreadable += readable.count(False)
             if batch:
                 yield tuple(batch)
+
+
+class MeasuredImages:
+    """Batches (images, class indices) of a map-style data set, in its order, to measure a saved model on.
+
+    Args:
+        on_bad_sample: "raise", or "skip": an image that cannot be read is left out.
+
+    Attributes:
+        kept: indices of the images that could be read in the last whole pass.
+        unreadable: how many could not.
+    """
+
+    def __init__(self, data: Dataset, batch_size: int, workers: int, on_bad_sample: str):
+        self.data, self.kept, self.unreadable = data, [], 0
+        self.loader = DataLoader(ValImages(data, 0, 1, on_bad_sample), batch_size, num_workers=workers,
+                                 persistent_workers=workers > 0, collate_fn=_collate_readable)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        seen: list[bool] = []
+        for *batch, readable in self.loader:
+            seen += readable
+            if batch:
+                yield tuple(batch)
+        self.kept, self.unreadable = [index for index, could in enumerate(seen) if could], seen.count(False)
 
 
 def loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
@@ -235,5 +260,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _collate_readable(samples: list[tuple[Tensor, Any] | None]) -> Any:
+    """A batch of those that could be read, if any, and which they are."""
+    readable = [sample is not None for sample in samples]
     found = [sample for sample in samples if sample is not None]
-    return [*(default_collate(found) if found else ()), len(samples) - len(found)]
+    return [*(default_collate(found) if found else ()), readable]

@@ -1,5 +1,4 @@
 """The preprocessing that a model was made for, and what a run changes of it."""
-import warnings
 from typing import Any
 
 import timm
@@ -39,25 +38,6 @@ def own_class_names(backbone: nn.Module) -> list[str] | None:
     """Those that came with a timm model's weights; None where there are none, or its classifier is for other ones."""
     names = backbone.pretrained_cfg.get("label_names")
     return list(names) if names and len(names) == backbone.num_classes else None
-
-
-def frozen_class_names(backbone: nn.Module, class_names: list[str]) -> list[str]:
-    """The class names of a backbone that is to be frozen: its own, or where it has none those of the data, if any.
-
-    A warning says where they differ, and where pretrained weights for another number of classes left the backbone a
-    random classifier; to be called before `model_data_config`, which writes the new number down.
-    """
-    own = own_class_names(backbone)
-    if backbone.pretrained_cfg["num_classes"] != backbone.num_classes:
-        warnings.warn(
-            f"the frozen backbone's classifier for {backbone.num_classes} classes is new, with random weights, and has"
-            " nothing to teach the exits; fine-tune the network first", stacklevel=2)
-    elif own and class_names and own != class_names:
-        index = next(i for i, pair in enumerate(zip(own, class_names)) if len(set(pair)) > 1)
-        warnings.warn(
-            f"class {index} is {own[index]!r} for the frozen backbone and {class_names[index]!r} in the data; the"
-            " backbone's names are kept, and labels must mean the same classes in the same order", stacklevel=2)
-    return own or class_names
 
 
 def _create(name: str, img_size: int | None, **kwargs: Any) -> nn.Module:

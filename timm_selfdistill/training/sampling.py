@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images (B, C, H, W), class indices (B,), and which of them took another's place; of a stream, how many were left out
@@ -95,15 +95,23 @@ _numpy_draws = np.random.MT19937()  # to exchange numpy's generator takes a hund
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Within it the global generators of Python, numpy and torch (on the CPU) start from a seed; afterwards they are
-    as they were."""
+    as they were, except in a loading process, where nobody else draws."""
+    if get_worker_info() is not None:
+        _seed(seed)
+        yield
+        return
     before = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
-    random.seed(seed)
     np.random.set_bit_generator(_numpy_draws)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
+    _seed(seed)
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_bit_generator(before[1])
         torch.set_rng_state(before[2])
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from .images import decode_image, to_mode
+from .images import ValueRange, read_image, undecoded
 from .labels import NO_LABEL, check_range
 from .sampling import ATTEMPTS, Batch, seeded
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 FEW_SHARDS = 4
 """For each process: with fewer, one shard more or less would be too much of a difference."""
+
+
+def row_count(rows: Any) -> int | None:
+    """Rows of a table of `datasets`; None for a stream that does not tell."""
+    if hasattr(rows, "__len__"):
+        return len(rows)
+    split = (rows.info.splits or {}).get(str(rows.split))
+    return split.num_examples or None if split else None
 
 
 class StreamedImages(IterableDataset):
@@ -30,20 +38,18 @@ class StreamedImages(IterableDataset):
     """Whether None takes the place of an image that cannot be read."""
 
     def __init__(self, rows: "datasets.IterableDataset", image_column: str, label_column: str | None,
-                 transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None):
-        import datasets
-
-        rows = rows.select_columns(list(filter(None, (image_column, label_column))))
-        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
+                 transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None,
+                 value_range: ValueRange | None = None, label_map: list[int] | None = None):
+        self.rows = undecoded(rows, image_column, label_column)
         self.image_column, self.label_column = image_column, label_column
-        self.transform, self.mode = transform, mode
-        self.num_classes, self.source, self.shards = num_classes, source, rows.num_shards
+        self.transform, self.mode, self.value_range = transform, mode, value_range
+        self.num_classes, self.label_map = num_classes, label_map
+        self.source, self.shards = source, rows.num_shards
 
     @property
     def length(self) -> int | None:
         """Rows of the whole split, where its description tells."""
-        split = (self.rows.info.splits or {}).get(str(self.rows.split))
-        return split.num_examples or None if split else None
+        return row_count(self.rows)
 
     def split_by_node(self, rank: int, world_size: int, workers: int) -> "StreamedImages":
         """What one of several processes reads: every so many shards one, or where there are few that do not
@@ -73,7 +79,7 @@ class StreamedImages(IterableDataset):
         Raises:
             ValueError: it cannot be read.
         """
-        return self.transform(to_mode(decode_image(row[self.image_column], number), self.mode))
+        return self.transform(read_image(row[self.image_column], self.mode, number, self.value_range))
 
     def label(self, row: dict[str, Any]) -> int:
         """The class index of a row, or -1 without a label column.
@@ -86,6 +92,8 @@ class StreamedImages(IterableDataset):
         label = row[self.label_column]
         if label is None:
             raise ValueError(f"a row of the stream has no label in column {self.label_column!r}")
+        if self.label_map is not None and 0 <= label < len(self.label_map):
+            return self.label_map[label]
         check_range(label, label, self.num_classes, self.label_column)
         return label
 

@@ -7,9 +7,8 @@ import timm
 from PIL import Image
 
 from timm_selfdistill import load_images, model_data_config
-from timm_selfdistill.training.data import VAL_SPLITS
 
-from ..conftest import EMBEDDED, small_backbone
+from ...conftest import EMBEDDED, small_backbone
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 AB = datasets.ClassLabel(names=["a", "b"])
@@ -39,7 +38,7 @@ def test_the_embedded_images():
     images = load_images(EMBEDDED)
     assert (len(images.train), len(images.val)) == (6000, 1000)
     assert images.class_names == CLASSES
-    assert (images.in_chans, images.size) == (1, (28, 28))
+    assert (images.in_chans, images.sample.grey, images.size) == (3, True, (28, 28))
     assert np.bincount(images.train["label"][:]).tolist() == [600] * 10
     assert np.bincount(images.val["label"][:]).tolist() == [100] * 10
     assert sum(path.stat().st_size for path in EMBEDDED.glob("*.parquet")) <= 4_000_000
@@ -48,12 +47,12 @@ def test_the_embedded_images():
 def test_a_folder_of_images(folder):
     images = load_images(folder, val_fraction=0.2)
     assert images.class_names == ["cat", "dog"]
-    assert (images.in_chans, images.size) == (3, (20, 30))
+    assert (images.in_chans, images.sample.grey, images.size) == (3, False, (20, 30))
     assert np.bincount(images.train["label"][:]).tolist() == [8, 8]
     assert np.bincount(images.val["label"][:]).tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("val_split", VAL_SPLITS)
+@pytest.mark.parametrize("val_split", ["validation", "val", "valid", "test"])
 def test_a_folder_with_splits(folder, val_split):
     for split in ("train", val_split):
         (folder / split).mkdir()
@@ -91,8 +90,8 @@ def test_integer_labels_without_names_are_named_by_their_number():
 
 
 @pytest.mark.parametrize(("mode", "in_chans", "expected"), [
-    ("L", None, (1, 32, 32)), ("RGB", None, (3, 32, 32)), ("L", 3, (3, 32, 32)), ("RGBA", 1, (1, 32, 32)),
-    ("P", 3, (3, 32, 32)), ("I;16", 1, (1, 32, 32)),
+    ("L", None, (3, 32, 32)), ("L", 1, (1, 32, 32)), ("RGB", None, (3, 32, 32)), ("L", 3, (3, 32, 32)),
+    ("RGBA", 1, (1, 32, 32)), ("P", 3, (3, 32, 32)), ("I;16", 1, (1, 32, 32)),
 ])
 def test_grey_palette_and_transparent_images_of_any_size(mode, in_chans, expected):
     picture_in_mode = (Image.fromarray(np.full((20, 30), 700, dtype=np.uint16)) if mode == "I;16" else picture(mode))
@@ -172,7 +171,7 @@ def test_other_numbers_of_channels_are_refused(fashion):
 
 
 def test_a_folder_with_no_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path} .*one subfolder per class.*parquet"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} .*one folder per class.*parquet"):
         load_images(tmp_path)
 
 
@@ -180,7 +179,7 @@ def test_a_folder_with_one_class(folder):
     for path in (folder / "dog").iterdir():
         path.unlink()
     (folder / "dog").rmdir()
-    with pytest.raises(ValueError, match=r"ClassLabel.*label_column \(--target-key\).*one subfolder per class, .*2"):
+    with pytest.raises(ValueError, match=r"one class only \(\['cat'\]\); 2 are needed"):
         load_images(folder)
 
 
@@ -230,6 +229,99 @@ def test_tables_that_do_not_fit_are_refused(labels, arguments, error, message):
         load_images(table(labels), **arguments)
 
 
+@pytest.mark.parametrize(("labels", "said"), [
+    ([1, 2, 3] * 4, "label 0, since they begin at 1: 4 classes, 3 of them"),
+    ([0, 2, 5] * 4, "label 1, 3, 4: 6 classes"), ([0, 1, 2] * 4, None)])
+def test_labels_with_gaps_are_said(labels, said, recwarn):
+    assert load_images(table(labels), label_column="label").num_classes == max(labels) + 1
+    messages = [str(warning.message) for warning in recwarn if "no training image" in str(warning.message)]
+    assert len(messages) == bool(said)
+    assert not said or said in messages[0]
+
+
+def test_classes_without_images_are_said(recwarn):
+    rows = table([0, 2] * 10).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+    assert load_images(rows).class_names == ["a", "b", "c"]
+    assert any("label 1 (b): 3 classes, 2 of them" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("secret", [-1, None])
+def test_a_split_whose_labels_are_secret_is_no_validation_split(secret, tmp_path):
+    rows = table([0, 1] * 10).cast_column("label", AB)
+    hidden = table([secret] * 4).cast_column("label", AB)
+    splits = datasets.DatasetDict(train=rows, test=hidden)
+    splits.save_to_disk(tmp_path / "saved")
+    for source in (splits, tmp_path / "saved"):
+        with pytest.warns(UserWarning, match="'test' are all -1, .*val_fraction"):
+            images = load_images(source)
+        assert (len(images.train), len(images.val)) == (18, 2)
+        with pytest.raises(ValueError, match="no label|-1"):
+            load_images(source, val_split="test")
+        with pytest.raises(ValueError, match="'train' is what is trained on; .*val_fraction"):
+            load_images(source, val_split="train")
+    with pytest.warns(UserWarning, match="'validation' are all -1"):
+        assert len(load_images({"train": rows, "validation": hidden, "test": rows.select(range(6))}).val) == 6
+
+
+def test_a_class_with_one_image_cannot_be_divided():
+    rows = table(["a"] * 9 + ["b"])
+    with pytest.raises(ValueError, match="class 'b' has one image, .*validation split"):
+        load_images(rows, label_column="label")
+    assert len(load_images({"train": rows, "test": rows}, label_column="label").val) == 10
+
+
+def test_a_folder_with_a_metadata_file(tmp_path):
+    for index in range(20):
+        picture().save(tmp_path / f"red train {index}.png")
+    picture().save(tmp_path / "unknown.png")
+    lines = [f"red train {index}.png,{'ab'[index % 2]}" for index in range(20)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,kind", *lines]))
+    images = load_images(tmp_path, label_column="kind")
+    assert (len(images.train), len(images.val), images.class_names) == (18, 2, ["a", "b"])
+    assert images.lines()[0].endswith("; left out: 1 image that no metadata file names")
+    with pytest.raises(ValueError, match=r"\(ClassLabel\) among image, kind; .*label_column \(--target-key\)"):
+        load_images(tmp_path)
+
+
+def test_class_folders_beside_a_metadata_file_can_be_read_in_two_ways(folder):
+    (folder / "metadata.csv").write_text("file_name,kind\ncat/1.png,a\ndog/1.png,b\ndog/2.png,b\ncat/2.png,a\n")
+    with pytest.raises(ValueError, match="its folders, or what .*metadata.csv says; .*rename .*--target-key"):
+        load_images(folder)
+    assert load_images(folder, label_column="kind", val_fraction=0.5).class_names == ["a", "b"]
+    (folder / "metadata.csv").write_text("name,kind\ncat/1.png,a\n")  # says nothing of files
+    assert load_images(folder).lines()[0].endswith("; left out: 1 .csv")
+
+
+def test_parquet_beside_class_folders(folder):
+    table([0, 1]).to_parquet(folder / "embeddings.parquet")
+    assert load_images(folder).lines()[0].endswith("; left out: 1 .parquet")
+    table([0, 1]).to_parquet(folder / "train-00000.parquet")
+    with pytest.raises(ValueError, match=r"20 image files as well as .*\.parquet: give a folder with one of them"):
+        load_images(folder)
+
+
+def test_a_parquet_folder_with_a_picture_and_any_character_in_its_name(tmp_path):
+    folder = tmp_path / "photos [2024]"
+    (folder / "assets").mkdir(parents=True)
+    picture().save(folder / "assets/cover.png")
+    for split in ("train", "test"):
+        table([0, 1] * 4).cast_column("label", AB).to_parquet(folder / f"{split}.parquet")
+    images = load_images(folder)
+    assert (len(images.train), len(images.val)) == (8, 8)
+
+
+def test_one_picture_decides_nothing(folder):
+    for index in range(0, 10, 3):
+        picture("L").save(folder / "cat" / f"{index}.png")
+    picture(size=(3, 3)).save(folder / "cat/0.png")
+    for seed in range(4):
+        images = load_images(folder, seed=seed)
+        assert (images.in_chans, images.sample.grey, images.size) == (3, False, (20, 30))
+    for path in folder.glob("*/*.png"):
+        Image.open(path).convert("L").convert("RGB").save(path)
+    assert load_images(folder).sample.grey  # also where grey images are saved in colours
+
+
 def test_labels_out_of_the_classes_range_are_refused():
     rows = table([0, 1, -1, 0]).cast_column("label", AB)
     with pytest.raises(ValueError, match=r"column 'label' .*0\.\.1, got -1"):
@@ -259,7 +351,7 @@ def test_a_folder_of_images_without_labels(tmp_path):
     assert [label for _, label in train] == [-1] * 16
     assert [label for _, label in val] == [-1] * 4
     assert train[0][0].shape == (3, 32, 32)
-    with pytest.raises(ValueError, match=r"\(ClassLabel\) .*label_column \(--target-key\).*one subfolder per class"):
+    with pytest.raises(ValueError, match=r"20 images, .*no folders of classes; .*--unlabelled"):
         load_images(tmp_path)
 
 
@@ -273,7 +365,11 @@ def test_labels_of_unlabelled_images_are_used_for_validation_only(streaming):
     assert next(iter(val))[1] >= 0
     assert images.fitting_labels(10) is images
     assert images.fitting_labels(10, CLASSES) is images
-    for others, network in (((1000,), "1000"), ((10, CLASSES[::-1]), "10: Ankle boot, ...")):
+    turned = images.fitting_labels(10, CLASSES[::-1])
+    _, turned_val = turned.transformed(model_data_config(small_backbone(in_chans=1), 32, in_chans=1), no_aug=True)
+    assert [turned.class_names[label] for _, (_, label) in zip(range(9), turned_val)] == [
+        CLASSES[label] for _, (_, label) in zip(range(9), val)]
+    for others, network in (((1000,), "1000"), ((10, [*CLASSES[:9], "Boot"]), "10: T-shirt/top, ...")):
         said = rf"\(10: T-shirt/top, .*network's \({re.escape(network)}\).*agreement with the deepest"
         with pytest.warns(UserWarning, match=said):
             without = images.fitting_labels(*others)

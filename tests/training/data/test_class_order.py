@@ -1,0 +1,98 @@
+"""A network that has classes keeps their order, whatever that of the folders."""
+import warnings
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from timm_selfdistill import load_images, model_data_config, wrap_self_distill
+from timm_selfdistill.training.data.class_order import fit_classes
+
+from ...conftest import ROOT, run_python, small_backbone
+from .test_layouts import make, photos  # noqa: F401  (a fixture)
+
+
+def network(names: list[str], num_classes: int | None = None):
+    backbone = small_backbone(num_classes=num_classes or len(names))
+    backbone.pretrained_cfg.update(label_names=names, num_classes=len(names))
+    return backbone
+
+
+@pytest.fixture
+def animals(photos):  # noqa: F811
+    make(photos, "train/{cat,dog,fish}/{1..4}.jpg val/{cat,dog,fish}/{5,6}.jpg")
+    return load_images(photos)
+
+
+def names_of(images, part: int) -> list[str]:
+    """Of each image, by the class index that it is given."""
+    data = images.transformed(model_data_config(small_backbone(), 32))[part]
+    return [images.class_names[label] for _, label in data]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_networks_order(animals, streaming):
+    before = load_images("photos", streaming=streaming)
+    after = fit_classes(before, network(["fish", "cat", "dog"]), frozen=False)
+    assert after.class_names == ["fish", "cat", "dog"]
+    for part in (0, 1):
+        assert names_of(after, part) == names_of(before, part)
+    again = after.in_order(["dog", "fish", "cat"])
+    assert names_of(again, 1) == names_of(before, 1)
+
+
+def test_other_classes_are_refused(animals):
+    with pytest.raises(ValueError, match=r"'fish', 'cat', 'cow', .*'cat', 'dog', 'fish', .*--pretrained-path"):
+        fit_classes(animals, network(["fish", "cat", "cow"]), frozen=False)
+    with pytest.raises(ValueError, match="'fish', 'cat', 'cow', .*--unlabelled"):
+        fit_classes(animals, network(["fish", "cat", "cow"]), frozen=True)
+
+
+def test_a_new_classifier_and_one_without_names_take_the_images_order(animals):
+    assert fit_classes(animals, network(["a", "b"], num_classes=3), frozen=False) is animals
+    plain = small_backbone(num_classes=3)
+    plain.pretrained_cfg["num_classes"] = 3
+    assert fit_classes(animals, plain, frozen=False) is animals
+    with pytest.warns(UserWarning, match="new, with random weights"):
+        fit_classes(animals, network(["a", "b"], num_classes=3), frozen=True)
+
+
+def test_labels_that_are_numbers(photos):  # noqa: F811
+    make(photos, "{0,1}/{1..20}.jpg")
+    images = load_images(photos)
+    with pytest.warns(UserWarning, match="labels are numbers; .*0 for 'cat', 1 for 'dog'"):
+        assert fit_classes(images, network(["cat", "dog"]), frozen=False).class_names == ["cat", "dog"]
+
+
+def test_a_saved_model_is_trained_on_and_measured_with_folders_in_another_order(animals, call_in):
+    """The names of the folders are in natural order, those of the network are not."""
+    backbone = network(["fish", "cat", "dog"])
+    backbone.pretrained_cfg["input_size"] = (3, 32, 32)
+    wrap_self_distill(backbone).save_pretrained("saved")
+    flags = ["--data-dir", Path("photos").resolve(), "-b", 4, "-j", 0, "--epochs", 1, "--lr", 0]
+    run_python(ROOT / "examples/train.py", *flags, "--model", f"local-dir:{Path('saved').resolve()}", "--pretrained",
+               "--output", Path("run").resolve())
+    assert load_file("run/best/model.safetensors").keys() == load_file("saved/model.safetensors").keys()
+    for model in ("saved", "run"):
+        code, out, err = call_in("evaluate", model, "--data", "photos")
+        assert (code, err) == (0, "")
+        assert "val: 6 images of 3 classes in photos/val" in out
+    make(Path("other"), "train/{cow,cat,dog}/{1..4}.jpg val/{cow,cat,dog}/5.jpg")
+    code, _, err = call_in("evaluate", "saved", "--data", "other")
+    assert code == 2
+    assert "'fish', 'cat', 'dog'" in err
+    assert "does not know 'cow'" in err
+
+
+@pytest.fixture
+def call_in(monkeypatch, capsys):
+    """Runs timm-selfdistill; its exit code, output and errors."""
+    from timm_selfdistill.cli.main import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["timm-selfdistill", *map(str, arguments)])
+        capsys.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code or 0, *capsys.readouterr()
+    return run

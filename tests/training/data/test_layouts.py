@@ -1,0 +1,233 @@
+"""Folders as users have them: what is on the disk is what is trained on, as timm reads it."""
+import os
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_dataset
+
+from timm_selfdistill import load_images
+
+from ...programs import ROOT
+
+TABLE = re.search(r"\| files \| what the run says \|\n\|-.*\n((?:\|.*\n)+)", (ROOT / "docs/training.md").read_text())[1]
+LAYOUTS = [re.fullmatch(r"\| `(.*)` \| (.*) \|", row).groups() for row in TABLE.splitlines()]
+
+
+def make(root: Path, files: str) -> None:
+    """Files, in the braces of bash; "a->b" is a link to b, "a/" an empty folder."""
+    for number, name in enumerate(expand(files)):
+        link, arrow, target = name.partition("->")
+        path = root / link
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if arrow:
+            path.symlink_to(target)
+        elif name.endswith("/"):
+            path.mkdir(exist_ok=True)
+        else:
+            Image.fromarray(np.full((8, 8, 3), number % 256, np.uint8)).save(path, format="PNG")
+
+
+def expand(files: str) -> list[str]:
+    words = files.replace("->", "@")  # which bash would take for where to write
+    done = subprocess.run(["bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True)
+    return [word.replace("@", "->") for word in done.stdout.splitlines() if word]
+
+
+def rows(files) -> dict[str, str]:
+    """Class of each image."""
+    return {path: files.class_names[label] for path, label in zip(files.paths, files.labels)}
+
+
+def timm_rows(root: Path) -> dict[str, str]:
+    reader = create_dataset("", root=str(root), search_split=False).reader
+    names = {index: name for name, index in reader.class_to_idx.items()}
+    return {path: names[label] for path, label in reader.samples}
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    return Path("photos")
+
+
+@pytest.mark.parametrize(("files", "said"), LAYOUTS)
+def test_each_row_of_the_page(files, said, photos):
+    make(photos, files)
+    said = said.split("<br>")
+    if said[0].startswith("error: "):
+        with pytest.raises(ValueError, match=re.escape(said[0].removeprefix("error: "))):
+            load_images("photos")
+        return
+    images = load_images("photos")
+    assert sorted(images.lines()) == sorted(said)
+    found = rows(images.train_rows) | rows(images.val_rows)
+    assert len(found) == len(images.train_rows) + len(images.val_rows)  # none is on both sides
+    splits = [split["from"] for split in images.found]
+    left_out = {"photos/cover.jpg"}
+    expected = {path: name for split in splits for path, name in timm_rows(split).items() if path not in left_out}
+    assert found == expected
+    names = create_dataset("", root=splits[0], search_split=False).reader.class_to_idx
+    assert images.class_names == [name for name in names if name]
+
+
+@pytest.mark.parametrize("name", [
+    "photos [2024]", "a*b", "50%", "what?", "{x}", "name\nin two lines", "Bäume ~", "#1", " "])
+def test_any_character_in_a_path(name, photos):
+    make(photos / name / "train", "{cat,dog}/{1..3}.jpg")
+    make(photos / name / "val", "{cat,dog}/4.jpg")
+    images = load_images(photos / name)
+    assert (len(images.train_rows), len(images.val_rows)) == (6, 2)
+    train, _ = images.transformed({"input_size": (3, 8, 8), "mean": (0,) * 3, "std": (1,) * 3,
+                                   "interpolation": "bilinear", "crop_pct": 1.0}, no_aug=True)
+    assert train[0][0].shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("names", [
+    ["2", "10", "1"], ["b", "A", "C"], ["img10", "img9", "IMG8"], ["Zebra", "Äffchen", "zoo", "Zoo 2"],
+    ["a b", "a", "a_b", "a-b", "aB"], ["3²", "x", "²"], ["٣", "1", "002"], ["train", "Test", "bus"]])
+def test_classes_are_in_timms_order(names, photos):
+    for name in names:
+        make(photos / name, "{1..3}.jpg")
+    found = load_images(photos, val_fraction=0.3).class_names
+    assert sorted(found) == sorted(names)
+    if not any("²" in name for name in names):  # timm ends with an error there
+        assert found == list(create_dataset("", root="photos", search_split=False).reader.class_to_idx)
+
+
+def test_links_are_followed_and_loops_end(photos, tmp_path):
+    make(tmp_path / "store", "a/{cat,dog}/{1..5}.jpg b/{cat,dog}/6.jpg single.jpg")
+    (photos / "train").symlink_to(tmp_path / "store/a")
+    (photos / "val").symlink_to(tmp_path / "store/b")
+    (tmp_path / "store/a/cat/one.jpg").symlink_to(tmp_path / "store/single.jpg")
+    (tmp_path / "store/a/cat/up").symlink_to(tmp_path / "store/a")
+    (tmp_path / "store/a/dog/self").symlink_to("../dog")
+    (tmp_path / "store/a/dog/lost.jpg").symlink_to("nowhere")
+    images = load_images(photos)
+    assert Counter(rows(images.train_rows).values()) == {"cat": 6, "dog": 5}
+    assert images.lines() == [
+        "train: 11 images of 2 classes in photos/train; left out: 2 linked to a folder above, 1 linked to nothing",
+        "val: 2 images of 2 classes in photos/val"]
+
+
+@pytest.mark.parametrize("linked", [os.link, os.symlink])
+def test_no_image_is_on_both_sides(linked, photos):
+    make(photos, "train/{cat,dog}/{1..5}.jpg val/{cat,dog}/6.jpg")
+    linked(photos.resolve() / "train/cat/1.jpg", photos / "val/cat/copy.jpg")
+    with pytest.warns(UserWarning, match="1 training images are validation images, too, .*not trained on"):
+        images = load_images(photos)
+    assert (len(images.train_rows), len(images.val_rows)) == (9, 3)
+    assert "photos/train/cat/1.jpg" not in images.train_rows.paths
+
+    make(photos / "flat", "{cat,dog}/{1..20}.jpg")
+    for index in range(1, 21):
+        linked((photos / f"flat/cat/{index}.jpg").resolve(), photos / f"flat/cat/copy{index}.jpg")
+    with pytest.warns(UserWarning, match="images are validation images, too"):
+        images = load_images(photos / "flat", val_fraction=0.5)
+    files = [{os.path.realpath(path) if linked is os.symlink else os.stat(path).st_ino for path in part.paths}
+             for part in (images.train_rows, images.val_rows)]
+    assert not files[0] & files[1]
+
+
+def test_what_is_no_file_is_never_opened(photos):
+    make(photos, "{cat,dog}/{1..20}.jpg")
+    os.mkfifo(photos / "cat/pipe.jpg")
+    os.mkfifo(photos / "pipe.json")
+    assert load_images(photos).lines()[0].endswith("; left out: 2 neither file nor folder")
+
+
+def test_other_extensions_are_named_as_in_timm(photos):
+    make(photos, "{cat,dog}/{1..20}.webp {cat,dog}/{1..10}.JPG")
+    assert len(load_images(photos).train_rows) == 18
+    images = load_images(photos, image_column=".webp;.jpg")
+    assert len(images.train_rows) + len(images.val_rows) == 60
+    assert len(create_dataset("", root="photos", input_key=".webp;.jpg")) == 60
+    for path in photos.glob("*/*.JPG"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no images \(\.jpeg \.jpg \.png\); it holds 40 \.webp; .*--input-key"):
+        load_images(photos)
+
+
+@pytest.mark.parametrize(("files", "error", "message"), [
+    ("", FileNotFoundError, "photos holds no images .*expected one folder per class"),
+    ("notes.txt a/b/", FileNotFoundError, r"no images .*; it holds 1 \.txt"),
+    ("cat/{1..5}.jpg", ValueError, r"one class only \(\['cat'\]\); 2 are needed"),
+    ("train/cat/{1..5}.jpg val/cat/1.jpg", ValueError, "photos/train are of one class only"),
+    ("cat/1.jpg dog/{1..9}.jpg", ValueError, "class 'cat' has one image, .*validation split"),
+    ("train/{cat,dog}/{1..5}.jpg val/{cat,fish}/6.jpg", ValueError, "photos/val .*'fish', .*2 classes .*'cat', 'dog'"),
+    ("train/{Cat,dog}/{1..5}.jpg val/{cat,dog}/6.jpg", ValueError, "'cat', .*differs in case from 'Cat'"),
+    ("train/{cat,dog}/{1..5}.jpg {val,valid}/{cat,dog}/6.jpg", ValueError, "both val/ and valid/ .*val_split"),
+    ("{train,training}/{cat,dog}/{1..5}.jpg", ValueError, "both train/ and training/ .*train_split"),
+    ("train/{1..5}.jpg val/{1..5}.jpg", ValueError, "photos/train holds 5 images, but no folders of classes"),
+    ("val/{cat,dog}/{1..5}.jpg", ValueError, "no split 'train'; it has 'val'"),
+    ("a/b/train/{cat,dog}/{1..5}.jpg a/b/test/{cat,dog}/6.jpg", ValueError, "photos/a/b holds the splits"),
+    ("cat/{train,val}/{1..5}.jpg dog/{1..5}.jpg", ValueError, "photos/cat holds train/ and val/: as classes"),
+    ("test/{cat,dog}/{1..5}.jpg bus/{1..5}.jpg", ValueError, "photos can be read in two ways"),
+])
+def test_what_cannot_be_read(files, error, message, photos):
+    make(photos, files)
+    with pytest.raises(error, match=message):
+        load_images(photos)
+
+
+def test_a_folder_that_may_not_be_read(photos):
+    make(photos, "{cat,dog}/{1..5}.jpg secret/{1..5}.jpg")
+    (photos / "secret").chmod(0)
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1])\nfrom timm_selfdistill import load_images\n"
+            "import timm_selfdistill.training.data.load\nos.setuid(65534)\n"
+            "try: load_images('photos')\nexcept PermissionError as error: print(error)")
+    os.chmod(photos.resolve().parent, 0o755)
+    for folder in photos.resolve().parents:
+        if not folder.stat().st_mode & 1:
+            pytest.skip("the test's folder may be read by one user only")
+    done = subprocess.run([os.sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
+    assert "photos/secret" in done.stdout, done.stderr
+
+
+def test_named_splits(photos):
+    make(photos, "first/{cat,dog}/{1..5}.jpg second/{cat,dog}/6.jpg third/{cat,dog}/{7..9}.jpg")
+    images = load_images(photos, train_split="first", val_split="third")
+    assert images.lines() == ["first: 10 images of 2 classes in photos/first; left out: 2 images in second/",
+                              "third: 6 images of 2 classes in photos/third"]
+    with pytest.raises(ValueError, match="'first' is what is trained on"):
+        load_images(photos, train_split="first", val_split="first")
+
+
+def test_the_name_given_decides(photos):
+    make(photos, "{train,training,val,valid}/{cat,dog}/{1..5}.jpg")
+    assert load_images(photos, train_split="training", val_split="valid").lines()[0].startswith("training: 10 images")
+
+
+def test_another_name_of_a_split(photos):
+    make(photos, "training/{cat,dog}/{1..5}.jpg valid/{cat,dog}/6.jpg test/{cat,dog}/{7..9}.jpg")
+    assert len(load_images(photos, val_split="validation").val_rows) == 2
+    assert len(load_images(photos, val_split="test").val_rows) == 6
+    with pytest.raises(ValueError, match="no split 'dev'; it has 'test', 'training', 'valid'"):
+        load_images(photos, val_split="dev")
+
+
+def test_more_classes_than_folders(photos):
+    make(photos, "{cat,dog}/{1..20}.jpg")
+    assert load_images(photos, num_classes=4).class_names == ["cat", "dog", "2", "3"]
+    with pytest.raises(ValueError, match="num_classes is 1, .*2 classes"):
+        load_images(photos, num_classes=1)
+
+
+def test_a_folder_as_a_table(photos):
+    make(photos, "train/{cat,dog}/{1..5}.jpg val/{cat,dog}/6.jpg")
+    images = load_images(photos)
+    assert images.train.features["label"].names == ["cat", "dog"]
+    assert images.train[0]["image"].size == (8, 8)
+    assert images.val["label"][:] == [0, 1]
+
+
+def test_a_folder_is_streamed(photos):
+    make(photos, "{cat,dog}/{1..20}.jpg")
+    images = load_images(photos, streaming=True)
+    assert sum(1 for _ in images.train) == 36
+    assert {row["label"] for row in images.val} == {0, 1}
