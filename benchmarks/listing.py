@@ -49,7 +49,8 @@ def main() -> None:
             for name, code in READERS.items():
                 command = [sys.executable, "-c", CODE.format(code, args.classes * args.images), folder]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
-                measured[name].append(tuple(map(float, done.stdout.split())))
+                seconds, mebibytes = map(float, done.stdout.split())
+                measured[name].append((seconds, max(mebibytes, 1 / 256)))  # one page at least
     rows = []
     for what, values in (("seconds", 0), ("mebibytes", 1)):
         timm, ours = ([one[values] for one in measured[name][1:]] for name in ("timm", "ours"))

@@ -55,9 +55,8 @@ def main() -> int:
 
 
 def train(images) -> SelfDistillModel:
-    backbone = timm.create_model("resnet18", num_classes=images.num_classes, in_chans=images.in_chans)
-    config = model_data_config(
-        backbone, images.fitting_size(backbone), images.in_chans, class_names=images.class_names)
+    backbone = timm.create_model("resnet18", num_classes=images.num_classes)
+    config = model_data_config(backbone, images.fitting_size(backbone), class_names=images.class_names)
     model = wrap_self_distill(backbone)
     Trainer(SelfDistillTask(model), *images.transformed(config), TrainConfig()).fit()
     return model.cpu().eval()

@@ -28,7 +28,7 @@ def last_metrics(output) -> dict:
 
 def check_saved(run) -> None:
     """Both readers load the run's best model, and their logits are equal."""
-    x = torch.randn(2, 1, 32, 32)
+    x = torch.randn(2, 3, 32, 32)
     plain = timm.create_model(f"local-dir:{run}/best", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(plain(x), SelfDistillModel.from_pretrained(run / "best")(x))

@@ -1,4 +1,4 @@
-"""What `import timm_selfdistill` brings with it; benchmarks/import_time.py measures how long it takes."""
+"""What `import timm_selfdistill` brings with it, and how long it takes; the other benchmarks of waiting."""
 import json
 import subprocess
 import sys
@@ -34,6 +34,19 @@ def test_every_public_name_is_there(module):
     assert all(getattr(module, name) for name in module.__all__)
     with pytest.raises(AttributeError, match="'nothing'"):
         attrgetter("nothing")(module)
+
+
+@pytest.mark.benchmark
+def test_the_loading_benchmark_runs(tmp_path):
+    run_python("benchmarks/loading.py", "--rounds", 1, "--images", 32, "-b", 8, "--output", tmp_path / "a.json")
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["ratio"] > 0
+
+
+@pytest.mark.benchmark
+def test_the_listing_benchmark_runs(tmp_path):
+    run_python("benchmarks/listing.py", "--rounds", 1, "--classes", 5, "--images", 20, "--output", tmp_path / "a.json")
+    assert [row["what"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["seconds", "mebibytes"]
 
 
 @pytest.mark.benchmark

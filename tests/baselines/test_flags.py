@@ -222,7 +222,7 @@ def test_a_command_on_two_processes_and_a_word_where_the_teacher_is_missing(meth
     images.train.select(range(133)).to_parquet(tmp_path / "train.parquet")
     images.val.select(range(51)).to_parquet(tmp_path / "test.parquet")
     flags = ["examples/train.py", "--data-dir", tmp_path, "--output", tmp_path / "run", "--model", "test_resnet",
-             "--epochs", 1, "-b", 32, "-j", 0, "--method", method]
+             "--in-chans", 1, "--epochs", 1, "-b", 32, "-j", 0, "--method", method]
     done = run_python(*flags, "--kd-model-name", teacher, "--amp", "--amp-dtype", "bfloat16", processes=2)
     assert "SelfDistillModel" not in done.stdout
     assert "--baseline" not in done.stdout

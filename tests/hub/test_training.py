@@ -30,7 +30,7 @@ def flags(tmp_path):
 
 LOGITS = """
 import torch
-x = torch.linspace(-1, 1, 2 * 32 * 32).reshape(2, 1, 32, 32)
+x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 """
 
 
@@ -80,7 +80,7 @@ torch.save(model(x), "logits.pt")
 import sys, timm
 model = timm.create_model("hf-hub:user/model", pretrained=True).eval()
 assert torch.equal(model(x), torch.load("logits.pt"))
-assert timm.data.resolve_model_data_config(model)["input_size"] == (1, 32, 32)
+assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
 assert model.pretrained_cfg["label_names"][9] == "Ankle boot"
 assert "timm_selfdistill" not in sys.modules
 """, fresh=True)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, load_images, model_data_config, wrap_self_distill
-from timm_selfdistill.training.images import decode_image
+from timm_selfdistill.training.images import read_image
 from timm_selfdistill.training.loading import StreamedBatches, ValBatches, train_batches
 
 from ..conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
@@ -229,11 +229,11 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
 
 
 def test_rows_that_are_not_mixed(tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": picture(index)} for index in range(40)], "label": [index // 10 for index in range(40)]},
+        datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(4)}))
     for split in ("train", "test"):
-        for name in "abcd":
-            (tmp_path / split / name).mkdir(parents=True)
-            for index in range(10):
-                (tmp_path / split / name / f"{index}.png").write_bytes(picture(index))
+        rows.to_parquet(tmp_path / f"{split}.parquet")
     data, _ = load_images(tmp_path, streaming=True).transformed(model_data_config(small_backbone(), 32, 1))
     accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device="cpu")
     config = TrainConfig(batch_size=4, steps_per_epoch=2, workers=0, shuffle_buffer=10)
@@ -245,9 +245,9 @@ def test_images_at_an_address():
     """As those of a streamed folder on the Hub, hf://datasets/..."""
     with fsspec.open("memory://folder/a.png", "wb") as file:
         file.write(picture(7))
-    assert decode_image({"bytes": None, "path": "memory://folder/a.png"}).getpixel((0, 0)) == 7
+    assert read_image({"bytes": None, "path": "memory://folder/a.png"}, "L").getpixel((0, 0)) == 7
     with pytest.raises(ValueError, match=r"image memory://folder/b\.png:"):
-        decode_image({"bytes": None, "path": "memory://folder/b.png"})
+        read_image({"bytes": None, "path": "memory://folder/b.png"}, "L")
 
 
 def test_a_connection_that_is_lost_ends_the_run_and_keeps_its_checkpoint(webdataset, tmp_path, monkeypatch):

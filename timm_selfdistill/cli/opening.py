@@ -15,6 +15,7 @@ from ..model import SelfDistillModel
 from ..training import ImageSplits, load_images
 from ..training.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
 from ..training.data.load import load_split
+from ..training.data.splits import some_names
 from ..training.loading import MeasuredImages
 from .program import printable
 
@@ -113,8 +114,8 @@ def open_data(model: nn.Module, name: str, images: ImageSplits, args: argparse.N
     if names := backbone.pretrained_cfg.get("label_names"):
         images = images.in_order(list(names))
     elif images.num_classes != model.num_classes:
-        raise ValueError(f"the model knows {model.num_classes} classes, {args.data} has {images.num_classes}"
-                         f" ({', '.join(images.class_names[:3])}, ...)")
+        raise ValueError(f"the model knows {model.num_classes} classes without names, {args.data} has"
+                         f" {images.num_classes} classes ({some_names(images.class_names)})")
     _, val_data = images.transformed(resolve_model_data_config(backbone))
     on_bad_sample = args.on_bad_sample or _trained_with(name, args.revision).get("on_bad_sample")
     return MeasuredImages(val_data, args.batch_size, args.workers, "skip" if on_bad_sample == "skip" else "raise")
