@@ -24,6 +24,7 @@ from timm_selfdistill.cli import (
     check_method_flags,
     create_task,
     found_lines,
+    found_settings,
     parse_args,
     run,
     train_config,
@@ -63,17 +64,16 @@ def main() -> int:
     elif args.pretrained or args.initial_checkpoint:
         images = fit_classes(images, backbone, frozen)
     class_names = images.class_names or (own_class_names(backbone) if frozen else None)
-    img_size, own_size = args.img_size, default_input_size(backbone)[-1]
+    img_size = args.img_size
     if img_size is None and not (args.pretrained or frozen):
         img_size = images.fitting_size(backbone)
+    lines = found_lines(images, backbone, img_size, args)
+    config.settings |= found_settings(images, lines)
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
     data_config = model_data_config(
         backbone, img_size, default_input_size(backbone)[0], class_names=class_names, mean=args.mean, std=args.std,
         interpolation=args.interpolation, crop_pct=args.crop_pct)
-    config.settings["found"] = {"splits": images.found, "median_size": list(images.size),
-                                "input_size": list(data_config["input_size"])}
-    if os.environ.get("RANK", "0") == "0":
-        fitted = not args.img_size and img_size not in (None, own_size)
-        print(*found_lines(images, data_config["input_size"], fitted, args), sep="\n", flush=True)
     augmentation = {"no_aug": True} if args.no_aug else {
         "train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,
         "vflip": args.vflip, "color_jitter": args.color_jitter, "auto_augment": args.aa, "re_prob": args.reprob,

@@ -125,14 +125,14 @@ GREYS = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 
 @pytest.mark.parametrize(("values", "ending", "warned", "distinct"), [
     ((GREYS * 65535).astype(np.uint16), "png", None, 256),
-    ((GREYS * 4095).astype(np.uint16), "png", "between 0 and 4095", 16),
-    ((GREYS * 255).astype(np.uint16), "png", "between 0 and 255", 1),
-    ((GREYS * 255).astype(np.int32), "tif", "between 0 and 255", 1),
+    ((GREYS * 4095).astype(np.uint16), "png", "from 0 to 4095", 16),
+    ((GREYS * 255).astype(np.uint16), "png", "from 0 to 255", 1),
+    ((GREYS * 255).astype(np.int32), "tif", "from 0 to 255", 1),
     ((GREYS * 65535).astype(np.int32), "tif", None, 256),
-    ((GREYS * 2**31 * 0.9).astype(np.int32), "tif", "between 0 and 1", None),
+    ((GREYS * 2**31 * 0.9).astype(np.int32), "tif", "from 0 to 1.9", None),
     (GREYS.astype(np.float32), "tif", "0 is taken for black and 1 for white", 256),
     ((GREYS * 255).astype(np.float32), "tif", None, 256),
-    ((GREYS * 65535).astype(np.float32), "tif", "between 0 and 65535", None),
+    ((GREYS * 65535).astype(np.float32), "tif", "from 0 to 65535", None),
 ])
 def test_more_than_8_bits(values, ending, warned, distinct, tmp_path, recwarn):
     path = tmp_path / f"picture.{ending}"
@@ -150,6 +150,28 @@ def test_more_than_8_bits(values, ending, warned, distinct, tmp_path, recwarn):
         warnings.simplefilter("error")
         whole = np.asarray(open_image(path, 1, (low, high)))
     assert (whole.min(), whole.max(), len(np.unique(whole))) == (0, 255, 256)
+
+
+def test_numbers_of_the_other_byte_order(tmp_path):
+    """Which Pillow reads in a mode of their own."""
+    values = (GREYS * 65535).astype(">u2")
+    header = b"MM\0*\0\0\0\x08"
+    tags = [(256, 4, 64), (257, 4, 64), (258, 3, 16 << 16), (259, 3, 1 << 16), (262, 3, 1 << 16),
+            (273, 4, 8 + 2 + 12 * 9 + 4), (277, 3, 1 << 16), (278, 4, 64), (279, 4, values.nbytes)]
+    directory = struct.pack(">H", len(tags)) + b"".join(struct.pack(">HHII", number, kind, 1, value)
+                                                        for number, kind, value in tags) + b"\0" * 4
+    (tmp_path / "picture.tif").write_bytes(header + directory + values.tobytes())
+    assert Image.open(tmp_path / "picture.tif").mode == "I;16B"
+    assert np.array_equal(open_image(tmp_path / "picture.tif", 1), (values // 256).astype(np.uint8))
+
+
+def test_floats_that_are_no_numbers_are_black_and_say_nothing_of_the_range(tmp_path, recwarn):
+    values = (GREYS * 255).astype(np.float32)
+    values[0, 0] = values[5, 5] = np.nan
+    Image.fromarray(values).save(tmp_path / "picture.tif")
+    pixels = np.asarray(open_image(tmp_path / "picture.tif", 1))
+    assert (pixels[0, 0], pixels[5, 5], pixels[63, 63]) == (0, 0, 255)
+    assert not recwarn
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV"])

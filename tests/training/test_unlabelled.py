@@ -97,21 +97,19 @@ def test_a_part_of_images_without_labels(tmp_path):
     assert run.metrics[-2].top1 == 100
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_images_alone_in_a_folder_for_each_split(streaming, tmp_path):
+def test_images_alone_in_a_folder_for_each_split(tmp_path):
     """The folders' names are no labels."""
     for split in ("train", "validation"):
         (tmp_path / "images" / split).mkdir(parents=True)
         for index in range(3):
             picture("L").save(tmp_path / "images" / split / f"{index}.png")
-    images = load_images(tmp_path / "images", unlabelled=True, streaming=streaming)
+    images = load_images(tmp_path / "images", unlabelled=True)
     assert (images.label_column, images.class_names, list(images.val.features)) == (None, [], ["image"])
     data = images.transformed(model_data_config(small_backbone(in_chans=1), 32, in_chans=1), no_aug=True)
-    run = fit(frozen_model(), data, tmp_path / "run", unlabelled=True, batch_size=3, epochs=1,
-              steps_per_epoch=1 if streaming else None)
+    run = fit(frozen_model(), data, tmp_path / "run", unlabelled=True, batch_size=3, epochs=1)
     assert run.metrics[-2].top1 == 100
     with pytest.raises(ValueError, match=r"train holds 3 images, .*no folders of classes; .*\(--unlabelled\)"):
-        load_images(tmp_path / "images", streaming=streaming)
+        load_images(tmp_path / "images")
 
 
 @pytest.mark.parametrize(("labels", "column", "warned"), [

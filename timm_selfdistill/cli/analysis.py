@@ -131,7 +131,7 @@ COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": 
 def _open(args: argparse.Namespace, names: list[str]) -> dict[str, tuple[nn.Module, MeasuredImages]]:
     """Models on their device, by the names that they were given, and the images as each takes them; and the folder of
     --output is made. What is wrong with any of them is found before the first is measured."""
-    images, opened = read_data(args), {}
+    images, opened = read_data(saved_model(names[0]), args), {}
     for name in dict.fromkeys(names):
         model = load_any_model(saved_model(name), args.revision).to(args.device)
         opened[name] = model, open_data(model, saved_model(name), images, args)

@@ -1,28 +1,56 @@
-"""What a run says of its images before it begins."""
+"""What a run says of its images before it begins, and records."""
 import argparse
+from typing import Any
 
+from torch import nn
+
+from ..cost import default_input_size
 from ..training import ImageSplits
+from ..training.data.class_order import has_new_classifier
+from .program import printable
+
+KINDS = {"I": "integers of more than 8 bits", "F": "floating-point numbers"}
 
 
 def found_lines(
-        images: ImageSplits, input_size: tuple[int, int, int], fitted: bool, args: argparse.Namespace,
-) -> list[str]:
-    """A line for each split, and one that says how images are read.
+        images: ImageSplits, backbone: nn.Module, img_size: int | None, args: argparse.Namespace) -> list[str]:
+    """A line for each split, and how the images are read, and why so.
 
     Args:
-        input_size: (channels, height, width) of the network.
-        fitted: whether its size is that of the images, which are smaller than its own.
+        backbone: as it was created, before `model_data_config`.
+        img_size: pixels; None is the backbone's own.
         args: flags of training.
     """
-    channels, *size = input_size
-    height, width = images.size
-    if args.img_size:
-        reason = "--img-size"
-    elif fitted:
-        reason = f"the median image has {width} x {height}"
-    else:
-        reason = "the model's size"
-    lines = [*images.lines(), f"read at {size[1]} x {size[0]} pixels ({reason}), {channels} channels"]
+    channels, *own_size = default_input_size(backbone)
+    height, width = [img_size] * 2 if img_size else own_size
+    lines = [*images.lines(), f"read at {width} x {height} pixels ({_why_size(images, img_size, own_size, args)}) in"
+                              f" {channels} channel{'s' * (channels > 1)} ({_why_channels(channels, args)})"]
+    for kind, (black, white) in images.sample.ranges.items():
+        lines.append(f"of {KINDS[kind]} {black:g} is black and {white:g} is white")
     if images.sample.grey and channels == 3:
         lines.append("all images that were looked at are grey: --in-chans 1 would do")
-    return lines
+    if (args.pretrained or args.initial_checkpoint) and has_new_classifier(backbone):
+        lines.append(f"the classifier is new: {backbone.num_classes} classes, those of the weights are"
+                     f" {backbone.pretrained_cfg['num_classes']}")
+    return [printable(line) for line in lines]
+
+
+def found_settings(images: ImageSplits, lines: list[str]) -> dict[str, Any]:
+    """What a run records of its images: `found`, and what is black and white where that was chosen."""
+    ranges = set(images.sample.ranges.values())
+    chosen = {"value_range": list(ranges.pop())} if len(ranges) == 1 else {}
+    return {"found": {"splits": images.found, "read": lines[len(images.found):]}, **chosen}
+
+
+def _why_size(images: ImageSplits, img_size: int | None, own_size: list[int], args: argparse.Namespace) -> str:
+    if args.img_size:
+        return "--img-size"
+    if img_size not in (None, own_size[-1]):
+        return f"the median image has {images.size[1]} x {images.size[0]}"
+    return "the model's size"
+
+
+def _why_channels(channels: int, args: argparse.Namespace) -> str:
+    if args.in_chans:
+        return "--in-chans"
+    return "timm's default" if channels == 3 else "the model's"

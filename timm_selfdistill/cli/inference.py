@@ -128,7 +128,7 @@ def export(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, MeasuredImages]:
     """The model on its device, and its data."""
     model = load_model(args)
-    return model.to(args.device), open_data(model, args.model, read_data(args), args)
+    return model.to(args.device), open_data(model, args.model, read_data(args.model, args), args)
 
 
 def _input_size(loader: MeasuredImages) -> tuple[int, int, int]:

@@ -14,8 +14,10 @@ from .. import hub
 from ..model import SelfDistillModel
 from ..training import ImageSplits, load_images
 from ..training.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
+from ..training.data.class_order import match_classes
 from ..training.data.load import load_split
 from ..training.data.splits import some_names
+from ..training.images import ValueRange
 from ..training.loading import MeasuredImages
 from .program import printable
 
@@ -92,10 +94,14 @@ def load_checkpoints(model: nn.Module, run: Path) -> Iterator[int]:
     return (_load_checkpoint(model, checkpoint) for checkpoint in checkpoints)
 
 
-def read_data(args: argparse.Namespace) -> ImageSplits:
-    """The images of `add_data_flags`; a line says what was found."""
+def read_data(model: str, args: argparse.Namespace) -> ImageSplits:
+    """The images of `add_data_flags`; a line says what was found.
+
+    Args:
+        model: whose training says what is black and white.
+    """
     settings = {"name": args.dataset_config, "image_column": args.input_key, "label_column": args.target_key,
-                "value_range": args.value_range and tuple(args.value_range)}
+                "value_range": known_range(args.value_range, model, args.revision)}
     images = load_split(args.data, args.split, **settings) if args.split else load_images(args.data, **settings)
     print(printable(images.lines()[-1]))
     return images
@@ -112,16 +118,23 @@ def open_data(model: nn.Module, name: str, images: ImageSplits, args: argparse.N
     """
     backbone = model.backbone if isinstance(model, SelfDistillModel) else model
     if names := backbone.pretrained_cfg.get("label_names"):
-        images = images.in_order(list(names))
+        images = match_classes(images, list(names), "give images of its classes")
     elif images.num_classes != model.num_classes:
         raise ValueError(f"the model knows {model.num_classes} classes without names, {args.data} has"
                          f" {images.num_classes} classes ({some_names(images.class_names)})")
     _, val_data = images.transformed(resolve_model_data_config(backbone))
-    on_bad_sample = args.on_bad_sample or _trained_with(name, args.revision).get("on_bad_sample")
+    on_bad_sample = args.on_bad_sample or trained_with(name, args.revision).get("on_bad_sample")
     return MeasuredImages(val_data, args.batch_size, args.workers, "skip" if on_bad_sample == "skip" else "raise")
 
 
-def _trained_with(name: str, revision: str | None) -> dict[str, Any]:
+def known_range(given: list[float] | None, model: str, revision: str | None) -> ValueRange | None:
+    """Black and white of images with more than 8 bits: as given, or as in a model's training."""
+    found = given or trained_with(model, revision).get("value_range")
+    numbers = [part for part in found if isinstance(part, (int, float))] if isinstance(found, (list, tuple)) else []
+    return tuple(numbers) if len(numbers) == 2 else None
+
+
+def trained_with(name: str, revision: str | None) -> dict[str, Any]:
     """The settings of a model's training, as far as its files tell."""
     metrics = hub.read_metrics(hub.fetch_model(name, revision=revision, only_config=True))
     settings = metrics.get("settings") if isinstance(metrics, dict) else None

@@ -31,7 +31,7 @@ def labelled_batches(
             empty = False
             yield x, batch[1].long()
     if empty:
-        raise ValueError("the loader gives no images")
+        raise ValueError("the loader gives no images that can be read")
 
 
 def all_finite(logits: Sequence[Tensor]) -> bool:

@@ -1,4 +1,5 @@
 """Images as files hold them, and as networks take them: the same for training, evaluation and prediction."""
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,15 @@ TURNS = {
 ValueRange = tuple[float, float]
 """The values of a pixel that are black and white."""
 
+ValueRanges = dict[str, ValueRange]
+"""Of images with more than 8 bits: integers ("I") and floating-point numbers ("F")."""
+
+FULL_RANGES: ValueRanges = {"I": (0, 65535), "F": (0.0, 255.0)}
+"""As Pillow reads 16-bit images, and converts to floating-point numbers."""
+
+SMALL_RANGE = 4095
+"""12 bits, as cameras have them: values up to this one are too dark in the full range."""
+
 
 def open_image(path: str | Path, channels: int, value_range: ValueRange | None = None) -> Image.Image:
     """An image file, grey or in colours, upright.
@@ -42,25 +52,31 @@ def open_image(path: str | Path, channels: int, value_range: ValueRange | None =
     image = {"bytes": None, "path": str(path)}
     with named_errors(image):
         decoded = decode_image(image)
-        if is_deep(decoded) and value_range is None:
-            value_range = usual_range(decoded.mode, *decoded.getextrema(), str(path))
-        return to_mode(decoded, MODES[channels], value_range)
+        ranges = value_ranges(value_range)
+        if kind := deep_kind(decoded):
+            ranges = ranges or {kind: usual_range(kind, *extremes(decoded), str(path))}
+        return to_mode(decoded, MODES[channels], ranges)
+
+
+def value_ranges(value_range: ValueRange | None) -> ValueRanges | None:
+    """One range for all kinds of images."""
+    return value_range and {"I": tuple(value_range), "F": tuple(value_range)}
 
 
 def read_image(image: dict[str, Any], mode: str, row: int | None = None,
-               value_range: ValueRange | None = None) -> Image.Image:
+               ranges: ValueRanges | None = None) -> Image.Image:
     """An image of `datasets`, which has bytes or a path, upright and converted.
 
     Args:
         mode: "L" or "RGB".
         row: which one it is, for the error message.
-        value_range: see `open_image`.
+        ranges: None are the full ranges.
 
     Raises:
         ValueError: it is none that Pillow reads; the message has its path, or the row.
     """
     with named_errors(image, row):
-        return to_mode(decode_image(image), mode, value_range)
+        return to_mode(decode_image(image), mode, ranges)
 
 
 def undecoded(rows: Any, image_column: str, label_column: str | None = None) -> Any:
@@ -78,7 +94,8 @@ def named_errors(image: dict[str, Any], row: int | None = None) -> Iterator[None
         yield
     except Exception as error:  # OSError, SyntaxError, struct.error, RuntimeError, ...: there is no list of them
         name = (image and image["path"]) or f"in row {row}"
-        raise ValueError(f"cannot read image {name}: {error or type(error).__name__}") from error
+        reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
+        raise ValueError(f"cannot read image {name}: {reason}") from error
 
 
 def decode_image(image: dict[str, Any]) -> Image.Image:
@@ -108,45 +125,37 @@ def load_header(image: dict[str, Any]) -> Image.Image:
         return Image.open(BytesIO(file.read()))
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether its pixels have 16 or 32 bits, or are floating-point numbers."""
-    return image.mode.startswith(("I", "F"))
+def deep_kind(image: Image.Image) -> str | None:
+    """ "I" or "F" for pixels of 16 or 32 bits, integers or floating-point numbers; None for 8 bits."""
+    return image.mode[0] if image.mode.startswith(("I", "F")) else None
 
 
-def to_mode(image: Image.Image, mode: str, value_range: ValueRange | None = None) -> Image.Image:
+def extremes(image: Image.Image) -> ValueRange:
+    """The lowest and the highest value of the pixels."""
+    values = np.asarray(image)
+    return float(np.nanmin(values)), float(np.nanmax(values))
+
+
+def to_mode(image: Image.Image, mode: str, ranges: ValueRanges | None = None) -> Image.Image:
     """Convert to "L" or "RGB"."""
-    if is_deep(image):  # which Pillow would clip to 0..255
-        image = Image.fromarray(_to_8_bits(np.asarray(image), value_range or FULL_RANGES[image.mode[0]]))
+    if kind := deep_kind(image):  # which Pillow would clip to 0..255
+        image = Image.fromarray(_to_8_bits(np.asarray(image), {**FULL_RANGES, **(ranges or {})}[kind]))
     return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
-FULL_RANGES: dict[str, ValueRange] = {"I": (0, 65535), "F": (0.0, 255.0)}
-"""Of integers and floating-point numbers, as Pillow reads 16-bit images and converts to them."""
-
-
-def usual_range(mode: str, low: float, high: float, name: str) -> ValueRange:
-    """What is black and white in images of a mode with these lowest and highest values.
+def usual_range(kind: str, low: float, high: float, name: str) -> ValueRange:
+    """Black and white of images of a kind whose values lie between these.
 
     A warning says what is unusual: integers that fill a small part of their range, or more than it, are taken as they
     are; floating-point numbers up to 1 are taken for a range from 0 to 1.
     """
-    full = FULL_RANGES[mode[0]]
-    kind = "floating-point numbers" if mode == "F" else "integers of more than 8 bits"
-    found = f"the values of {name} lie between {low:g} and {high:g}, in {kind}"
-    flag = "give the values of black and white with value_range (--value-range LOW HIGH)"
-    if mode == "F" and high <= 1:
-        warnings.warn(f"{found}: 0 is taken for black and 1 for white; if they are others, {flag}", stacklevel=3)
-        return 0.0, 1.0
-    if mode == "F" and high <= 255 and low >= 0:
-        return full
-    if high <= SMALL_RANGE or high > full[1] or low < full[0]:
-        warnings.warn(f"{found}: {full[0]:g} is taken for black and {full[1]:g} for white, so that they are nearly"
-                      f" {'black' if high <= SMALL_RANGE else 'white'}; {flag}", stacklevel=3)
-    return full
-
-
-SMALL_RANGE = 4095
-"""12 bits, as cameras have them; values up to this one are too dark in the full range."""
+    black, white = (0.0, 1.0) if kind == "F" and low >= 0 and high <= 1 else FULL_RANGES[kind]
+    if low < black or high > white or (kind == "I" and high <= SMALL_RANGE) or white == 1:
+        numbers = "floating-point numbers" if kind == "F" else "integers of more than 8 bits"
+        warnings.warn(f"the values of {name} are {numbers} from {low:g} to {high:g}; {black:g} is taken for black and"
+                      f" {white:g} for white: if they are others, give value_range (--value-range LOW HIGH)",
+                      stacklevel=3)
+    return black, white
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

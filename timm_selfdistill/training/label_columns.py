@@ -63,15 +63,21 @@ def label_streams(
     return stream_class_names(val, column, class_names, len(class_names))
 
 
-def is_secret(rows: Any, column: str) -> bool:
-    """Whether all labels are -1 or missing, as in a test split whose labels are secret; of a stream the first row."""
+def why_unlabelled(rows: Any, column: str) -> str | None:
+    """Why nothing can be measured on a split, as on a test split whose labels are secret; None where it can.
+
+    Of a stream the first row tells.
+    """
     if column not in rows.features:
-        return False
+        return f"has no column {column!r}"
+    _check_column(rows, column)
     if isinstance(rows, datasets.IterableDataset):
         values = {row[column] for row in rows.select_columns([column]).take(1)}
     else:
         values = set(rows.unique(column))
-    return values <= {NO_LABEL, None}
+    if not values:
+        return "is empty"
+    return "has labels that are all -1 or missing" if values <= {NO_LABEL, None} else None
 
 
 def encode_labels(

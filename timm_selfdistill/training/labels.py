@@ -13,10 +13,11 @@ NO_LABEL = -1
 
 def check_range(low: int, high: int, num_classes: int, column: str) -> None:
     if low < 0 or high >= num_classes:
+        hint = "; -1 marks a split without labels: choose another" if low == -1 else ""
+        if (low, high) == (1, num_classes):
+            hint = "; they begin at 1, and must begin at 0"
         raise ValueError(
-            f"labels in column {column!r} must lie in 0..{num_classes - 1}, got {low if low < 0 else high}"
-            + ("; -1 marks a split without labels: choose another" if low == -1 else "")
-        )
+            f"labels in column {column!r} must lie in 0..{num_classes - 1}, got {low if low < 0 else high}{hint}")
 
 
 def check_classes(model: nn.Module, data: Dataset) -> int:

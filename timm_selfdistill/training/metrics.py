@@ -60,7 +60,7 @@ class ExitMeter:
             ValueError: there was no image.
         """
         if not totals[0, 3]:
-            raise ValueError("there are no validation images")
+            raise ValueError("there are no validation images that can be read")
         names: list[Any] = list(range(len(totals)))
         if len(names) > 1:
             names[-1] = "ensemble"

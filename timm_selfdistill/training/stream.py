@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from .images import ValueRange, read_image, undecoded
+from .images import ValueRanges, read_image, undecoded
 from .labels import NO_LABEL, check_range
 from .sampling import ATTEMPTS, Batch, seeded
 
@@ -39,10 +39,10 @@ class StreamedImages(IterableDataset):
 
     def __init__(self, rows: "datasets.IterableDataset", image_column: str, label_column: str | None,
                  transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None,
-                 value_range: ValueRange | None = None, label_map: list[int] | None = None):
+                 ranges: ValueRanges | None = None, label_map: list[int] | None = None):
         self.rows = undecoded(rows, image_column, label_column)
         self.image_column, self.label_column = image_column, label_column
-        self.transform, self.mode, self.value_range = transform, mode, value_range
+        self.transform, self.mode, self.ranges = transform, mode, ranges
         self.num_classes, self.label_map = num_classes, label_map
         self.source, self.shards = source, rows.num_shards
 
@@ -79,7 +79,7 @@ class StreamedImages(IterableDataset):
         Raises:
             ValueError: it cannot be read.
         """
-        return self.transform(read_image(row[self.image_column], self.mode, number, self.value_range))
+        return self.transform(read_image(row[self.image_column], self.mode, number, self.ranges))
 
     def label(self, row: dict[str, Any]) -> int:
         """The class index of a row, or -1 without a label column.

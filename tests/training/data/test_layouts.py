@@ -1,16 +1,22 @@
 """Folders as users have them: what is on the disk is what is trained on, as timm reads it."""
 import os
+import random
 import re
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 from timm.data import create_dataset
 
 from timm_selfdistill import load_images
+from timm_selfdistill.training.data.load import load_split
 
 from ...programs import ROOT
 
@@ -88,16 +94,24 @@ def test_any_character_in_a_path(name, photos):
     assert train[0][0].shape == (3, 8, 8)
 
 
+WORDS = ["1", "2", "10", "007", "Å", "ä", "Zoo", "zebra", "cat", "CAT", "x_y", "(a)", "ß", "é", "٣", "train", "b.c"]
+
+
 @pytest.mark.parametrize("names", [
     ["2", "10", "1"], ["b", "A", "C"], ["img10", "img9", "IMG8"], ["Zebra", "Äffchen", "zoo", "Zoo 2"],
-    ["a b", "a", "a_b", "a-b", "aB"], ["3²", "x", "²"], ["٣", "1", "002"], ["train", "Test", "bus"]])
-def test_classes_are_in_timms_order(names, photos):
+    ["a b", "a", "a_b", "a-b", "aB"], ["3²", "x", "²"], ["٣", "1", "002"], ["train", "Test", "bus"],
+    *([f"{draw.choice(WORDS)}{draw.choice(['', ' ', '-'])}{draw.choice(WORDS)}" for _ in range(12)]
+      for draw in map(random.Random, range(20)))])
+def test_images_have_the_classes_and_the_order_of_timm(names, photos):
+    names = sorted({name.strip().lower(): name.strip() for name in names}.values())
     for name in names:
-        make(photos / name, "{1..3}.jpg")
-    found = load_images(photos, val_fraction=0.3).class_names
-    assert sorted(found) == sorted(names)
+        make(photos / name, "{1..3}.jpg {a,B}10.jpg")
+    images = load_images(photos, val_fraction=0.3)
+    assert sorted(images.class_names) == names
     if not any("²" in name for name in names):  # timm ends with an error there
-        assert found == list(create_dataset("", root="photos", search_split=False).reader.class_to_idx)
+        reader = create_dataset("", root="photos", search_split=False).reader
+        assert images.class_names == list(reader.class_to_idx)
+        assert list(zip(images.sampled_rows.paths, images.sampled_rows.labels)) == reader.samples
 
 
 def test_links_are_followed_and_loops_end(photos, tmp_path):
@@ -119,7 +133,7 @@ def test_links_are_followed_and_loops_end(photos, tmp_path):
 def test_no_image_is_on_both_sides(linked, photos):
     make(photos, "train/{cat,dog}/{1..5}.jpg val/{cat,dog}/6.jpg")
     linked(photos.resolve() / "train/cat/1.jpg", photos / "val/cat/copy.jpg")
-    with pytest.warns(UserWarning, match="1 training images are validation images, too, .*not trained on"):
+    with pytest.warns(UserWarning, match="1 of the training images are validation images, too, .*not trained on"):
         images = load_images(photos)
     assert (len(images.train_rows), len(images.val_rows)) == (9, 3)
     assert "photos/train/cat/1.jpg" not in images.train_rows.paths
@@ -175,18 +189,30 @@ def test_what_cannot_be_read(files, error, message, photos):
         load_images(photos)
 
 
-def test_a_folder_that_may_not_be_read(photos):
-    make(photos, "{cat,dog}/{1..5}.jpg secret/{1..5}.jpg")
-    (photos / "secret").chmod(0)
-    code = ("import os, sys; sys.path.insert(0, sys.argv[1])\nfrom timm_selfdistill import load_images\n"
-            "import timm_selfdistill.training.data.load\nos.setuid(65534)\n"
-            "try: load_images('photos')\nexcept PermissionError as error: print(error)")
-    os.chmod(photos.resolve().parent, 0o755)
-    for folder in photos.resolve().parents:
-        if not folder.stat().st_mode & 1:
-            pytest.skip("the test's folder may be read by one user only")
-    done = subprocess.run([os.sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
-    assert "photos/secret" in done.stdout, done.stderr
+@pytest.fixture
+def open_place():
+    """A folder that every user may read; pytest's may be read by one only."""
+    place = Path(tempfile.mkdtemp())
+    place.chmod(0o755)
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_that_may_not_be_read(link, open_place):
+    make(open_place / "photos", "{cat,dog}/{1..5}.jpg")
+    secret = open_place / ("elsewhere" if link else "photos/secret")
+    make(secret, "deep/{1..5}.jpg")
+    if link:
+        (open_place / "photos/secret").symlink_to(secret / "deep")
+    secret.chmod(0)
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1])\nimport timm_selfdistill.training.data.load as load\n"
+            "os.setuid(65534)\ntry: load.load_images(sys.argv[2])\nexcept PermissionError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(open_place / "photos")], capture_output=True,
+                          text=True, env={**os.environ, "HOME": str(open_place), "HF_HOME": str(open_place / "hf")})
+    assert done.stdout == f"{open_place}/photos/secret may not be read; change its permissions, or move it away\n", (
+        done.stderr)
 
 
 def test_named_splits(photos):
@@ -194,7 +220,7 @@ def test_named_splits(photos):
     images = load_images(photos, train_split="first", val_split="third")
     assert images.lines() == ["first: 10 images of 2 classes in photos/first; left out: 2 images in second/",
                               "third: 6 images of 2 classes in photos/third"]
-    with pytest.raises(ValueError, match="'first' is what is trained on"):
+    with pytest.raises(ValueError, match="'first' is what is trained on; .*val_fraction"):
         load_images(photos, train_split="first", val_split="first")
 
 
@@ -226,8 +252,111 @@ def test_a_folder_as_a_table(photos):
     assert images.val["label"][:] == [0, 1]
 
 
-def test_a_folder_is_streamed(photos):
+def test_a_folder_is_not_streamed(photos):
     make(photos, "{cat,dog}/{1..20}.jpg")
-    images = load_images(photos, streaming=True)
-    assert sum(1 for _ in images.train) == 36
-    assert {row["label"] for row in images.val} == {0, 1}
+    with pytest.raises(ValueError, match="photos is a folder of image files, .*leave out streaming"):
+        load_images(photos, streaming=True)
+
+
+@pytest.mark.parametrize("alias", ["train", "Train", "training"])
+def test_no_name_of_the_training_split_is_a_validation_split(alias, photos):
+    make(photos, "train/{cat,dog}/{1..5}.jpg")
+    with pytest.raises(ValueError, match="is what is trained on; .*val_fraction"):
+        load_images(photos, val_split=alias)
+    rows = load_images(photos).train
+    with pytest.raises(ValueError, match="is what is trained on; .*val_fraction"):
+        load_images({"training": rows, "test": rows}, val_split=alias)
+
+
+def test_what_is_not_divided_has_one_name(photos):
+    make(photos, "{cat,dog}/{1..20}.jpg")
+    assert len(load_split(photos, "train").val_rows) == 40
+    for name in ("val", "cat", "trian"):
+        with pytest.raises(ValueError, match=f"photos has no split '{name}'; it has 'train', which is the whole"):
+            load_split(photos, name)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"image_column": "webp"}, "image_column .*extensions, such as '.webp;.png', got 'webp'"),
+    ({"image_column": "image"}, "got 'image'"), ({"label_column": "kind"}, "classes are its folders; .*'kind'")])
+def test_a_folder_has_no_columns(settings, message, photos):
+    make(photos, "{cat,dog}/{1..20}.jpg cat/{1..20}.webp")
+    with pytest.raises(ValueError, match=message):
+        load_images(photos, **settings)
+    assert len(load_images(photos, image_column=" .WEBP; .jpg;").sampled_rows) == 60
+
+
+@pytest.mark.parametrize("name", ["ca\nt", os.fsdecode(b"caf\xe9"), "a\x1b[2Jb"])
+def test_class_names_that_cannot_be_printed_are_refused_before_training(name, photos):
+    make(photos, "dog/{1..20}.jpg")
+    make(photos / name, "{1..20}.jpg")
+    with pytest.raises(ValueError, match="whose name cannot be printed; rename"):
+        load_images(photos)
+
+
+def test_a_path_that_is_no_utf_8(photos):
+    make(photos / os.fsdecode(b"caf\xe9"), "{cat,dog}/{1..20}.jpg")
+    with pytest.raises(ValueError, match="is no UTF-8, .*rename"):
+        load_images(photos / os.fsdecode(b"caf\xe9"))
+
+
+def test_links_to_themselves_and_into_folders_that_may_not_be_entered(photos):
+    make(photos, "{cat,dog}/{1..20}.jpg")
+    (photos / "cat/a.jpg").symlink_to("b")
+    (photos / "cat/b").symlink_to("a.jpg")
+    assert load_images(photos).lines()[0].endswith("; left out: 2 linked to nothing")
+
+
+@pytest.mark.parametrize("files", ["dog->../train/dog cat/{6,7}.jpg", "dog/1.jpg->../../train/dog/1.jpg cat/6.jpg"])
+def test_a_class_that_is_on_the_other_side_whole(files, photos):
+    make(photos, "train/cat/{1..5}.jpg train/dog/1.jpg")
+    make(photos / "val", files)
+    with pytest.raises(ValueError, match="all training images of class 'dog' are validation images, too"):
+        load_images(photos)
+
+
+@pytest.mark.parametrize(("files", "said"), [
+    ("cat/{1..20}.jpg all.tar", r"one class only \(\['cat'\]\)"), ("{1..20}.jpg all.tar", "no folders of classes"),
+    ("{1..20}.jpg embeddings.parquet", "no folders of classes"),
+    ("{train,val}/{1..5}.jpg", "if train/ itself is a class, rename it"),
+    ("data/train/{cat,dog}/{1..5}.jpg data/val/{1..5}.jpg", "photos/data holds the splits train/ and val/: give that")])
+def test_the_cause_is_named(files, said, photos):
+    make(photos, files)
+    with pytest.raises(ValueError, match=said):
+        load_images(photos)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json", "dataset_info.json", "test-set-notes.parquet",
+                                  "cat/train.arrow", "cat/train.parquet"])
+def test_sidecars_with_the_names_of_others_change_nothing(name, photos):
+    make(photos, "{cat,dog}/{1..20}.jpg")
+    (photos / name).write_text("{}")
+    assert len(load_images(photos).sampled_rows) == 40
+
+
+def test_metadata_of_images_that_are_left_out_changes_nothing(photos):
+    make(photos, "train/{cat,dog}/{1..20}.jpg test/{1..3}.jpg")
+    (photos / "test/metadata.csv").write_text("file_name,kind\n1.jpg,a\n")
+    assert len(load_images(photos).sampled_rows) == 40
+
+
+def test_one_metadata_file_for_several_splits(photos):
+    make(photos, "train/images/{1..4}.jpg val/images/{5,6}.jpg")
+    names = [f"{split}/images/{index}.jpg" for split, some in (("train", "1234"), ("val", "56")) for index in some]
+    (photos / "metadata.csv").write_text("file_name,kind\n" + "".join(f"{name},a\n" for name in names))
+    with pytest.raises(ValueError, match="splits train/ and val/, but one metadata file for all .*each of them"):
+        load_images(photos, label_column="kind")
+
+
+def test_too_few_images_to_divide(photos):
+    make(photos, "{cat,dog}/{1,2}.jpg")
+    with pytest.raises(ValueError, match=r"val_fraction 0\.9 of 4 images leaves none to train on"):
+        load_images(photos, val_fraction=0.9)
+
+
+def test_the_part_for_validation_is_that_of_datasets(photos):
+    make(photos, "{cat,dog,fish}/{1..21}.jpg")
+    images = load_images(photos, val_fraction=0.3, seed=7)
+    parts = images.sampled_rows.table.train_test_split(0.3, seed=7, stratify_by_column="label")
+    paths = parts["test"].cast_column("image", datasets.Image(decode=False))["image"][:]
+    assert [row["path"] for row in paths] == images.val_rows.paths

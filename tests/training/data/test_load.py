@@ -252,15 +252,30 @@ def test_a_split_whose_labels_are_secret_is_no_validation_split(secret, tmp_path
     splits = datasets.DatasetDict(train=rows, test=hidden)
     splits.save_to_disk(tmp_path / "saved")
     for source in (splits, tmp_path / "saved"):
-        with pytest.warns(UserWarning, match="'test' are all -1, .*val_fraction"):
+        with pytest.warns(UserWarning, match="'test' has labels that are all -1 or missing, .*val_fraction"):
             images = load_images(source)
         assert (len(images.train), len(images.val)) == (18, 2)
         with pytest.raises(ValueError, match="no label|-1"):
             load_images(source, val_split="test")
         with pytest.raises(ValueError, match="'train' is what is trained on; .*val_fraction"):
             load_images(source, val_split="train")
-    with pytest.warns(UserWarning, match="'validation' are all -1"):
+    with pytest.warns(UserWarning, match="'validation' has labels that are all -1"):
         assert len(load_images({"train": rows, "validation": hidden, "test": rows.select(range(6))}).val) == 6
+
+
+def test_a_split_that_cannot_be_measured_on_is_passed_over():
+    rows = table([0, 1] * 10).cast_column("label", AB)
+    for other, said in ((rows.remove_columns("label"), "has no column 'label'"), (rows.select([]), "is empty")):
+        with pytest.warns(UserWarning, match=f"split 'test' {said}"):
+            assert len(load_images({"train": rows, "test": other}).val) == 2
+    lists = table([[0], [1]])
+    with pytest.raises(TypeError, match=r"'label' .*one class index .*List\("):
+        load_images({"train": lists, "test": lists}, label_column="label")
+
+
+def test_labels_that_begin_at_1_and_do_not_fit():
+    with pytest.raises(ValueError, match=r"0\.\.2, got 3; they begin at 1, and must begin at 0"):
+        load_images(table([1, 2, 3] * 3), label_column="label", num_classes=3)
 
 
 def test_a_class_with_one_image_cannot_be_divided():
@@ -296,7 +311,7 @@ def test_parquet_beside_class_folders(folder):
     table([0, 1]).to_parquet(folder / "embeddings.parquet")
     assert load_images(folder).lines()[0].endswith("; left out: 1 .parquet")
     table([0, 1]).to_parquet(folder / "train-00000.parquet")
-    with pytest.raises(ValueError, match=r"20 image files as well as .*\.parquet: give a folder with one of them"):
+    with pytest.raises(ValueError, match=r"20 images in folders of classes as well as .*\.parquet: give a folder"):
         load_images(folder)
 
 

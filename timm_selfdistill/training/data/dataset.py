@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..images import ValueRange, read_image, undecoded
+from ..images import ValueRanges, read_image, undecoded
 from ..labels import NO_LABEL
 from .files import ImageFiles
 
@@ -21,7 +21,7 @@ class ImageDataset(torch.utils.data.Dataset):
         transform: PIL image -> tensor, e.g. of `timm.data.create_transform`.
         mode: PIL mode that images are converted to: "L" (one channel) or "RGB".
         source: see `ImageSplits`.
-        value_range: black and white of images with more than 8 bits.
+        ranges: black and white of images with more than 8 bits.
         label_map: class index for each label; None leaves them as they are.
     """
 
@@ -30,11 +30,11 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __init__(self, rows: "ImageFiles | datasets.Dataset", image_column: str, label_column: str | None,
                  transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None,
-                 value_range: ValueRange | None = None, label_map: list[int] | None = None):
+                 ranges: ValueRanges | None = None, label_map: list[int] | None = None):
         self.rows = rows if isinstance(rows, ImageFiles) else undecoded(rows, image_column, label_column)
         self.image_column, self.label_column = image_column, label_column
         self.transform = transform
-        self.mode, self.value_range = mode, value_range
+        self.mode, self.ranges = mode, ranges
         self.num_classes, self.label_map = num_classes, label_map
         self.source = source
 
@@ -43,7 +43,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self.rows[index]
-        image = self.transform(read_image(row[self.image_column], self.mode, index, self.value_range))
+        image = self.transform(read_image(row[self.image_column], self.mode, index, self.ranges))
         if self.label_column is None:
             return image, NO_LABEL
         label = row[self.label_column]

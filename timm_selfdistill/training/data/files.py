@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageFiles:
     """Image files with class indices; a row for each, as `datasets` has them, but nothing is converted.
 
@@ -22,15 +22,18 @@ class ImageFiles:
         paths: of the files, in timm's order.
         labels: (N,), class indices; None without classes.
         class_names: in the order of the indices.
-        place: (N, 2), device and inode of each file.
+        file_ids: (N, 2), device and inode of each file, equal for links to one file.
         left_out: how many of what else lay there.
     """
 
     paths: list[str]
     labels: np.ndarray | None
     class_names: list[str]
-    place: np.ndarray
+    file_ids: np.ndarray
     left_out: Counter[str] = field(default_factory=Counter)
+
+    def __repr__(self) -> str:
+        return f"ImageFiles({len(self)} images, {len(self.class_names)} classes)"
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -40,20 +43,20 @@ class ImageFiles:
         return row if self.labels is None else {**row, "label": int(self.labels[index])}
 
     @property
-    def class_count(self) -> int:
-        """Classes that have images."""
-        return 0 if self.labels is None else len(np.unique(self.labels))
+    def classes_with_images(self) -> list[str]:
+        return [] if self.labels is None else [self.class_names[label] for label in np.unique(self.labels)]
 
     def select(self, indices: np.ndarray) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
-        return replace(self, paths=[self.paths[index] for index in indices], labels=labels, place=self.place[indices])
+        return replace(
+            self, paths=[self.paths[index] for index in indices], labels=labels, file_ids=self.file_ids[indices])
 
     def without(self, others: "ImageFiles") -> "ImageFiles":
         """Those of the files that are none of the others, nor links to them."""
-        shared = np.isin(self.place[:, 1], others.place[:, 1])  # the same inode, perhaps of another device
+        shared = np.isin(self.file_ids[:, 1], others.file_ids[:, 1])  # the same inode, perhaps of another device
         if shared.any():
-            taken = set(map(tuple, others.place.tolist()))
-            shared[shared] = [place in taken for place in map(tuple, self.place[shared].tolist())]
+            taken = set(map(tuple, others.file_ids.tolist()))
+            shared[shared] = [file_id in taken for file_id in map(tuple, self.file_ids[shared].tolist())]
         return self.select(np.flatnonzero(~shared)) if shared.any() else self
 
     @cached_property
@@ -76,21 +79,19 @@ def collect(tree: Tree, labelled: bool, class_names: list[str] | None = None) ->
         class_names: of the training images; None are those of the folders, each of which has an image.
 
     Raises:
-        ValueError: a folder is none of `class_names`.
+        ValueError: a folder is none of `class_names`, or has a name that cannot be printed.
     """
     folders = [folder for folder in tree if folder.images and not (labelled and folder is tree)]
     names = sorted({folder.name for folder in folders}, key=lambda name: (natural_key(name), name))
-    if labelled and class_names is not None:
-        _check_known(names, class_names, tree.path)
-        names = class_names
+    if labelled:
+        _check_names(names, class_names, tree.path)
+        names = class_names or names
     indices = {name: index for index, name in enumerate(names)}
     paths = [path for folder in folders for path in folder.images]
-    start = len(tree.path)
-    order = np.array(sorted(range(len(paths)), key=lambda index: natural_key(paths[index][start:])), dtype=int)
-    place = np.array([[], []], dtype=np.uint64) if not paths else np.stack([
-        np.concatenate([folder.devices for folder in folders]), np.concatenate([folder.inodes for folder in folders])])
+    order = np.array(sorted(range(len(paths)), key=lambda index: natural_key(paths[index][len(tree.path):])), dtype=int)
     labels = np.repeat([indices[folder.name] for folder in folders], [len(folder.images) for folder in folders])
-    files = ImageFiles(paths, labels.astype(np.int64) if labelled else None, names if labelled else [], place.T)
+    files = ImageFiles(
+        paths, labels.astype(np.int64) if labelled else None, names if labelled else [], _file_ids(folders))
     return replace(files.select(order), left_out=_left_out(tree, labelled))
 
 
@@ -106,6 +107,13 @@ def left_out_text(left_out: Counter[str]) -> str:
     return ", ".join(f"{count} {what}" for (_, count), what in zip(parts, words))
 
 
+def _file_ids(folders: list[Tree]) -> np.ndarray:
+    if not folders:
+        return np.empty((0, 2), np.uint64)
+    return np.stack([np.concatenate([folder.devices for folder in folders]),
+                     np.concatenate([folder.inodes for folder in folders])], axis=1)
+
+
 def _left_out(tree: Tree, labelled: bool) -> Counter[str]:
     total: Counter[str] = Counter()
     if labelled and tree.images:
@@ -117,8 +125,10 @@ def _left_out(tree: Tree, labelled: bool) -> Counter[str]:
     return total
 
 
-def _check_known(names: list[str], class_names: list[str], path: str) -> None:
-    unknown = [name for name in names if name not in set(class_names)]
+def _check_names(names: list[str], class_names: list[str] | None, path: str) -> None:
+    if odd := [name for name in names if not name.isprintable()]:
+        raise ValueError(f"{path} has a class {odd[0]!r}, whose name cannot be printed; rename the folder")
+    unknown = [name for name in names if name not in set(class_names or names)]
     if not unknown:
         return
     alike = {name.lower(): name for name in class_names}

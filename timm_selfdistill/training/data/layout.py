@@ -3,7 +3,7 @@
 A folder in it is a split if it has the name of one and holds folders with images. Otherwise each innermost folder that
 holds images is a class, as in timm. Where both can be meant, nothing is guessed.
 """
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from .tree import Tree
 
@@ -21,7 +21,7 @@ def find_splits(root: Tree, named: tuple[str, ...] = ()) -> dict[str, Tree]:
     """The folders that are splits, by name, also those that hold images without folders; none where they are classes.
 
     Args:
-        named: names of the training and the validation split that a user has given, in addition to `SPLIT_KINDS`.
+        named: names of splits that a user has given, in addition to `SPLIT_KINDS`.
 
     Raises:
         ValueError: the folders can be splits as well as classes.
@@ -32,9 +32,9 @@ def find_splits(root: Tree, named: tuple[str, ...] = ()) -> dict[str, Tree]:
     splits = [folder for folder in candidates if folder.has_classes]
     if others and splits and not _are_both(splits, named):
         raise ValueError(
-            f"{root.path} can be read in two ways: {_names(splits)} is a split and {_names(others)} no part of it, or"
-            f" {_names([*splits, *others])} are classes; in the first case give {splits[0].path} itself, in the second"
-            f" rename {splits[0].name}/")
+            f"{root.path} can be read in two ways: {names_text(splits)} is a split and {names_text(others)} no part of"
+            f" it, or {names_text([*splits, *others])} are classes; in the first case give {splits[0].path} itself, in"
+            f" the second rename {splits[0].name}/")
     if others and not splits:
         candidates = []  # a class called "train"
     if not candidates:
@@ -58,14 +58,29 @@ def pick_split(splits: Iterable[str], name: str, named: bool) -> str | None:
     found = [split for split in splits if split == name or (kind and split_kind(split) == kind)]
     if len(found) > 1:
         flag = "train_split (--train-split)" if kind == "train" else "val_split (--val-split)"
-        raise ValueError(f"both {_names(found)} can be the split {name!r}; remove one, or name one with {flag}")
+        raise ValueError(f"both {names_text(found)} can be the split {name!r}; remove one, or name one with {flag}")
     return found[0] if found else None
+
+
+def val_splits(splits: Iterable[str]) -> Iterator[str]:
+    """What can be measured on, the first choice first: the validation split, the test split."""
+    splits = list(splits)
+    for kind in ("val", "test"):
+        if (split := pick_split(splits, kind, named=False)) is not None:
+            yield split
+
+
+def names_text(folders: Iterable[Tree | str]) -> str:
+    """For example "train/ and val/"."""
+    names = [folder if isinstance(folder, str) else folder.name for folder in folders]
+    shown = [f"{name}/" for name in names[:4]] + ["..."] * (len(names) > 4)
+    return ", ".join(shown[:-1]) + " and " + shown[-1] if len(shown) > 1 else shown[0]
 
 
 def _are_both(folders: list[Tree], named: tuple[str, ...] = ()) -> bool:
     """Whether there is a split to train on and one to measure on."""
-    kinds = {split_kind(folder.name) for folder in folders}
-    return len(set(named) & {folder.name for folder in folders}) == 2 or {"train"} < kinds - {None}
+    kinds = {split_kind(folder.name) for folder in folders} - {None}
+    return len(set(named) & {folder.name for folder in folders}) == 2 or {"train"} < kinds
 
 
 def _refuse_splits_below(root: Tree) -> None:
@@ -75,17 +90,14 @@ def _refuse_splits_below(root: Tree) -> None:
             continue
         with_images = [part for part in folder.folders if part.has_images]
         splits = [part for part in with_images if split_kind(part.name)]
-        if _are_both([part for part in splits if part.has_classes]):
+        if not _are_both(splits):
+            continue
+        if any(part.has_classes for part in splits):
             raise ValueError(
-                f"{folder.path} holds the splits {_names(splits)}: give that folder; read as classes of {root.path},"
-                " training and validation images would be mixed")
-        if _are_both(splits) and splits == with_images:
+                f"{folder.path} holds the splits {names_text(splits)}: give that folder; read as classes of"
+                f" {root.path}, training and validation images would be mixed")
+        if splits == with_images:
             raise ValueError(
-                f"{folder.path} holds {_names(splits)}: as classes they would be those of all folders in {root.path};"
-                f" if they are splits, arrange them as train/{folder.name}/, ..., if they are classes, rename them")
-
-
-def _names(folders: Iterable[Tree | str]) -> str:
-    names = [folder if isinstance(folder, str) else folder.name for folder in folders]
-    shown = [f"{name}/" for name in names[:4]] + ["..."] * (len(names) > 4)
-    return ", ".join(shown[:-1]) + " and " + shown[-1] if len(shown) > 1 else shown[0]
+                f"{folder.path} holds {names_text(splits)}: as classes they would be those of all folders in"
+                f" {root.path}; if they are splits, arrange them as train/{folder.name}/, ..., if they are classes,"
+                " rename them")

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..images import ValueRange, decode_image, is_deep, load_header, named_errors, undecoded, usual_range
+from ..images import (
+    ValueRange,
+    ValueRanges,
+    decode_image,
+    deep_kind,
+    extremes,
+    load_header,
+    named_errors,
+    undecoded,
+    usual_range,
+    value_ranges,
+)
 from .files import ImageFiles
 
 if TYPE_CHECKING:
@@ -25,39 +36,44 @@ class Sample:
     Attributes:
         size: (height, width) of the median image, by the longer side.
         grey: whether all are grey throughout.
-        value_range: black and white of images with more than 8 bits; None where there are none.
+        ranges: black and white of images with more than 8 bits, by their kind.
     """
 
     size: tuple[int, int]
     grey: bool
-    value_range: ValueRange | None
+    ranges: ValueRanges
 
 
 def take_sample(
-        rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset", image_column: str) -> Sample:
+        rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset", image_column: str,
+        value_range: ValueRange | None = None) -> Sample:
     """Look at images; those that cannot be read are passed over.
+
+    Args:
+        value_range: black and white, where they are known.
 
     Raises:
         ValueError: there are none, or none that can be read.
     """
-    sizes, grey, extremes, error = [], True, {}, None
+    sizes, grey, values, error = [], True, {}, None
     for number, image in _spread(rows, image_column):
         try:
             with named_errors(image, number):
                 header = load_header(image)
                 if grey and not _has_grey_mode(header):
                     grey = _is_grey(decode_image(image))
-                if is_deep(header):
+                if (kind := deep_kind(header)) and value_range is None:
                     name = image["path"] or f"row {number}"
-                    extremes.setdefault(header.mode[0], []).append((*decode_image(image).getextrema(), name))
+                    values.setdefault(kind, []).append((*extremes(decode_image(image)), name))
                 sizes.append(header.size[::-1])
         except ValueError as reason:  # `on_bad_sample` decides about it when the images are loaded
             error = reason
     if not sizes:
         raise error or ValueError("there are no training images")
-    ranges = [usual_range(kind, min(lows), max(highs), names[0])
-              for kind, (lows, highs, names) in ((kind, zip(*found)) for kind, found in extremes.items())]
-    return Sample(sorted(sizes, key=max)[len(sizes) // 2], grey, ranges[0] if len(ranges) == 1 else None)
+    ranges = value_ranges(value_range) or {
+        kind: usual_range(kind, min(lows), max(highs), names[0])
+        for kind, (lows, highs, names) in ((kind, zip(*found)) for kind, found in values.items())}
+    return Sample(sorted(sizes, key=max)[len(sizes) // 2], grey, ranges)
 
 
 def _spread(rows: Any, image_column: str) -> Any:

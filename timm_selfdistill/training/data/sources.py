@@ -11,9 +11,31 @@ import datasets
 from timm.data.readers import get_img_extensions
 
 from .files import left_out_text
-from .layout import find_splits, split_kind
-from .tables import find_metadata, find_tables, is_saved, read_metadata_folder, read_table
-from .tree import Tree, scan
+from .layout import SPLIT_KINDS, find_splits, pick_split
+from .tables import find_metadata, is_saved, read_metadata_folder, read_table
+from .tree import SHARD_ENDINGS, TABLE_ENDINGS, Tree, scan
+
+UNDIVIDED = "train"
+"""The name of what has no splits."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a user wants images to be read; see `load_images`."""
+
+    name: str | None = None
+    train_split: str = "train"
+    val_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    streaming: bool = False
+    unlabelled: bool = False
+
+    @property
+    def extensions(self) -> set[str] | None:
+        """Of image files, where they are given in the place of the image column, as for timm's `ReaderImageFolder`."""
+        given = {ending.strip().lower() for ending in (self.image_column or "").split(";")} - {""}
+        return given if given and all(ending.startswith(".") for ending in given) else None
 
 
 @dataclass(frozen=True)
@@ -35,24 +57,19 @@ class Source:
         """Whether the splits are folders of image files."""
         return all(isinstance(split, Tree) for split in self.splits.values())
 
+    def find_split(self, name: str, named: bool = True) -> str:
+        """The split of this name, or of another name of its kind; see `pick_split`.
 
-@dataclass(frozen=True)
-class Reading:
-    """How a user wants images to be read; see `load_images`."""
-
-    name: str | None = None
-    train_split: str = "train"
-    val_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    streaming: bool = False
-    unlabelled: bool = False
-
-    @property
-    def extensions(self) -> set[str] | None:
-        """Of image files, where they are given in the place of the image column, as for timm's `ReaderImageFolder`."""
-        given = (self.image_column or "").lower().split(";")
-        return set(given) if all(ending.startswith(".") for ending in given) else None
+        Raises:
+            ValueError: there is none, or there are several.
+        """
+        split = pick_split(self.splits, name, named)
+        if split is None:
+            has = f"it has {', '.join(map(repr, self.splits))}"
+            if list(self.splits) == [UNDIVIDED]:
+                has += ", which is the whole"
+            raise ValueError(f"{self.name} has no split {name!r}; {has}")
+        return split
 
 
 def read_source(source: Any, reading: Reading) -> Source:
@@ -69,45 +86,44 @@ def read_source(source: Any, reading: Reading) -> Source:
         return Source("the data set", source)
     if not isinstance(source, (str, Path)):
         raise TypeError(f"expected a path, the name of a data set or a datasets.Dataset, got {type(source).__name__}")
+    try:
+        str(source).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the path {str(source)!r} is no UTF-8, in which a run writes it down; rename it") from error
     path = Path(source)
     if path.is_dir() and not is_saved(path):
         return _read_folder(path, reading)
-    return Source(str(source), read_table(source, reading.name, reading.train_split, reading.streaming))
+    return Source(str(source), read_table(source, reading.name, UNDIVIDED, reading.streaming))
 
 
 def _read_folder(path: Path, reading: Reading) -> Source:
+    """A folder of image files, or of what `datasets` reads."""
     root = scan(str(path), reading.extensions or get_img_extensions(as_set=True))
-    named = (reading.train_split, *filter(None, [reading.val_split]))
-    metadata = find_metadata(root)
-    if metadata and reading.label_column:
+    splits = find_splits(root, (reading.train_split, *filter(None, [reading.val_split])))
+    classes = _count_classes(splits or {UNDIVIDED: root})
+    metadata = find_metadata(root, splits)
+    if metadata and (reading.label_column or (classes < 2 and not reading.unlabelled)):
         return _read_metadata(root, reading)
-    splits = find_splits(root, named) if root.has_images else {}
-    has_classes = _count_classes(splits or {"": root}) > 1
-    labelled = not reading.unlabelled
-    if metadata and labelled and not has_classes:
-        return _read_metadata(root, reading)
-    if metadata and labelled:
+    if metadata and not reading.unlabelled:
         raise ValueError(
             f"the classes of the images in {path} can be its folders, or what {metadata[0]} says; in the first case"
             " rename that file, in the second name its column with label_column (--target-key)")
-    tables = find_tables(root, TABLES)
-    if tables and root.has_images and (not labelled or (has_classes and any(map(_names_split, tables)))):
-        raise ValueError(
-            f"{path} holds {root.count} image files as well as {tables[0]}: give a folder with one of them")
-    if (tables or find_tables(root, SHARDS)) and not has_classes and (labelled or not root.has_images):
-        return Source(str(path), read_table(path, reading.name, reading.train_split, reading.streaming))
+    tables = _find_tables(root)
+    if tables and root.has_images and classes > 1:
+        raise ValueError(f"{path} holds {root.count} images in folders of classes as well as {tables[0]}: give a folder"
+                         " with one of them")
+    if tables:
+        return Source(str(path), read_table(path, reading.name, UNDIVIDED, reading.streaming))
     if not root.has_images:
         raise FileNotFoundError(_no_images(root))
-    return Source(str(path), splits or {reading.train_split: root}, _beside(root, splits, labelled))
-
-
-TABLES, SHARDS = (".parquet", ".arrow"), (".tar",)
+    _check_columns(path, reading)
+    return Source(str(path), splits or {UNDIVIDED: root}, _beside(root, splits, labelled=not reading.unlabelled))
 
 
 def _read_metadata(root: Tree, reading: Reading) -> Source:
     splits = read_metadata_folder(root, reading.streaming)
     unnamed = 0 if reading.streaming else root.count - sum(map(len, splits.values()))
-    return Source(root.path, splits, Counter({"images that no metadata file names": unnamed}) if unnamed else Counter())
+    return Source(root.path, splits, Counter({"images that no metadata file names": unnamed} if unnamed else {}))
 
 
 def _count_classes(splits: Mapping[str, Tree]) -> int:
@@ -116,8 +132,26 @@ def _count_classes(splits: Mapping[str, Tree]) -> int:
                for split in splits.values())
 
 
-def _names_split(path: str) -> bool:
-    return any(split_kind(word) for word in re.split(r"[^a-zA-Z]+", os.path.basename(path)))
+def _find_tables(root: Tree) -> list[str]:
+    """Parquet and arrow files, and shards, which the folder is made of: beside images they have the name of a split."""
+    found = [path for folder in root if not folder.images or folder is root for path in folder.tables]
+    tables = [path for path in found if path.lower().endswith(TABLE_ENDINGS)]
+    if not root.has_images:
+        return tables + [path for path in found if path.lower().endswith(SHARD_ENDINGS)]
+    of_split = re.compile(rf"({'|'.join(SPLIT_KINDS)})([-_.]?\d.*)?\.[^.]+", re.IGNORECASE)
+    return [path for path in tables if of_split.fullmatch(os.path.basename(path))]
+
+
+def _check_columns(path: Path, reading: Reading) -> None:
+    """Raise ValueError for columns of a folder of image files, which has none."""
+    if reading.image_column is not None and reading.extensions is None:
+        raise ValueError(f"{path} is a folder of image files, of which image_column (--input-key) names the extensions,"
+                         f" such as '.webp;.png', got {reading.image_column!r}")
+    if reading.label_column is not None:
+        raise ValueError(f"{path} is a folder of image files, whose classes are its folders; it has no column"
+                         f" {reading.label_column!r} (--target-key)")
+    if reading.streaming:
+        raise ValueError(f"{path} is a folder of image files, which are read one by one as it is; leave out streaming")
 
 
 def _beside(root: Tree, splits: Mapping[str, Tree], labelled: bool) -> Counter[str]:
@@ -128,12 +162,14 @@ def _beside(root: Tree, splits: Mapping[str, Tree], labelled: bool) -> Counter[s
     if root.images:
         left_out["images beside the splits"] += len(root.images)
     for folder in root.folders:
-        if folder.name not in splits and folder.has_images:
+        if not folder.has_images:
+            left_out["folders without an image"] += 1
+            for part in folder:
+                left_out += part.left_out
+        elif folder.name not in splits:
             left_out[f"images in {folder.name}/"] += folder.count
-        elif labelled and folder.has_images and not folder.has_classes:
+        elif labelled and not folder.has_classes:
             left_out[f"images in {folder.name}/ without a class"] += folder.count
-        elif not folder.has_images:
-            left_out.update(what for part in folder for what in part.left_out.elements())
     return left_out
 
 
@@ -142,5 +178,4 @@ def _no_images(root: Tree) -> str:
     found = f"; it holds {left_out_text(total)}" if total else ""
     extensions = " ".join(sorted(get_img_extensions()))
     return (f"{root.path} holds no images ({extensions}){found}; expected one folder per class with images, parquet or"
-            " arrow files, or WebDataset shards; other endings of images are given as input key (--input-key"
-            " '.webp;.png')")
+            " arrow files, or WebDataset shards; other extensions of images are given as --input-key '.webp;.png'")

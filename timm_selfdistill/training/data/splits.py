@@ -14,9 +14,8 @@ from ..preprocessing import takes_other_sizes
 from ..stream import StreamedImages
 from .dataset import ImageDataset
 from .files import ImageFiles
+from .found import Rows
 from .sample import Sample, take_sample
-
-Rows = ImageFiles | datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass
@@ -45,7 +44,8 @@ class ImageSplits:
 
     @property
     def train(self) -> datasets.Dataset | datasets.IterableDataset:
-        """The training images as `datasets` has them; those of a folder are made into a table of paths for it."""
+        """The training images as `datasets` has them, with the labels of the source; those of a folder are made into a
+        table of paths for it."""
         return self.train_rows.table if isinstance(self.train_rows, ImageFiles) else self.train_rows
 
     @train.setter
@@ -68,7 +68,7 @@ class ImageSplits:
         Raises:
             ValueError: none of them can be read.
         """
-        return take_sample(self.sampled_rows, self.image_column)
+        return take_sample(self.sampled_rows, self.image_column, self.value_range)
 
     @property
     def num_classes(self) -> int | None:
@@ -105,11 +105,12 @@ class ImageSplits:
             " used, agreement with the deepest classifier is measured", stacklevel=2)
         return self._changed(label_column=None, class_names=[])
 
-    def in_order(self, class_names: list[str]) -> "ImageSplits":
+    def in_order(self, class_names: list[str], way_out: str = "") -> "ImageSplits":
         """The same images with the class indices of a network.
 
         Args:
             class_names: of the network, in its order.
+            way_out: what to do where the images are of other classes, for the message.
 
         Raises:
             ValueError: the images are of classes that the network does not have.
@@ -120,7 +121,8 @@ class ImageSplits:
         if unknown := [name for name in self.class_names if name not in indices]:
             raise ValueError(
                 f"the network has {len(class_names)} classes ({some_names(class_names)}), the images {self.num_classes}"
-                f" ({some_names(self.class_names)}): it does not know {some_names(unknown)}")
+                f" ({some_names(self.class_names)}): it does not know {some_names(unknown)}"
+                + (way_out and f"; {way_out}"))
         before = self.label_map or range(len(self.class_names))
         label_map = [indices[self.class_names[label]] for label in before]
         return self._changed(class_names=list(class_names), label_map=label_map)
@@ -158,12 +160,12 @@ class ImageSplits:
             val = create_transform(**data_config)
         except (AssertionError, KeyError) as error:  # timm's answer to an unknown policy or interpolation
             raise ValueError(f"timm does not know a setting of the transforms: {error}") from error
-        mode, value_range = "L" if channels == 1 else "RGB", self.value_range or self.sample.value_range
+        mode = "L" if channels == 1 else "RGB"
         train_labels = None if self.unlabelled else self.label_column
         made = tuple(
             (StreamedImages if isinstance(rows, datasets.IterableDataset) else ImageDataset)(
-                rows, self.image_column, labels, transform, mode, self.num_classes, self.source, value_range,
-                self.label_map)
+                rows, self.image_column, labels, transform, mode, self.num_classes, self.source,
+                self.sample.ranges, self.label_map)
             for rows, labels, transform in (
                 (self.train_rows, train_labels, train), (self.val_rows, self.label_column, val)))
         made[0].augmented = not augmentation.get("no_aug", False)

@@ -10,44 +10,58 @@ from typing import Any
 
 import datasets
 
-from .layout import split_kind
-from .tree import Tree
-
-SAVED_FILES = ("dataset_dict.json", "state.json")
-"""Of `save_to_disk`."""
+from .layout import names_text, split_kind
+from .tree import METADATA_FILES, Tree
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-"""What reads files of an ending."""
-
-METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+"""Which part of `datasets` reads files of an ending."""
 
 
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` made a folder."""
-    return any((folder / file).exists() for file in SAVED_FILES)
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return True
+    file = folder / "dataset_dict.json"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError:  # a file of the user's
+        return False
+    return isinstance(saved, dict) and "splits" in saved
 
 
-def find_metadata(root: Tree) -> list[str]:
-    """The files that say which image is which, as `datasets` has them: with a column for the names of files."""
-    return [path for folder in root for path in folder.tables
+def find_metadata(root: Tree, splits: Mapping[str, Tree]) -> list[str]:
+    """The files that say which image is which, as `datasets` has them: with a column for the names of files.
+
+    Args:
+        splits: of the folder, if it has any; what lies beside those with classes is left out, and so are its files.
+    """
+    read = [folder for split in splits.values() if split.has_classes for folder in split] or list(root)
+    return [path for folder in {id(folder): folder for folder in (root, *read)}.values() for path in folder.tables
             if os.path.basename(path) in METADATA_FILES and _names_files(path)]
 
 
-def find_tables(root: Tree, endings: tuple[str, ...]) -> list[str]:
-    """The parquet, arrow or tar files in a folder."""
-    return [path for folder in root for path in folder.tables if path.endswith(endings)]
-
-
 def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Any]:
-    """Images in folders with metadata files: a split for each folder that has the name of one and a file of its own."""
-    parts = {folder.name: folder for folder in root.folders if split_kind(folder.name) and find_metadata(folder)}
-    parts = parts or {"train": root}
-    files = {name: f"{glob.escape(part.path)}/**" for name, part in parts.items()}
+    """Images in folders with metadata files: a split for each folder that has the name of one and a file of its own.
+
+    Raises:
+        ValueError: there are such folders, but one file for all of them.
+    """
+    splits = [folder for folder in root.folders if split_kind(folder.name) and folder.has_images]
+    own = [folder for folder in splits if find_metadata(folder, {})]
+    if splits and own != splits:
+        raise ValueError(f"{root.path} holds the splits {names_text(splits)}, but one metadata file for all of them;"
+                         " put one into each of them")
+    parts = {folder.name: folder for folder in own} or {"train": root}
+    files = {name: f"{glob.escape(folder.path)}/**" for name, folder in parts.items()}
     return datasets.load_dataset("imagefolder", data_files=files, streaming=streaming)
 
 
-def read_table(source: str | Path, name: str | None, train_split: str, streaming: bool) -> Mapping[str, Any]:
-    """The splits of a folder or file of tables, or of a data set on the Hub."""
+def read_table(source: str | Path, name: str | None, undivided: str, streaming: bool) -> Mapping[str, Any]:
+    """The splits of a folder or file of tables, or of a data set on the Hub.
+
+    Args:
+        undivided: name of the only split of what has none.
+    """
     path = Path(source)
     try:
         if path.is_dir() and is_saved(path):
@@ -58,12 +72,12 @@ def read_table(source: str | Path, name: str | None, train_split: str, streaming
             if path.suffix not in (".parquet", ".arrow"):
                 raise ValueError(f"{path} is no .parquet or .arrow file; expected one, a folder, or a Hub name")
             loaded = datasets.load_dataset(
-                path.suffix.lstrip("."), data_files={train_split: glob.escape(str(path))}, streaming=streaming)
+                BUILDERS[path.suffix], data_files={undivided: glob.escape(str(path))}, streaming=streaming)
         else:
             loaded = _load(source, name, streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{source} is no folder or file here, and no data set on the Hub: {error}") from error
-    return loaded if isinstance(loaded, Mapping) else {train_split: loaded}
+    return loaded if isinstance(loaded, Mapping) else {undivided: loaded}
 
 
 def _load(source: str | Path, name: str | None, streaming: bool) -> Any:

@@ -1,17 +1,19 @@
 """What lies in a user's folder, found without opening a file."""
+import errno
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 HIDDEN, SPECIAL = "hidden", "neither file nor folder"
 LOST, LOOP = "linked to nothing", "linked to a folder above"
-TABLES = (".parquet", ".arrow", ".tar", ".csv", ".jsonl")
-"""Endings of files that `datasets` reads, alone or beside images."""
+TABLE_ENDINGS = (".parquet", ".arrow")
+SHARD_ENDINGS = (".tar",)
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
-@dataclass
+@dataclass(repr=False)
 class Tree:
     """A folder with all that lies below it, without what is hidden; links are followed.
 
@@ -19,7 +21,7 @@ class Tree:
         images: paths of the image files that lie in the folder itself.
         devices, inodes: of these files; equal for links to one file.
         left_out: how many of what else lies in the folder itself: endings of files, or why nothing was made of it.
-        tables: paths of the files in the folder itself that `datasets` reads.
+        tables: paths of the files in the folder itself that `datasets` reads, alone or beside images.
         folders: that lie in it, by name.
     """
 
@@ -63,28 +65,44 @@ def scan(path: str, extensions: set[str], name: str = "", above: frozenset[tuple
     Raises:
         PermissionError: a folder may not be read.
     """
-    tree, about = Tree(path, name), os.stat(path)
-    above |= {(about.st_dev, about.st_ino)}
+    tree = Tree(path, name)
     try:
-        entries = os.scandir(path)
+        about = os.stat(path)
+        above |= {(about.st_dev, about.st_ino)}
+        with os.scandir(path) as entries:
+            for entry in entries:
+                _add(tree, entry, extensions, about.st_dev, above)
     except PermissionError as error:
-        raise PermissionError(f"{path} may not be read; change its permissions, or move it elsewhere") from error
-    with entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                tree.left_out[HIDDEN] += 1
-            elif entry.is_file():
-                _add_file(tree, entry, extensions, about.st_dev)
-            elif entry.is_dir():
-                linked = entry.stat()
-                if (linked.st_dev, linked.st_ino) in above:
-                    tree.left_out[LOOP] += 1
-                else:
-                    tree.folders.append(scan(entry.path, extensions, entry.name, above))
-            else:
-                tree.left_out[LOST if entry.is_symlink() else SPECIAL] += 1
+        if error.filename is None:  # of a folder below, said already
+            raise
+        raise PermissionError(f"{error.filename} may not be read; change its permissions, or move it away") from error
     tree.folders.sort(key=lambda folder: folder.name)
     return tree
+
+
+def _add(tree: Tree, entry: os.DirEntry, extensions: set[str], device: int, above: frozenset[tuple[int, int]]) -> None:
+    if entry.name.startswith("."):
+        tree.left_out[HIDDEN] += 1
+    elif _is(entry.is_file):
+        _add_file(tree, entry, extensions, device)
+    elif _is(entry.is_dir):
+        linked = entry.stat()
+        if (linked.st_dev, linked.st_ino) in above:
+            tree.left_out[LOOP] += 1
+        else:
+            tree.folders.append(scan(entry.path, extensions, entry.name, above))
+    else:
+        tree.left_out[LOST if entry.is_symlink() else SPECIAL] += 1
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    """`DirEntry.is_file` or `is_dir`; a link that leads to itself is neither."""
+    try:
+        return question()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _add_file(tree: Tree, entry: os.DirEntry, extensions: set[str], device: int) -> None:
@@ -96,5 +114,5 @@ def _add_file(tree: Tree, entry: os.DirEntry, extensions: set[str], device: int)
         tree.inodes.append(linked.st_ino if linked else entry.inode())
     else:
         tree.left_out[ending or "without an extension"] += 1
-        if ending in TABLES:
+        if ending in (*TABLE_ENDINGS, *SHARD_ENDINGS) or entry.name in METADATA_FILES:
             tree.tables.append(entry.path)
