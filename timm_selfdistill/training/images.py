@@ -94,7 +94,7 @@ def named_errors(image: dict[str, Any], row: int | None = None) -> Iterator[None
         yield
     except Exception as error:  # OSError, SyntaxError, struct.error, RuntimeError, ...: there is no list of them
         name = (image and image["path"]) or f"in row {row}"
-        reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
+        reason = re.sub(r" image file (<_io\..*>|'.*')$", " it", str(error)) or type(error).__name__
         raise ValueError(f"cannot read image {name}: {reason}") from error
 
 
@@ -119,8 +119,7 @@ def load_header(image: dict[str, Any]) -> Image.Image:
         return Image.open(BytesIO(image["bytes"]))
     path = image["path"]
     if "://" not in path:
-        with open(path, "rb") as file:
-            return Image.open(BytesIO(file.read()))
+        return Image.open(path)
     with fsspec.open(path, "rb") as file:  # streamed folders give an address, such as hf://datasets/user/name/a.png
         return Image.open(BytesIO(file.read()))
 

@@ -323,6 +323,7 @@ def test_a_parquet_folder_with_a_picture_and_any_character_in_its_name(tmp_path)
         table([0, 1] * 4).cast_column("label", AB).to_parquet(folder / f"{split}.parquet")
     images = load_images(folder)
     assert (len(images.train), len(images.val)) == (8, 8)
+    assert images.lines()[0].endswith("; left out: 1 image beside the tables")
 
 
 def test_one_picture_decides_nothing(folder):

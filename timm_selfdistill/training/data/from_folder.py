@@ -52,8 +52,9 @@ def check_has_classes(tree: Tree, trains: bool = True) -> None:
     way_out = f"; if {tree.name}/ itself is a class, rename it" if split_kind(tree.name) else ""
     if trains:
         way_out += "; to learn from a frozen network alone, without labels, give unlabelled (--unlabelled)"
-    raise ValueError(f"{tree.path} holds {tree.count} images, but no folders of classes; expected one folder with"
-                     f" images per class, at least 2{way_out}")
+    raise ValueError(
+        f"{tree.path} holds {tree.count} images, but no folders of classes; expected one folder with images per class,"
+        f" at least 2, or a metadata.csv with a column file_name and one of classes (--target-key){way_out}")
 
 
 def same_split(name: str) -> ValueError:

@@ -113,7 +113,8 @@ def _read_folder(path: Path, reading: Reading) -> Source:
         raise ValueError(f"{path} holds {root.count} images in folders of classes as well as {tables[0]}: give a folder"
                          " with one of them")
     if tables:
-        return Source(str(path), read_table(path, reading.name, UNDIVIDED, reading.streaming))
+        left_out = Counter({"images beside the tables": root.count} if root.has_images else {})
+        return Source(str(path), read_table(path, reading.name, UNDIVIDED, reading.streaming), left_out)
     if not root.has_images:
         raise FileNotFoundError(_no_images(root))
     _check_columns(path, reading)
