@@ -4,7 +4,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from timm.data import create_dataset
 from timm_selfdistill import load_images
 from timm_selfdistill.training.data.load import load_split
 
+from ...conftest import run_python
 from ...programs import ROOT
 
 TABLE = re.search(r"\| files \| what the run says \|\n\|-.*\n((?:\|.*\n)+)", (ROOT / "docs/training.md").read_text())[1]
@@ -207,12 +207,11 @@ def test_a_folder_that_may_not_be_read(link, open_place):
     if link:
         (open_place / "photos/secret").symlink_to(secret / "deep")
     secret.chmod(0)
-    code = ("import os, sys; sys.path.insert(0, sys.argv[1])\nimport timm_selfdistill.training.data.load as load\n"
-            "os.setuid(65534)\ntry: load.load_images(sys.argv[2])\nexcept PermissionError as error: print(error)")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(open_place / "photos")], capture_output=True,
-                          text=True, env={**os.environ, "HOME": str(open_place), "HF_HOME": str(open_place / "hf")})
-    assert done.stdout == f"{open_place}/photos/secret may not be read; change its permissions, or move it away\n", (
-        done.stderr)
+    script = open_place / "script.py"
+    script.write_text("import os, sys\nfrom timm_selfdistill.training.data.load import load_images\nos.setuid(65534)\n"
+                      "try: load_images(sys.argv[1])\nexcept PermissionError as error: print(error)\n")
+    done = run_python(script, open_place / "photos")
+    assert done.stdout == f"{open_place}/photos/secret may not be read; change its permissions, or move it away\n"
 
 
 def test_named_splits(photos):
