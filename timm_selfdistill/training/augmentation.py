@@ -5,7 +5,7 @@ import torch
 from timm.data import create_transform
 from timm.data.transforms import MaybeToTensor, str_to_interp_mode
 from torch import Tensor, nn
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop, Resize
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, Normalize, RandomCrop, Resize
 
 CROP_MODES = ("rrc", "rkrc", "rkrr", "pad")
 GREY = 128
@@ -63,7 +63,7 @@ def create_train_transform(
     if isinstance(cutout, bool) or not isinstance(cutout, int) or cutout < 0:
         raise ValueError(f"cutout must be a number of pixels, at least 0, got {cutout!r}")
     if no_aug:
-        return create_transform(**data_config, is_training=True, no_aug=True)
+        return normalizing_in_place(create_transform(**data_config, is_training=True, no_aug=True))
     pad, cifar_policy = train_crop_mode == "pad", auto_augment == "cifar10"
     if cifar_policy:
         auto_augment, augmentation = None, {**augmentation, "color_jitter": None}
@@ -81,4 +81,12 @@ def create_train_transform(
         interpolation = data_config["interpolation"]
         mode = str_to_interp_mode("bilinear" if interpolation == "random" else interpolation)
         steps[:1] = [Resize(size, mode), RandomCrop(size, padding=(size[1] // 8, size[0] // 8), fill=GREY)]
+    return normalizing_in_place(transform)
+
+
+def normalizing_in_place(transform: Compose) -> Compose:
+    """The same, without a copy of each tensor, which nobody else holds."""
+    for step in transform.transforms:
+        if isinstance(step, Normalize):
+            step.inplace = True
     return transform

@@ -8,7 +8,7 @@ import datasets
 from timm.data import create_transform
 from torch import nn
 
-from ..augmentation import create_train_transform
+from ..augmentation import create_train_transform, normalizing_in_place
 from ..images import ValueRange
 from ..preprocessing import takes_other_sizes
 from ..stream import StreamedImages
@@ -157,7 +157,7 @@ class ImageSplits:
         interpolation = augmentation.pop("interpolation", data_config["interpolation"])
         try:
             train = create_train_transform({**data_config, "interpolation": interpolation}, **augmentation)
-            val = create_transform(**data_config)
+            val = normalizing_in_place(create_transform(**data_config))
         except (AssertionError, KeyError) as error:  # timm's answer to an unknown policy or interpolation
             raise ValueError(f"timm does not know a setting of the transforms: {error}") from error
         mode = "L" if channels == 1 else "RGB"
