@@ -33,6 +33,7 @@ def main() -> int:
 
     backbone = timm.create_model(args.model, pretrained=True)
     images = load_images(args.images, unlabelled=True)
+    print(*images.lines(), sep="\n")
     images = images.fitting_labels(backbone.num_classes, own_class_names(backbone))
     data_config = model_data_config(backbone, args.img_size, default_input_size(backbone)[0])
     task = SelfDistillTask(wrap_self_distill(backbone, freeze_backbone=True), SelfDistillLoss(alpha=1.0))

@@ -34,6 +34,8 @@ def main() -> int:
 
     images = load_images(args.data_dir)
     model = SelfDistillModel.from_pretrained(args.model) if args.model else train(images)
+    if names := model.backbone.pretrained_cfg.get("label_names"):
+        images = images.in_order(names)
     _, held_out = images.transformed(resolve_model_data_config(model.backbone))
     loader = DataLoader(held_out, batch_size=100)
 

@@ -174,6 +174,29 @@ def test_floats_that_are_no_numbers_are_black_and_say_nothing_of_the_range(tmp_p
     assert not recwarn
 
 
+def test_ranges_are_those_of_a_kind(tmp_path):
+    """What floating-point numbers taught a model says nothing of integers."""
+    integers, floats = tmp_path / "a.png", tmp_path / "b.tif"
+    Image.fromarray((GREYS * 65535).astype(np.uint16)).save(integers)
+    Image.fromarray(GREYS.astype(np.float32)).save(floats)
+    ranges = {"F": (0.0, 1.0)}
+    for path in (integers, floats):
+        assert len(np.unique(open_image(path, 1, ranges))) == 256
+
+
+@pytest.mark.parametrize("values", [GREYS * 1.3, GREYS * 9000])
+def test_values_that_fill_a_small_part_are_said(values, tmp_path):
+    Image.fromarray(values.astype(np.float32 if values.max() < 2 else np.uint16)).save(tmp_path / "a.tif")
+    with pytest.warns(UserWarning, match=f"a.tif are .* to {values.max():g}; .*--value-range"):
+        open_image(tmp_path / "a.tif", 1)
+
+
+def test_pages_that_are_not_read_are_said(tmp_path):
+    PICTURE.save(tmp_path / "a.tif", save_all=True, append_images=[PICTURE] * 3)
+    with pytest.warns(UserWarning, match="a.tif holds 4 pages, of which the first is read"):
+        open_image(tmp_path / "a.tif", 3)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV"])
 def test_every_mode_becomes_grey_or_colour(mode):
     from timm_selfdistill.training.images import to_mode

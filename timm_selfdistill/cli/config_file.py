@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-FOUND = "found"
-"""What a run records beside its flags: the images of its splits."""
+RECORDED = ("found", "value_ranges")
+"""What a run's config.yaml holds beside its flags, see `found_settings`."""
 
 
 def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collection[str] = ()) -> list[str]:
@@ -37,7 +37,7 @@ def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collectio
     flags, seen = [], set()
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name == FOUND:
+        if name in RECORDED or (name == "resume" and RECORDED[0] in values):  # a run is not resumed by its settings
             continue
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

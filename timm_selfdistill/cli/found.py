@@ -25,8 +25,11 @@ def found_lines(
     height, width = [img_size] * 2 if img_size else own_size
     lines = [*images.lines(), f"read at {width} x {height} pixels ({_why_size(images, img_size, own_size, args)}) in"
                               f" {channels} channel{'s' * (channels > 1)} ({_why_channels(channels, args)})"]
-    for kind, (black, white) in images.sample.ranges.items():
-        lines.append(f"of {KINDS[kind]} {black:g} is black and {white:g} is white")
+    if args.value_range:
+        lines.append("of images with more than 8 bits {:g} is black and {:g} is white".format(*args.value_range))
+    else:
+        lines += [f"of {KINDS[kind]} {black:g} is black and {white:g} is white"
+                  for kind, (black, white) in images.sample.ranges.items()]
     if images.sample.grey and channels == 3:
         lines.append("all images that were looked at are grey: --in-chans 1 would do")
     if (args.pretrained or args.initial_checkpoint) and has_new_classifier(backbone):
@@ -36,10 +39,10 @@ def found_lines(
 
 
 def found_settings(images: ImageSplits, lines: list[str]) -> dict[str, Any]:
-    """What a run records of its images: `found`, and what is black and white where that was chosen."""
-    ranges = set(images.sample.ranges.values())
-    chosen = {"value_range": list(ranges.pop())} if len(ranges) == 1 else {}
-    return {"found": {"splits": images.found, "read": lines[len(images.found):]}, **chosen}
+    """What a run records of its images: `found`, and what is black and white, by kind of images."""
+    ranges = {kind: list(found) for kind, found in images.sample.ranges.items()}
+    found = {"splits": images.found, "read": lines[len(images.found):], "class_names": images.class_names}
+    return {"found": found, **({"value_ranges": ranges} if ranges else {})}
 
 
 def _why_size(images: ImageSplits, img_size: int | None, own_size: list[int], args: argparse.Namespace) -> str:

@@ -17,7 +17,7 @@ from ..training.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
 from ..training.data.class_order import match_classes
 from ..training.data.load import load_split
 from ..training.data.splits import some_names
-from ..training.images import ValueRange
+from ..training.images import FULL_RANGES, ValueRange, ValueRanges
 from ..training.loading import MeasuredImages
 from .program import printable
 
@@ -127,10 +127,19 @@ def open_data(model: nn.Module, name: str, images: ImageSplits, args: argparse.N
     return MeasuredImages(val_data, args.batch_size, args.workers, "skip" if on_bad_sample == "skip" else "raise")
 
 
-def known_range(given: list[float] | None, model: str, revision: str | None) -> ValueRange | None:
+def known_range(given: list[float] | None, model: str, revision: str | None) -> ValueRange | ValueRanges | None:
     """Black and white of images with more than 8 bits: as given, or as in a model's training."""
-    found = given or trained_with(model, revision).get("value_range")
-    numbers = [part for part in found if isinstance(part, (int, float))] if isinstance(found, (list, tuple)) else []
+    settings = trained_with(model, revision)
+    chosen = settings.get("value_ranges")
+    if given := _as_range(given) or _as_range(settings.get("value_range")):
+        return given
+    ranges = {kind: _as_range(chosen.get(kind)) for kind in FULL_RANGES} if isinstance(chosen, dict) else {}
+    return {kind: found for kind, found in ranges.items() if found} or None
+
+
+def _as_range(value: Any) -> ValueRange | None:
+    """Two numbers; None for anything else that a file may hold."""
+    numbers = [part for part in value if isinstance(part, (int, float))] if isinstance(value, (list, tuple)) else []
     return tuple(numbers) if len(numbers) == 2 else None
 
 

@@ -29,17 +29,18 @@ ValueRanges = dict[str, ValueRange]
 FULL_RANGES: ValueRanges = {"I": (0, 65535), "F": (0.0, 255.0)}
 """As Pillow reads 16-bit images, and converts to floating-point numbers."""
 
-SMALL_RANGE = 4095
-"""12 bits, as cameras have them: values up to this one are too dark in the full range."""
+SMALL_PART = 1 / 4
+"""Of a range: images whose values fill no more of it, such as those of a camera's 12 bits, are too dark."""
 
 
-def open_image(path: str | Path, channels: int, value_range: ValueRange | None = None) -> Image.Image:
+def open_image(
+        path: str | Path, channels: int, value_range: ValueRange | ValueRanges | None = None) -> Image.Image:
     """An image file, grey or in colours, upright.
 
     Args:
         channels: 1 or 3.
-        value_range: black and white of an image with more than 8 bits; None is the full range of its type. A warning
-            says where its values lie in a small part of that.
+        value_range: black and white of an image with more than 8 bits, perhaps by kind; None is the full range of its
+            type. A warning says where its values lie in a small part of that.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -53,14 +54,18 @@ def open_image(path: str | Path, channels: int, value_range: ValueRange | None =
     with named_errors(image):
         decoded = decode_image(image)
         ranges = value_ranges(value_range)
-        if kind := deep_kind(decoded):
-            ranges = ranges or {kind: usual_range(kind, *extremes(decoded), str(path))}
+        kind = deep_kind(decoded)
+        if kind and kind not in ranges:
+            ranges = {kind: usual_range(kind, *extremes(decoded), str(path))}
+        warn_of_pages(decoded, str(path))
         return to_mode(decoded, MODES[channels], ranges)
 
 
-def value_ranges(value_range: ValueRange | None) -> ValueRanges | None:
-    """One range for all kinds of images."""
-    return value_range and {"I": tuple(value_range), "F": tuple(value_range)}
+def value_ranges(value_range: ValueRange | ValueRanges | None) -> ValueRanges:
+    """By kind of images; a single range is that of all kinds."""
+    if isinstance(value_range, dict):
+        return value_range
+    return {"I": tuple(value_range), "F": tuple(value_range)} if value_range else {}
 
 
 def read_image(image: dict[str, Any], mode: str, row: int | None = None,
@@ -75,7 +80,7 @@ def read_image(image: dict[str, Any], mode: str, row: int | None = None,
     Raises:
         ValueError: it is none that Pillow reads; the message has its path, or the row.
     """
-    with named_errors(image, row):
+    with named_errors(image, row, "; on_bad_sample='skip' (--on-bad-sample skip) leaves such images out"):
         return to_mode(decode_image(image), mode, ranges)
 
 
@@ -88,14 +93,14 @@ def undecoded(rows: Any, image_column: str, label_column: str | None = None) -> 
 
 
 @contextmanager
-def named_errors(image: dict[str, Any], row: int | None = None) -> Iterator[None]:
-    """Whatever Pillow raises at a damaged file becomes a ValueError that names it."""
+def named_errors(image: dict[str, Any], row: int | None = None, way_out: str = "") -> Iterator[None]:
+    """Whatever Pillow raises at a damaged file becomes a ValueError that names it, and what to do."""
     try:
         yield
     except Exception as error:  # OSError, SyntaxError, struct.error, RuntimeError, ...: there is no list of them
         name = (image and image["path"]) or f"in row {row}"
         reason = re.sub(r" image file (<_io\..*>|'.*')$", " it", str(error)) or type(error).__name__
-        raise ValueError(f"cannot read image {name}: {reason}") from error
+        raise ValueError(f"cannot read image {name}: {reason}{way_out}") from error
 
 
 def decode_image(image: dict[str, Any]) -> Image.Image:
@@ -130,9 +135,16 @@ def deep_kind(image: Image.Image) -> str | None:
 
 
 def extremes(image: Image.Image) -> ValueRange:
-    """The lowest and the highest value of the pixels."""
+    """The lowest and the highest value of the pixels; 0 and 0 where none is a number."""
     values = np.asarray(image)
-    return float(np.nanmin(values)), float(np.nanmax(values))
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+
+
+def warn_of_pages(image: Image.Image, name: str) -> None:
+    """Say where a TIFF file has more than one image in it."""
+    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+        warnings.warn(f"{name} holds {image.n_frames} pages, of which the first is read", stacklevel=3)
 
 
 def to_mode(image: Image.Image, mode: str, ranges: ValueRanges | None = None) -> Image.Image:
@@ -149,7 +161,7 @@ def usual_range(kind: str, low: float, high: float, name: str) -> ValueRange:
     are; floating-point numbers up to 1 are taken for a range from 0 to 1.
     """
     black, white = (0.0, 1.0) if kind == "F" and low >= 0 and high <= 1 else FULL_RANGES[kind]
-    if low < black or high > white or (kind == "I" and high <= SMALL_RANGE) or white == 1:
+    if low < black or high > white or high <= SMALL_PART * FULL_RANGES[kind][1]:
         numbers = "floating-point numbers" if kind == "F" else "integers of more than 8 bits"
         warnings.warn(f"the values of {name} are {numbers} from {low:g} to {high:g}; {black:g} is taken for black and"
                       f" {white:g} for white: if they are others, give value_range (--value-range LOW HIGH)",

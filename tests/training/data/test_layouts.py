@@ -174,7 +174,7 @@ def test_other_extensions_are_named_as_in_timm(photos):
     ("train/cat/{1..5}.jpg val/cat/1.jpg", ValueError, "photos/train are of one class only"),
     ("cat/1.jpg dog/{1..9}.jpg", ValueError, "class 'cat' has one image, .*validation split"),
     ("train/{cat,dog}/{1..5}.jpg val/{cat,fish}/6.jpg", ValueError, "photos/val .*'fish', .*2 classes .*'cat', 'dog'"),
-    ("train/{Cat,dog}/{1..5}.jpg val/{cat,dog}/6.jpg", ValueError, "'cat', .*differs in case from 'Cat'"),
+    ("train/{Cat,dog}/{1..5}.jpg val/{cat,dog}/6.jpg", ValueError, "'cat', .*differs from 'Cat' only in case"),
     ("train/{cat,dog}/{1..5}.jpg {val,valid}/{cat,dog}/6.jpg", ValueError, "both val/ and valid/ .*val_split"),
     ("{train,training}/{cat,dog}/{1..5}.jpg", ValueError, "both train/ and training/ .*train_split"),
     ("train/{1..5}.jpg val/{1..5}.jpg", ValueError, "photos/train holds 5 images, but no folders of classes"),
@@ -345,6 +345,50 @@ def test_one_metadata_file_for_several_splits(photos):
     (photos / "metadata.csv").write_text("file_name,kind\n" + "".join(f"{name},a\n" for name in names))
     with pytest.raises(ValueError, match="splits train/ and val/, but one metadata file for all .*each of them"):
         load_images(photos, label_column="kind")
+
+
+@pytest.mark.parametrize("names", [("train2017", "val2017"), ("seg_train", "seg_test"), ("train_set", "val_set"),
+                                   ("images_train", "images_val"), ("Train-1", "Test-1")])
+def test_folders_that_are_likely_to_be_splits(names, photos):
+    for name in names:
+        make(photos / name, "{cat,dog}/{1..10}.jpg")
+    make(photos, "seg_pred/{1..5}.jpg")
+    message = f"{names[0]}/ and {names[1]}/ hold the same classes, such as 'cat', .*--val-split {names[1]}"
+    with pytest.raises(ValueError, match=message):
+        load_images(photos)
+    images = load_images(photos, train_split=names[0], val_split=names[1])
+    assert (len(images.train_rows), len(images.val_rows)) == (20, 20)
+
+
+def test_runs_in_the_folder_are_no_images(photos):
+    make(photos, "{cat,dog}/{1..20}.jpg output/run/{curves,exits}.png output/run/best/exits.png saved/exits.png")
+    (photos / "output/run/config.yaml").touch()
+    (photos / "output/run/last").mkdir()
+    (photos / "saved/config.json").touch()
+    (photos / "saved/model.safetensors").touch()
+    images = load_images(photos)
+    assert images.class_names == ["cat", "dog"]
+    assert images.lines()[0].endswith(
+        "; left out: 2 folders of training runs or saved models, 1 folder without an image")
+
+
+def test_letters_that_are_written_in_two_ways(photos):
+    make(photos, "train/{caf\u00e9,dog}/{1..5}.jpg val/{cafe\u0301,dog}/6.jpg")
+    with pytest.raises(ValueError, match=r"class 'cafe\\u0301', .*differs from 'caf\\xe9' only in case or in how"):
+        load_images(photos)
+
+
+def test_a_split_of_which_only_the_other_kind_is_there(photos):
+    make(photos, "test/{cat,dog}/{1..20}.jpg")
+    assert len(load_images(photos, train_split="test").train_rows) == 36
+    with pytest.raises(ValueError, match="no split 'train'; it has 'test'"):
+        load_images(photos)
+
+
+def test_a_part_that_would_take_a_whole_class(photos):
+    make(photos, "{a..l}/{1,2}.jpg")
+    with pytest.raises(ValueError, match="no room for each of 12 classes, and takes all images of class '[a-l]'"):
+        [load_images(photos, seed=seed) for seed in range(20)]
 
 
 def test_too_few_images_to_divide(photos):

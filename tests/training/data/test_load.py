@@ -296,6 +296,9 @@ def test_a_folder_with_a_metadata_file(tmp_path):
     assert images.lines()[0].endswith("; left out: 1 image that no metadata file names")
     with pytest.raises(ValueError, match=r"\(ClassLabel\) among image, kind; .*label_column \(--target-key\)"):
         load_images(tmp_path)
+    (tmp_path / "red train 3.png").unlink()
+    with pytest.raises(FileNotFoundError, match="name 1 images that are not there, such as .*red train 3.png"):
+        load_images(tmp_path, label_column="kind")
 
 
 def test_class_folders_beside_a_metadata_file_can_be_read_in_two_ways(folder):

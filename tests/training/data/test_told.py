@@ -51,6 +51,20 @@ def test_the_size_and_a_new_classifier_are_explained(photos):  # noqa: F811
     assert "--pretrained-path FILE" in refused.stderr
 
 
+def test_a_run_is_not_resumed_with_other_classes(photos):  # noqa: F811
+    make(photos, "train/{cat,dog}/{1..8}.jpg val/{cat,dog}/9.jpg")
+    train()
+    make(photos, "train/cat/10.jpg")
+    resumed = train("--epochs", 2, "--resume")
+    assert "epoch 2/2" in resumed.stdout
+    assert "found" not in resumed.stderr
+    for split in ("train", "val"):
+        (photos / split / "cat").rename(photos / split / "zebra")
+    refused = train("--epochs", 3, "--resume", check=False)
+    assert refused.returncode == 2
+    assert "class_names dog, zebra instead of cat, dog" in refused.stderr
+
+
 def other() -> Path:
     make(Path("others"), "{bus,cat,dog}/{1..20}.jpg")
     return Path("others").resolve()
@@ -64,9 +78,11 @@ def test_what_is_black_and_white_is_recorded_and_obeyed(high, flags, expected, p
         values = np.linspace(0, high, 64).reshape(8, 8) * (1 if "cat" in path.parts else 0.2 + 0.01 * number)
         Image.fromarray(values.astype(np.float32 if high < 1 else np.int32)).save(path)
     done = train("--input-key", ".tif", *flags)
-    assert f"{expected[0]:g} is black and {expected[1]:g} is white" in done.stdout
+    kind = "images with more than 8 bits" if flags else "floating-point numbers"
+    assert f"of {kind} {expected[0]:g} is black and {expected[1]:g} is white" in done.stdout
     assert done.stderr.count("--value-range LOW HIGH") == (0 if flags else 1)
-    assert hub.read_metrics(Path("run/best"))["settings"]["value_range"] == expected
+    settings = hub.read_metrics(Path("run/best"))["settings"]
+    assert (settings["value_range"] if flags else settings["value_ranges"]["F"]) == expected
     code, out, err = command("evaluate", "run", "--data", "photos", "--input-key", ".tif")
     assert (code, err) == (0, "")
     row = next(line for line in done.stdout.splitlines() if line.startswith("│ ensemble"))

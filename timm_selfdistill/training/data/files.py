@@ -1,6 +1,7 @@
 """Image files and their classes."""
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -125,14 +126,19 @@ def _left_out(tree: Tree, labelled: bool) -> Counter[str]:
     return total
 
 
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
+
+
 def _check_names(names: list[str], class_names: list[str] | None, path: str) -> None:
     if odd := [name for name in names if not name.isprintable()]:
         raise ValueError(f"{path} has a class {odd[0]!r}, whose name cannot be printed; rename the folder")
     unknown = [name for name in names if name not in set(class_names or names)]
     if not unknown:
         return
-    alike = {name.lower(): name for name in class_names}
-    hint = f"; its name differs in case from {alike[unknown[0].lower()]!r}" if unknown[0].lower() in alike else ""
+    alike = next((name for name in class_names if _plain(name) == _plain(unknown[0])), None)
+    hint = f"; its name differs from {alike!a} only in case or in how letters are written" if alike else ""
+    shown = ascii(unknown[0]) if alike else repr(unknown[0])
     raise ValueError(
-        f"{path} has images of class {unknown[0]!r}, which is not among the {len(class_names)} classes of the training"
-        f" images: {', '.join(map(repr, class_names[:5]))}{hint}")
+        f"{path} has images of class {shown}, which is not among the {len(class_names)} classes of the training images:"
+        f" {', '.join(map(repr, class_names[:5]))}{hint}")

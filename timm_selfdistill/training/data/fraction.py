@@ -46,6 +46,10 @@ class ValFraction:
             if min(count - held_out, held_out) >= len(classes):
                 return next(stratified_shuffle_split_generate_indices(labels, count - held_out, held_out, rng=draw))
         order = draw.permutation(count)
+        if labels is not None and (lost := set(classes) - set(labels[order[held_out:]])):
+            raise ValueError(
+                f"val_fraction {self.share:g} of {count} images has no room for each of {len(classes)} classes, and"
+                f" takes all images of class {class_names[min(lost)]!r}; take more, or give a validation split")
         return order[held_out:], order[:held_out]
 
     def of(self, split: str) -> str:

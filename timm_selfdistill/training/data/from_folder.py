@@ -25,7 +25,7 @@ def find_in_folder(source: Source, reading: Reading, fraction: ValFraction, num_
     train = collect(tree, labelled)
     if labelled:
         train = replace(train, class_names=_classes(train.class_names, num_classes, tree.path))
-    val_name = _val_split(source, reading)
+    val_name = _val_split(source, reading, name)
     if val_name == name:
         raise same_split(val_name)
     others = Counter({f"images in {other}/": part.count for other, part in source.splits.items()
@@ -62,12 +62,12 @@ def same_split(name: str) -> ValueError:
                       " val_fraction (--val-fraction) of the training images")
 
 
-def _val_split(source: Source, reading: Reading) -> str | None:
+def _val_split(source: Source, reading: Reading, train_name: str) -> str | None:
     """The validation split; None without any that has folders of classes."""
     if reading.val_split is not None:
         return source.find_split(reading.val_split)
-    return next(val_splits(
-        name for name, tree in source.splits.items() if tree.has_classes or reading.unlabelled), None)
+    return next(val_splits(name for name, tree in source.splits.items()
+                           if name != train_name and (tree.has_classes or reading.unlabelled)), None)
 
 
 def _divide(tree: Tree, train: ImageFiles, labelled: bool, fraction: ValFraction) -> tuple[ImageFiles, ImageFiles]:

@@ -3,6 +3,7 @@
 A folder in it is a split if it has the name of one and holds folders with images. Otherwise each innermost folder that
 holds images is a class, as in timm. Where both can be meant, nothing is guessed.
 """
+import re
 from collections.abc import Iterable, Iterator
 
 from .tree import Tree
@@ -30,6 +31,8 @@ def find_splits(root: Tree, named: tuple[str, ...] = ()) -> dict[str, Tree]:
     candidates = [folder for folder in with_images if split_kind(folder.name) or folder.name in named]
     others = [folder for folder in with_images if folder not in candidates]
     splits = [folder for folder in candidates if folder.has_classes]
+    if not _are_both(splits, named):
+        _refuse_likely_splits(root.path, with_images)
     if others and splits and not _are_both(splits, named):
         raise ValueError(
             f"{root.path} can be read in two ways: {names_text(splits)} is a split and {names_text(others)} no part of"
@@ -81,6 +84,24 @@ def _are_both(folders: list[Tree], named: tuple[str, ...] = ()) -> bool:
     """Whether there is a split to train on and one to measure on."""
     kinds = {split_kind(folder.name) for folder in folders} - {None}
     return len(set(named) & {folder.name for folder in folders}) == 2 or {"train"} < kinds
+
+
+def _refuse_likely_splits(path: str, folders: list[Tree]) -> None:
+    """Raise ValueError where folders with the same classes have words for both kinds of splits in their names."""
+    likely: dict[str, Tree] = {}
+    for folder in folders:
+        words = {split_kind(word) for word in re.findall("[a-z]+", folder.name.lower())} - {None}
+        if folder.has_classes and len(words) == 1:
+            likely.setdefault("train" if words == {"train"} else "val", folder)
+    if len(likely) < 2:
+        return
+    train, val = (likely[kind] for kind in ("train", "val"))
+    shared = {part.name for part in train if part.images} & {part.name for part in val if part.images}
+    if shared:
+        raise ValueError(
+            f"{path} can be read in two ways: {names_text([train, val])} hold the same classes, such as"
+            f" {min(shared)!r}, and may be splits; then give train_split (--train-split {train.name}) and val_split"
+            f" (--val-split {val.name}); if they are none, rename them")
 
 
 def _refuse_splits_below(root: Tree) -> None:

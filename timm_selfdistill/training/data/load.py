@@ -5,7 +5,7 @@ from typing import Any
 
 import datasets
 
-from ..images import ValueRange
+from ..images import ValueRange, ValueRanges
 from ..label_columns import label_splits
 from .files import collect
 from .found import entry
@@ -28,7 +28,7 @@ def load_images(
         num_classes: int | None = None,
         streaming: bool = False,
         unlabelled: bool = False,
-        value_range: ValueRange | None = None,
+        value_range: ValueRange | ValueRanges | None = None,
         seed: int = 42,
 ) -> ImageSplits:
     """Find images, labels, class names and a validation split.
@@ -52,7 +52,8 @@ def load_images(
             first. There must be a validation split. A folder of image files is not streamed: it is never converted.
         unlabelled: the training images need no labels; those that they have are not used. Validation images may have
             some.
-        value_range: black and white of images with more than 8 bits; None is the full range of their type.
+        value_range: black and white of images with more than 8 bits, perhaps by their kind, see `ImageSplits.sample`;
+            None is the full range of their type.
 
     Raises:
         FileNotFoundError: nothing is there, or no images in it.
@@ -60,7 +61,7 @@ def load_images(
         ValueError: a folder can be read in two ways, a split or column is missing or ambiguous, there is but one class,
             a class has one image of which `val_fraction` should be taken, or a label is out of range.
     """
-    if value_range is not None and not value_range[0] < value_range[1]:
+    if isinstance(value_range, tuple) and not value_range[0] < value_range[1]:
         raise ValueError(f"value_range must be the values of black and of white, got {value_range}")
     if val_split == train_split:
         raise same_split(val_split)
@@ -75,7 +76,7 @@ def load_images(
 
 def load_split(
         source: str | Path, split: str, *, name: str | None = None, image_column: str | None = None,
-        label_column: str | None = None, value_range: ValueRange | None = None) -> ImageSplits:
+        label_column: str | None = None, value_range: ValueRange | ValueRanges | None = None) -> ImageSplits:
     """One split as a whole, to measure a model on it; see `load_images`."""
     found = read_source(source, Reading(name, split, None, image_column, label_column))
     split = found.find_split(split)

@@ -17,6 +17,7 @@ from ..images import (
     undecoded,
     usual_range,
     value_ranges,
+    warn_of_pages,
 )
 from .files import ImageFiles
 
@@ -46,7 +47,7 @@ class Sample:
 
 def take_sample(
         rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset", image_column: str,
-        value_range: ValueRange | None = None) -> Sample:
+        value_range: ValueRange | ValueRanges | None = None) -> Sample:
     """Look at images; those that cannot be read are passed over.
 
     Args:
@@ -55,25 +56,31 @@ def take_sample(
     Raises:
         ValueError: there are none, or none that can be read.
     """
-    sizes, grey, values, error = [], True, {}, None
+    sizes, grey, values, error, ranges = [], True, {}, None, value_ranges(value_range)
     for number, image in _spread(rows, image_column):
         try:
             with named_errors(image, number):
                 header = load_header(image)
                 if grey and not _has_grey_mode(header):
                     grey = _is_grey(decode_image(image))
-                if (kind := deep_kind(header)) and value_range is None:
-                    name = image["path"] or f"row {number}"
+                name = image["path"] or f"row {number}"
+                if (kind := deep_kind(header)) and kind not in ranges:
                     values.setdefault(kind, []).append((*extremes(decode_image(image)), name))
+                if not sizes:
+                    warn_of_pages(header, name)
                 sizes.append(header.size[::-1])
         except ValueError as reason:  # `on_bad_sample` decides about it when the images are loaded
             error = reason
     if not sizes:
         raise error or ValueError("there are no training images")
-    ranges = value_ranges(value_range) or {
-        kind: usual_range(kind, min(lows), max(highs), names[0])
-        for kind, (lows, highs, names) in ((kind, zip(*found)) for kind, found in values.items())}
-    return Sample(sorted(sizes, key=max)[len(sizes) // 2], grey, ranges)
+    found = {kind: _range_of_all(kind, *zip(*files)) for kind, files in values.items()}
+    return Sample(sorted(sizes, key=max)[len(sizes) // 2], grey, {**ranges, **found})
+
+
+def _range_of_all(kind: str, lows: tuple[float, ...], highs: tuple[float, ...], names: tuple[str, ...]) -> ValueRange:
+    brightest = names[int(np.argmax(highs))]
+    name = brightest if len(names) == 1 else f"{len(names)} images ({brightest} among them)"
+    return usual_range(kind, min(lows), max(highs), name)
 
 
 def _spread(rows: Any, image_column: str) -> Any:

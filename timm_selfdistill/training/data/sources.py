@@ -12,7 +12,7 @@ from timm.data.readers import get_img_extensions
 
 from .files import left_out_text
 from .layout import SPLIT_KINDS, find_splits, pick_split
-from .tables import find_metadata, is_saved, read_metadata_folder, read_table
+from .tables import find_metadata, image_paths, is_saved, read_metadata_folder, read_table
 from .tree import SHARD_ENDINGS, TABLE_ENDINGS, Tree, scan
 
 UNDIVIDED = "train"
@@ -123,7 +123,13 @@ def _read_folder(path: Path, reading: Reading) -> Source:
 
 def _read_metadata(root: Tree, reading: Reading) -> Source:
     splits = read_metadata_folder(root, reading.streaming)
-    unnamed = 0 if reading.streaming else root.count - sum(map(len, splits.values()))
+    if reading.streaming:
+        return Source(root.path, splits)
+    named = {path for rows in splits.values() for path in image_paths(rows)}
+    if missing := sorted(path for path in named if not os.path.exists(path)):
+        raise FileNotFoundError(
+            f"the metadata files in {root.path} name {len(missing)} images that are not there, such as {missing[0]}")
+    unnamed = sum(os.path.abspath(path) not in named for folder in root for path in folder.images)
     return Source(root.path, splits, Counter({"images that no metadata file names": unnamed} if unnamed else {}))
 
 

@@ -9,7 +9,7 @@ from timm.data import create_transform
 from torch import nn
 
 from ..augmentation import create_train_transform, normalizing_in_place
-from ..images import ValueRange
+from ..images import ValueRange, ValueRanges
 from ..preprocessing import takes_other_sizes
 from ..stream import StreamedImages
 from .dataset import ImageDataset
@@ -37,7 +37,7 @@ class ImageSplits:
     """For each split its name, images, classes, where they are from, and what was left out."""
     unlabelled: bool = False
     """Whether the training images have no labels, or theirs are not used."""
-    value_range: ValueRange | None = None
+    value_range: ValueRange | ValueRanges | None = None
     """Black and white of images with more than 8 bits, as they were given."""
     label_map: list[int] | None = field(default=None, repr=False)
     """Class index for each label of the rows, where a network has the classes in another order."""
@@ -97,7 +97,7 @@ class ImageSplits:
         """
         if self.num_classes is None or (class_names is None and self.num_classes == num_classes):
             return self
-        if class_names is not None and set(class_names) == set(self.class_names):
+        if class_names is not None and set(self.class_names) <= set(class_names):
             return self.in_order(class_names)
         warnings.warn(
             f"the labels of the validation images are of other classes ({self.num_classes}: {self.class_names[0]}, ...)"

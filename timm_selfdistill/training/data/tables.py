@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from ..images import undecoded
 from .layout import names_text, split_kind
 from .tree import METADATA_FILES, Tree
 
@@ -54,6 +55,12 @@ def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Any]:
     parts = {folder.name: folder for folder in own} or {"train": root}
     files = {name: f"{glob.escape(folder.path)}/**" for name, folder in parts.items()}
     return datasets.load_dataset("imagefolder", data_files=files, streaming=streaming)
+
+
+def image_paths(rows: datasets.Dataset) -> list[str]:
+    """The paths in the image columns of a table."""
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    return [row[column]["path"] for column in columns for row in undecoded(rows, column)]
 
 
 def read_table(source: str | Path, name: str | None, undivided: str, streaming: bool) -> Mapping[str, Any]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 HIDDEN, SPECIAL = "hidden", "neither file nor folder"
 LOST, LOOP = "linked to nothing", "linked to a folder above"
+RUN = "folders of training runs or saved models"
+RUN_FILES = (("config.yaml", "last"), ("config.json", "model.safetensors"))
+"""What makes a folder a run directory, and a saved model, whose pictures are no images to train on."""
 TABLE_ENDINGS = (".parquet", ".arrow")
 SHARD_ENDINGS = (".tar",)
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -87,7 +90,9 @@ def _add(tree: Tree, entry: os.DirEntry, extensions: set[str], device: int, abov
         _add_file(tree, entry, extensions, device)
     elif _is(entry.is_dir):
         linked = entry.stat()
-        if (linked.st_dev, linked.st_ino) in above:
+        if any(all(os.path.exists(os.path.join(entry.path, file)) for file in files) for files in RUN_FILES):
+            tree.left_out[RUN] += 1
+        elif (linked.st_dev, linked.st_ino) in above:
             tree.left_out[LOOP] += 1
         else:
             tree.folders.append(scan(entry.path, extensions, entry.name, above))
