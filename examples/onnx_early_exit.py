@@ -39,23 +39,25 @@ def predict(folder: Path, about: dict, images: np.ndarray) -> tuple[np.ndarray, 
     return probabilities, exits
 
 
-def open_upright(path: str) -> Image.Image:
+def open_upright(path: str, about: dict) -> Image.Image:
     """Turned as its EXIF data say, if they can be read; more than 8 bits a pixel are scaled to 8."""
     image = Image.open(path)
     image.load()
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith(("I", "F")):
+    if (kind := image.mode[0]) in "IF":
         values = np.nan_to_num(np.asarray(image, np.float64))
-        white = 65536 if image.mode.startswith("I") else 256 if values.max() > 1 else 256 / 255
-        image = Image.fromarray((values * 256 / white).clip(0, 255).astype(np.uint8))
+        full = (0, 65535) if kind == "I" else (0, 1) if values.min() >= 0 and values.max() <= 1 else (0, 255)
+        black, white = about.get("value_ranges", {}).get(kind, full)
+        steps, span = (256, white - black + 1) if kind == "I" else (255, white - black)
+        image = Image.fromarray(((values - black) * steps / span).clip(0, 255).astype(np.uint8))
     return image
 
 
 def load_image(path: str, about: dict) -> np.ndarray:
     """(C, H, W) as timm's transform makes it: the short side to the size over crop_pct, then the centre."""
     channels, height, width = about["input_size"]
-    image = open_upright(path).convert("L" if channels == 1 else "RGB")
+    image = open_upright(path, about).convert("L" if channels == 1 else "RGB")
     size = [side * int(max(height, width) / about["crop_pct"]) // min(image.size) for side in image.size]
     image = image.resize(size, getattr(Image.Resampling, about["interpolation"].upper(), Image.Resampling.BICUBIC))
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)

@@ -154,8 +154,10 @@ def test_the_example_reads_files_as_training_does(kind, channels, tmp_path):
     made.save(path, exif=exif)
     about = {"input_size": [channels, 32, 32], "mean": [0.0] * channels, "std": [1.0] * channels,
              "interpolation": "nearest", "crop_pct": 1.0, "crop_mode": "center"}
-    found = runpy.run_path(str(ROOT / "examples/onnx_early_exit.py"))["load_image"](path, about)
-    expected = create_transform(**about)(open_image(path, channels)).numpy()
-    assert found.shape == expected.shape
-    assert np.isclose(found, expected, atol=1 / 255).mean() > 0.9  # the two choose other nearest pixels at some edges
-    assert found.std() > 0.1
+    load = runpy.run_path(str(ROOT / "examples/onnx_early_exit.py"))["load_image"]
+    for ranges in ({}, {"I": (100, 50000), "F": (3.0, 200.0)}):
+        found = load(path, {**about, "value_ranges": ranges})
+        expected = create_transform(**about)(open_image(path, channels, ranges)).numpy()
+        assert found.shape == expected.shape
+        assert np.isclose(found, expected, atol=1e-6).mean() > 0.9  # the two choose other nearest pixels at some edges
+        assert found.std() > 0.1

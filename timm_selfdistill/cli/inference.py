@@ -18,11 +18,12 @@ from ..inference.export import STAGES_FILE, export_onnx, export_stages
 from ..inference.gallery import choose_images, plot_gallery
 from ..inference.policy import POLICIES
 from ..model import SelfDistillModel
+from ..training.images import value_ranges
 from ..training.loading import MeasuredImages
 from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
 from ..training.summary import exit_costs, exit_speedups, merge_rows, model_name
-from .opening import add_data_flags, add_model_flags, load_model, open_data, read_data
+from .opening import add_data_flags, add_model_flags, known_range, load_model, open_data, read_data
 from .program import parse_exit
 
 BUDGET_NOT_MET = 1
@@ -117,7 +118,8 @@ def tradeoff(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     model = load_model(args)
     if args.staged:
-        paths = export_stages(model, args.output)
+        ranges = value_ranges(known_range(None, args.model, args.revision))
+        paths = export_stages(model, args.output, value_ranges=ranges)
         print(f"wrote {', '.join(path.name for path in paths)} and {STAGES_FILE} to {args.output}")
     else:
         export_onnx(model, args.output, parse_exit(args.exit))

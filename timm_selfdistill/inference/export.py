@@ -2,7 +2,7 @@
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def export_onnx(
 
 
 def export_stages(
-        model: SelfDistillModel, folder: str | PathLike, input_size: tuple[int, int, int] | None = None) -> list[Path]:
+        model: SelfDistillModel, folder: str | PathLike, input_size: tuple[int, int, int] | None = None,
+        value_ranges: Mapping[str, tuple[float, float]] | None = None) -> list[Path]:
     """Write one ONNX file for each stage with its classifier, so that a runtime without torch can exit early.
 
     stage0.onnx takes "images"; every stage gives "logits" (batch, K), and all but the last what goes on, the inputs of
@@ -70,6 +71,8 @@ def export_stages(
 
     Args:
         input_size: (channels, height, width) in pixels; None is what the backbone was made for.
+        value_ranges: black and white of images with more than 8 bits, integers ("I") and floating-point numbers ("F"),
+            for stages.json; without them a runtime takes the full range.
 
     Raises:
         ImportError: the extra `onnx` is not installed.
@@ -94,7 +97,7 @@ def export_stages(
         _write_onnx(exported, paths[-1], names_in, names_out, carried, outputs)
         stages.append({"file": paths[-1].name, "inputs": names_in, "outputs": names_out})
         carried = list(outputs[1:])
-    _write_description(model, folder, stages, input_size)
+    _write_description(model, folder, stages, input_size, value_ranges)
     return paths
 
 
@@ -155,7 +158,8 @@ def _compare(fresh: Path, path: Path, inputs: Sequence[Tensor], expected: Sequen
 
 
 def _write_description(
-        model: SelfDistillModel, folder: Path, stages: list[dict[str, Any]], input_size: tuple[int, int, int]) -> None:
+        model: SelfDistillModel, folder: Path, stages: list[dict[str, Any]], input_size: tuple[int, int, int],
+        value_ranges: Mapping[str, tuple[float, float]] | None) -> None:
     config = resolve_model_data_config(model.backbone)
     calibrated = model.early_exit or {}
     description = {
@@ -165,6 +169,7 @@ def _write_description(
         "temperatures": calibrated.get("temperatures", [1.0] * len(model.exits)),
         "input_size": list(input_size), **{key: config[key] for key in (
             "mean", "std", "interpolation", "crop_pct", "crop_mode")},
+        "value_ranges": {kind: list(value_range) for kind, value_range in (value_ranges or {}).items()},
         "class_names": model.backbone.pretrained_cfg.get("label_names"),
     }
     (folder / STAGES_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
