@@ -7,6 +7,7 @@ import timm
 from PIL import Image
 
 from timm_selfdistill import load_images, model_data_config
+from timm_selfdistill.training.data.load import load_split
 
 from ...conftest import EMBEDDED, small_backbone
 
@@ -237,6 +238,14 @@ def test_labels_with_gaps_are_said(labels, said, recwarn):
     messages = [str(warning.message) for warning in recwarn if "no training image" in str(warning.message)]
     assert len(messages) == bool(said)
     assert not said or said in messages[0]
+
+
+def test_a_split_to_measure_on_may_lack_classes(tmp_path, recwarn):
+    rows = table([0, 0, 2]).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+    rows.to_parquet(tmp_path / "test.parquet")
+    images = load_split(tmp_path, "test")
+    assert (len(images.val), images.class_names) == (3, ["a", "b", "c"])
+    assert not [warning for warning in recwarn if "label" in str(warning.message)]
 
 
 def test_classes_without_images_are_said(recwarn):

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 
 from ..images import ValueRange, ValueRanges
-from ..label_columns import label_splits
+from ..label_columns import check_labels, encode_labels
 from .files import collect
 from .found import entry
 from .fraction import ValFraction
@@ -88,8 +88,9 @@ def load_split(
     else:
         image_column = find_column(rows, image_column, datasets.Image, "image", path)
         label_column = find_column(rows, label_column, datasets.ClassLabel, "label", path)
-        rows, _ = label_splits(rows, None, label_column, None, path)
+        rows = encode_labels(rows, label_column)
         classes = rows.features[label_column].names
+        check_labels(rows, label_column, len(classes), split)
     return ImageSplits(
         rows, rows, image_column, label_column, classes, rows, _describe(source, name, split),
         [entry(split, len(rows), len(classes), path, left_out)], value_range=value_range)
