@@ -139,7 +139,8 @@ def _input_size(loader: MeasuredImages) -> tuple[int, int, int]:
 
 def _say_unreadable(loader: MeasuredImages) -> None:
     if loader.unreadable:
-        print(f"{loader.unreadable} images cannot be read and were left out")
+        images = "1 image" if loader.unreadable == 1 else f"{loader.unreadable} images"
+        print(f"{images} could not be read: left out")
 
 
 def _evaluate(model: nn.Module, loader: MeasuredImages) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ def test_they_are_left_out_of_training_and_of_every_measurement(with_damage, com
                        ("tradeoff", ["--output", "tradeoff"])):
         code, out, err = command(name, "run", "--data", "photos", *more)  # as in the run's training
         assert code == 0, err
-        assert "2 images cannot be read and were left out" in out
+        assert "2 images could not be read: left out" in out
         code, out, err = command(name, "run", "--data", "photos", *more, "--on-bad-sample", "raise")
         assert code == 2
         assert err.startswith("timm-selfdistill: error: cannot read image photos/val/cat/1.jpg: ")
