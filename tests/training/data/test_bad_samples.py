@@ -1,27 +1,13 @@
 """An image that cannot be read ends a run or a command, or is left out and counted, in every one of them."""
 import re
-import warnings
 from pathlib import Path
 
 import pytest
 
 from timm_selfdistill import load_images
-from timm_selfdistill.cli.main import main
 
-from ...conftest import ROOT, run_python
-from .test_layouts import make, photos  # noqa: F401  (a fixture)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs timm-selfdistill; its exit code, output and errors."""
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["timm-selfdistill", *map(str, arguments)])
-        capsys.readouterr()
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-    return run
+from ...conftest import ROOT, run_python, small_backbone
+from .test_layouts import make
 
 
 def train(*more: object, check: bool = True):
@@ -31,7 +17,7 @@ def train(*more: object, check: bool = True):
 
 
 @pytest.fixture
-def with_damage(photos):  # noqa: F811
+def with_damage(photos):
     """The first image for training and the first for validation are none; another one is cut off, one is empty."""
     make(photos, "train/{cat,dog}/{1..20}.jpg val/{cat,dog}/{1..160}.jpg")
     for name in ("train/cat/1.jpg", "val/cat/1.jpg"):
@@ -70,4 +56,4 @@ def test_a_sample_passes_them_over(with_damage):
     for path in with_damage.glob("train/*/5.jpg"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="cannot read image photos/train/"):
-        load_images(with_damage).size  # noqa: B018
+        load_images(with_damage).fitting_size(small_backbone())

@@ -1,6 +1,5 @@
 """A network that has classes keeps their order, whatever that of the folders."""
 import re
-import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from timm_selfdistill import load_images, model_data_config, wrap_self_distill
 from timm_selfdistill.training.data.class_order import fit_classes
 
 from ...conftest import ROOT, run_python, small_backbone
-from .test_layouts import make, photos  # noqa: F401  (a fixture)
+from .test_layouts import make
 
 
 def network(names: list[str], num_classes: int | None = None):
@@ -22,7 +21,7 @@ def network(names: list[str], num_classes: int | None = None):
 
 
 @pytest.fixture
-def animals(photos):  # noqa: F811
+def animals(photos):
     make(photos, "train/{cat,dog,fish}/{1..4}.jpg val/{cat,dog,fish}/{5,6}.jpg")
     return load_images(photos)
 
@@ -66,7 +65,7 @@ def test_a_new_classifier_and_one_without_names_take_the_images_order(animals):
         fit_classes(animals, network(["a", "b"], num_classes=3), frozen=True)
 
 
-def test_classes_whose_names_are_numbers(photos):  # noqa: F811
+def test_classes_whose_names_are_numbers(photos):
     """By name, not by index: a network may have them in the order of texts."""
     make(photos, "{0..10}/{1..3}.jpg")
     before = load_images(photos, val_fraction=0.4)
@@ -76,14 +75,14 @@ def test_classes_whose_names_are_numbers(photos):  # noqa: F811
         assert names_of(after, part) == names_of(before, part)
 
 
-def test_labels_that_are_numbers(photos):  # noqa: F811
+def test_labels_that_are_numbers(photos):
     make(photos, "{0,1}/{1..20}.jpg")
     images = load_images(photos)
     with pytest.warns(UserWarning, match="labels are numbers; .*0 for 'cat', 1 for 'dog'"):
         assert fit_classes(images, network(["cat", "dog"]), frozen=False).class_names == ["cat", "dog"]
 
 
-def test_a_saved_model_is_trained_on_and_measured_with_folders_in_another_order(animals, call_in):
+def test_a_saved_model_is_trained_on_and_measured_with_folders_in_another_order(animals, command):
     """The names of the folders are in natural order, those of the network are not."""
     backbone = network(["fish", "cat", "dog"])
     backbone.pretrained_cfg["input_size"] = (3, 32, 32)
@@ -96,27 +95,13 @@ def test_a_saved_model_is_trained_on_and_measured_with_folders_in_another_order(
     with torch.no_grad():
         right = [int(backbone.eval()(image[None]).argmax()) == label for image, label in val]
     for model in ("saved", "run"):
-        code, out, err = call_in("evaluate", model, "--data", "photos")
+        code, out, err = command("evaluate", model, "--data", "photos")
         assert (code, err) == (0, "")
         assert "val: 6 images of 3 classes in photos/val" in out
         if model == "saved":
             assert re.search(rf" 3 .*{100 * sum(right) / 6:.2f}", out)
     make(Path("other"), "train/{cow,cat,dog}/{1..4}.jpg val/{cow,cat,dog}/5.jpg")
-    code, _, err = call_in("evaluate", "saved", "--data", "other")
+    code, _, err = command("evaluate", "saved", "--data", "other")
     assert code == 2
     assert "'fish', 'cat', 'dog'" in err
     assert "does not know 'cow'" in err
-
-
-@pytest.fixture
-def call_in(monkeypatch, capsys):
-    """Runs timm-selfdistill; its exit code, output and errors."""
-    from timm_selfdistill.cli.main import main
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["timm-selfdistill", *map(str, arguments)])
-        capsys.readouterr()
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code or 0, *capsys.readouterr()
-    return run

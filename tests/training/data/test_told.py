@@ -11,11 +11,11 @@ from timm_selfdistill.cli import known_range
 from timm_selfdistill.training.images import value_ranges
 
 from ...conftest import ROOT, run_python
-from .test_bad_samples import command, train  # noqa: F401  (a fixture)
-from .test_layouts import make, photos  # noqa: F401  (a fixture)
+from .test_bad_samples import train
+from .test_layouts import make
 
 
-def test_a_run_says_and_records_what_was_found(photos):  # noqa: F811
+def test_a_run_says_and_records_what_was_found(photos):
     make(photos, "train/{cat,dog}/{1..8}.jpg val/{cat,dog}/9.jpg test/{1..3}.jpg notes.md")
     folder = photos.resolve()
     lines = [f"train: 16 images of 2 classes in {folder}/train; left out: 3 images in test/ without a class, 1 .md",
@@ -36,7 +36,7 @@ def test_a_run_says_and_records_what_was_found(photos):  # noqa: F811
                                               next(line for line in again.stdout.splitlines() if "epoch 1/1" in line)]
 
 
-def test_the_size_and_a_new_classifier_are_explained(photos):  # noqa: F811
+def test_the_size_and_a_new_classifier_are_explained(photos):
     make(photos, "{cat,dog}/{1..20}.jpg")
     flags = [ROOT / "examples/train.py", "--data-dir", photos.resolve(), "-b", 8, "-j", 0, "--epochs", 1]
     done = run_python(*flags, "--model", "test_resnet", "--output", Path("run").resolve())
@@ -53,7 +53,7 @@ def test_the_size_and_a_new_classifier_are_explained(photos):  # noqa: F811
     assert "--pretrained-path FILE" in refused.stderr
 
 
-def test_a_run_is_not_resumed_with_other_classes(photos):  # noqa: F811
+def test_a_run_is_not_resumed_with_other_classes(photos):
     make(photos, "train/{cat,dog}/{1..8}.jpg val/{cat,dog}/9.jpg")
     train()
     make(photos, "train/cat/10.jpg")
@@ -74,7 +74,7 @@ def other() -> Path:
 
 @pytest.mark.parametrize(("high", "flags", "expected"), [
     (0.9, [], [0.0, 1.0]), (4095, ["--value-range", 0, 4095], [0.0, 4095.0])])
-def test_what_is_black_and_white_is_recorded_and_obeyed(high, flags, expected, photos, command, recwarn):  # noqa: F811
+def test_what_is_black_and_white_is_recorded_and_obeyed(high, flags, expected, photos, command, recwarn):
     make(photos, "train/{cat,dog}/{1..8}.tif val/{cat,dog}/{9..12}.tif")
     for number, path in enumerate(sorted(photos.glob("*/*/*.tif"))):
         values = np.linspace(0, high, 64).reshape(8, 8) * (1 if "cat" in path.parts else 0.2 + 0.01 * number)
