@@ -82,6 +82,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         self.head, self.head_args, self.model_args = head, dict(head_args or {}), dict(model_args or {})
         self.freeze_backbone = freeze_backbone
         self.early_exit: dict[str, Any] | None = None
+        self._trained_size: tuple[int, int] | None = None
         self._waiting: list[nn.Parameter] = []
         self.backbone = model
         self.heads = nn.ModuleList(
@@ -118,6 +119,8 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             x: images (B, in_chans, H, W), or what `forward_backbone` gave for them.
         """
         if self.training:
+            if not isinstance(x, BackboneOutput):
+                self._trained_size = tuple(x.shape[2:])
             return self.forward_exits(x)
         return x.logits if isinstance(x, BackboneOutput) else self._run(x, self.backbone)
 
@@ -191,6 +194,13 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
         return exit % count
 
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images that the model is for: those of the last training batch, or before
+        any those that the backbone was made for. Saved with the model."""
+        channels, *own_size = default_input_size(self.backbone, self.model_args)
+        return channels, *(self._trained_size or own_size)
+
     def with_heads(self, heads: nn.ModuleList) -> "SelfDistillModel":
         """The same model, its backbone shared, with other heads of the same kind."""
         other = copy(self)
@@ -216,7 +226,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         """What each exit costs, and the ensemble of all. `print(model.summary())` shows a table.
 
         Args:
-            input_size: (channels, height, width) in pixels; None is what the backbone was made for.
+            input_size: (channels, height, width) in pixels; None is the model's own, `input_size`.
 
         Raises:
             ValueError: `input_size` is nothing of the kind.
@@ -274,6 +284,11 @@ class TruncatedModel(nn.Module, HubMixin):
     def model_args(self) -> dict[str, Any]:
         return self.model.model_args
 
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images that the network is for."""
+        return self.model.input_size
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of the exit for images (B, in_chans, H, W)."""
         return self.model.predict(x, self.exit)
@@ -287,7 +302,7 @@ class TruncatedModel(nn.Module, HubMixin):
 
     def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
         """The one exit: its cost, and what is measured of it."""
-        cost = count_cost(self, default_input_size(self.whole, self.model_args))
+        cost = count_cost(self, self.input_size)
         module = self.model.exits[-1 if self.exit == "ensemble" else self.exit]
         measured = [row for row in measured_rows(metrics) if row["exit"] == self.exit]
         return [{"exit": self.exit, "module": module, "macs": cost.macs} | row for row in measured or [{}]]

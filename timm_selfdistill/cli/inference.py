@@ -22,7 +22,7 @@ from ..training.images import value_ranges
 from ..training.loading import MeasuredImages
 from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
-from ..training.summary import exit_costs, exit_speedups, merge_rows, model_name
+from ..training.summary import exit_costs, merge_rows, model_name, with_speedups
 from .opening import add_data_flags, add_model_flags, known_range, load_model, open_data, read_data
 from .program import parse_exit
 
@@ -59,8 +59,7 @@ def add_parsers(commands: Any) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     model, loader = _open(args)
     rows = _evaluate(model, loader)
-    for row, speedup in zip(rows, exit_speedups(model, rows, _input_size(loader))):
-        row["speedup"] = speedup
+    rows = with_speedups(model, rows, _input_size(loader))
     if model.early_exit:
         rows.append(_evaluate_early_exit(EarlyExit(model), loader))
     print_exits(Console(soft_wrap=True), f"{model_name(model)} on {len(loader.kept)} images", rows)

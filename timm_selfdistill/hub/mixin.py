@@ -34,6 +34,7 @@ class HubMixin(ModelHubMixin):
             metrics: dict[str, Any] | None = None,
             check: bool = True,
             picture: bool = True,
+            data_config: dict[str, Any] | None = None,
             push_to_hub: bool = False,
             repo_id: str | None = None,
             model_card_kwargs: dict[str, Any] | None = None,
@@ -52,6 +53,8 @@ class HubMixin(ModelHubMixin):
                 "settings", "versions", "hardware".
             check: False saves without rebuilding, where this model was seen to be rebuilt before.
             picture: False does not draw exits.png, which takes longer than saving a small model.
+            data_config: the preprocessing that the model was measured with, as of `timm.data.resolve_data_config`; the
+                default is the model's own, for images of the size of the last training batch.
             push_to_hub: upload it, too, to `repo_id`, by default the folder's name.
             model_card_kwargs: metadata of the card, e.g. `{"license": "mit"}`.
             push_to_hub_kwargs: further arguments of `push_to_hub`.
@@ -66,7 +69,8 @@ class HubMixin(ModelHubMixin):
         save_timm_model(
             self.backbone, save_directory, whole=self.whole, model_args=self.model_args, heads=self.heads,
             settings=self.settings(), metrics=metrics, rows=self.card_rows(metrics), check=check, picture=picture,
-            rebuild=self.rebuild, card_data=model_card_kwargs)
+            rebuild=self.rebuild, card_data=model_card_kwargs,
+            data_config={"input_size": self.input_size, **(data_config or {})})
         if not push_to_hub:
             return None
         return push_folder(save_directory, repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)
@@ -199,7 +203,7 @@ class HubMixin(ModelHubMixin):
     def generate_model_card(self, *, metrics: dict[str, Any] | None = None, **card_data: Any) -> ModelCard:
         """The card that `save_pretrained` would write; see there."""
         return create_model_card(
-            self.whole, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data)
+            self.whole, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data, self.input_size)
 
     @property
     def whole(self) -> nn.Module:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cost import default_input_size
 from ..model import SelfDistillModel
 from .batch_run import BatchRun, EarlyExitOutput
 from .calibration import Calibration, check_budget, macs_of_exits, times_of_exits
@@ -79,7 +78,7 @@ class EarlyExit:
         handles = [modules[stage.name].register_forward_hook(StageHook(exit, self._owner))
                    for exit, stage in enumerate(model.stages) if stage.name in modules]
         weakref.finalize(self, _remove, handles)
-        self._route(default_input_size(model.backbone, model.model_args))
+        self._route(model.input_size)
 
     def predict(self, x: Tensor) -> EarlyExitOutput:
         """Answers for images (B, in_chans, H, W), without gradients.

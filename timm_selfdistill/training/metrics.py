@@ -74,13 +74,14 @@ def measure_exits(
         model: nn.Module, batches: Iterable[tuple[Tensor | BackboneOutput, Tensor]], accelerator: Accelerator,
         labelled: bool = True,
 ) -> tuple[list[ExitMetrics], int]:
-    """Accuracy of every exit and of the ensemble over the batches of all processes, and how many images they have.
+    """Accuracy of every exit and of the ensemble over the batches of all processes, and how many images they have; in
+    full precision, as every reader of the saved model measures it.
 
     Args:
         labelled: False counts as right what the deepest classifier says.
     """
     meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
-    with evaluating(model), torch.no_grad(), accelerator.autocast():
+    with evaluating(model), torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
         for x, y in batches:
             logits = exit_logits(model, x)
             meter.update(logits, y if labelled else logits[-1].argmax(1))

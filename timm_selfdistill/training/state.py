@@ -44,12 +44,21 @@ class TrainState:
     skipped_updates: int = 0
     """Updates that were left out because their gradients were not finite."""
     best_top1: float = -1.0
+    best_epoch: int = 0
+    """From 1, of the best model; 0 where there is none yet."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def troubles(self) -> str:
         """How many images and updates were left out, for the line of an epoch."""
         return (f"  images replaced {self.replaced_samples}" if self.replaced_samples else "") + (
             f"  updates left out {self.skipped_updates}" if self.skipped_updates else "")
+
+    def metrics_of(self, epoch: int) -> list[ExitMetrics]:
+        """Of a finished epoch, from 1."""
+        row = next(row for row in self.history if row["epoch"] == epoch)
+        labels = [key.removeprefix("top1_") for key in row if key.startswith("top1_")]
+        return [ExitMetrics(label if label == "ensemble" else int(label.removeprefix("exit_")),
+                            row[f"top1_{label}"], row[f"top5_{label}"], row[f"loss_{label}"]) for label in labels]
 
     def end_epoch(self, lr: float, metrics: list[ExitMetrics]) -> dict[str, Any]:
         """Go to the next epoch; the row of this one.

@@ -1,6 +1,6 @@
 """Images that come one after the other, without an index: `datasets` in streaming mode."""
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +36,9 @@ class StreamedImages(IterableDataset):
 
     skips_unreadable = False
     """Whether None takes the place of an image that cannot be read."""
+    data_config: dict[str, Any] | None = None
+    class_names: Sequence[str] = ()
+    """Both as of `ImageDataset`."""
 
     def __init__(self, rows: "datasets.IterableDataset", image_column: str, label_column: str | None,
                  transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None,

@@ -88,7 +88,7 @@ class Trainer:
         self.pictures = Interval(PICTURE_INTERVAL)
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
-        self.saved = SavedModels(self.output, config, self.accelerator, val_data, self.input_size)
+        self.saved = SavedModels(self.output, config, self.accelerator, val_data, image_shape(val_data, config))
         self.uploader = create_uploader(config, self.output, self.accelerator)
 
     @property
@@ -162,7 +162,7 @@ class Trainer:
             try:
                 write_config(self.config, self.output)
                 if not self.saved.take_over(checkpoint.parent.parent, self.state.epoch):
-                    self.state.best_top1 = -1.0
+                    self.state.best_top1, self.state.best_epoch = -1.0, 0
             except OSError as error:
                 warn_unwritten(self.output, error)
         self.update.set_schedule(self._position())
@@ -268,7 +268,7 @@ class Trainer:
         is_best = top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
         is_best = is_best and self._save_model("best", metrics)
         if is_best:
-            state.best_top1 = top1
+            state.best_top1, state.best_epoch = top1, state.epoch
         if accelerator.is_main_process:
             report_history(self.output, state.history, self.saved.val_labelled, picture=False)
             if self.pictures.is_overdue() or (self.uploader and self.uploader.pushes(state.epoch, is_best)):
@@ -282,9 +282,12 @@ class Trainer:
         metrics = self.metrics or self.evaluate()
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
-            self.saved.save_missing(self.eval_model, self.state.epoch, metrics)
-            report_history(self.output, self.state.history, self.saved.val_labelled)
-            answer = [self.saved.summarize(self.eval_model, metrics, self.state.epoch)]
+            state = self.state
+            if "best" in self.saved.save_missing(self.eval_model, state.epoch, metrics):
+                state.best_epoch = state.epoch
+            report_history(self.output, state.history, self.saved.val_labelled)
+            best = state.best_epoch, state.metrics_of(state.best_epoch)
+            answer = [self.saved.summarize(self.eval_model, best, (state.epoch, metrics))]
         return broadcast_object_list(answer)[0]
 
     def _draw_missing(self) -> None:
