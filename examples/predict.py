@@ -10,7 +10,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_selfdistill import SelfDistillModel
-from timm_selfdistill.cli import Parser, known_range, parse_exit, run
+from timm_selfdistill.cli import Parser, parse_exit, read_record, run
 from timm_selfdistill.training.images import open_image
 
 
@@ -35,8 +35,8 @@ def main() -> int:
     if not isinstance(model, SelfDistillModel) and args.exit != "-1":
         raise ValueError(f"{args.model} has one exit only; leave out --exit")
     config = resolve_model_data_config(backbone)
-    value_range = args.value_range if model is backbone else known_range(args.value_range, args.model, args.revision)
-    image = open_image(args.image, config["input_size"][0], value_range)
+    known = None if model is backbone else read_record(args.model, args.revision).value_range
+    image = open_image(args.image, config["input_size"][0], args.value_range or known)
     with torch.no_grad():
         x = create_transform(**config)(image)[None]
         logits = model.predict(x, parse_exit(args.exit)) if isinstance(model, SelfDistillModel) else model(x)

@@ -11,6 +11,7 @@ from ..training import TrainConfig
 from ..training.augmentation import CROP_MODES
 from ..training.config import CHOICES, SCHEDULES
 from .config_file import read_flags
+from .data_flags import add_image_flags, add_preprocessing_flags
 from .methods import (
     BETA,
     DEFAULTS,
@@ -41,29 +42,13 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
 
 
 def _add_data(group: Any, default_data: str) -> None:
-    group.add_argument("--data-dir", metavar="DIR", default=default_data,
-                       help="folder of images, parquet or arrow files")
-    group.add_argument("--dataset", metavar="NAME", help="data set on the Hub, instead of --data-dir")
-    group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
-    group.add_argument("--train-split", metavar="NAME", default="train", help="name of the training split")
-    group.add_argument("--val-split", metavar="NAME", help="default: the validation split, else the test split")
-    group.add_argument("--val-fraction", type=float, default=0.1, help="of the training split, where there is no other")
-    group.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type); of a folder"
-                       " of image files their extensions, '.webp;.png' (default: timm's)")
-    group.add_argument("--target-key", metavar="COLUMN", help="label column (default: found by its type)")
+    add_image_flags(group, {"data_dir": default_data, "train_split": "train", "val_fraction": 0.1})
     group.add_argument("--num-classes", type=int,
                        help="of the model (default: those of the data, or without labels the model's own)")
     group.add_argument("--streaming", action=_BOOLEAN, default=False,
                        help="read the images while training instead of downloading and converting them first")
-    group.add_argument("--img-size", type=int, help="pixels (default: the model's, less where the images are small)")
+    add_preprocessing_flags(group)
     group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the model's, mostly 3)")
-    group.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                       help="black and white of images with more than 8 bits (default: the full range of their type)")
-    group.add_argument("--mean", type=float, nargs="+",
-                       help="of the pixels, one value or one a channel (default: the model's)")
-    group.add_argument("--std", type=float, nargs="+", help="likewise")
-    group.add_argument("--interpolation", help="bicubic, bilinear, ... (default: the model's)")
-    group.add_argument("--crop-pct", type=float, help="centre crop for validation (default: the model's)")
 
 
 def _add_augmentation(group: Any) -> None:

@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .frozen import is_frozen
 from .hardware import device_name
 from .labels import is_labelled
+from .loading import image_count
 from .metrics import ExitMetrics
 from .report import write_json
 from .summary import exit_costs, merge_rows, model_name, with_speedups
@@ -39,13 +40,15 @@ class SavedModels:
     """
 
     def __init__(
-            self, output: Path, config: TrainConfig, accelerator: Accelerator, val_data: Dataset,
+            self, output: Path, config: TrainConfig, accelerator: Accelerator, train_data: Dataset, val_data: Dataset,
             input_size: tuple[int, int, int]):
         self.output, self.input_size = output, input_size
         self.data_config = {**(getattr(val_data, "data_config", None) or {}), "input_size": input_size}
         self.unsaved: dict[str, int] = {}
         """Epochs of models that could not be written."""
         self.costs: list[dict[str, Any]] = []
+        self.images = [image_count(train_data), image_count(val_data)]
+        """None where a stream does not tell."""
         self.val_images = 0
         """Images that the metrics are of."""
         source = getattr(val_data, "source", None)
@@ -122,6 +125,8 @@ class SavedModels:
         else:
             record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._origin(model), **self.facts,
                       **({"frozen": True} if is_frozen(model) else {})}
+            if None not in self.images:
+                record["images"] = self.images
             if record["dataset"]:
                 record["dataset"] = {**record["dataset"], "images": self.val_images}
         if isinstance(model, SelfDistillModel):

@@ -33,6 +33,8 @@ class TrainState:
     """Images of an epoch."""
     backbone: str = ""
     """SHA-256 of a frozen one, or of a teacher, which checkpoints do not hold."""
+    class_names: list[str] = field(default_factory=list)
+    """In the order of the class indices; empty where they are not known."""
     epoch: int = 0
     images: int = 0
     """Images of this epoch that are behind us, over all processes."""
@@ -93,13 +95,18 @@ class TrainState:
             raise ValueError("the checkpoint is of a run with a teacher or a frozen backbone, which had other weights"
                              " than this one; resume with the model, the teacher and the pretrained weights that the"
                              " run began with")
+        names = state.get("class_names")
+        if names and self.class_names and names != self.class_names:
+            raise ValueError(f"the checkpoint is of a run on the classes {', '.join(names)}, and the images are of"
+                             f" {', '.join(self.class_names)}; resume with the classes that the run began with")
         saved, own = ((place["global_batch"], place["epoch_images"]) for place in (state, vars(self)))
         if state["images"] and saved != own:
             raise ValueError(
                 f"the checkpoint stands in the middle of an epoch of {saved[1]} images in batches of {saved[0]}"
                 f" (batch_size times processes), this run has {own[1]} in batches of {own[0]}; resume with the same"
             )
-        vars(self).update(state, global_batch=own[0], epoch_images=own[1])
+        own_names = self.class_names or names or []
+        vars(self).update(state, global_batch=own[0], epoch_images=own[1], class_names=own_names)
 
 
 def diverged(what: str, newest: Path | None) -> FloatingPointError:

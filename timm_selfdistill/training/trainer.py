@@ -23,7 +23,7 @@ from .frozen import check_frozen_settings, frozen_digest, is_frozen, learns_in_p
 from .initial_weights import check_task
 from .interrupt import InterruptRequest
 from .interval import Interval
-from .labels import check_classes, paired
+from .labels import check_classes, name_classes, paired
 from .loading import ValBatches, check_counts, image_count, image_shape, train_batches
 from .metrics import ExitMetrics, deciding_top1, measure_exits
 from .mixing import TargetMixer
@@ -79,7 +79,9 @@ class Trainer:
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
-        self.state = TrainState(self.batches.global_batch, self.batches.epoch_images, frozen_digest(task))
+        self.state = TrainState(
+            self.batches.global_batch, self.batches.epoch_images, frozen_digest(task),
+            name_classes(task.get_eval_model(), train_data, val_data))
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         check_pushable(config, self.eval_model)
         self.output = open_run(config, self.accelerator, self.checkpoint)
@@ -88,7 +90,8 @@ class Trainer:
         self.pictures = Interval(PICTURE_INTERVAL)
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
-        self.saved = SavedModels(self.output, config, self.accelerator, val_data, image_shape(val_data, config))
+        self.saved = SavedModels(
+            self.output, config, self.accelerator, train_data, val_data, image_shape(val_data, config))
         self.uploader = create_uploader(config, self.output, self.accelerator)
 
     @property
