@@ -48,9 +48,10 @@ def name_classes(model: nn.Module, *data: Dataset) -> list[str]:
     own = names if len(names) == getattr(model, "num_classes", None) else []
     for found in filter(None, (list(getattr(part, "class_names", ())) for part in data)):
         if own and found != own:
-            raise ValueError(f"the model's classes are {', '.join(own)}, and those of the images {', '.join(found)}; take"
-                             " the images in the model's order, images.in_order(names), or name the model's classes"
-                             " anew, model_data_config(backbone, class_names=images.class_names)")
+            raise ValueError(
+                f"the model's classes are {', '.join(own)}, and those of the images {', '.join(found)}; take the images"
+                " in the model's order, images.in_order(names), or name the model's classes anew,"
+                " model_data_config(backbone, class_names=images.class_names)")
         own = found
     if own and known:
         known.update(label_names=own)
