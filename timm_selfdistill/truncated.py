@@ -168,6 +168,9 @@ def load_pretrained(
     """
     name, fetch_args = pretrained_model_name_or_path, {key: load_args[key] for key in load_args if key != "head"}
     folder = fetch_model(name, revision=revision, only_config=True, **fetch_args)
-    truncated = "truncated_to" in read_config(folder)["self_distill"]
-    return (TruncatedModel if truncated else SelfDistillModel).from_pretrained(
-        name, revision=pin(name, folder, revision), **load_args)
+    return saved_class(read_config(folder)).from_pretrained(name, revision=pin(name, folder, revision), **load_args)
+
+
+def saved_class(config: dict[str, Any]) -> type[SelfDistillModel] | type[TruncatedModel]:
+    """What a config.json that `read_config` read is of."""
+    return TruncatedModel if "truncated_to" in config["self_distill"] else SelfDistillModel
