@@ -1,5 +1,5 @@
 """One verb turns a timm model into a network that teaches itself."""
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -239,20 +239,20 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         if self.freeze_backbone:
             raise ValueError("the backbone is frozen, so a fresh classifier on it would never learn; train the plain"
                              " network for its new classes first, then wrap it")
-        self.reset_heads(num_classes, range(len(self.stages)))
+        self.reset_heads(num_classes)
         pool = {} if global_pool is None else {"global_pool": global_pool}
         self.backbone.reset_classifier(num_classes, **pool)
         self._update_model_args(pool)
 
-    def reset_heads(self, num_classes: int, exits: Iterable[int]) -> None:
-        """Fresh shallow classifiers at some exits, for other classes."""
+    def reset_heads(self, num_classes: int) -> None:
+        """Fresh shallow classifiers for other classes; where a truncated model has none, none."""
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(
                 f"num_classes must be a whole number of at least 1, got {num_classes!r}; for features without"
                 " classifiers use the plain network, strip()")
-        heads = self._create_heads(num_classes)
-        for exit in exits:
-            self.heads[exit] = heads[exit]
+        for exit, head in enumerate(self._create_heads(num_classes)):
+            if not isinstance(self.heads[exit], nn.Identity):
+                self.heads[exit] = head
         self.num_classes, self.early_exit = num_classes, None
         self._update_model_args({"num_classes": num_classes})
 

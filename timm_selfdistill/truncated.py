@@ -120,7 +120,7 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
             raise ValueError(
                 f"exit {self.exit} pools with its own classifier; global_pool={global_pool!r} is of the deepest")
         else:
-            self.model.reset_heads(num_classes, [self.exit])
+            self.model.reset_heads(num_classes)
             self.whole.reset_classifier(num_classes)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
