@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
-from timm_selfdistill import SelfDistillModel
+from timm_selfdistill import SelfDistillModel, load_pretrained
 from timm_selfdistill.cli import Parser, parse_exit, read_record, run
 from timm_selfdistill.training.images import open_image
 
@@ -30,7 +30,7 @@ def main() -> int:
     if args.model.startswith(("local-dir:", "hf-hub:")):
         model = backbone = timm.create_model(args.model, pretrained=True).eval()
     else:
-        model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
+        model = load_pretrained(args.model, revision=args.revision)
         backbone = model.backbone
     if not isinstance(model, SelfDistillModel) and args.exit != "-1":
         raise ValueError(f"{args.model} has one exit only; leave out --exit")

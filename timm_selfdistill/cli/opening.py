@@ -62,15 +62,15 @@ def saved_model(model: str) -> str:
 
 def load_model(args: argparse.Namespace) -> SelfDistillModel:
     """The self-distilled model of `add_model_flags`."""
-    return _with_exits(args.model, args.revision)
+    return SelfDistillModel.from_pretrained(args.model, revision=args.revision)
 
 
 def load_any_model(name: str, revision: str | None) -> nn.Module:
     """A self-distilled or a plain timm model, in eval mode."""
     folder = hub.fetch_model(name, revision=revision, only_config=True)
     if "self_distill" in hub.read_network(folder):
-        return _with_exits(name, revision)
-    folder = hub.fetch_model(name, revision=revision)
+        return SelfDistillModel.from_pretrained(name, revision=hub.pin(name, folder, revision))
+    folder = hub.fetch_model(name, revision=hub.pin(name, folder, revision))
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
@@ -143,13 +143,6 @@ def _load_checkpoint(model: nn.Module, checkpoint: Path) -> int:
     model.load_state_dict(
         {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _with_exits(name: str, revision: str | None) -> SelfDistillModel:
-    model = SelfDistillModel.from_pretrained(name, revision=revision)
-    if not isinstance(model, SelfDistillModel):
-        raise ValueError(f"{name} is a truncated model, which has one exit only")
-    return model
 
 
 def _whole_number(lowest: int) -> Callable[[str], int]:

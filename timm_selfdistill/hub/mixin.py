@@ -13,7 +13,7 @@ from torch import nn
 
 from .building import BoundedBuild, NoRandomInit, build_backbone, check_buffers
 from .card import measured_rows
-from .download import fetch_model
+from .download import fetch_model, pin
 from .files import check_model_files, check_sizes, load_weights, read_config
 from .push import push_folder
 from .saving import create_model_card, save_timm_model
@@ -98,6 +98,8 @@ class HubMixin(ModelHubMixin):
     ) -> T:
         """Load a saved model, in eval mode on the CPU.
 
+        All files are those of one commit, whatever is pushed meanwhile.
+
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or the id of a repository on the Hub.
             head: the callable that the model was wrapped with, if it was one: code is never loaded from a folder.
@@ -109,25 +111,39 @@ class HubMixin(ModelHubMixin):
             FileNotFoundError: the folder, the repository, the revision or a file in it is missing.
             PermissionError: the repository is not open to this token.
             OSError: the Hub answers with an error, or not at all.
-            ValueError: a file is damaged, foreign, of another format version, or beyond the limits of `hub/trust.py`.
+            ValueError: a file is damaged, foreign, of another format version, or beyond the limits of `hub/trust.py`;
+                or the model is of the other class, truncated or not.
             TypeError: `head` cannot be one.
         """
         fetch = partial(
-            fetch_model, pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir,
+            fetch_model, pretrained_model_name_or_path, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only, force_download=force_download)
-        folder = fetch(only_config=True)
+        folder = fetch(revision=revision, only_config=True)
         config = read_config(folder)
+        cls.check_kind(config["self_distill"], pretrained_model_name_or_path)
         if config["self_distill"]["head"] is None and head is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved with a head of its own; pass it:"
                 " from_pretrained(..., head=...)")
         sketch = cls.sketch(config, folder, head)  # files of another model are refused before they are fetched
-        fetch(check_sizes=partial(check_sizes, backbone=sketch.backbone, heads=sketch.heads))
+        fetch(revision=pin(pretrained_model_name_or_path, folder, revision),
+              check_sizes=partial(check_sizes, backbone=sketch.backbone, heads=sketch.heads))
         check_model_files(folder, sketch.backbone, sketch.heads)
         with NoRandomInit() if head is None else nullcontext():  # what a head of one's own draws is not always saved
             model = cls.from_config(config, folder, head)
         load_weights(model.backbone, model.heads, folder)
         return model.eval()
+
+    @classmethod
+    def check_kind(cls, settings: dict[str, Any], name: str | PathLike) -> None:
+        """Refuse what another class loads.
+
+        Args:
+            settings: "self_distill" of a config.
+
+        Raises:
+            ValueError: it is another class's.
+        """
 
     @classmethod
     def sketch(

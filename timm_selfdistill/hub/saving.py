@@ -23,7 +23,7 @@ from .card import create_card, may_replace, measured_rows
 from .files import BACKBONE, CARD, CONFIG, FORMAT_VERSION, HEADS, PICTURE, facts, read_config
 from .picture import plot_exits
 from .replace import replacing_files
-from .trust import check_names, read_json, short
+from .trust import read_json, short
 
 Rebuild = Callable[[Path], tuple[nn.Module, nn.Module]]
 SOURCE_KEYS = {"tag", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_names",
@@ -69,8 +69,6 @@ def save_timm_model(
     """
     with replacing_files(Path(folder)) as fresh:
         check_metrics(metrics)
-        if heads is not None:  # `from_pretrained` would refuse the folder
-            check_names((entry.name for entry in Path(folder).iterdir()), folder)
         whole = whole or backbone
         data_config = {"input_size": default_input_size(whole, model_args), **(data_config or {})}
         _save_config(whole, fresh / CONFIG, model_args, settings, metrics, data_config)

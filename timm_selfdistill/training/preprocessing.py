@@ -96,6 +96,8 @@ def model_data_config(
             config[key] = (sum(values) / len(values),) * in_chans
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     backbone.pretrained_cfg.update({key: config[key] for key in kept if key in config}, test_input_size=None)
+    if hasattr(backbone, "trained_size"):
+        backbone.trained_size = None
     if class_names is not None:
         backbone.pretrained_cfg.update(label_names=list(class_names), num_classes=len(class_names))
     return config
