@@ -54,7 +54,8 @@ def folder(tmp_path_factory):
 def written(folder, stem: str) -> dict:
     assert (folder / f"out/{stem}.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((folder / f"out/{stem}.json").read_text())
-    assert (found["data"], found["split"], found["device"]) == ("data", None, "cpu")
+    assert found["data"] == {"name": "data", "type": "imagefolder", "split": "test"}
+    assert found["device"] == "cpu"
     assert found["batch_size"] in (40, 64)
     assert found["versions"] == {
         "timm_selfdistill": timm_selfdistill.__version__, "torch": torch.__version__, "timm": timm.__version__}
@@ -158,7 +159,7 @@ def test_agreement(call, folder):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["flat-minima", "--data", "data"], "required: model"),
-    (["flat-minima", "plain"], "required: --data"),
+    (["flat-minima", "plain"], "plain/best .*images of its run; give --data-dir"),
     (["flat-minima", "plain", "--data", "data", "--levels", "-1"], r"levels .*above 0, got \[-1.0\]"),
     (["flat-minima", "plain", "--data", "data", "--draws", "0"], "draws .* 1, got 0"),
     (["flat-minima", "plain", "nowhere", "--data", "data"], "nowhere .*no folder here"),

@@ -64,7 +64,7 @@ def test_a_run_is_not_resumed_with_other_classes(photos):
         (photos / split / "cat").rename(photos / split / "zebra")
     refused = train("--epochs", 3, "--resume", check=False)
     assert refused.returncode == 2
-    assert "class_names dog, zebra instead of cat, dog" in refused.stderr
+    assert "on the classes cat, dog, and the images are of dog, zebra;" in refused.stderr
 
 
 def other() -> Path:
