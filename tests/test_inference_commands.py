@@ -59,6 +59,19 @@ def test_a_budget_that_is_not_met_saves_nothing(call, folder):
     assert (folder / "run/best/config.json").read_text() == before
 
 
+def test_calibrate_says_where_thresholds_amount_to_one_exit(call, folder):
+    macs = [row.macs for row in SelfDistillModel.from_pretrained(folder / "run/best").summary((1, 32, 32))]
+    code, out, _ = call("calibrate", "run", "--data", "data", "--max-macs", macs[0], "--output", "first")
+    assert code == 0
+    assert "all images leave at exit 0, as with truncate(0)" in out
+    code, out, _ = call("calibrate", "run", "--data", "data", "--max-accuracy-drop", "0", "--output", "safe")
+    report = json.loads((folder / "safe/config.json").read_text())["self_distill"]["early_exit"]
+    assert ("this is the plain network" in out) == (report["shares"] == [0, 0, 0, 1])
+    rows = call("evaluate", "first", "--data", "data")[1].splitlines()
+    top1 = {line.split("│")[1].strip(): line.split("│")[3].strip() for line in rows if line.startswith("│")}
+    assert top1["early"] == top1["0"]
+
+
 def test_tradeoff_draws_what_it_writes_down(call, folder):
     code, out, _ = call("tradeoff", "run", "--data", "data", "--baseline", "plain", "--output", "pictures")
     assert code == 0

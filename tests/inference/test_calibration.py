@@ -19,6 +19,7 @@ from timm_selfdistill.inference.calibration import (
     macs_of_exits,
     to_threshold,
 )
+from timm_selfdistill.inference.calibration_report import FixedExit
 from timm_selfdistill.inference.policy import POLICIES
 from timm_selfdistill.inference.thresholds import EVERYBODY, ExitCosts, OperatingPoint, find_curve, simulate
 
@@ -195,6 +196,19 @@ def text(report) -> str:
     out = StringIO()
     Console(file=out, width=120).print(report)
     return out.getvalue()
+
+
+def test_a_report_names_the_fixed_exit_that_it_amounts_to_and_a_better_one(trained):
+    report = EarlyExit(trained).calibrate(loader(), max_macs=trained.summary((3, 32, 32))[0].macs)
+    assert report.fixed_exit == 0
+    assert "all images leave at exit 0" in text(report)
+    assert "better" not in text(report)
+    report.shares = [0.0, 0.0, 0.0, 1.0]
+    assert "no image leaves early: this is the plain network" in text(report)
+    report.shares, report.better_exit = [0.5, 0.5, 0.0, 0.0], FixedExit(1, 71.9, 0.5 * report.plain_macs, 1.62)
+    assert "leave at" not in text(report)
+    assert "exit 1 for all images is better: top-1 71.90 %" in text(report)
+    assert "50.0% of the plain network's; 1.62x as fast" in text(report)
 
 
 def test_it_is_saved_with_the_model_and_printed(trained, tmp_path):

@@ -2,16 +2,17 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from math import log
 
 import torch
 from torch import Tensor
 
 from ..cost import measure_speedups
 from ..model import SelfDistillModel
-from .calibration_report import CalibrationReport
+from .calibration_report import CalibrationReport, FixedExit
 from .labelled import check_finite, labelled_batches
 from .policy import find_policy
-from .thresholds import EVERYBODY, ExitCosts, OperatingPoint, find_curve, simulate
+from .thresholds import EVERYBODY, ExitCosts, OperatingPoint, find_curve, fixed_exits, simulate
 
 MIN_IMAGES = 300
 """Fewest images: a hundred for each of the three parts."""
@@ -20,6 +21,10 @@ BINS = 15
 MARGIN = 2.0
 """Standard errors by which a promise must be kept on the images that thresholds are found on. There are two sources of
 error, these images and those that check it."""
+ROUNDING = 1e-9
+"""Relative error of a mean in float64."""
+CHANCE = 0.05
+"""Probability of saying that some fixed exit is more accurate where all are equally good."""
 BUDGETS = ("max_accuracy_drop", "max_macs", "min_speedup")
 
 
@@ -99,6 +104,7 @@ class Calibration:
         _, cost_each = simulate(check.sureness, point.thresholds, costs)
         accuracy = float(check.right.gather(0, exits[None]).double().mean())
         found = OperatingPoint(point.thresholds, accuracy, float(cost_each.mean()))
+        better = find_better_exit(found, check, costs, budget)
         ece_before, ece_after = self._calibration_errors()
         return CalibrationReport(
             budget=budget, met=is_met(found, check.plain_accuracy, costs, budget), accuracy=100 * accuracy,
@@ -106,6 +112,10 @@ class Calibration:
             shares=[float((exits == exit).double().mean()) for exit in range(len(self.logits))],
             macs=float(macs_each.mean()), plain_macs=macs.plain,
             speedup=costs.plain / found.cost if unit == "time" else None,
+            better_exit=None if better is None else FixedExit(
+                exit=better, accuracy=100 * float(check.right[better].double().mean()),
+                macs=fixed_exits(check.right, macs)[better].cost,
+                speedup=costs.plain / fixed_exits(check.right, costs)[better].cost if unit == "time" else None),
             ece_before=ece_before, ece_after=ece_after,
             policy=self.policy, temperatures=self.temperatures, images=[len(part) for part in self.parts],
             thresholds=[to_threshold(value, self.policy, self.classes) for value in point.thresholds])
@@ -186,33 +196,83 @@ def check_labels(labels: Tensor) -> None:
 
 def choose_point(
         curve: list[OperatingPoint], data: Answers, costs: ExitCosts, budget: dict[str, float]) -> OperatingPoint:
-    """The cheapest point within an accuracy budget, or the most accurate within a cost budget; else the nearest.
+    """The cheapest point within an accuracy budget, or the most accurate within a cost budget; else the cheapest.
 
     Within means by `MARGIN` standard errors: a point that just keeps the promise here would break it on every second
-    set of other images.
+    set of other images. The fixed exits are always among the points. All images cost the same there, so a cost budget
+    that they keep here, they keep on any images, where a more accurate point of the curve may not. A point at most as
+    expensive and at least as accurate as the cheapest within an accuracy budget is taken instead.
     """
-    within = [point for point in curve
+    points = fixed_exits(data.right, costs) + curve
+    within = [point for point in points
               if is_met(_pessimistic(point, data, costs), data.plain_accuracy, costs, budget)]
+    if not within:
+        return min(points, key=_cheapest)
     if "max_accuracy_drop" in budget:
-        return min(within, key=lambda point: point.cost) if within else max(curve, key=lambda point: point.accuracy)
-    return max(within, key=lambda point: point.accuracy) if within else min(curve, key=lambda point: point.cost)
+        cheapest = min(within, key=_cheapest)
+        within = [point for point in points if point.cost <= cheapest.cost and point.accuracy >= cheapest.accuracy]
+    return max(within, key=lambda point: (point.accuracy, -point.cost))
+
+
+def _cheapest(point: OperatingPoint) -> tuple[float, float]:
+    return point.cost, -point.accuracy
 
 
 def _pessimistic(point: OperatingPoint, data: Answers, costs: ExitCosts) -> OperatingPoint:
     """A point with the errors of its accuracy (less the plain network's) and of its cost against it."""
     exits, cost = simulate(data.sureness, point.thresholds, costs)
     gains = data.right.gather(0, exits[None])[0].double() - data.right[-1].double()
-    errors = [MARGIN * float(values.std()) / len(values) ** 0.5 for values in (gains, cost)]
-    return point._replace(accuracy=point.accuracy - errors[0], cost=point.cost + errors[1])
+    return point._replace(accuracy=point.accuracy - _error(gains), cost=point.cost + _error(cost))
+
+
+def _error(values: Tensor) -> float:
+    """`MARGIN` standard errors of their mean."""
+    return MARGIN * float(values.std()) / len(values) ** 0.5
 
 
 def is_met(point: OperatingPoint, plain_accuracy: float, costs: ExitCosts, budget: dict[str, float]) -> bool:
     (name, value), = budget.items()
     if name == "max_accuracy_drop":
-        return 100 * (plain_accuracy - point.accuracy) <= value + 1e-9
+        return 100 * (plain_accuracy - point.accuracy) <= value + ROUNDING
     if name == "max_macs":
-        return point.cost <= value
-    return costs.plain / point.cost >= value
+        return point.cost <= value * (1 + ROUNDING)
+    return point.cost * value <= costs.plain * (1 + ROUNDING)
+
+
+def find_better_exit(
+        found: OperatingPoint, data: Answers, costs: ExitCosts, budget: dict[str, float]) -> int | None:
+    """The best fixed exit that keeps the promise where what was found does not, or else is more accurate (within a cost
+    budget) or cheaper (within an accuracy budget) by more than chance explains.
+
+    Accuracies are compared by a sign test of the images that one of the two has right, costs by `MARGIN` standard
+    errors.
+
+    Args:
+        found: measured on `data`, which had no part in finding it.
+    """
+    fixed = fixed_exits(data.right, costs)
+    kept = [exit for exit, point in enumerate(fixed)
+            if is_met(_pessimistic(point, data, costs), data.plain_accuracy, costs, budget)]
+    exits, cost = simulate(data.sureness, found.thresholds, costs)
+    if not is_met(found, data.plain_accuracy, costs, budget):
+        better = [exit for exit in kept if fixed[exit].cost < costs.plain]
+    elif "max_accuracy_drop" in budget:
+        better = [exit for exit in kept if fixed[exit].cost < found.cost - _error(cost)]
+    else:
+        right = data.right.gather(0, exits[None])[0]
+        better = [exit for exit in kept if sign_test(data.right[exit], right) <= CHANCE / len(fixed)]
+    if "max_accuracy_drop" in budget:
+        return min(better, key=lambda exit: fixed[exit].cost, default=None)
+    return max(better, key=lambda exit: fixed[exit].accuracy, default=None)
+
+
+def sign_test(first: Tensor, second: Tensor) -> float:
+    """Probability that `first` (N,) is right as much more often than `second` (N,) if both are equally good."""
+    wins, losses = int((first & ~second).sum()), int((second & ~first).sum())
+    count = torch.tensor(wins + losses, dtype=torch.double)
+    more = torch.arange(wins, wins + losses + 1, dtype=torch.double)
+    ways = torch.lgamma(count + 1) - torch.lgamma(more + 1) - torch.lgamma(count - more + 1)
+    return float((ways - count * log(2)).exp().sum())
 
 
 def macs_of_exits(model: SelfDistillModel, stops: list[int], input_size: tuple[int, int, int]) -> ExitCosts:

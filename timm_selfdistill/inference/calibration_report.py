@@ -6,6 +6,16 @@ from rich.table import Table
 
 
 @dataclass
+class FixedExit:
+    """One exit for all images, on the last part of the data."""
+
+    exit: int
+    accuracy: float
+    macs: float
+    speedup: float | None
+
+
+@dataclass
 class CalibrationReport:
     """What calibration found. Accuracies are in per cent, and those of images that had no part in finding it."""
 
@@ -23,6 +33,9 @@ class CalibrationReport:
     plain_macs: float
     speedup: float | None
     """Expected from the measured times of the exits; only where `min_speedup` was asked for."""
+    better_exit: FixedExit | None
+    """A fixed exit that keeps the promise on the last part, and which the thresholds do not keep, or keep worse by more
+    than chance explains."""
     ece_before: list[float]
     ece_after: list[float]
     """Expected calibration error of every exit without and with its temperature, 0 to 1."""
@@ -32,6 +45,11 @@ class CalibrationReport:
     images: list[int]
     """Of the three parts: for temperatures, for thresholds, and for all of the above."""
 
+    @property
+    def fixed_exit(self) -> int | None:
+        """The exit at which all images leave, if there is one."""
+        return self.shares.index(1.0) if 1.0 in self.shares else None
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -40,9 +58,7 @@ class CalibrationReport:
         met = "met" if self.met else "NOT MET"
         table = Table(
             title=f"{name} {value:g}: {met} on {self.images[2]} images", title_justify="left",
-            caption=f"top-1 {self.accuracy:.2f} %, plain network {self.plain_accuracy:.2f} %; "
-                    f"{self.macs / 1e6:,.1f} M multiply-adds, {self.macs / self.plain_macs:.1%} of the plain network's"
-                    + (f"; {self.speedup:.2f}x as fast" if self.speedup else ""), caption_justify="left")
+            caption="\n".join(self._sentences()), caption_justify="left")
         for column in ("exit", "images", "threshold", "temperature", "ECE before", "ECE after"):
             table.add_column(column, justify="right")
         for exit, share in enumerate(self.shares):
@@ -51,3 +67,20 @@ class CalibrationReport:
                 str(exit), f"{share:.1%}", "" if threshold is None else f"{threshold:.4f}",
                 f"{self.temperatures[exit]:.3f}", f"{self.ece_before[exit]:.3f}", f"{self.ece_after[exit]:.3f}")
         return table
+
+    def _sentences(self) -> list[str]:
+        lines = [f"top-1 {self.accuracy:.2f} %, plain network {self.plain_accuracy:.2f} %; "
+                 + self._cost_words(self.macs, self.speedup)]
+        if self.fixed_exit == len(self.thresholds):
+            lines.append("no image leaves early: this is the plain network")
+        elif self.fixed_exit is not None:
+            lines.append(f"all images leave at exit {self.fixed_exit}, as with truncate({self.fixed_exit})")
+        if self.better_exit is not None:
+            better = self.better_exit
+            lines.append(f"exit {better.exit} for all images is better: top-1 {better.accuracy:.2f} %; "
+                         + self._cost_words(better.macs, better.speedup))
+        return lines
+
+    def _cost_words(self, macs: float, speedup: float | None) -> str:
+        words = f"{macs / 1e6:,.1f} M multiply-adds, {macs / self.plain_macs:.1%} of the plain network's"
+        return words + (f"; {speedup:.2f}x as fast" if speedup else "")

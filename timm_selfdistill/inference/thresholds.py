@@ -62,24 +62,36 @@ def simulate(sureness: Tensor, thresholds: list[float | None], costs: ExitCosts)
     return exits, costs.paths([threshold is not None for threshold in thresholds])[exits]
 
 
+def fixed_exits(right: Tensor, costs: ExitCosts) -> list[OperatingPoint]:
+    """Each of the C exits for all images, shallow to deep; no other head runs.
+
+    Args:
+        right: (C, N) booleans.
+    """
+    points = []
+    for exit, accuracy in enumerate(right.double().mean(1).tolist()):
+        thresholds = [EVERYBODY if other == exit else None for other in range(len(right) - 1)]
+        paths = costs.paths([threshold is not None for threshold in thresholds])
+        points.append(OperatingPoint(thresholds, accuracy, float(paths[exit])))
+    return points
+
+
 def find_curve(sureness: Tensor, right: Tensor, costs: ExitCosts) -> list[OperatingPoint]:
     """Points that no other beats in both accuracy and cost, the cheapest first.
 
     For each weight of the cost the thresholds are chosen exit by exit, each the best one while the others stay, until
     nothing changes. Between two neighbours, at each exit the number of images that are sure enough goes from one's to
-    the other's in equal steps. The plain network and all images at the first exit are among the candidates.
+    the other's in equal steps. The fixed exits are among the candidates.
 
     Args:
         sureness: (C - 1, N).
         right: (C, N) booleans.
     """
-    exits = len(sureness)
-    candidates = [[None] * exits, [EVERYBODY, *[None] * (exits - 1)]]
-    thresholds = candidates[0]
+    candidates, thresholds = fixed_exits(right, costs), [None] * len(sureness)
     for weight in WEIGHTS:
         thresholds = _improve(thresholds, sureness, right, costs, weight / costs.plain)
-        candidates.append(thresholds)
-    coarse = _undominated([_measure(thresholds, sureness, right, costs) for thresholds in candidates])
+        candidates.append(_measure(thresholds, sureness, right, costs))
+    coarse = _undominated(candidates)
     between = [_measure(thresholds, sureness, right, costs) for first, second in pairwise(coarse)
                for thresholds in _interpolate(first.thresholds, second.thresholds, sureness)]
     return _undominated(coarse + between)
