@@ -18,7 +18,7 @@ class SelfDistillTask(ClassificationTask):
 
     Args:
         model: of `wrap_self_distill`.
-        criterion: None is `SelfDistillLoss()`.
+        criterion: None is `SelfDistillLoss()`, and for a frozen backbone `SelfDistillLoss.paper()`.
 
     Raises:
         TypeError: the model or the criterion is not one of these.
@@ -32,8 +32,9 @@ class SelfDistillTask(ClassificationTask):
                 f"expected a SelfDistillLoss, got {type(criterion).__name__}; other criteria are its label_loss:"
                 " SelfDistillLoss(label_loss=criterion)"
             )
-        device = next(model.parameters()).device
-        super().__init__(model, SelfDistillLoss() if criterion is None else criterion, device=device, verbose=False)
+        if criterion is None:
+            criterion = SelfDistillLoss.paper() if model.freeze_backbone else SelfDistillLoss()
+        super().__init__(model, criterion, device=next(model.parameters()).device, verbose=False)
 
     def setup_ema(self, **settings: Any) -> nn.Module:
         """Keep a moving average; `settings` are those of timm's `ModelEmaV3`."""

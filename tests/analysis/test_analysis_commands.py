@@ -93,7 +93,7 @@ def test_gradients_measures_models_by_their_own_loss(call, folder):
         assert all(value > 0 for value in report["gradients"])
     assert models["plain"]["criterion"] == "CrossEntropyLoss()"
     assert models["run"]["criterion"] == (
-        "SelfDistillLoss(temperature=2.0, alpha=0.5, beta=0.1, hint=None, teacher='ensemble', t_squared=False)")
+        "SelfDistillLoss(temperature=2.0, alpha=0.5, beta=0.1, hint=None, teacher='ensemble', t_squared=True)")
 
 
 TRAINED = SETTINGS | {"alpha": 0.3, "hint": "map", "distill_loss_weight": None}
@@ -103,9 +103,9 @@ TRAINED = SETTINGS | {"alpha": 0.3, "hint": "map", "distill_loss_weight": None}
     (None, repr(SelfDistillLoss())),
     ({"settings": {"lr": 0.1}}, repr(SelfDistillLoss())),
     ({"settings": TRAINED | {"method": "self-distill"}},
-     "SelfDistillLoss(temperature=2.0, alpha=0.3, beta=0.1, hint='map', teacher='ensemble', t_squared=False)"),
+     "SelfDistillLoss(temperature=2.0, alpha=0.3, beta=0.1, hint='map', teacher='ensemble', t_squared=True)"),
     ({"settings": TRAINED | {"method": "dsn"}},
-     "SelfDistillLoss(temperature=3.0, alpha=0.0, beta=0.0, hint=None, teacher='deepest', t_squared=False)"),
+     "SelfDistillLoss(temperature=3.0, alpha=0.0, beta=0.0, hint=None, teacher='ensemble', t_squared=True)"),
     ({"settings": TRAINED | {"method": "dks"}}, "KnowledgeSynergyLoss(distill_loss_weight=1.0)"),
     ({"settings": {"method": "dks", "distill_loss_weight": 2}}, "KnowledgeSynergyLoss(distill_loss_weight=2)"),
 ])

@@ -6,6 +6,6 @@ from .record import Record, read_record
 from .train_flags import check_frozen_flags, parse_args, train_config, train_parser
 from .upload_lines import upload_lines
 
-__all__ = ["EXIT_METHODS", "NOT_UPLOADED", "Parser", "Record", "check_frozen_flags", "check_method_flags", "create_task",
-           "found_lines", "found_settings",
+__all__ = ["EXIT_METHODS", "NOT_UPLOADED", "Parser", "Record", "check_frozen_flags", "check_method_flags",
+           "create_task", "found_lines", "found_settings",
            "parse_args", "parse_exit", "read_record", "run", "train_config", "train_parser", "upload_lines"]

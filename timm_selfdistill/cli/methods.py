@@ -26,15 +26,12 @@ from .program import parse_exit
 
 NETWORK_FLAGS = ("exits", "head")
 LOSS_FLAGS = ("temperature", "t_squared", "alpha", "beta", "hint", "teacher")
-BETA = 0.03
-DEFAULTS = {"teacher": "ensemble", "t_squared": True, "hint": "none"}
-"""Of self distillation, by what was measured: docs/evidence.md."""
-FROZEN_DEFAULTS = {"teacher": "deepest", "t_squared": False, "hint": "map"}
-"""The paper's, where the deepest classifier stays as it is; other teachers were not measured there."""
+PAPER_FLAGS = ("t_squared", "hint", "teacher")
+"""Those for which --paper stands."""
 METHODS = {
     "plain": (),
     "dsn": NETWORK_FLAGS,
-    "self-distill": (*NETWORK_FLAGS, *LOSS_FLAGS),
+    "self-distill": (*NETWORK_FLAGS, *LOSS_FLAGS, "paper"),
     "kd": ("kd_model_name", "kd_temperature", "distill_loss_weight", "task_loss_weight"),
     "fitnet": ("kd_model_name", "distill_loss_weight", "task_loss_weight"),
     "at": ("kd_model_name", "distill_loss_weight", "task_loss_weight"),
@@ -89,7 +86,7 @@ def check_method_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise ValueError(f"{_flag(name)} must be a number >= 0, got {value}")
-    if args.method == "self-distill" and args.hint == "none" and args.beta not in (0, BETA):
+    if args.method == "self-distill" and args.hint == "none" and args.beta not in (0, SelfDistillLoss().beta):
         raise ValueError(f"--beta {args.beta:g} is the weight of the hint, and --hint is none; add --hint map or --hint"
                          " pooled, or leave --beta out")
     weights = args.task_loss_weight, args.distill_loss_weight
@@ -220,6 +217,11 @@ def exit_loss(settings: Mapping[str, Any]) -> SelfDistillLoss:
     if own.get("hint") == "none":
         own["hint"] = None
     return SelfDistillLoss(**own)
+
+
+def loss_settings(loss: SelfDistillLoss) -> dict[str, Any]:
+    """The flags that make a loss, by their names."""
+    return {name: "none" if (value := getattr(loss, name)) is None else value for name in LOSS_FLAGS}
 
 
 def _alike(model: nn.Module, like: nn.Module) -> nn.Module:

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ..heads import HEADS
+from ..loss import SelfDistillLoss
 from ..training import TrainConfig
 from ..training.augmentation import CROP_MODES
 from ..training.config import CHOICES, SCHEDULES
 from .config_file import read_flags
 from .data_flags import add_image_flags, add_preprocessing_flags
 from .methods import (
-    BETA,
-    DEFAULTS,
     EXIT_METHODS,
-    FROZEN_DEFAULTS,
     METHODS,
+    PAPER_FLAGS,
     add_method_flags,
     check_typed_flags,
+    loss_settings,
 )
 from .program import Parser
 
@@ -86,17 +86,19 @@ def _add_distillation(group: Any) -> None:
     group.add_argument("--exits", nargs="+", metavar="EXIT",
                        help="feature_info indices or module names (default: chosen)")
     group.add_argument("--head", default="bottleneck", help=", ".join(HEADS))
-    group.add_argument("--temperature", type=float, default=3.0, help="of both softmaxes in the distillation")
+    group.add_argument("--paper", action=_BOOLEAN, default=False,
+                       help="the loss of the ICCV paper: --teacher deepest --hint map --no-t-squared, unless given")
+    group.add_argument("--temperature", type=float, help="of both softmaxes in the distillation")
     group.add_argument("--t-squared", action=_BOOLEAN,
                        help="multiply the distillation by the temperature's square")
-    group.add_argument("--alpha", type=float, default=0.3, help="weight of the distillation against the labels")
-    group.add_argument("--beta", type=float, default=BETA, help="weight of the hint")
+    group.add_argument("--alpha", type=float, help="weight of the distillation against the labels")
+    group.add_argument("--beta", type=float, help="weight of the hint")
     group.add_argument("--hint", choices=["map", "pooled", "none"], help="feature maps, pooled ones or none")
     group.add_argument("--teacher", choices=["deepest", "ensemble"], help="classifier, or the mean of all logits")
     group.add_argument("--freeze-backbone", action=_BOOLEAN, default=False,
                        help="only the shallow classifiers learn, from the deepest and its feature maps"
-                            " (--teacher deepest --hint map --no-t-squared, unless given)")
-    group.set_defaults(**DEFAULTS)
+                            " (with the loss of --paper)")
+    group.set_defaults(**loss_settings(SelfDistillLoss()))
 
 
 def check_frozen_flags(args: argparse.Namespace) -> None:
@@ -134,14 +136,16 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
     names = {field.name for field in fields(TrainConfig)} - {"settings"}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
-    settings = {key: value for key, value in values.items() if key not in {*names, "config"}}
+    # The values that --paper stands for are recorded, not the flag.
+    settings = {key: value for key, value in values.items() if key not in {*names, "config", "paper"}}
     return TrainConfig(**{name: values[name] for name in names}, settings=settings)
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, with the flags of its --config file in front, so that those given by hand win.
 
-    Images named by hand (--data-dir, --dataset) take the place of the file's, with all that says how to read those.
+    Images named by hand (--data-dir, --dataset) take the place of the file's, with all that says how to read those, and
+    --paper by hand that of the file's flags for which it stands.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -150,11 +154,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     argv = sys.argv[1:] if argv is None else argv
     by_hand = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(["data_dir", *METHODS["self-distill"]])))
     if by_hand.config is not None:
-        leave_out = SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()
+        leave_out = {*(SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()),
+                     *(PAPER_FLAGS if by_hand.paper else ())}
         argv = [*read_flags(parser, Path(by_hand.config), leave_out), *argv]
     args = parser.parse_args(argv)
-    if args.freeze_backbone:
-        args = parser.parse_args(argv, argparse.Namespace(**FROZEN_DEFAULTS))
+    if args.freeze_backbone or args.paper:
+        args = parser.parse_args(argv, argparse.Namespace(**loss_settings(SelfDistillLoss.paper())))
     check_typed_flags(by_hand, args.method)
     return args
 

@@ -18,7 +18,7 @@ from ..output import BackboneOutput
 from .accelerator import ask_main_process
 from .config import TrainConfig
 from .interrupt import InterruptRequest
-from .loading import loader_settings
+from .loading import end_workers, loader_settings
 from .progress import ProgressReporter
 from .update import Updater
 
@@ -85,16 +85,19 @@ class FeatureCache(Dataset):
         settings = loader_settings(config, update.accelerator) | {"persistent_workers": False}
         loader = DataLoader(Subset(self.data, range(rank, len(self), world)), config.batch_size, **settings)
         tensors, begin, batches = [file.open() for file in files], rank, iter(loader)
-        for step in range(-(-len(self) // (world * config.batch_size))):
-            batch = next(batches, None)  # none at the last step where other processes have one image more
-            if batch is not None:
-                for tensor, value in zip(tensors, self._compute(update, *batch)):
-                    tensor[begin::world][:len(value)] = value
-                begin += world * len(batch[0])
-            progress.count("features of", min(begin, len(self)), len(self))
-            interrupt.agree(step)
-            if interrupt.agreed:
-                return
+        try:
+            for step in range(-(-len(self) // (world * config.batch_size))):
+                batch = next(batches, None)  # none at the last step where other processes have one image more
+                if batch is not None:
+                    for tensor, value in zip(tensors, self._compute(update, *batch)):
+                        tensor[begin::world][:len(value)] = value
+                    begin += world * len(batch[0])
+                progress.count("features of", min(begin, len(self)), len(self))
+                interrupt.agree(step)
+                if interrupt.agreed:
+                    return
+        finally:
+            end_workers(batches)
         update.accelerator.wait_for_everyone()
         self.files, self.tensors = files, tensors
 

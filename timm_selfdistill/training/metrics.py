@@ -33,6 +33,26 @@ def exit_logits(model: nn.Module, x: Tensor | BackboneOutput) -> tuple[Tensor, .
     return model.forward_exits(x).logits if isinstance(model, SelfDistillModel) else (model(x),)
 
 
+@torch.no_grad()
+def count_logits(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Classes of a model that does not tell them: it is shown an image.
+
+    Args:
+        input_size: (channels, height, width).
+
+    Raises:
+        ValueError: it gives no logits (B, K).
+    """
+    like = next(model.parameters())
+    with evaluating(model):
+        logits = model(torch.zeros(1, *input_size, dtype=like.dtype, device=like.device))
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{type(model).__name__} must give logits (B, classes) for images (B, channels, H, W), got {given} for one")
+    return logits.shape[1]
+
+
 class ExitMeter:
     """Adds up loss and hits of every exit, and of their ensemble where there are several, without waiting for a GPU."""
 

@@ -5,6 +5,7 @@ import timm
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from ..cost import default_input_size
 from .initial_weights import load_checkpoint
 
 
@@ -58,7 +59,7 @@ def _create(name: str, img_size: int | None, **kwargs: Any) -> nn.Module:
 def model_data_config(
         backbone: nn.Module,
         img_size: int | None = None,
-        in_chans: int = 3,
+        in_chans: int | None = None,
         class_names: list[str] | None = None,
         **overrides: Any,
 ) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def model_data_config(
 
     Args:
         img_size: pixels; None is the model's own size.
+        in_chans: channels; None are the model's own.
         overrides: mean, std, interpolation, crop_pct; None values are the model's own.
 
     Raises:
@@ -86,6 +88,7 @@ def model_data_config(
             raise ValueError(
                 f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}")
         backbone.set_input_size(img_size=size)
+    in_chans = default_input_size(backbone)[0] if in_chans is None else in_chans
     config["input_size"] = (in_chans, *size)
     config.update({key: value for key, value in overrides.items() if value is not None})
     for key in ("mean", "std"):

@@ -41,9 +41,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """history.csv: a row an epoch."""
+    """history.csv: a row an epoch; what only some epochs have is a column, too."""
     text = StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    columns = dict.fromkeys(name for row in history for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     write_atomically(path, text.getvalue())
