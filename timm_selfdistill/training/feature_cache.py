@@ -2,6 +2,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from errno import ENOSPC
 from functools import partial
 from itertools import chain
@@ -48,10 +49,11 @@ class FeatureCache(Dataset):
 
     Args:
         data: map-style data set of (image (C, H, W), label).
+        full_precision: without mixed precision, as validation is.
     """
 
-    def __init__(self, data: Dataset):
-        self.data = data
+    def __init__(self, data: Dataset, full_precision: bool = False):
+        self.data, self.full_precision = data, full_precision
         self.files: list[TensorFile] = []
         self.tensors: list[Tensor] = []
 
@@ -107,7 +109,7 @@ class FeatureCache(Dataset):
     @torch.no_grad()
     def _compute(self, update: Updater, x: Tensor, label: Tensor) -> list[Tensor]:
         x, _ = update.to_device(x, label)
-        with update.accelerator.autocast():
+        with nullcontext() if self.full_precision else update.accelerator.autocast():
             maps, logits = update.plain_task.get_trainable_module().forward_backbone(x)
         return [*(value.cpu() for value in (*maps, logits)), label]
 

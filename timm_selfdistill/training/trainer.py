@@ -75,7 +75,9 @@ class Trainer:
         self.checkpoint = find_resumed(config, self.accelerator)
         self.config = config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
-        self.caches = [FeatureCache(data) for data in (train_data, val_data)] if config.cache_features else []
+        self.caches = []
+        if config.cache_features:
+            self.caches = [FeatureCache(train_data), FeatureCache(val_data, full_precision=True)]
         data = self.caches or [train_data, val_data]
         self.batches = train_batches(data[0], config, self.accelerator)
         self.val_batches = ValBatches(data[1], config, self.accelerator)
