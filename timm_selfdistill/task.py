@@ -54,6 +54,18 @@ class SelfDistillTask(ClassificationTask):
             return model
         return unwrap_model(self.trainable_module).with_heads(model.module)
 
+    def get_checkpoint_state(self, ema: bool = False, **unwrap: Any) -> dict[str, Any]:
+        """timm's checkpoint entries; "self_distill" says what makes the network and its exits again."""
+        state = super().get_checkpoint_state(ema, **unwrap)
+        if ema:
+            return state
+        model = unwrap_model(self.trainable_module)
+        known = model.backbone.pretrained_cfg
+        settings = {key: value for key, value in model.settings().items() if key != "early_exit"}
+        return state | {"self_distill": {
+            "architecture": known.get("architecture"), "num_classes": model.num_classes,
+            "label_names": known.get("label_names"), "model_args": model.model_args, **settings}}
+
     @property
     def _frozen(self) -> bool:
         return unwrap_model(self.trainable_module).freeze_backbone

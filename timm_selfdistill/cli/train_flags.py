@@ -17,6 +17,7 @@ from .methods import (
     DEFAULTS,
     EXIT_METHODS,
     FROZEN_DEFAULTS,
+    HEAD,
     METHODS,
     add_method_flags,
     check_typed_flags,
@@ -73,9 +74,10 @@ def _add_model(group: Any) -> None:
     group.add_argument("--pretrained", action=_BOOLEAN, default=False,
                        help="start from the model's pretrained weights")
     group.add_argument("--pretrained-path", metavar="FILE",
-                       help="start from a checkpoint of the same network, but with a new classifier")
+                       help="start from a checkpoint of the same network, but with new classifiers")
     group.add_argument("--initial-checkpoint", metavar="FILE",
-                       help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it")
+                       help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it, exits"
+                            " included; or of a run the directory, a checkpoint or a saved model")
     group.add_argument("--drop", type=float, help="dropout rate (default: the model's)")
     group.add_argument("--drop-path", type=float, help="stochastic depth rate (default: the model's)")
     group.add_argument("--grad-checkpointing", action=_BOOLEAN, default=False,
@@ -84,8 +86,8 @@ def _add_model(group: Any) -> None:
 
 def _add_distillation(group: Any) -> None:
     group.add_argument("--exits", nargs="+", metavar="EXIT",
-                       help="feature_info indices or module names (default: chosen)")
-    group.add_argument("--head", default="bottleneck", help=", ".join(HEADS))
+                       help="feature_info indices or module names (default: those of the weights, else chosen)")
+    group.add_argument("--head", help=f"{', '.join(HEADS)} (default: that of the weights, else {HEAD})")
     group.add_argument("--temperature", type=float, default=3.0, help="of both softmaxes in the distillation")
     group.add_argument("--t-squared", action=_BOOLEAN,
                        help="multiply the distillation by the temperature's square")
