@@ -207,6 +207,18 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         other._modules = {**self._modules, "heads": heads}
         return other
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Fresh classifiers for other classes: the backbone's own, as timm makes it, and the shallow ones."""
+        pool = {} if global_pool is None else {"global_pool": global_pool}
+        self.backbone.reset_classifier(num_classes, **pool)
+        self.heads = nn.ModuleList(
+            create_head(self.head, stage, self._last_stage, num_classes, self.head_args, type(self.backbone).__name__)
+            for stage in self.stages)
+        move_alike(self.heads, self.backbone)
+        self.heads.train(self.training)
+        self.num_classes, self.early_exit = num_classes, None
+        self.model_args.pop("num_classes", None)
+
     def strip(self) -> nn.Module:
         """The plain timm model, for good: the shallow classifiers are not needed at inference."""
         return self.backbone

@@ -28,7 +28,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = F
     if new_classifier:
         own = model.state_dict()
         state |= {name: own[name] for name in _classifier_names(model) if name in own}
-    _check_fits(model, state, path)
+    check_fits(model, state, path)
     model.load_state_dict(state)
     if not new_classifier:
         names = saved.config.get("label_names")
@@ -51,7 +51,8 @@ def check_task(task: Any) -> None:
                          " from a run that diverged or a damaged file, take others")
 
 
-def _check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> None:
+def check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> None:
+    """Raise ValueError where weights have other names or shapes than those of a timm model."""
     own = model.state_dict()
     differing = [f"{name} {tuple(saved[name].shape)} instead of {tuple(value.shape)}"
                  for name, value in own.items() if name in saved and saved[name].shape != value.shape]

@@ -1,4 +1,5 @@
 """Reading the weights of a saved model or a checkpoint: those of its backbone and of its exits."""
+import argparse
 import pickle
 import re
 import struct
@@ -7,13 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
+from timm.data import resolve_data_config
 from timm.models import clean_state_dict, load_state_dict
 from timm.utils import load_checkpoint_metadata
 from torch import Tensor
 
 from .. import hub
 from ..hub.files import BACKBONE, CONFIG, HEADS
-from ..hub.trust import check_exits, check_network, read_json
+from ..hub.trust import check_exits, check_network, read_json, short
 from .checkpoint import CHECKSUM_FILE, find_checkpoint, find_damage
 
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, TypeError,
@@ -67,24 +69,23 @@ def read_weights(path: str | Path) -> SavedWeights:
         ValueError: it is damaged, or holds something else than weights.
     """
     file = _find_file(Path(path))
-    in_run = (file.parent / CHECKSUM_FILE).is_file()
-    if in_run and (damage := find_damage(file.parent)):
+    if (file.parent / CHECKSUM_FILE).is_file() and (damage := find_damage(file.parent)):
         raise ValueError(f"{damage}; take another checkpoint")
-    state = _read_state(file)
-    record = {} if file.suffix == ".safetensors" else _read_record(file)
+    state, record = _read_state(file), read_record(file)
+    of_run = any(name.startswith(TASK) for name in state)
     state, averaged = _unwrap_task(state)
     backbone, heads = _split(state)
-    folder = _model_folder(file, in_run)
-    config = {} if folder is None else _read_config(folder)
-    if not in_run and "self_distill" in config and file.name == BACKBONE and (folder / HEADS).is_file():
-        heads = _read_state(folder / HEADS)
+    folder = _model_folder(file, of_run)
+    config = _recorded_config(record, file) if folder is None else _read_config(folder)
+    if not of_run and "self_distill" in config and file.name == BACKBONE and (file.parent / HEADS).is_file():
+        heads = _read_state(file.parent / HEADS)
     if heads and not backbone:  # of a frozen backbone, which is no part of the checkpoint
         backbone = _frozen_backbone(file, folder)
     averaged = averaged or any(record.get(key) is not None for key in ("state_dict_ema", "model_ema"))
-    settings = config.get("self_distill") or _exit_settings(record, file) if heads else {}
-    return SavedWeights(
-        str(path), backbone, heads, settings.get("exits"), settings.get("head") or _guess_head(heads, settings),
-        settings.get("head_args") or {}, config, averaged)
+    settings = config.get("self_distill") if heads else None
+    settings = settings or {"exits": None, "head": _guess_head(heads), "head_args": {}}
+    return SavedWeights(str(path), backbone, heads, settings["exits"], settings["head"], settings["head_args"], config,
+                        averaged)
 
 
 def _find_file(path: Path) -> Path:
@@ -115,8 +116,8 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read_record(file: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside its weights; tensors stay on disk."""
+def read_record(file: Path) -> dict[str, Any]:
+    """What a checkpoint that torch wrote holds beside its weights; tensors stay on disk."""
     content = load_checkpoint_metadata(str(file)) if zipfile.is_zipfile(file) else {}
     return content if isinstance(content, dict) else {}
 
@@ -145,10 +146,14 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _model_folder(file: Path, in_run: bool) -> Path | None:
-    """The saved model that a file belongs to: its own folder, or last/ or best/ of the run that wrote a checkpoint."""
-    run = file.parent.parent.parent
-    folders = [run / "last", run / "best"] if in_run else [file.parent] if file.name == BACKBONE else []
+def _model_folder(file: Path, of_run: bool) -> Path | None:
+    """The saved model that a file belongs to: its own folder, or last/ or best/ of the run that made it, in whose
+    directory, or checkpoints of which, it lies."""
+    if of_run:
+        folders = [run / name for run in (file.absolute().parent.parent.parent, file.absolute().parent)
+                   for name in ("last", "best")]
+    else:
+        folders = [file.parent] if file.name == BACKBONE else []
     return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
 
 
@@ -172,25 +177,29 @@ def _frozen_backbone(file: Path, folder: Path | None) -> dict[str, Tensor]:
     return _read_state(folder / BACKBONE)
 
 
-def _exit_settings(record: dict[str, Any], file: Path) -> dict[str, Any]:
-    """How the exits in a checkpoint of a `SelfDistillTask` were made; empty where it does not tell."""
-    settings = record.get("self_distill")
-    if settings is None:
+def _recorded_config(record: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The content of a config.json in a checkpoint of a `SelfDistillTask`; empty where there is none. How images were
+    read is taken from the flags of timm's training script, where it wrote the checkpoint."""
+    config = record.get("self_distill")
+    if config is None:
         return {}
     try:
-        check_exits(settings, file)
-        if not isinstance(settings["head"], (str, type(None))):
-            raise TypeError(settings["head"])
+        if isinstance(record.get("args"), argparse.Namespace):
+            data_config = resolve_data_config(vars(record["args"]), pretrained_cfg=config["pretrained_cfg"])
+            config["pretrained_cfg"] |= {key: list(value) if isinstance(value, tuple) else value
+                                         for key, value in data_config.items()}
+        check_network(config, file)
+        check_exits(config["self_distill"], file)
+        if not isinstance(config["self_distill"]["head"], (str, type(None))):
+            raise TypeError
     except (TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f'{file} is damaged: "self_distill" is {settings!r:.80}') from error
-    return settings
+        raise ValueError(f'{file} is damaged: "self_distill" is {short(config)}; write the checkpoint again') from error
+    return config
 
 
-def _guess_head(heads: dict[str, Tensor], settings: dict[str, Any]) -> str | None:
-    """The kind of heads, by the names of their tensors, where it is not recorded."""
+def _guess_head(heads: dict[str, Tensor]) -> str | None:
+    """The kind of heads, by the names of their tensors."""
     parts = {name.split(".")[1] for name in heads if re.fullmatch(r"\d+\.\w+\..+", name)}
-    if settings or not parts:
-        return None
     kinds = {"attention": {"attention", "bottleneck", "fc"}, "bottleneck": {"bottleneck", "fc"},
              "linear": {"proj", "fc"}}
     return next((kind for kind, names in kinds.items() if names == parts), None)

@@ -56,14 +56,19 @@ def read_exits(name: str) -> SavedWeights | None:
     return SavedWeights(location, {}, heads, settings["exits"], settings["head"], settings["head_args"], config)
 
 
-def load_exits(model: SelfDistillModel, saved: SavedWeights, new_classifiers: bool = False) -> list[str]:
+def load_exits(
+        model: SelfDistillModel, saved: SavedWeights, new_classifiers: bool = False, strict: bool = False) -> list[str]:
     """Let exits go on with the heads that were trained for them, where they have any; the others stay as they are.
 
     Args:
         new_classifiers: the network's classes are others than those of the saved one, so no head fits.
+        strict: every exit must have one.
 
     Returns:
         Lines that say which exits go on, which begin anew and why, and which are left out.
+
+    Raises:
+        ValueError: `strict`, and an exit has none.
     """
     stages = {stage.index: stage for stage in model.stages}
     exits, guessed = saved.exits, False
@@ -73,6 +78,8 @@ def load_exits(model: SelfDistillModel, saved: SavedWeights, new_classifiers: bo
     kept, anew = [], {}
     for position, stage in enumerate(model.stages):
         if reason := _why_anew(model, stage, position, saved, exits, new_classifiers):
+            if strict:
+                raise ValueError(f"the exit at {stage.name} cannot be loaded: {reason}")
             anew.setdefault(reason, []).append(stage)
             continue
         model.heads[position].load_state_dict(_head_state(saved, exits.index(stage.index)))
