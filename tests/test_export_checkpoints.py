@@ -67,7 +67,8 @@ def test_averaged_checkpoints_become_a_saved_model(run, call, folder):
     code, _, errors = call("export", "--format", "timm", "alone.safetensors", "--output", "alone")
     assert code == 2
     assert "does not tell its network; name the timm model with --model" in errors
-    code, said, _ = call("export", "--format", "timm", "alone.safetensors", "--model", "test_resnet", "--output", "alone")
+    code, said, _ = call(
+        "export", "--format", "timm", "alone.safetensors", "--model", "test_resnet", "--output", "alone")
     assert code == 0
     assert "taken for those of layer1, layer2, layer3" in said
     assert same(SelfDistillModel.from_pretrained(folder / "alone"), model.state_dict())
