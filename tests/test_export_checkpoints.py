@@ -47,9 +47,9 @@ def test_a_checkpoint_becomes_a_saved_model(run, call, folder):
     assert metrics["settings"] == last["self_distill"]["metrics"]["settings"]
     assert "Top-1 accuracy" not in (folder / "model/README.md").read_text()
 
-    assert call("export", "--format", "timm", run, "--output", "best")[0] == 0
-    check_readers(folder / "best", SelfDistillModel.from_pretrained(run / "best").state_dict())
-    config, best = (json.loads((path / "config.json").read_text()) for path in (folder / "best", run / "best"))
+    assert call("export", "--format", "timm", run, "--output", "of_run")[0] == 0
+    check_readers(folder / "of_run", SelfDistillModel.from_pretrained(run / "best").state_dict())
+    config, best = (json.loads((path / "config.json").read_text()) for path in (folder / "of_run", run / "best"))
     assert config["self_distill"]["metrics"] == best["self_distill"]["metrics"]
 
 
@@ -107,3 +107,10 @@ def test_flags_that_contradict(flags, message, saved, call, folder):  # noqa: F8
     assert code == 2
     assert message in errors
     assert not (folder / "no").exists()
+
+
+def test_heads_without_a_record_of_their_exits(saved, call, folder):  # noqa: F811
+    torch.save(SelfDistillModel.from_pretrained(saved).state_dict(), folder / "two.pth")
+    code, _, errors = call("export", "--format", "timm", "two.pth", "--model", "test_resnet", "--output", "two")
+    assert code == 2
+    assert "two.pth has 2 heads without a record of their exits, test_resnet has 3 by default" in errors

@@ -93,7 +93,15 @@ def _make_named(saved: SavedWeights, name: Any) -> nn.Module:
             sizes[argument] = weight.shape[dimension]
     model = timm.create_model(name, **sizes)
     say(f"{saved.source} does not record its preprocessing: that of {name} is taken")
-    return wrap_self_distill(model, head=saved.head or "bottleneck") if saved.heads else model
+    if not saved.heads:
+        return model
+    wrapped = wrap_self_distill(model, head=saved.head or "bottleneck")
+    count = len({tensor.split(".")[0] for tensor in saved.heads})
+    if count != len(wrapped.stages):
+        raise ValueError(f"{saved.source} has {count} heads without a record of their exits, {name} has"
+                         f" {len(wrapped.stages)} by default; export the checkpoints that it was made of, which record"
+                         " them, or wrap the network in Python, load the weights and call save_pretrained")
+    return wrapped
 
 
 def _without_accuracy(metrics: Any) -> dict[str, Any] | None:

@@ -150,8 +150,9 @@ def _model_folder(file: Path, of_run: bool) -> Path | None:
     """The saved model that a file belongs to: its own folder, or last/ or best/ of the run that made it, in whose
     directory, or checkpoints of which, it lies."""
     if of_run:
-        folders = [run / name for run in (file.absolute().parent.parent.parent, file.absolute().parent)
-                   for name in ("last", "best")]
+        place = file.absolute().parent
+        run = place.parent.parent if (place / CHECKSUM_FILE).is_file() else place
+        folders = [run / "last", run / "best"]
     else:
         folders = [file.parent] if file.name == BACKBONE else []
     return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
