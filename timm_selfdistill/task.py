@@ -1,6 +1,8 @@
 """Self distillation as a timm training task."""
+import json
 from typing import Any
 
+from timm.data import resolve_model_data_config
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor, nn
@@ -54,6 +56,21 @@ class SelfDistillTask(ClassificationTask):
         if not ema or not self._frozen or model is not self.get_trainable_module(ema=True) or model is None:
             return model
         return unwrap_model(self.trainable_module).with_heads(model.module)
+
+    def get_checkpoint_state(self, ema: bool = False, **unwrap: Any) -> dict[str, Any]:
+        """timm's checkpoint entries, and "self_distill": what makes the network and its exits again, as config.json of
+        a saved model holds it."""
+        state = super().get_checkpoint_state(ema, **unwrap)
+        if ema:
+            return state
+        model = unwrap_model(self.trainable_module)
+        known = model.backbone.pretrained_cfg
+        network = {
+            "architecture": known.get("architecture"), "num_classes": model.num_classes,
+            "label_names": known.get("label_names"), "model_args": model.model_args,
+            "pretrained_cfg": resolve_model_data_config(model.backbone),
+            "self_distill": {key: value for key, value in model.settings().items() if key != "early_exit"}}
+        return state | {"self_distill": json.loads(json.dumps(network, default=str))}
 
     @property
     def _frozen(self) -> bool:

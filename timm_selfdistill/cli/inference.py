@@ -23,6 +23,7 @@ from ..training.loading import MeasuredImages
 from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
 from ..training.summary import exit_costs, merge_rows, model_name, with_speedups
+from .export_timm import export_timm
 from .opening import add_measuring_flags, add_model_flags, load_model, open_data, read_data, saved_model
 from .program import parse_exit
 from .record import read_record
@@ -36,9 +37,14 @@ def add_parsers(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="accuracy, cost and speed of every exit")
     calibrate = commands.add_parser("calibrate", help="find thresholds for early exit, and save them with the model")
     tradeoff = commands.add_parser("tradeoff", help="draw accuracy over cost, and which images leave where")
-    export = commands.add_parser("export", help="write ONNX files")
+    export = commands.add_parser("export", help="write ONNX files, or make a saved model of a checkpoint")
     for parser in (evaluate, calibrate, tradeoff, export):
         add_model_flags(parser)
+    export.add_argument("--format", choices=("onnx", "timm"), default="onnx",
+                        help="timm: a saved model, which timm and this package load; MODEL may then be a checkpoint of"
+                             " a run, or one of timm's training script, too")
+    export.add_argument("--model", dest="network", metavar="NAME",
+                        help="with --format timm, the timm model of a checkpoint that does not tell it")
     export.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the plain network; ensemble is the mean")
     export.add_argument("--staged", action="store_true", help="instead of one exit, a file for each stage")
     export.add_argument("--output", type=Path, required=True, metavar="PATH", help="file, or with --staged folder")
@@ -122,6 +128,11 @@ def tradeoff(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
+    if args.format == "timm":
+        return export_timm(args)
+    if args.network:
+        raise ValueError(f"--model {args.network} names the network of a checkpoint for --format timm, and the format"
+                         " is onnx; leave one out")
     model = load_model(args)
     if args.staged:
         ranges = value_ranges(read_record(args.model, args.revision).value_range)

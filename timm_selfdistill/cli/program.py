@@ -43,6 +43,12 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(2)
 
 
+def say(*lines: str) -> None:
+    """Print lines, on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*map(printable, lines), sep="\n", flush=True)
+
+
 def printable(text: str) -> str:
     """A text that may come from outside, without characters that could steer a terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -15,6 +15,7 @@ from .config_file import read_flags
 from .data_flags import add_image_flags, add_preprocessing_flags
 from .methods import (
     EXIT_METHODS,
+    HEAD,
     METHODS,
     PAPER_FLAGS,
     add_method_flags,
@@ -73,9 +74,10 @@ def _add_model(group: Any) -> None:
     group.add_argument("--pretrained", action=_BOOLEAN, default=False,
                        help="start from the model's pretrained weights")
     group.add_argument("--pretrained-path", metavar="FILE",
-                       help="start from a checkpoint of the same network, but with a new classifier")
+                       help="start from a checkpoint of the same network, but with new classifiers")
     group.add_argument("--initial-checkpoint", metavar="FILE",
-                       help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it")
+                       help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it, exits"
+                            " included; or of a run the directory, a checkpoint or a saved model")
     group.add_argument("--drop", type=float, help="dropout rate (default: the model's)")
     group.add_argument("--drop-path", type=float, help="stochastic depth rate (default: the model's)")
     group.add_argument("--grad-checkpointing", action=_BOOLEAN, default=False,
@@ -84,8 +86,8 @@ def _add_model(group: Any) -> None:
 
 def _add_distillation(group: Any) -> None:
     group.add_argument("--exits", nargs="+", metavar="EXIT",
-                       help="feature_info indices or module names (default: chosen)")
-    group.add_argument("--head", default="bottleneck", help=", ".join(HEADS))
+                       help="feature_info indices or module names (default: those of the weights, else chosen)")
+    group.add_argument("--head", help=f"{', '.join(HEADS)} (default: that of the weights, else {HEAD})")
     group.add_argument("--paper", action=_BOOLEAN, default=False,
                        help="the loss of the ICCV paper: --teacher deepest --hint map --no-t-squared, unless given")
     group.add_argument("--temperature", type=float, help="of both softmaxes in the distillation")

@@ -89,6 +89,7 @@ class HubMixin(ModelHubMixin):
             cls: type[T],
             pretrained_model_name_or_path: str | PathLike,
             *,
+            num_classes: int | None = None,
             head: Callable[..., nn.Module] | None = None,
             revision: str | None = None,
             token: str | bool | None = None,
@@ -102,6 +103,8 @@ class HubMixin(ModelHubMixin):
 
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or the id of a repository on the Hub.
+            num_classes: another number than the saved model's begins all classifiers anew, the deepest and the shallow
+                ones, as timm's create_model does; class names and thresholds for early exit are dropped.
             head: the callable that the model was wrapped with, if it was one: code is never loaded from a folder.
             revision: branch, tag or commit.
             token: None is the one of `hf auth login`; False sends none.
@@ -132,6 +135,9 @@ class HubMixin(ModelHubMixin):
         with NoRandomInit() if head is None else nullcontext():  # what a head of one's own draws is not always saved
             model = cls.from_config(config, folder, head)
         load_weights(model.backbone, model.heads, folder)
+        if num_classes not in (None, model.num_classes):
+            model.reset_classifier(num_classes)
+            model.backbone.pretrained_cfg.pop("label_names", None)
         return model.eval()
 
     @classmethod

@@ -20,7 +20,7 @@ def create_backbone(
     """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
 
     Args:
-        initial_checkpoint: file whose tensors to load, all of them; see `load_checkpoint`.
+        initial_checkpoint: checkpoint or saved model whose tensors to load, all of them; see `load_checkpoint`.
         pretrained_path: likewise, but with a new classifier.
         kwargs: further arguments of `timm.create_model`.
     """
@@ -29,7 +29,6 @@ def create_backbone(
     model = _create(name, img_size, **kwargs)
     if initial_checkpoint:
         load_checkpoint(model, initial_checkpoint)
-        model.pretrained_cfg["num_classes"] = model.num_classes
     elif pretrained_path:
         load_checkpoint(model, pretrained_path, new_classifier=True)
     return model
