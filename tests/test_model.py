@@ -321,3 +321,12 @@ def test_a_model_made_for_another_image_size(name, size, tmp_path):
     assert loaded.summary() == model.summary()
     with pytest.raises(ValueError, match=f"{height}x{width} .*got 33x33"):
         loaded(torch.randn(1, 3, 33, 33))
+
+
+def test_a_compiled_network_is_refused():
+    with pytest.raises(TypeError, match=r"compile last: torch.compile\(wrap_self_distill\(model\)\)"):
+        wrap_self_distill(torch.compile(small_backbone(), backend="eager"))
+    compiled = torch.compile(small_model(), backend="eager").eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), compiled._orig_mod(x))

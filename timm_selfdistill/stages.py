@@ -31,6 +31,10 @@ def check_timm_classifier(model: nn.Module) -> None:
         TypeError: `model` is not a timm model, or one made with `features_only=True`.
         ValueError: it has no classifier.
     """
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "expected a timm model, got one that torch.compile has wrapped, which can neither be saved nor cut into"
+            " stages; compile last: torch.compile(wrap_self_distill(model))")
     needed = ("feature_info", "forward_intermediates", "forward_head", "pretrained_cfg", "num_classes")
     missing = [name for name in needed if not hasattr(model, name)]
     if not isinstance(model, nn.Module) or missing:

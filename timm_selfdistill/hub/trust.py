@@ -155,12 +155,12 @@ def _is_printable(value: Any) -> bool:
 
 
 def _are_numbers(value: Any, lengths: tuple[int, ...], low: float, high: float, kind: type | tuple[type, ...]) -> bool:
-    return (isinstance(value, list) and len(value) in lengths
+    return (isinstance(value, (list, tuple)) and len(value) in lengths
             and all(isinstance(item, kind) and not isinstance(item, bool) and low <= item <= high for item in value))
 
 
 def _are_words(value: Any) -> bool:
-    return _is_word(value) or (isinstance(value, list) and len(value) <= MAX_ITEMS and all(map(_is_word, value)))
+    return _is_word(value) or (isinstance(value, (list, tuple)) and len(value) <= MAX_ITEMS and all(map(_is_word, value)))
 
 
 CHANNELS = tuple(range(1, 257))
@@ -195,7 +195,8 @@ def preprocessing(config: dict[str, Any], path: Path) -> dict[str, Any]:
     values, classes = config.get("pretrained_cfg"), config["num_classes"]
     if not isinstance(values, dict) or values.get("input_size") is None:
         raise ValueError(f"{path}: pretrained_cfg must be an object with an input_size, got {short(values)}")
-    known = {key: values[key] for key in PREPROCESSING if values.get(key) is not None}
+    known = {key: tuple(values[key]) if isinstance(values[key], list) else values[key]
+             for key in PREPROCESSING if values.get(key) is not None}
     for key, value in known.items():
         fits, words = PREPROCESSING[key]
         if not fits(value):

@@ -1,9 +1,11 @@
 """Class indices of images, and data sets that have none."""
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from .sampling import ATTEMPTS
 
@@ -33,6 +35,70 @@ def check_classes(model: nn.Module, data: Dataset) -> int:
             f" a model that stays as it is take the images without labels: load_images(..., unlabelled=True) and"
             f" images.fitting_labels({classes})")
     return classes or in_data
+
+
+def check_first_labels(num_classes: int, mixes: bool, train_data: Dataset, val_data: Dataset) -> None:
+    """Look at the label of the first sample of map-style data sets; see `check_targets` and `check_indices`."""
+    for data, check in ((train_data, partial(check_targets, mixes=mixes)), (val_data, check_indices)):
+        if not isinstance(data, IterableDataset) and is_labelled(data):
+            check(default_collate([_first(data)[1]]), num_classes)
+
+
+def check_targets(y: Any, num_classes: int, mixes: bool = False) -> Tensor:
+    """The labels of a training batch, as every loss takes them: class indices (B,), or soft labels (B, K).
+
+    Args:
+        y: as the DataLoader gives them; class indices may be (B, 1). Values are looked at on the CPU only.
+        num_classes: K.
+        mixes: whether the run makes soft labels of class indices (mixup, cutmix, smoothing).
+
+    Raises:
+        ValueError: they are others, such as several classes an image.
+    """
+    if isinstance(y, Tensor) and y.is_floating_point() and y.ndim == 2 and y.shape[1] == num_classes:
+        if y.device.type == "cpu" and not ((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-3):
+            raise _wrong_labels(y, num_classes, "soft labels (B, K) that sum to 1", ", with values that do not: images"
+                                " of several classes at once are not supported")
+        if mixes:
+            raise _wrong_labels(y, num_classes, "no soft labels with mixup, cutmix or smoothing, which make them")
+        return y
+    return _check_range(y, num_classes, "soft labels (B, K) that sum to 1")
+
+
+def check_indices(y: Any, num_classes: int) -> Tensor:
+    """The class indices (B,) of a validation batch.
+
+    Args:
+        y: class indices (B,) or (B, 1), or one-hot labels (B, K), on the CPU.
+        num_classes: K.
+
+    Raises:
+        ValueError: they are others, such as several classes an image.
+    """
+    if isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] == num_classes > 1:
+        if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
+            raise _wrong_labels(y, num_classes, "one-hot labels (B, K)", ", which are not one-hot: accuracy is measured"
+                                " against one class an image")
+        return y.argmax(1)
+    return _check_range(y, num_classes, "one-hot labels (B, K)")
+
+
+def _check_range(y: Any, num_classes: int, or_else: str) -> Tensor:
+    """Class indices (B,)."""
+    indices = isinstance(y, Tensor) and not y.is_floating_point() and y.dtype != torch.bool
+    if not indices or y.shape not in ((len(y),), (len(y), 1)):
+        raise _wrong_labels(y, num_classes, or_else)
+    if y.device.type == "cpu" and len(y):
+        low, high = (int(value) for value in y.aminmax())
+        if low < 0 or high >= num_classes:
+            raise _wrong_labels(y, num_classes, or_else, f", with the class index {low if low < 0 else high}")
+    return y.flatten().long()
+
+
+def _wrong_labels(y: Any, num_classes: int, or_else: str, more: str = "") -> ValueError:
+    given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+    return ValueError(f"labels must be class indices (B,) from 0 to {num_classes - 1}, or {or_else}, K={num_classes};"
+                      f" got {given}{more}")
 
 
 def name_classes(model: nn.Module, *data: Dataset) -> list[str]:

@@ -24,7 +24,7 @@ from .frozen import check_frozen_settings, frozen_digest, is_frozen, learns_in_p
 from .initial_weights import check_task
 from .interrupt import InterruptRequest
 from .interval import Interval
-from .labels import check_classes, name_classes, paired
+from .labels import check_classes, check_first_labels, check_indices, name_classes, paired
 from .loading import ValBatches, check_counts, image_count, image_shape, train_batches
 from .metrics import ExitMetrics, count_logits, deciding_top1, measure_exits
 from .mixing import TargetMixer
@@ -72,6 +72,7 @@ class Trainer:
         self.input_size = image_shape(train_data, config)
         classes = check_classes(task.get_eval_model(), val_data if config.unlabelled else train_data)
         mixer = TargetMixer(config, classes or count_logits(task.get_eval_model(), self.input_size))
+        check_first_labels(mixer.num_classes, mixer.mixes, train_data, val_data)
         self.checkpoint = find_resumed(config, self.accelerator)
         self.config = config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
@@ -212,7 +213,9 @@ class Trainer:
         """Accuracy of every exit and of the ensemble on the validation data, or where these have no labels, how often
         each agrees with the deepest; call it on every process."""
         self.update.refresh_whole()
-        batches = (self.update.to_device(*batch) for batch in self.val_batches)
+        classes = self.update.mixer.num_classes
+        batches = (self.update.to_device(x, check_indices(y, classes) if self.saved.val_labelled else y)
+                   for x, y in self.val_batches)
         metrics, self.saved.val_images = measure_exits(
             self.eval_model, batches, self.accelerator, self.saved.val_labelled)
         unreadable = self._sum(self.val_batches.unreadable)

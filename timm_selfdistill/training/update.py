@@ -124,7 +124,7 @@ class Updater:
         if self.whole is not None:
             share_statistics(self.plain_task)
         for index, (x, y, _) in enumerate(group):
-            x, y = self.mixer(*self.to_device(x, y), epoch)
+            x, y = self.mixer(*self.to_device(x, self.mixer.check(y)), epoch)
             with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.task):
                 with self.accelerator.autocast():  # which Accelerate's own forward pass has but with FSDP
                     result = self.task(x, y)

@@ -1,0 +1,71 @@
+"""Labels of any shape are trained on and measured rightly, or refused."""
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from timm_selfdistill import SelfDistillLoss, SelfDistillTask, TrainConfig, Trainer
+
+from ..conftest import small_model
+
+INDICES = torch.arange(32) % 4
+ONE_HOT = torch.eye(4)[INDICES]
+SEVERAL = (torch.arange(32)[:, None] % torch.tensor([2, 3, 5, 7]) == 0).float()
+
+
+def trainer(tmp_path, train: Tensor, val: Tensor, **config) -> Trainer:
+    images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    task = SelfDistillTask(small_model(num_classes=4), SelfDistillLoss(label_loss=config.pop("label_loss", None)))
+    settings = TrainConfig(output=str(tmp_path / "run"), epochs=1, batch_size=16, workers=0, **config)
+    return Trainer(task, TensorDataset(images, train), TensorDataset(images, val), settings)
+
+
+def accuracies(tmp_path, train: Tensor, val: Tensor) -> list[float]:
+    torch.manual_seed(0)
+    return [row["top1"] for row in trainer(tmp_path, train, val).fit().summary["exits"]]
+
+
+@pytest.mark.parametrize("val", [INDICES[:, None], INDICES.int(), INDICES.to(torch.uint8), ONE_HOT, ONE_HOT.double(),
+                                 ONE_HOT.long()])
+def test_labels_that_mean_one_class_are_measured_alike(val, tmp_path):
+    expected = accuracies(tmp_path / "a", INDICES, INDICES)
+    assert accuracies(tmp_path / "b", INDICES, val) == expected
+
+
+@pytest.mark.parametrize("train", [INDICES[:, None], INDICES.int(), ONE_HOT, ONE_HOT * 0.8 + 0.05])
+def test_labels_that_are_trained_on(train, tmp_path):
+    rows = trainer(tmp_path, train, INDICES).fit().summary["exits"]
+    assert all(0 <= row["top1"] <= 100 for row in rows)
+
+
+@pytest.mark.parametrize(("train", "val", "config", "message"), [
+    (SEVERAL, INDICES, {"label_loss": torch.nn.BCEWithLogitsLoss()},
+     r"class indices \(B,\) from 0 to 3, or soft labels .*sum to 1.*got torch.float32 of shape \(1, 4\), .*several"),
+    (INDICES, SEVERAL, {}, r"one-hot labels .*got torch.float32 of shape \(1, 4\), which are not one-hot"),
+    (INDICES, ONE_HOT * 0.8 + 0.05, {}, "not one-hot"),
+    (INDICES.float(), INDICES, {}, r"got torch.float32 of shape \(1,\)"),
+    (INDICES, INDICES.double(), {}, r"got torch.float64 of shape \(1,\)"),
+    (INDICES > 1, INDICES, {}, r"got torch.bool of shape \(1,\)"),
+    (INDICES + 4, INDICES, {}, r"from 0 to 3, .*got torch.int64 of shape \(1,\), with the class index 4"),
+    (INDICES, INDICES - 2, {}, "with the class index -2"),
+    (torch.zeros(32, 7), INDICES, {}, r"K=4; got torch.float32 of shape \(1, 7\)"),
+    (INDICES[:, None, None], INDICES, {}, r"shape \(1, 1, 1\)"),
+    (ONE_HOT, INDICES, {"mixup": 0.5}, "no soft labels with mixup, cutmix or smoothing"),
+    (ONE_HOT, INDICES, {"smoothing": 0.1}, "no soft labels with mixup, cutmix or smoothing"),
+])
+def test_other_labels_are_refused_at_once(train, val, config, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, train, val, **config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_a_later_label_that_is_wrong_is_refused_when_it_comes(which, tmp_path):
+    labels = {"train": ONE_HOT.clone(), "val": INDICES.clone()}
+    if which == "train":
+        labels["train"][20] = 1
+    else:
+        labels["val"][20] = 4
+    run = trainer(tmp_path, **labels)
+    with pytest.raises(ValueError, match="several classes" if which == "train" else "class index 4"):
+        run.fit()
