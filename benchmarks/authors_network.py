@@ -51,7 +51,7 @@ class AuthorsTask(TrainingTask):
     def __init__(self, name: str, num_classes: int):
         super().__init__(verbose=False)
         self.trainable_module = AuthorsNetwork(name, num_classes)
-        self.criterion = SelfDistillLoss()
+        self.criterion = SelfDistillLoss.paper()
 
     def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
         output = self.trainable_module(x)

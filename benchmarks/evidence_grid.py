@@ -112,14 +112,13 @@ def _kd(backbone: nn.Module, teacher: nn.Module, distill_loss_weight: float) -> 
 
 
 ALPHAS = (0.3, 0.5, 0.7)
-_ENSEMBLE = {"teacher": "ensemble", "hint": None, "t_squared": True}
 METHODS = {
     "plain": Method(_plain),
     "teacher": Method(_plain),
     "dsn": Method(_exits(deep_supervision_loss)),
-    "paper": Method(_exits(SelfDistillLoss), ALPHAS),
-    "deepest": Method(_exits(SelfDistillLoss, hint=None, t_squared=True), ALPHAS),
-    "ensemble": Method(_exits(SelfDistillLoss, **_ENSEMBLE), ALPHAS),
+    "paper": Method(_exits(SelfDistillLoss.paper), ALPHAS),
+    "deepest": Method(_exits(SelfDistillLoss, teacher="deepest"), ALPHAS),
+    "ensemble": Method(_exits(SelfDistillLoss), ALPHAS),
     "dks": Method(lambda backbone, weight, updates: SelfDistillTask(
         wrap_self_distill(backbone), KnowledgeSynergyLoss(weight)), (1.0, 0.3, 3.0)),
     "dml": Method(_with_other(MutualLearningTask), (1.0, 0.3, 3.0), "peer"),
@@ -136,10 +135,10 @@ CHOICES = {
     "width8": {"head_args": {"width": 8}}, "width64": {"head_args": {"width": 64}},
 }
 """What is changed in "ensemble", one thing at a time, at its own point of the grid."""
-METHODS |= {f"ensemble-{name}": Method(_exits(SelfDistillLoss, **_ENSEMBLE | change), like="ensemble")
+METHODS |= {f"ensemble-{name}": Method(_exits(SelfDistillLoss, **change), like="ensemble")
             for name, change in CHOICES.items()}
-METHODS["ensemble-fading"] = Method(_exits(FadingLoss, **_ENSEMBLE), like="ensemble")
-METHODS["dsn-fading"] = Method(_exits(FadingLoss, alpha=0.0, hint=None), like="dsn")
+METHODS["ensemble-fading"] = Method(_exits(FadingLoss), like="ensemble")
+METHODS["dsn-fading"] = Method(_exits(FadingLoss, alpha=0.0), like="dsn")
 LRS = (0.1, 0.2, 0.4)
 WEIGHT_DECAYS = (2e-3, 5e-3)
 EXIT_METHODS = ["plain", "dsn", "paper", "deepest", "ensemble"]

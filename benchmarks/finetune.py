@@ -56,8 +56,8 @@ ROOT = Path(__file__).parents[1]
 LOSSES = {
     "plain": None,
     "dsn": SelfDistillLoss(alpha=0, beta=0),
-    "deepest": SelfDistillLoss(),
-    "ensemble": SelfDistillLoss(teacher="ensemble"),
+    "deepest": SelfDistillLoss.paper(),
+    "ensemble": SelfDistillLoss.paper(teacher="ensemble"),
 }
 LRS = [3e-4, 1e-3, 3e-3, 1e-2]
 Row = dict[str, Any]

@@ -125,7 +125,7 @@ def forward(backbone: nn.Module, loader: DataLoader, args: argparse.Namespace) -
 
 
 def train_heads(model: SelfDistillModel, features: list[Any], optimizer: torch.optim.Optimizer | None) -> None:
-    criterion = SelfDistillLoss()
+    criterion = SelfDistillLoss.paper()
     for x, y in features:
         criterion(model(x), y).backward()
         if optimizer:
@@ -162,7 +162,7 @@ def step_memory(name: str, args: argparse.Namespace) -> float:
     model = create(name, args).to(args.device).train()
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     y = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
-    criterion, optimizer = SelfDistillLoss(), torch.optim.SGD(model.heads.parameters(), lr=0.01, momentum=0.9)
+    criterion, optimizer = SelfDistillLoss.paper(), torch.optim.SGD(model.heads.parameters(), lr=0.01, momentum=0.9)
 
     def step() -> None:
         criterion(model(x), y).backward()

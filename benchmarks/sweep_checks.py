@@ -103,7 +103,7 @@ def _train_step(model: SelfDistillModel, x: Tensor, y: Tensor) -> None:
            f"logits have the shapes {[tuple(z.shape) for z in output.logits]}")
     expect(len(output.features) == classifiers and len({f.shape for f in output.features}) == 1,
            f"features have the shapes {[tuple(f.shape) for f in output.features]}")
-    loss = SelfDistillLoss()(output, y)
+    loss = SelfDistillLoss.paper()(output, y)
     expect(loss.shape == (), f"the loss has the shape {tuple(loss.shape)}")
     loss.backward()
     for key, p in _learning(model.heads):

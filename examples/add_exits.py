@@ -36,7 +36,7 @@ def main() -> int:
     print(*images.lines(), sep="\n")
     images = images.fitting_labels(backbone.num_classes, own_class_names(backbone))
     data_config = model_data_config(backbone, args.img_size, default_input_size(backbone)[0])
-    task = SelfDistillTask(wrap_self_distill(backbone, freeze_backbone=True), SelfDistillLoss(alpha=1.0))
+    task = SelfDistillTask(wrap_self_distill(backbone, freeze_backbone=True), SelfDistillLoss.paper(alpha=1.0))
     config = TrainConfig(output=args.output, epochs=args.epochs, batch_size=args.batch_size, opt="adamw", lr=1e-3,
                          unlabelled=True, cache_features=True, settings={"model": args.model, "pretrained": True})
     result = Trainer(task, *images.transformed(data_config, no_aug=True), config).fit()

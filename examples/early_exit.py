@@ -20,7 +20,7 @@ from timm_selfdistill import (
     model_data_config,
     wrap_self_distill,
 )
-from timm_selfdistill.cli import Parser, run
+from timm_selfdistill.cli import Parser, Record, read_record, run
 from timm_selfdistill.cost import measure_speedups
 
 
@@ -32,7 +32,9 @@ def main() -> int:
     parser.add_argument("--output", default="output/early_exit", help="folder for the calibrated model")
     args = parser.parse_args()
 
-    images = load_images(args.data_dir)
+    record = read_record(args.model) if args.model else Record("")
+    share, seed = record.fraction or (0.1, 42)  # as the run drew them, the images that it did not train on
+    images = load_images(args.data_dir, val_fraction=share, seed=seed)
     model = SelfDistillModel.from_pretrained(args.model) if args.model else train(images)
     if names := model.backbone.pretrained_cfg.get("label_names"):
         images = images.in_order(names)

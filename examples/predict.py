@@ -9,8 +9,8 @@ import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
-from timm_selfdistill import SelfDistillModel
-from timm_selfdistill.cli import Parser, known_range, parse_exit, run
+from timm_selfdistill import SelfDistillModel, load_pretrained
+from timm_selfdistill.cli import Parser, parse_exit, read_record, run
 from timm_selfdistill.training.images import open_image
 
 
@@ -30,13 +30,13 @@ def main() -> int:
     if args.model.startswith(("local-dir:", "hf-hub:")):
         model = backbone = timm.create_model(args.model, pretrained=True).eval()
     else:
-        model = SelfDistillModel.from_pretrained(args.model, revision=args.revision)
+        model = load_pretrained(args.model, revision=args.revision)
         backbone = model.backbone
     if not isinstance(model, SelfDistillModel) and args.exit != "-1":
         raise ValueError(f"{args.model} has one exit only; leave out --exit")
     config = resolve_model_data_config(backbone)
-    value_range = args.value_range if model is backbone else known_range(args.value_range, args.model, args.revision)
-    image = open_image(args.image, config["input_size"][0], value_range)
+    known = None if model is backbone else read_record(args.model, args.revision).value_range
+    image = open_image(args.image, config["input_size"][0], args.value_range or known)
     with torch.no_grad():
         x = create_transform(**config)(image)[None]
         logits = model.predict(x, parse_exit(args.exit)) if isinstance(model, SelfDistillModel) else model(x)

@@ -27,6 +27,8 @@ from timm_selfdistill.cli import (
     found_settings,
     parse_args,
     run,
+    say,
+    take_over_exits,
     train_config,
     train_parser,
     upload_lines,
@@ -35,6 +37,7 @@ from timm_selfdistill.cost import default_input_size
 from timm_selfdistill.training.data.class_order import fit_classes
 from timm_selfdistill.training.preprocessing import create_backbone, own_class_names
 from timm_selfdistill.training.report import print_exits, summary_title
+from timm_selfdistill.training.trained_exits import find_saved_weights
 
 
 def main() -> int:
@@ -48,6 +51,8 @@ def main() -> int:
         val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
         num_classes=args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled,
         value_range=args.value_range and tuple(args.value_range), seed=args.seed)
+    saved = find_saved_weights(args.model, args.pretrained, args.initial_checkpoint, args.pretrained_path)
+    config.settings |= take_over_exits(args, saved)
     torch.manual_seed(config.seed)
     # A network that stays as it is keeps its own classes and size, unless flags say otherwise.
     frozen = args.freeze_backbone and (args.pretrained or args.initial_checkpoint)
@@ -69,8 +74,7 @@ def main() -> int:
         img_size = images.fitting_size(backbone)
     lines = found_lines(images, backbone, img_size, args)
     config.settings |= found_settings(images, lines)
-    if os.environ.get("RANK", "0") == "0":
-        print(*lines, sep="\n", flush=True)
+    say(*lines)
     data_config = model_data_config(
         backbone, img_size, default_input_size(backbone)[0], class_names=class_names, mean=args.mean, std=args.std,
         interpolation=args.interpolation, crop_pct=args.crop_pct)
@@ -80,7 +84,7 @@ def main() -> int:
         "cutout": args.cutout}
     train_data, val_data = images.transformed(data_config, interpolation=args.train_interpolation, **augmentation)
 
-    task = create_task(args, backbone, create)
+    task = create_task(args, backbone, create, saved)
     trainer = Trainer(task, train_data, val_data, config)
     result = trainer.fit()
 

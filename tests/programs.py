@@ -154,7 +154,7 @@ def free_port() -> int:
 def serve() -> None:
     """Start what each line of the standard input asks for, until its end."""
     importlib.import_module("timm_selfdistill.cli.main")  # and with it `datasets`
-    summary.TIMED_SECONDS = 0.0  # each exit is timed once
+    summary.TIMED_SECONDS, summary.ROUNDS = 0.0, 1  # each exit is timed once
     Figure.savefig = save_dot
     wandb = sys.modules.get("wandb.sdk.data_types._private")
     if wandb:  # which makes a folder that the first fork to end would remove

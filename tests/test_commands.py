@@ -141,3 +141,13 @@ def test_a_model_without_class_names_prints_numbers(picture, tmp_path, monkeypat
     assert "label_names" not in json.loads((tmp_path / "model/config.json").read_text())
     assert call(predict, monkeypatch, picture, "--model", tmp_path / "model", "--topk", 1) == 0
     assert "class " in capsys.readouterr().out
+
+
+def test_predict_and_info_take_a_truncated_model(picture, tmp_path, monkeypatch, capsys):
+    small_model().eval().truncate(0).save_pretrained(tmp_path / "short", check=False)
+    assert call(predict, monkeypatch, picture, "--model", tmp_path / "short", "--topk", 3) == 0
+    assert capsys.readouterr().out.count("class ") == 3
+    assert call(predict, monkeypatch, picture, "--model", tmp_path / "short", "--exit", 1) == 2
+    assert "one exit only; leave out --exit" in capsys.readouterr().err
+    assert call(main, monkeypatch, "info", tmp_path / "short") == 0
+    assert "layer1" in capsys.readouterr().out

@@ -260,7 +260,7 @@ def test_a_choice_is_trained_at_the_point_of_its_method(tiny):
 
 
 def test_labels_of_shallow_exits_fade(benchmarks):
-    loss = benchmarks("evidence_grid").FadingLoss(updates=2, alpha=0.5, hint=None)
+    loss = benchmarks("evidence_grid").FadingLoss(updates=2, alpha=0.5, teacher="deepest")
     logits = tuple(torch.tensor([[value, 0.0]], requires_grad=True) for value in (1.0, 2.0, 3.0))
     output, target = SelfDistillOutput(logits, logits), torch.tensor([0])
     ce = [cross_entropy(value, target).item() for value in logits]

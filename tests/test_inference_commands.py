@@ -105,7 +105,7 @@ def test_export_writes_one_exit_or_every_stage(call, folder):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["evaluate", "run"], "required: --data"),
+    (["evaluate", "run"], "run/best .*images of its run; give --data-dir FOLDER or --dataset NAME"),
     (["evaluate", "nowhere", "--data", "data"], "nowhere .*no folder here"),
     (["evaluate", "run", "--data", "nowhere"], "nowhere .*folder or file"),
     (["evaluate", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),

@@ -59,10 +59,11 @@ def test_every_term_equals_the_papers_equation(temperature, alpha, beta, hint, t
     target = (0.8 * one_hot + 0.2 / CLASSES).float() if soft else labels
     soft_target = (target if soft else one_hot).double().numpy()
     expected = paper(output, soft_target, temperature, alpha, beta, hint, teacher)
-    got = SelfDistillLoss(temperature, alpha, beta, hint=hint, teacher=teacher).terms(output, target)
+    got = SelfDistillLoss(temperature, alpha, beta, hint=hint, teacher=teacher, t_squared=False).terms(output, target)
     assert set(got) == {"loss", "label", "distill", "hint"}
-    if not alpha:  # the distillation has no part in the loss, and is not computed
-        expected["distill"] = 0
+    for name, weight in (("distill", alpha), ("hint", beta)):
+        if not weight:  # it has no part in the loss, and is not computed
+            expected[name] = 0
     for name, value in expected.items():
         assert got[name].item() == pytest.approx(value, rel=1e-6, abs=1e-6), name
 
@@ -77,24 +78,42 @@ def test_with_t_squared_gradients_do_not_shrink_with_the_temperature():
         added = squared["loss"].item() - plain["loss"].item()
         assert added == pytest.approx(0.3 * 15 * plain["distill"].item(), rel=1e-4)
     output = random_output(torch.float64, requires_grad=True, exits=2)
-    SelfDistillLoss(1000.0, alpha=1.0, beta=0.0, t_squared=True)(output).backward()
+    SelfDistillLoss(1000.0, alpha=1.0, teacher="deepest")(output).backward()
     student, deepest = (z.detach() - z.detach().mean(1, keepdim=True) for z in output.logits)
     torch.testing.assert_close(output.logits[0].grad, (student - deepest) / CLASSES / BATCH, rtol=0.02, atol=2e-4)
     assert not output.logits[1].grad.any()
+
+
+def test_the_papers_loss_is_one_call():
+    assert repr(SelfDistillLoss.paper()) == (
+        "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint='map', teacher='deepest', t_squared=False)")
+    loss = SelfDistillLoss.paper(alpha=0.5, hint="pooled", label_loss=nn.CrossEntropyLoss())
+    assert (loss.alpha, loss.hint, loss.teacher) == (0.5, "pooled", "deepest")
+    assert isinstance(loss.label_loss, nn.CrossEntropyLoss)
+    with pytest.raises(ValueError, match="hint must be .*'maps'"):
+        SelfDistillLoss.paper(hint="maps")
+
+
+def test_without_beta_no_hint_is_computed():
+    """Features that cannot be compared do not matter then."""
+    output = random_output()
+    output = output._replace(features=tuple(torch.full((1, i + 1), math.nan) for i in range(4)))
+    terms = SelfDistillLoss.paper(beta=0)(output, torch.arange(BATCH))
+    assert terms.isfinite()
 
 
 def test_beta_is_lambda_times_the_size_of_a_feature():
     output = random_output()
     lam = 1e-3
     written_out = sum(((f - output.features[-1]) ** 2).sum((1, 2, 3)).mean() for f in output.features)
-    loss = SelfDistillLoss(beta=lam * 6 * 2 * 3)
+    loss = SelfDistillLoss.paper(beta=lam * 6 * 2 * 3)
     assert (loss.beta * loss.terms(output)["hint"]).item() == pytest.approx(lam * written_out.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("hint", ["map", "pooled"])
 def test_distillation_and_hint_send_no_gradient_to_the_deepest_classifier(hint):
     output = random_output(requires_grad=True)
-    terms = SelfDistillLoss(hint=hint).terms(output, torch.zeros(BATCH, dtype=torch.long))
+    terms = SelfDistillLoss.paper(hint=hint).terms(output, torch.zeros(BATCH, dtype=torch.long))
     (terms["distill"] + terms["hint"]).backward()
     assert output.logits[-1].grad is None or not output.logits[-1].grad.any()
     assert output.features[-1].grad is None or not output.features[-1].grad.any()
@@ -104,7 +123,7 @@ def test_distillation_and_hint_send_no_gradient_to_the_deepest_classifier(hint):
 
 def test_in_a_network_the_hint_reaches_the_backbone_through_the_shallow_features_only():
     model = small_model().train()
-    terms = SelfDistillLoss().terms(model(torch.randn(2, 3, 64, 64)), torch.tensor([0, 1]))
+    terms = SelfDistillLoss.paper().terms(model(torch.randn(2, 3, 64, 64)), torch.tensor([0, 1]))
     (terms["distill"] + terms["hint"]).backward()
     assert all(p.grad is None or not p.grad.any() for p in model.backbone.layer4.parameters())
     assert all(p.grad is None or not p.grad.any() for p in model.backbone.fc.parameters())
@@ -130,7 +149,7 @@ def test_without_labels_the_exits_learn_from_the_teacher_alone():
 def test_the_label_loss_is_any_criterion(criterion):
     output, target = random_output(), torch.randint(CLASSES, (BATCH,))
     *shallow, deepest = (criterion(z, target) for z in output.logits)
-    got = SelfDistillLoss(alpha=0.25, label_loss=criterion).terms(output, target)["label"]
+    got = SelfDistillLoss.paper(alpha=0.25, label_loss=criterion).terms(output, target)["label"]
     torch.testing.assert_close(got, 0.75 * sum(shallow) + deepest)
 
 

@@ -76,7 +76,7 @@ def test_a_recipe_names_a_network_and_flags_that_there_are(path):
     with torch.device("meta"):
         model = wrap_self_distill(timm.create_model(args.model, num_classes=SHAPES[args.dataset][2]))
     assert len(model.exits) == 4
-    assert repr(exit_loss(vars(args))) == repr(SelfDistillLoss())  # the paper's
+    assert repr(exit_loss(vars(args))) == repr(SelfDistillLoss.paper())
 
 
 @pytest.mark.parametrize("path", [

@@ -9,7 +9,7 @@ from .conftest import small_backbone, small_model
 
 
 def test_a_timm_training_task_that_gives_the_terms_of_its_loss():
-    criterion = SelfDistillLoss(alpha=0.4, beta=0.5)
+    criterion = SelfDistillLoss.paper(alpha=0.4, beta=0.5)
     task = SelfDistillTask(small_model(), criterion)
     assert isinstance(task, TrainingTask)
     result = task.train()(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
@@ -21,8 +21,13 @@ def test_a_timm_training_task_that_gives_the_terms_of_its_loss():
     assert all(p.grad is not None for p in task.parameters())
 
 
+@pytest.mark.parametrize(("frozen", "loss"), [(False, SelfDistillLoss()), (True, SelfDistillLoss.paper())])
+def test_the_loss_where_none_is_given(frozen, loss):
+    assert repr(SelfDistillTask(small_model(freeze_backbone=frozen)).criterion) == repr(loss)
+
+
 def test_in_eval_mode_too():
-    task = SelfDistillTask(small_model()).eval()
+    task = SelfDistillTask(small_model(), SelfDistillLoss.paper()).eval()
     x, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
     result = task(x, y)
     assert torch.equal(result["output"], task.get_eval_model()(x))

@@ -6,9 +6,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from timm_selfdistill import SelfDistillModel, wrap_self_distill
+from timm_selfdistill import SelfDistillModel, TruncatedModel, load_pretrained, wrap_self_distill
 from timm_selfdistill.heads import LinearHead
-from timm_selfdistill.model import TruncatedModel
 
 from .conftest import small_backbone, small_model
 
@@ -52,23 +51,37 @@ def test_saved_and_loaded_it_is_the_same(exit, tmp_path):
     truncated = model.truncate(exit)
     truncated.save_pretrained(tmp_path)
     x = torch.randn(2, 3, 64, 64)
-    for loaded in (SelfDistillModel.from_pretrained(tmp_path), TruncatedModel.from_pretrained(tmp_path)):
+    for loaded in (load_pretrained(tmp_path), TruncatedModel.from_pretrained(tmp_path)):
         assert isinstance(loaded, TruncatedModel)
         assert loaded.exit == truncated.exit
         assert torch.equal(loaded(x), model.predict(x, exit))
     model.save_pretrained(tmp_path / "whole")
     for number, again in enumerate([loaded, SelfDistillModel.from_pretrained(tmp_path / "whole").truncate(exit)]):
         again.save_pretrained(tmp_path / str(number))
-        assert torch.equal(SelfDistillModel.from_pretrained(tmp_path / str(number))(x), model.predict(x, exit))
+        assert torch.equal(TruncatedModel.from_pretrained(tmp_path / str(number))(x), model.predict(x, exit))
+
+
+def test_each_class_loads_its_own_and_names_the_other(tmp_path):
+    model = small_model().eval()
+    model.save_pretrained(tmp_path / "whole")
+    model.truncate(0).save_pretrained(tmp_path / "short")
+    assert type(load_pretrained(tmp_path / "whole")) is SelfDistillModel
+    assert type(load_pretrained(tmp_path / "short")) is TruncatedModel
+    with pytest.raises(ValueError, match=r"short is a truncated model.*TruncatedModel\.from_pretrained"):
+        SelfDistillModel.from_pretrained(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"whole is a model with all its exits.*SelfDistillModel\.from_pretrained"):
+        TruncatedModel.from_pretrained(tmp_path / "whole")
+    with pytest.raises(FileNotFoundError, match="nowhere .*no folder here"):
+        load_pretrained(tmp_path / "nowhere")
 
 
 def test_with_a_head_of_ones_own(tmp_path):
     model = wrap_self_distill(small_backbone("test_vit"), head=LinearHead).eval()
     model.truncate(1).save_pretrained(tmp_path)
     x = torch.randn(1, 3, 160, 160)
-    assert torch.equal(SelfDistillModel.from_pretrained(tmp_path, head=LinearHead)(x), model.predict(x, 1))
+    assert torch.equal(load_pretrained(tmp_path, head=LinearHead)(x), model.predict(x, 1))
     with pytest.raises(ValueError, match=r"head of its own.*from_pretrained\(\.\.\., head=\.\.\.\)"):
-        SelfDistillModel.from_pretrained(tmp_path)
+        TruncatedModel.from_pretrained(tmp_path)
 
 
 def test_a_backbone_that_is_not_rebuilt_is_not_saved(tmp_path):
@@ -89,7 +102,7 @@ def test_its_card_says_what_it_is(tmp_path):
     assert "Exit 1 of [timm]" in card.text
     assert "timm.create_model" not in card.text
     assert "| 1 | layer2 | 70.00 | 90.00 |" in card.text
-    assert 'SelfDistillModel.from_pretrained("user/name")(images)' in card.text
+    assert 'TruncatedModel.from_pretrained("user/name")(images)' in card.text
 
 
 @pytest.mark.parametrize("exit", [9, "first", True, [0]])
@@ -100,7 +113,7 @@ def test_a_damaged_config_is_refused(exit, tmp_path):
     values["self_distill"]["truncated_to"] = exit
     config.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=rf"exit .*0 to 3, .*got {re.escape(repr(exit))}"):
-        SelfDistillModel.from_pretrained(tmp_path)
+        TruncatedModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("exit", [0, "ensemble"])

@@ -7,6 +7,7 @@ from .inference import EarlyExit, EarlyExitOutput
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel, wrap_self_distill
 from .output import SelfDistillOutput
+from .truncated import TruncatedModel, load_pretrained
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "TruncatedModel",
     "__version__",
     "load_images",
+    "load_pretrained",
     "model_data_config",
     "models",
     "wrap_self_distill",

@@ -91,11 +91,20 @@ def measure_speedups(
         model: nn.Module, plain: Callable[[Tensor], Any], calls: list[Callable[[Tensor], Any]], x: Tensor,
         rounds: int = 15, seconds: float = 5.0,
 ) -> list[float]:
-    """Time of `plain(x)` over the time of each call, in eval mode: medians of rounds in which all run in turn.
+    """Time of `plain(x)` over the time of each call, in eval mode: medians of `time_ratios`."""
+    return [median(ratios) for ratios in time_ratios(model, plain, calls, x, rounds, seconds)]
+
+
+def time_ratios(
+        model: nn.Module, plain: Callable[[Tensor], Any], calls: list[Callable[[Tensor], Any]], x: Tensor,
+        rounds: int = 15, seconds: float = 5.0, at_least: int = 1,
+) -> list[list[float]]:
+    """Time of `plain(x)` over the time of each call, in eval mode: for each call the ratios of all rounds, in each of
+    which all calls run in turn.
 
     Args:
         x: a batch of images (B, C, H, W), on the model's device.
-        rounds: at most; fewer where `seconds` are used up.
+        rounds: at most; fewer, down to `at_least`, where `seconds` are used up.
     """
     times: list[list[float]] = [[] for _ in [plain, *calls]]
     began = time.perf_counter()
@@ -109,9 +118,9 @@ def measure_speedups(
                 record.append(time.perf_counter() - start)
             if round == -1:  # the first round is for warming up
                 times = [[] for _ in times]
-            elif time.perf_counter() - began > seconds:
+            elif len(times[0]) >= at_least and time.perf_counter() - began > seconds:
                 break
-    return [median(first / second for first, second in zip(times[0], record)) for record in times[1:]]
+    return [[first / second for first, second in zip(times[0], record)] for record in times[1:]]
 
 
 def _shadow_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -10,9 +10,11 @@ from math import log2, sqrt
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, SeparableConvNormAct
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .stages import Stage
 
@@ -26,10 +28,16 @@ class HalvingConv(ConvNormAct):
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2, padding=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        if height % 2 or width % 2:  # padding by nothing would still copy the whole map
-            x = F.pad(x, (0, width % 2, 0, height % 2))
-        return super().forward(x)
+        return super().forward(pad_to_even(x))
+
+
+@torch.fx.wrap
+def pad_to_even(x: Tensor) -> Tensor:
+    """A map (B, C, H, W) with a row and a column of zeros where height and width are odd; one step in torch.fx."""
+    height, width = x.shape[2:]
+    if height % 2 or width % 2:  # padding by nothing would still copy the whole map
+        return F.pad(x, (0, width % 2, 0, height % 2))
+    return x
 
 
 class BottleneckHead(nn.Module):
@@ -167,13 +175,16 @@ def move_alike(heads: nn.Module, backbone: nn.Module) -> None:
         heads.to(memory_format=torch.channels_last)
 
 
-def check_output(output: Any, batch: int, num_classes: int, channels: int, where: str) -> tuple[Tensor, Tensor]:
-    """The logits and the feature that a head returned.
+def check_output(output: Any, x: Tensor, num_classes: int, channels: int, where: str) -> tuple[Tensor, Tensor]:
+    """The logits and the feature that a head returned for x (B, C, H, W). While torch.fx traces it there are no shapes.
 
     Raises:
-        ValueError: they are no pair of tensors (batch, num_classes) and (batch, channels, H', W').
+        ValueError: they are no pair of tensors (B, num_classes) and (B, channels, H', W').
     """
     parts = output if isinstance(output, (tuple, list)) else (output,)
+    if len(parts) == 2 and all(isinstance(part, Proxy) for part in parts):
+        return tuple(parts)
+    batch = x.shape[0]
     shapes = [tuple(part.shape) if isinstance(part, Tensor) else (type(part).__name__,) for part in parts]
     fits = len(shapes) == 2 and shapes[0] == (batch, num_classes)
     if not fits or len(shapes[1]) != 4 or shapes[1][:2] != (batch, channels):

@@ -1,5 +1,6 @@
-"""The self-distillation loss, "Be Your Own Teacher", ICCV 2019, arXiv:1905.08094, section 3."""
+"""The self-distillation loss: what measured best, and that of "Be Your Own Teacher", ICCV 2019, arXiv:1905.08094."""
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +14,22 @@ LabelLoss = Callable[[Tensor, Tensor], Tensor]
 class SelfDistillLoss(nn.Module):
     """Every classifier learns from the labels, the shallow ones also from the teacher.
 
-    For the classifiers i = 1..C, C the deepest::
+    For the classifiers i = 1..C, C the deepest, with logits z_i and features F_i. The default, in which the average of
+    all logits teaches every classifier (arXiv:2104.00299)::
 
-        loss = sum_i (1 - a_i) label_loss(z_i, y)  +  a_i t KL(p_C || p_i)  +  b_i mse(F_i, F_C)
-        p_i  = softmax(z_i / temperature)
-        a_i  = alpha, b_i = beta for i < C;  a_C = b_C = 0;  t = temperature^2 with `t_squared`, else 1
+        loss = sum_(i <= C) (1 - alpha) label_loss(z_i, y)  +  alpha T^2 KL(p || p_i)
+        p_i  = softmax(z_i / T),  p = softmax(mean_j z_j / T),  T = temperature
 
-    Label and distillation terms are means over the batch. The teacher's p_C and F_C carry no gradient.
+    `SelfDistillLoss.paper()`, in which the deepest classifier teaches the others (arXiv:1905.08094, section 3)::
+
+        loss = label_loss(z_C, y)
+             + sum_(i < C) (1 - alpha) label_loss(z_i, y)  +  alpha KL(p_C || p_i)  +  beta mse(F_i, F_C)
+
+    Label and distillation terms are averaged over the batch. The teacher's p and F_C carry no gradient.
 
     `beta` is the paper's lambda. The hint is the squared L2 distance divided by the number of elements of one
     feature, so that `beta` means the same for every network and input size: lambda = beta / (D * H * W) for maps,
-    beta / D for pooled features.
+    beta / D for pooled features. Without a hint, the default, `beta` has no effect.
 
     Args:
         temperature: softens both distributions of the distillation term; > 0.
@@ -32,10 +38,10 @@ class SelfDistillLoss(nn.Module):
         label_loss: criterion `(logits (B, K), target) -> scalar`, any of timm's or torch's; None is cross entropy,
             which takes class indices (B,) and soft labels (B, K).
         hint: what the hint compares: "map" the whole feature maps, "pooled" their spatial means, None nothing.
-        teacher: "deepest" classifier, or "ensemble": the mean of all logits teaches every classifier, the deepest
-            included (arXiv:2104.00299). The hint's teacher is the deepest feature in both.
+        teacher: "ensemble", the average of all logits, teaches every classifier, the deepest included; or the "deepest"
+            classifier teaches the others. The hint's teacher is the deepest feature in both.
         t_squared: multiply the distillation term by temperature^2, so that its gradients do not shrink with the
-            temperature (arXiv:1503.02531, section 2.1); the paper's equation does not.
+            temperature (arXiv:1503.02531, section 2.1).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -48,9 +54,9 @@ class SelfDistillLoss(nn.Module):
             alpha: float = 0.3,
             beta: float = 0.03,
             label_loss: LabelLoss | None = None,
-            hint: str | None = "map",
-            teacher: str = "deepest",
-            t_squared: bool = False,
+            hint: str | None = None,
+            teacher: str = "ensemble",
+            t_squared: bool = True,
     ):
         super().__init__()
         if not 0 < temperature < float("inf"):
@@ -73,6 +79,15 @@ class SelfDistillLoss(nn.Module):
         self.teacher = teacher
         self.t_squared = t_squared
 
+    @classmethod
+    def paper(cls, **overrides: Any) -> "SelfDistillLoss":
+        """The loss of the ICCV paper: the deepest classifier and its feature map teach the others.
+
+        Args:
+            overrides: arguments of `SelfDistillLoss`.
+        """
+        return cls(**{"hint": "map", "teacher": "deepest", "t_squared": False, **overrides})
+
     def forward(self, output: SelfDistillOutput, target: Tensor | None = None) -> Tensor:
         """The loss, a scalar tensor. See `terms`."""
         return self.terms(output, target)["loss"]
@@ -87,7 +102,8 @@ class SelfDistillLoss(nn.Module):
 
         Returns:
             Scalar tensors: "loss"; "label", the label terms with their factors 1 - a_i; "distill" and "hint", the
-            sums over the students, the former times temperature^2 with `t_squared`, and 0 where alpha is.
+            sums over the students, the former times temperature^2 with `t_squared`; each is 0, and not computed, where
+            its weight is 0.
 
         Raises:
             TypeError: `output` is not a `SelfDistillOutput`, or class indices are not integers.
@@ -132,7 +148,7 @@ class SelfDistillLoss(nn.Module):
         return factor * divergence(teacher, students, self.temperature)
 
     def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
-        if self.hint is None:
+        if self.hint is None or not self.beta:
             return full_precision(features[-1]).new_zeros(())
         features = [full_precision(f) for f in features]
         if self.hint == "pooled":

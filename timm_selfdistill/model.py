@@ -1,19 +1,24 @@
 """One verb turns a timm model into a network that teaches itself."""
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
-from pathlib import Path
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from .cost import count_cost, default_input_size
+from .cost import default_input_size
 from .heads import HeadFactory, check_output, create_head, move_alike, resize_feature
-from .hub import HubMixin, measured_rows
+from .hub import HubMixin
 from .output import BackboneOutput, SelfDistillOutput
 from .stages import check_logits, check_timm_classifier, explain_misfit, select_stages
 from .summary import Summary, summarize
 from .timm_methods import TimmMethods
+
+if TYPE_CHECKING:
+    from .truncated import TruncatedModel
 
 
 def wrap_self_distill(
@@ -72,6 +77,8 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             freeze_backbone: bool = False,
     ):
         super().__init__()
+        if isinstance(model, TimmMethods):
+            raise TypeError(f"this {type(model).__name__} is wrapped already; wrap the timm model in it, its backbone")
         check_timm_classifier(model)
         for name, value in (("head_args", head_args), ("model_args", model_args)):
             if value is not None and not isinstance(value, dict):
@@ -82,17 +89,22 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         self.head, self.head_args, self.model_args = head, dict(head_args or {}), dict(model_args or {})
         self.freeze_backbone = freeze_backbone
         self.early_exit: dict[str, Any] | None = None
+        self.trained_size: tuple[int, int] | None = None
+        """(height, width) of the images of the last training batch."""
         self._waiting: list[nn.Parameter] = []
         self.backbone = model
-        self.heads = nn.ModuleList(
-            create_head(head, stage, self._last_stage, self.num_classes, self.head_args, type(model).__name__)
-            for stage in self.stages)
-
-        move_alike(self.heads, model)
         self.training = model.training
-        self.heads.train(model.training)
+        self.heads = self._create_heads(self.num_classes)
         if freeze_backbone:
             model.requires_grad_(False).eval()
+
+    def _create_heads(self, num_classes: int) -> nn.ModuleList:
+        """A fresh shallow classifier for every stage, on the backbone's device, in its dtype and this model's mode."""
+        heads = nn.ModuleList(
+            create_head(self.head, stage, self._last_stage, num_classes, self.head_args, type(self.backbone).__name__)
+            for stage in self.stages)
+        move_alike(heads, self.backbone)
+        return heads.train(self.training)
 
     def train(self, mode: bool = True) -> "SelfDistillModel":
         super().train(mode)
@@ -100,12 +112,19 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             self.backbone.eval()
         return self
 
+    @property
+    def feature_channels(self) -> int:
+        """D, the channels of every classifier's feature."""
+        return self._last_stage.channels
+
     def train_classifiers_alone(self, alone: bool) -> None:
         """Let the backbone's features wait, in eval mode and without gradients, while its classifier and the shallow
         ones learn; or let all learn again that did before."""
         if alone and not self._waiting:
-            classifier = set(map(id, self.get_classifier().parameters()))
-            self._waiting = [p for p in self.backbone.parameters() if p.requires_grad and id(p) not in classifier]
+            found = self.get_classifier()
+            parts = found if isinstance(found, tuple) else (found,)
+            classifiers = {id(p) for part in parts for p in part.parameters()}
+            self._waiting = [p for p in self.backbone.parameters() if p.requires_grad and id(p) not in classifiers]
         for parameter in self._waiting:
             parameter.requires_grad_(not alone)
         self._waiting = self._waiting if alone else []
@@ -118,6 +137,8 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             x: images (B, in_chans, H, W), or what `forward_backbone` gave for them.
         """
         if self.training:
+            if not isinstance(x, BackboneOutput):
+                self.trained_size = tuple(x.shape[2:])
             return self.forward_exits(x)
         return x.logits if isinstance(x, BackboneOutput) else self._run(x, self.backbone)
 
@@ -126,7 +147,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         gave for them."""
         maps, deepest = x if isinstance(x, BackboneOutput) else self.forward_backbone(x)
         teacher = maps[-1]
-        shallow = [self._run_head(exit, feature_map) for exit, feature_map in enumerate(maps[:-1])]
+        shallow = self._run_heads(maps)
         return SelfDistillOutput(
             logits=(*(logits for logits, _ in shallow), deepest),
             features=(*(resize_feature(feature, teacher) for _, feature in shallow), teacher),
@@ -141,20 +162,34 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             final, maps = self._run(x, lambda x: self.backbone.forward_intermediates(x, indices=indices))
         with torch.set_grad_enabled(learning):
             deepest = self.backbone.forward_head(final)
-        check_logits(self.backbone, deepest, (x.shape[0], self.num_classes))
+        check_logits(self.backbone, deepest, x, self.num_classes)
         return BackboneOutput(tuple(maps), deepest)
 
-    def _run_head(self, exit: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_heads(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Logits and feature of every shallow classifier for the maps of `forward_backbone`."""
+        return [self.run_head(exit, feature_map) for exit, feature_map in enumerate(maps[:-1])]
+
+    def run_head(self, exit: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and feature (B, D, H', W') of a shallow classifier for the feature map of its stage."""
         stage = self.stages[exit]
         where = f"{type(self.backbone).__name__} at {stage}"
         return check_output(
-            self.heads[exit](feature_map), feature_map.shape[0], self.num_classes, self._last_stage.channels, where)
+            self.heads[exit](feature_map), feature_map, self.num_classes, self.feature_channels, where)
+
+    def run_to(self, exit: int, x: Tensor) -> Tensor:
+        """The feature map (B, C, H, W) at a shallow exit for images (B, in_chans, H, W), running no layer behind it."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            (feature_map,) = self._run(x, lambda x: self.backbone.forward_intermediates(
+                x, indices=[self.stages[exit].index], stop_early=True, intermediates_only=True))
+        return feature_map
 
     def _run(self, x: Tensor, call: Callable[[Tensor], Any]) -> Any:
         """Call the backbone; if it fails on images that it cannot take, say so."""
         try:
             return call(x)
         except (AssertionError, RuntimeError, ValueError) as error:
+            if isinstance(x, Proxy):  # torch.fx traces it
+                raise
             reason = explain_misfit(self.backbone, x, self.model_args)
             if reason is None:
                 raise
@@ -172,17 +207,15 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         Raises:
             ValueError: there is no such exit.
         """
-        exit = self._exit_number(exit)
+        exit = self.exit_number(exit)
         if exit == "ensemble":
-            return torch.stack(self.forward_exits(x).logits).mean(0)
+            maps, deepest = self.forward_backbone(x)
+            return torch.stack([*(logits for logits, _ in self._run_heads(maps)), deepest]).mean(0)
         if exit == len(self.stages):
             return self._run(x, self.backbone)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            (feature_map,) = self._run(x, lambda x: self.backbone.forward_intermediates(
-                x, indices=[self.stages[exit].index], stop_early=True, intermediates_only=True))
-        return self._run_head(exit, feature_map)[0]
+        return self.run_head(exit, self.run_to(exit, x))[0]
 
-    def _exit_number(self, exit: int | str) -> int | str:
+    def exit_number(self, exit: int | str) -> int | str:
         """0 to C - 1, or "ensemble"."""
         count = len(self.exits)
         if exit == "ensemble":
@@ -191,11 +224,75 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
         return exit % count
 
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images that the model is for: those of the last training batch, or before
+        any those that the backbone was made for. Saved with the model."""
+        channels, *own_size = default_input_size(self.backbone, self.model_args)
+        return channels, *(self.trained_size or own_size)
+
     def with_heads(self, heads: nn.ModuleList) -> "SelfDistillModel":
         """The same model, its backbone shared, with other heads of the same kind."""
         other = copy(self)
         other._modules = {**self._modules, "heads": heads}
         return other
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Fresh classifiers for other classes: the backbone's own, as timm makes it, and the shallow ones.
+
+        Thresholds that `EarlyExit.calibrate` found are dropped; make `EarlyExit` anew.
+
+        Args:
+            num_classes: K.
+            global_pool: how the backbone pools its features; None leaves that as it is.
+
+        Raises:
+            ValueError: there would be no classes, the backbone is frozen, or a head given as a callable fails.
+        """
+        if self.freeze_backbone:
+            raise ValueError("the backbone is frozen, so a fresh classifier on it would never learn; train the plain"
+                             " network for its new classes first, then wrap it")
+        self.reset_heads(num_classes)
+        pool = {} if global_pool is None else {"global_pool": global_pool}
+        self.backbone.reset_classifier(num_classes, **pool)
+        self._update_model_args(pool)
+
+    def reset_heads(self, num_classes: int) -> None:
+        """Fresh shallow classifiers for other classes; where a truncated model has none, none."""
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(
+                f"num_classes must be a whole number of at least 1, got {num_classes!r}; for features without"
+                " classifiers use the plain network, strip()")
+        for exit, head in enumerate(self._create_heads(num_classes)):
+            if not isinstance(self.heads[exit], nn.Identity):
+                self.heads[exit] = head
+        self.num_classes, self.early_exit = num_classes, None
+        self._update_model_args({"num_classes": num_classes})
+
+    def set_input_size(
+            self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None,
+            **more: Any) -> None:
+        """Change the image size that the model is for and is saved with, `input_size`. A backbone that takes one size
+        only is changed by its own `set_input_size`; one that takes any size stays as it is.
+
+        Raises:
+            TypeError: such a backbone has nothing but its image size to change.
+        """
+        sizes = {"img_size": img_size, "patch_size": patch_size, **more}
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        if hasattr(self.backbone, "set_input_size"):
+            self.backbone.set_input_size(**sizes)
+        elif sizes.keys() - {"img_size"}:
+            raise TypeError(f"{type(self.backbone).__name__} takes images of any size; set_input_size can change its"
+                            f" img_size only, got {', '.join(sizes)}")
+        if img_size is not None:
+            self.pretrained_cfg["input_size"] = (self.input_size[0], *to_2tuple(img_size))
+        self.trained_size = None
+        self._update_model_args(sizes)
+
+    def _update_model_args(self, changed: dict[str, Any]) -> None:
+        """What was given to `create_model` holds no longer; timm's models themselves record what is new."""
+        self.model_args.update({name: changed[name] for name in self.model_args.keys() & changed.keys()})
 
     def strip(self) -> nn.Module:
         """The plain timm model, for good: the shallow classifiers are not needed at inference."""
@@ -210,13 +307,15 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         Raises:
             ValueError: there is no such exit.
         """
-        return TruncatedModel(deepcopy(self), self._exit_number(exit))
+        from .truncated import TruncatedModel  # which builds upon this module
+
+        return TruncatedModel(deepcopy(self), self.exit_number(exit))
 
     def summary(self, input_size: tuple[int, int, int] | None = None) -> Summary:
         """What each exit costs, and the ensemble of all. `print(model.summary())` shows a table.
 
         Args:
-            input_size: (channels, height, width) in pixels; None is what the backbone was made for.
+            input_size: (channels, height, width) in pixels; None is the model's own, `input_size`.
 
         Raises:
             ValueError: `input_size` is nothing of the kind.
@@ -224,74 +323,15 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         return summarize(self, [*self.stages, self._last_stage], input_size)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], *args: Any) -> "SelfDistillModel | TruncatedModel":
-        """See `HubMixin.from_config`; a truncated model's config makes that."""
-        settings = config["self_distill"]
-        model = super().from_config(config, *args)
-        model.early_exit = settings.get("early_exit")
-        exit = settings.get("truncated_to")
-        return model if exit is None else TruncatedModel(model, model._exit_number(exit))
-
-
-class TruncatedModel(nn.Module, HubMixin):
-    """One exit of a `SelfDistillModel`, whose `truncate` makes it: images (B, in_chans, H, W) to logits (B, K).
-
-    It trains, exports and compiles like any network. `save_pretrained` and `push_to_hub` work as there, and
-    `SelfDistillModel.from_pretrained` loads it. Plain timm does not: the layers behind the exit are not there.
-
-    Args:
-        model: is taken over.
-        exit: 0 to C - 1, or "ensemble".
-    """
-
-    def __init__(self, model: SelfDistillModel, exit: int | str):
-        super().__init__()
-        self.model, self.exit, self.num_classes = model, exit, model.num_classes
-        self._whole: tuple[nn.Module] | None = None
-        model.early_exit = None
-        if exit == "ensemble":
-            return
-        for other in range(len(model.heads)):
-            if other != exit:
-                model.heads[other] = nn.Identity()
-        if exit < len(model.stages):
-            self._whole = (deepcopy(model.backbone).to("meta"),)  # in a tuple, so that it is no module of this one
-            model.backbone.prune_intermediate_layers([model.stages[exit].index], prune_norm=True)
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.model.backbone
-
-    @property
-    def whole(self) -> nn.Module:
-        return self.model.backbone if self._whole is None else self._whole[0]
-
-    @property
-    def heads(self) -> nn.ModuleList:
-        return self.model.heads
-
-    @property
-    def model_args(self) -> dict[str, Any]:
-        return self.model.model_args
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of the exit for images (B, in_chans, H, W)."""
-        return self.model.predict(x, self.exit)
+    def check_kind(cls, settings: dict[str, Any], name: str | PathLike) -> None:
+        if "truncated_to" in settings:
+            raise ValueError(
+                f"{name} is a truncated model, which has one exit only; load it with"
+                " TruncatedModel.from_pretrained(...)")
 
     @classmethod
-    def from_config(cls, *args: Any) -> "SelfDistillModel | TruncatedModel":
-        return SelfDistillModel.from_config(*args)
-
-    def settings(self) -> dict[str, Any]:
-        return self.model.settings() | {"truncated_to": self.exit}
-
-    def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
-        """The one exit: its cost, and what is measured of it."""
-        cost = count_cost(self, default_input_size(self.whole, self.model_args))
-        module = self.model.exits[-1 if self.exit == "ensemble" else self.exit]
-        measured = [row for row in measured_rows(metrics) if row["exit"] == self.exit]
-        return [{"exit": self.exit, "module": module, "macs": cost.macs} | row for row in measured or [{}]]
-
-    def rebuild(self, folder: Path) -> tuple[nn.Module, nn.Module]:
-        head = None if isinstance(self.model.head, str) else self.model.head
-        return self, SelfDistillModel.from_pretrained(folder, head=head)
+    def from_config(cls, config: dict[str, Any], *args: Any) -> "SelfDistillModel":
+        """See `HubMixin.from_config`."""
+        model = super().from_config(config, *args)
+        model.early_exit = config["self_distill"].get("early_exit")
+        return model

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .cost import default_input_size
 
@@ -45,9 +46,12 @@ def check_timm_classifier(model: nn.Module) -> None:
         )
 
 
-def check_logits(model: nn.Module, logits: Any, shape: tuple[int, int]) -> None:
-    """Raise where a backbone's own classifier does not give logits (B, K)."""
-    name = type(model).__name__
+def check_logits(model: nn.Module, logits: Any, x: Tensor, num_classes: int) -> None:
+    """Raise where a backbone's own classifier does not give logits (B, K) for images x (B, C, H, W). While torch.fx
+    traces it there are no shapes."""
+    if isinstance(logits, Proxy):
+        return
+    name, shape = type(model).__name__, (x.shape[0], num_classes)
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"{name} gives {len(logits)} logits instead of one in training mode; call its"
@@ -55,7 +59,7 @@ def check_logits(model: nn.Module, logits: Any, shape: tuple[int, int]) -> None:
     if logits.shape != shape:
         raise ValueError(
             f"{name} gives logits {tuple(logits.shape)}, expected {shape}; it must pool its features (global_pool), and"
-            " be wrapped again after reset_classifier")
+            " reset_classifier is called on the wrapped model, which then renews all its classifiers")
 
 
 def explain_misfit(model: nn.Module, x: Tensor, model_args: dict[str, Any] | None = None) -> str | None:

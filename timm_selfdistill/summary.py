@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .cost import count_cost, default_input_size
+from .cost import count_cost
 from .stages import Stage
 
 
@@ -78,7 +78,7 @@ def summarize(model: Any, stages: list[Stage], input_size: tuple[int, int, int] 
     Args:
         stages: of all its classifiers.
     """
-    expected = default_input_size(model.backbone, model.model_args)
+    expected = model.input_size
     input_size = expected if input_size is None else input_size
     if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or input_size[0] != expected[0]:
         raise ValueError(f"input_size must be ({expected[0]}, height, width), got {input_size!r}")

@@ -1,7 +1,9 @@
 """Self distillation as a timm training task."""
+import json
 from collections.abc import Iterable
 from typing import Any
 
+from timm.data import resolve_model_data_config
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ class SelfDistillTask(ClassificationTask):
 
     Args:
         model: of `wrap_self_distill`.
-        criterion: None is `SelfDistillLoss()`.
+        criterion: None is `SelfDistillLoss()`, and for a frozen backbone `SelfDistillLoss.paper()`.
 
     Raises:
         TypeError: the model or the criterion is not one of these.
@@ -33,8 +35,9 @@ class SelfDistillTask(ClassificationTask):
                 f"expected a SelfDistillLoss, got {type(criterion).__name__}; other criteria are its label_loss:"
                 " SelfDistillLoss(label_loss=criterion)"
             )
-        device = next(model.parameters()).device
-        super().__init__(model, SelfDistillLoss() if criterion is None else criterion, device=device, verbose=False)
+        if criterion is None:
+            criterion = SelfDistillLoss.paper() if model.freeze_backbone else SelfDistillLoss()
+        super().__init__(model, criterion, device=next(model.parameters()).device, verbose=False)
 
     def setup_ema(self, **settings: Any) -> nn.Module:
         """Keep a moving average; `settings` are those of timm's `ModelEmaV3`."""
@@ -61,6 +64,21 @@ class SelfDistillTask(ClassificationTask):
             return super().get_clip_parameters()
         model = unwrap_model(self.trainable_module)
         return [p for part in (model.backbone, *model.heads) for p in list(part.parameters())[:-2]]
+
+    def get_checkpoint_state(self, ema: bool = False, **unwrap: Any) -> dict[str, Any]:
+        """timm's checkpoint entries, and "self_distill": what makes the network and its exits again, as config.json of
+        a saved model holds it."""
+        state = super().get_checkpoint_state(ema, **unwrap)
+        if ema:
+            return state
+        model = unwrap_model(self.trainable_module)
+        known = model.backbone.pretrained_cfg
+        network = {
+            "architecture": known.get("architecture"), "num_classes": model.num_classes,
+            "label_names": known.get("label_names"), "model_args": model.model_args,
+            "pretrained_cfg": resolve_model_data_config(model.backbone),
+            "self_distill": {key: value for key, value in model.settings().items() if key != "early_exit"}}
+        return state | {"self_distill": json.loads(json.dumps(network, default=str))}
 
     @property
     def _frozen(self) -> bool:

@@ -54,7 +54,8 @@ def folder(tmp_path_factory):
 def written(folder, stem: str) -> dict:
     assert (folder / f"out/{stem}.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((folder / f"out/{stem}.json").read_text())
-    assert (found["data"], found["split"], found["device"]) == ("data", None, "cpu")
+    assert found["data"] == {"name": "data", "type": "imagefolder", "split": "test"}
+    assert found["device"] == "cpu"
     assert found["batch_size"] in (40, 64)
     assert found["versions"] == {
         "timm_selfdistill": timm_selfdistill.__version__, "torch": torch.__version__, "timm": timm.__version__}
@@ -92,7 +93,7 @@ def test_gradients_measures_models_by_their_own_loss(call, folder):
         assert all(value > 0 for value in report["gradients"])
     assert models["plain"]["criterion"] == "CrossEntropyLoss()"
     assert models["run"]["criterion"] == (
-        "SelfDistillLoss(temperature=2.0, alpha=0.5, beta=0.1, hint=None, teacher='ensemble', t_squared=False)")
+        "SelfDistillLoss(temperature=2.0, alpha=0.5, beta=0.1, hint=None, teacher='ensemble', t_squared=True)")
 
 
 TRAINED = SETTINGS | {"alpha": 0.3, "hint": "map", "distill_loss_weight": None}
@@ -102,9 +103,9 @@ TRAINED = SETTINGS | {"alpha": 0.3, "hint": "map", "distill_loss_weight": None}
     (None, repr(SelfDistillLoss())),
     ({"settings": {"lr": 0.1}}, repr(SelfDistillLoss())),
     ({"settings": TRAINED | {"method": "self-distill"}},
-     "SelfDistillLoss(temperature=2.0, alpha=0.3, beta=0.1, hint='map', teacher='ensemble', t_squared=False)"),
+     "SelfDistillLoss(temperature=2.0, alpha=0.3, beta=0.1, hint='map', teacher='ensemble', t_squared=True)"),
     ({"settings": TRAINED | {"method": "dsn"}},
-     "SelfDistillLoss(temperature=3.0, alpha=0.0, beta=0.0, hint=None, teacher='deepest', t_squared=False)"),
+     "SelfDistillLoss(temperature=3.0, alpha=0.0, beta=0.0, hint=None, teacher='ensemble', t_squared=True)"),
     ({"settings": TRAINED | {"method": "dks"}}, "KnowledgeSynergyLoss(distill_loss_weight=1.0)"),
     ({"settings": {"method": "dks", "distill_loss_weight": 2}}, "KnowledgeSynergyLoss(distill_loss_weight=2)"),
 ])
@@ -158,7 +159,7 @@ def test_agreement(call, folder):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["flat-minima", "--data", "data"], "required: model"),
-    (["flat-minima", "plain"], "required: --data"),
+    (["flat-minima", "plain"], "plain/best .*images of its run; give --data-dir"),
     (["flat-minima", "plain", "--data", "data", "--levels", "-1"], r"levels .*above 0, got \[-1.0\]"),
     (["flat-minima", "plain", "--data", "data", "--draws", "0"], "draws .* 1, got 0"),
     (["flat-minima", "plain", "nowhere", "--data", "data"], "nowhere .*no folder here"),

@@ -4,6 +4,7 @@ import re
 import pytest
 import timm
 import torch
+import yaml
 from timm.task import ClassificationTask, LogitDistillationTask
 
 from timm_selfdistill import SelfDistillLoss, SelfDistillTask, hub, load_images
@@ -84,6 +85,7 @@ def test_in_a_config_file(text, method, tmp_path):
     (["--method", "dks", "--hint", "map"], "^--hint .*--method self-distill, .* dks; leave one out"),
     (["--method", "dml", "--no-t-squared"], "^--t-squared .*--method self-distill, .* dml; leave one out"),
     (["--method", "dks", "--teacher", "ensemble"], "^--teacher .*--method self-distill, .* dks; leave one out"),
+    (["--method", "dks", "--paper"], "^--paper .*--method self-distill, .* dks; leave one out"),
     (["--method", "dsn", "--beta", "0"], "^--beta .*--method self-distill, .* dsn; leave one out"),
     (["--method", "fitnet", "--kd-model-name", "a", "--exits", "1"],
      "^--exits .*--method dsn, self-distill, dks, .* fitnet; leave one out"),
@@ -103,6 +105,7 @@ def test_flags_that_contradict(argv, message):
 @pytest.mark.parametrize("argv", [
     ["--method", "dks", "--exits", "1", "--head", "linear"], ["--method", "dsn", "--exits", "1", "--head", "linear"],
     ["--alpha", "0.5", "--head", "linear", "--baseline"],  # added to a command, to compare
+    ["--paper", "--beta", "0.1"], ["--paper", "--baseline"],
     ["--freeze-backbone", "--beta", "0.1"], ["--beta", "0.1", "--hint", "map"], ["--alpha", "0", "--beta", "0"],
     ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "2", "--distill-loss-weight", "1"],
     ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "1"],
@@ -128,18 +131,42 @@ def test_all_flags_of_the_loss_reach_it():
 
 
 def test_the_loss_is_what_measured_best_or_on_a_frozen_backbone_the_papers():
-    assert repr(build().criterion) == (
+    assert repr(build().criterion) == repr(SelfDistillLoss()) == (
         "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint=None, teacher='ensemble', t_squared=True)")
     frozen = build("--freeze-backbone", "--hint", "pooled").criterion
     assert repr(frozen) == (
         "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint='pooled', teacher='deepest', t_squared=False)")
-    assert repr(build("--freeze-backbone").criterion) == repr(SelfDistillLoss())
+    assert repr(build("--freeze-backbone").criterion) == repr(SelfDistillLoss.paper())
     assert repr(build("--freeze-backbone", "--no-freeze-backbone").criterion) == repr(build().criterion)
+
+
+def test_the_papers_loss_by_one_flag(tmp_path):
+    assert repr(build("--paper").criterion) == repr(SelfDistillLoss.paper())
+    for argv in (["--paper", "--hint", "pooled"], ["--hint", "pooled", "--paper"]):
+        assert repr(build(*argv, "--alpha", "0.5").criterion) == repr(SelfDistillLoss.paper(hint="pooled", alpha=0.5))
+    (tmp_path / "paper.yaml").write_text("paper: true\nalpha: 0.5")
+    file = ("--config", str(tmp_path / "paper.yaml"))
+    assert repr(build(*file).criterion) == repr(SelfDistillLoss.paper(alpha=0.5))
+    assert repr(build(*file, "--teacher", "ensemble").criterion) == repr(
+        SelfDistillLoss.paper(alpha=0.5, teacher="ensemble"))
+    assert repr(build(*file, "--no-paper").criterion) == repr(SelfDistillLoss(alpha=0.5))
+    assert parse(*file, "--method", "dsn").method == "dsn"
+
+
+def test_a_run_records_the_loss_itself(tmp_path):
+    recorded = train_config(parse("--paper", "--alpha", "0.5")).to_dict()
+    assert "paper" not in recorded
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+    file = ("--config", str(tmp_path / "config.yaml"))
+    assert repr(build(*file).criterion) == repr(SelfDistillLoss.paper(alpha=0.5))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(train_config(parse("--alpha", "0.5")).to_dict()))
+    assert repr(build(*file).criterion) == repr(SelfDistillLoss(alpha=0.5))
+    assert repr(build(*file, "--paper").criterion) == repr(SelfDistillLoss.paper(alpha=0.5))
 
 
 def test_of_a_file_too(tmp_path):
     (tmp_path / "c.yaml").write_text("freeze-backbone: true\nalpha: 0.5")
-    assert repr(build("--config", str(tmp_path / "c.yaml")).criterion) == repr(SelfDistillLoss(alpha=0.5))
+    assert repr(build("--config", str(tmp_path / "c.yaml")).criterion) == repr(SelfDistillLoss.paper(alpha=0.5))
     (tmp_path / "c.yaml").write_text("beta: 0.1")
     with pytest.raises(ValueError, match="--beta 0.1 .*--hint .*none; .*--hint map"):
         parse("--config", str(tmp_path / "c.yaml"))

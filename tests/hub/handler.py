@@ -52,7 +52,12 @@ class Handler(BaseHTTPRequestHandler):
             failure = next((f for f in self.hub.failures if f.times and re.search(f.pattern, request)), None)
             if failure:
                 failure.times -= 1
+            calls = [entry for entry in self.hub.calls if re.search(entry[0], request)]
+            for entry in calls:
+                self.hub.calls.remove(entry)
             waiting = [event for pattern, event in self.hub.held if re.search(pattern, request)]
+        for _, call in calls:
+            call()
         for event in waiting:
             event.wait()
         length = int(self.headers.get("Content-Length") or 0)

@@ -7,6 +7,7 @@ Repositories live in memory. `hub.fail(...)` makes requests fail as the real Hub
 """
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 
@@ -41,6 +42,7 @@ class HubServer:
         self.requests: list[str] = []
         self.failures: list[Failure] = []
         self.held: list[tuple[str, threading.Event]] = []
+        self.calls: list[tuple[str, Callable[[], object]]] = []
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -61,7 +63,7 @@ class HubServer:
         for event in [self.stopped, *(event for _, event in self.held)]:
             event.set()
         with self.lock:
-            for kept in (self.repositories, self.objects, self.requests, self.failures, self.held):
+            for kept in (self.repositories, self.objects, self.requests, self.failures, self.held, self.calls):
                 kept.clear()
         self.stopped = threading.Event()
 
@@ -76,6 +78,10 @@ class HubServer:
         event = threading.Event()
         self.held.append((pattern, event))
         return event
+
+    def before(self, pattern: str, call: Callable[[], object]) -> None:
+        """Call something once, before the next request whose "METHOD /path" matches is answered."""
+        self.calls.append((pattern, call))
 
     def add(self, repo_id: str, files: dict[str, bytes], revision: str = "main") -> str:
         """Put files into a repository, as somebody else has pushed them; the commit's id."""

@@ -78,9 +78,19 @@ def test_a_push_looks_at_what_is_there(hub, client, saved):
     said = client(push.format(arguments=", private=True"))
     assert re.fullmatch("failed: user/model .*public; .*private .*another name", said)
     assert re.fullmatch("failed: user/model .*revision", client(push.format(arguments=", revision='nope'")))
-    hub.add("user/model", {"pytorch_model.bin": b"theirs"})
-    assert re.search("user/model .*'pytorch_model.bin'.*safetensors", client(push.format(arguments="")))
-    assert len(hub.repositories["user/model"].commits) == 3
+    assert len(hub.repositories["user/model"].commits) == 2
+
+
+def test_what_lies_beside_is_neither_uploaded_nor_removed(hub, client, copied):
+    for name in ("checkpoint.pth", "pytorch_model.bin", "notes.txt", "code.py"):
+        (copied / name).write_bytes(b"mine")
+    hub.add("user/model", {"pytorch_model.bin": b"theirs", "old.ckpt": b"theirs"})
+    said = client(PUSH.format(folder=str(copied), waits=ONCE, silence=30.0, arguments=""))
+    assert said.startswith(f"{hub.url}/user/model/commit/")
+    files = hub.repositories["user/model"].files("main")
+    assert set(files) == {"config.json", "model.safetensors", "self_distill.safetensors", "README.md",
+                          "pytorch_model.bin", "old.ckpt"}
+    assert files["pytorch_model.bin"] == files["old.ckpt"] == b"theirs"
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])

@@ -2,6 +2,7 @@
 import re
 
 import pytest
+import torch
 
 from ..conftest import small_model
 
@@ -63,10 +64,37 @@ def test_branches_pull_requests_and_what_stands_in_the_way(hub, client, pushed):
     said = client(LOAD.format(arguments=", revision='nope'"))
     assert re.match("FileNotFoundError user/model .*revision 'nope'", said)
 
+    hub.add("user/model", {"config.json": pushed.commits[first]["config.json"], "pytorch_model.bin": b"\x80\x04"})
     before = len(hub.requests)
-    hub.add("user/model", {"pytorch_model.bin": b"\x80\x04"})
-    assert re.match("ValueError user/model .*'pytorch_model.bin'", client(LOAD.format(arguments="")))
+    assert "layer1" in client(LOAD.format(arguments=""))
+    assert not any("pytorch_model.bin" in request for request in hub.requests[before:])
+    before = len(hub.requests)
+    hub.add("user/model", {"model.safetensors": None})
+    assert re.match("ValueError user/model has no model.safetensors, only 'pytorch_model.bin'",
+                    client(LOAD.format(arguments="")))
     assert not any("resolve" in request for request in hub.requests[before:])
+
+
+@pytest.mark.parametrize("load", ["SelfDistillModel.from_pretrained", "load_pretrained"])
+def test_all_files_are_of_the_commit_that_the_first_is_of(load, hub, client, pushed, tmp_path):
+    torch.manual_seed(1)
+    small_model(exits=["layer3"], num_classes=4).save_pretrained(tmp_path / "other")
+    other = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    first, pushes = pushed.revisions["main"], []
+
+    def push() -> None:
+        pushes.append(hub.add("user/model", other))
+
+    hub.before("GET .*resolve/.*/config.json", push)
+    said = client(LOAD.format(arguments="").replace("SelfDistillModel.from_pretrained", load).replace(
+        "import SelfDistillModel", "import SelfDistillModel, load_pretrained"))
+    assert "layer1" in said
+    assert len(pushes) == 1
+    weights = [request for request in hub.requests if "resolve" in request and "safetensors" in request]
+    assert weights
+    assert all(f"/resolve/{first}/" in request for request in weights)
+    assert client(LOAD.format(arguments="")) == "('layer3', 'layer4')"
+    assert client(LOAD.format(arguments=", local_files_only=True")) == "('layer3', 'layer4')"
 
 
 def test_offline_a_cached_model_loads_and_another_says_so(client, pushed):
@@ -120,11 +148,12 @@ def test_a_truncated_model_is_pushed_and_loaded(hub, client):
     said = client(MODEL + """
 small = model.truncate(0)
 small.push_to_hub("user/small")
-loaded = SelfDistillModel.from_pretrained("user/small")
+from timm_selfdistill import TruncatedModel
+loaded = TruncatedModel.from_pretrained("user/small")
 x = torch.randn(2, 3, 160, 160)
 assert torch.equal(loaded(x), model.predict(x, 0))
 print(type(loaded).__name__, loaded.exit)
 """)
     assert said == "TruncatedModel 0"
     card = hub.repositories["user/small"].files("main")["README.md"]
-    assert b'SelfDistillModel.from_pretrained("user/small")(images)' in card
+    assert b'TruncatedModel.from_pretrained("user/small")(images)' in card

@@ -6,7 +6,9 @@ import sys
 import threading
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from timm_selfdistill import load_images
 from timm_selfdistill.training import upload
@@ -213,3 +215,15 @@ def test_pretrained_weights_from_the_hub_are_fine_tuned_and_get_exits(hub, comma
     assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
     assert len(config["self_distill"]["exits"]) == 3
     assert ModelCard(files["exits"]["README.md"].decode()).data.base_model == "user/tuned"
+
+
+def test_exits_from_the_hub_go_on(hub, command, flags, tmp_path):
+    torch.manual_seed(1)
+    small_model(exits=["layer3"], head="linear").save_pretrained(tmp_path / "model")
+    command("timm-selfdistill", "push", "model", "user/exits")
+    done = command(sys.executable, *flags[:5], "--model", "hf-hub:user/exits", "--pretrained", "--epochs", 1, "--lr", 0,
+                   "--warmup-epochs", 0, "-b", 32, "-j", 0)
+    assert "the exit at layer3 goes on with the heads of user/exits" in done.stdout
+    before, after = (load_file(tmp_path / name / "self_distill.safetensors") for name in ("model", "run/best"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,19 +1,24 @@
 """Repositories that a stranger has damaged or made to harm: one clear error, and nothing built from them."""
 import json
 import os
+import pickle
 import re
 import resource
 import signal
 import struct
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 from timm_selfdistill import SelfDistillModel
+from timm_selfdistill.cli.opening import load_any_model
+from timm_selfdistill.hub import save_timm_model
 
 from ..conftest import small_model
 from ..programs import HANGS
@@ -150,9 +155,10 @@ HOSTILE = {
     "deep JSON": (text("[" * 200_000), "config.json .*nested too deeply"),
     "a key twice": (raw("config.json", lambda data: data.replace(b"{", b'{"architecture": "resnet18",', 1)),
                     "key 'architecture' .*twice"),
-    "a pickle beside": (extra("pytorch_model.bin"), "'pytorch_model.bin', .*run code"),
-    "a pickle instead": (renamed(BACKBONE, "model.pth"), "'model.pth', .*run code"),
-    "a pickle in capitals": (extra("Model.PKL"), "'Model.PKL', .*run code"),
+    "a pickle instead": (renamed(BACKBONE, "model.pth"), "no model.safetensors, only 'model.pth', .*run code"),
+    "a pickle in capitals": (renamed(BACKBONE, "Model.PKL"), "no model.safetensors, only 'Model.PKL', .*run code"),
+    "a pickle of transformers": (renamed(BACKBONE, "pytorch_model.bin"), "only 'pytorch_model.bin', .*run code"),
+    "a pickle instead of the heads": (renamed(HEADS, "self_distill.bin"), f"{HEADS} .*exist"),
     "a link as config": (link("config.json", "/etc/hostname"), "config.json .*link .*out of its folder, .*/etc/host"),
     "a link as weights": (link(BACKBONE, "../../../etc/passwd"), "model.safetensors .*link .*out of its folder, "),
     "a link to nothing": (link(HEADS, "nowhere"), "self_distill.safetensors .*exist"),
@@ -247,6 +253,43 @@ def test_it_is_refused_within_5_seconds_and_500_mb_and_before_anything_is_read(d
 
 def test_there_are_forty():
     assert len(HOSTILE) >= 40
+
+
+STRAY = ["pytorch_model.bin", "model.pth", "self_distill.pt", "Model.PKL", "optimizer.ckpt", "model.pth.tar",
+         "timm_selfdistill.py", "modeling_resnet.py", "__init__.py", "sitecustomize.py"]
+EVIL = b"raise SystemExit('run')\n"
+
+
+def test_what_lies_beside_a_model_is_neither_read_nor_touched(copied, monkeypatch):
+    for name in STRAY:
+        (copied / name).write_bytes(EVIL)
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("something was unpickled"))
+    opened = []
+
+    def watch(event: str, args: tuple) -> None:
+        if event == "open" and Path(str(args[0])).parent == copied:
+            opened.append(Path(str(args[0])).name)
+
+    sys.addaudithook(watch)
+    model = SelfDistillModel.from_pretrained(copied)
+    plain = load_any_model(str(copied), None)
+    assert timm.create_model(f"local-dir:{copied}", pretrained=True).eval().state_dict().keys() == (
+        model.backbone.state_dict().keys())
+    assert type(plain) is SelfDistillModel
+    model.save_pretrained(copied)
+    assert not set(opened) & set(STRAY)
+    assert all((copied / name).read_bytes() == EVIL for name in STRAY)
+
+
+def test_a_plain_network_that_is_only_a_pickle_is_not_loaded(tmp_path):
+    save_timm_model(timm.create_model("test_resnet", num_classes=10), tmp_path)
+    assert load_any_model(str(tmp_path), None).num_classes == 10
+    torch.save(load_file(tmp_path / BACKBONE), tmp_path / "pytorch_model.bin")
+    assert load_any_model(str(tmp_path), None).num_classes == 10
+    (tmp_path / BACKBONE).unlink()
+    with pytest.raises(ValueError, match="no model.safetensors, only 'pytorch_model.bin', .*run code"):
+        load_any_model(str(tmp_path), None)
 
 
 def test_half_precision_weights_load(copied):

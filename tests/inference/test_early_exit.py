@@ -1,5 +1,6 @@
 """Every image gets the answer of its exit, whoever else is in the batch."""
 import copy
+import io
 import pickle
 import re
 import threading
@@ -389,3 +390,83 @@ def test_a_part_in_training_mode_is_found():
     model.backbone.layer2.train()
     with pytest.raises(ValueError, match=r"training mode; .*model\.eval\(\)"):
         early_exit.predict(images(model, 1))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_within_inference_mode_at_sizes_first_seen_there(mode):
+    model = small_model().eval()
+    sizes = [images(model, 8), torch.randn(6, 3, 64, 96), torch.randn(1, 3, 71, 50)]
+    expected = [EarlyExit(model, 0.12).predict(x) for x in sizes]
+    with mode():
+        early_exit = EarlyExit(model, 0.12)
+        found = [early_exit.predict(x) for x in sizes]
+        assert all(all(map(torch.equal, *pair)) for pair in zip(found, expected))
+        early_exit.find_costs("macs", sizes[1])
+    x = sizes[0].clone()
+    assert all(map(torch.equal, early_exit.predict(x), expected[0]))
+
+
+def test_a_network_made_in_inference_mode_and_images_made_there():
+    with torch.inference_mode():
+        model = small_model().eval()
+        x = images(model, 8)
+        early_exit = mixed(model, x)
+    torch.testing.assert_close(
+        early_exit.predict(x).logits, row_by_row(model, x, early_exit.predict(x).exit), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_works_in_place_is_found_in_inference_mode():
+    model = wrap_self_distill(small_backbone("test_convnext"), head=InPlaceHead).eval()
+    x = images(model, 4)
+    with torch.inference_mode():
+        torch.testing.assert_close(EarlyExit(model, 1.0).predict(x).logits, model(x), rtol=1e-4, atol=1e-5)
+
+
+def over_a_file(early_exit: EarlyExit) -> EarlyExit:
+    file = io.BytesIO()
+    torch.save(early_exit, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda found: pickle.loads(pickle.dumps(found)),
+          "torch.save": over_a_file}
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_copy_works_by_itself(name, make):
+    model = small_model(name).eval()
+    x = images(model, 8)
+    early_exit = mixed(model, x, temperatures=[1.0, 1.0, 1.0, 2.0])
+    expected, hooks = early_exit.predict(x), count_hooks(model)
+    other = make(make(early_exit))
+    assert (other.model is model) == (make is copy.copy)
+    assert all(map(torch.equal, other.predict(x), expected))
+    assert count_hooks(other.model) == hooks * (2 if make is copy.copy else 1)  # those of the first copy are gone
+
+    other.thresholds[:], other.temperatures[:] = [1.0] * 3, [1.0] * 4
+    assert other.predict(x).exit.tolist() == [3] * 8
+    assert all(map(torch.equal, early_exit.predict(x), expected))
+    del early_exit
+    assert other.predict(x).exit.tolist() == [3] * 8
+    other.model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        other.predict(x)
+    left = other.model
+    del other
+    assert count_hooks(left) == 0
+
+
+def count_hooks(model: SelfDistillModel) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.slow
+def test_another_process_gets_one(model):
+    x = images(model, 4)
+    early_exit = mixed(model, x)
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        found = pool.apply(early_exit.predict, (x,))
+    assert all(map(torch.equal, found, early_exit.predict(x)))

@@ -72,7 +72,7 @@ def test_what_is_no_checkpoint(tmp_path, trained):
 
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/missing\.pth .*file; .*\.safetensors or \.pth"):
         create(tmp_path / "missing.pth")
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} .*file; .*\.safetensors or \.pth"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} .*file; .*\.safetensors or \.pth, or the folder"):
         create(tmp_path)
     whole = write(tmp_path, trained.state_dict(), ".safetensors").read_bytes()
     torch.save(trained.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)

@@ -6,7 +6,8 @@ import timm
 from accelerate import Accelerator
 from torch import nn
 
-from timm_selfdistill import TrainConfig
+from timm_selfdistill import TrainConfig, hub
+from timm_selfdistill.training import summary
 from timm_selfdistill.training.metrics import ExitMetrics
 from timm_selfdistill.training.saved_models import SavedModels
 
@@ -23,7 +24,7 @@ def record(tmp_path, model: nn.Module | None = None, source=None, **config) -> d
     """Of a saved model."""
     images = Images([(None, 0)] * 7)
     images.source = source
-    saved = SavedModels(tmp_path / "run", TrainConfig(**config), Accelerator(cpu=True), images, (3, 32, 32))
+    saved = SavedModels(tmp_path / "run", TrainConfig(**config), Accelerator(cpu=True), images, images, (3, 32, 32))
     saved.val_images = 7  # as the evaluation counts them
     saved.save("best", model or small_model(), 1, METRICS)
     return json.loads((tmp_path / "run/best/config.json").read_text())["self_distill"]["metrics"]
@@ -81,7 +82,8 @@ def test_the_picture_of_each_model_shows_its_own_figures(tmp_path, monkeypatch):
             drawn[kind].append([row["top1"] for row in rows])
 
         monkeypatch.setattr(f"timm_selfdistill.{place}", plot)
-    saved = SavedModels(tmp_path, TrainConfig(), Accelerator(cpu=True), Images([(None, 0)] * 7), (3, 32, 32))
+    images = Images([(None, 0)] * 7)
+    saved = SavedModels(tmp_path, TrainConfig(), Accelerator(cpu=True), images, images, (3, 32, 32))
     model, later = small_model(), [metric._replace(top1=metric.top1 - 10) for metric in METRICS]
     saved.save("best", model, 1, METRICS)
     saved.save("last", model, 2, later)
@@ -89,14 +91,27 @@ def test_the_picture_of_each_model_shows_its_own_figures(tmp_path, monkeypatch):
     saved.draw_missing()
     assert drawn["saved"] == [[metric.top1 for metric in metrics] for metrics in (METRICS, later)]
     saved.save("last", model, 2, later)
-    saved.summarize(model, later, 2)
-    assert drawn["run"] == [[metric.top1 for metric in later]]
-    assert len(drawn["saved"]) == 2
-    assert [(tmp_path / name / "exits.png").read_text() for name in ("best", "last")] == ["saved", "run"]
+    written = saved.summarize(model, (1, METRICS), (2, later))
+    assert drawn["run"] == [[metric.top1 for metric in METRICS]]
+    assert drawn["saved"][2:] == [[metric.top1 for metric in later]]
+    assert [(tmp_path / name / "exits.png").read_text() for name in ("best", "last")] == ["run", "saved"]
+    for name, rows in (("best", written["exits"]), ("last", written["last"]["exits"])):
+        assert hub.read_metrics(tmp_path / name)["exits"] == rows
+        assert rows[-2]["speedup"] == 1.0
+    assert (written["epoch"], written["last"]["epoch"], written["epochs"]) == (1, 2, 2)
+
+
+def test_a_speed_up_that_is_noise_is_left_out(monkeypatch):
+    steady, noisy = [2.0, 2.1, 1.9, 2.0, 2.0, 2.1, 2.0], [1.0, 9.0, 3.0, 0.5, 6.0, 2.0, 8.0]
+    monkeypatch.setattr(summary, "time_ratios", lambda *args, **settings: [steady, noisy, steady, steady])
+    model = small_model()
+    rows = summary.with_speedups(model, summary.exit_costs(model, (3, 32, 32)), (3, 32, 32))
+    assert [row.get("speedup") for row in rows] == [2.0, None, 2.0, 1.0, 2.0]
 
 
 def test_a_plain_networks_record_is_where_timm_does_not_look(tmp_path):
-    saved = SavedModels(tmp_path, TrainConfig(), Accelerator(cpu=True), Images([(None, 0)]), (3, 32, 32))
+    images = Images([(None, 0)])
+    saved = SavedModels(tmp_path, TrainConfig(), Accelerator(cpu=True), images, images, (3, 32, 32))
     saved.save("best", timm.create_model("test_resnet", num_classes=3), 1, METRICS[:1])
     config = json.loads((tmp_path / "best/config.json").read_text())
     assert config["metrics"]["exits"][0]["top1"] == 50.0

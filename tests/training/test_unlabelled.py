@@ -42,7 +42,7 @@ def without_labels(few):
 def test_exits_learn_without_labels_from_maps_and_logits(loss, learns, without_labels, tmp_path):
     model = frozen_model()
     before = copy.deepcopy(model.heads.state_dict())
-    run = fit(model, without_labels, tmp_path, SelfDistillLoss(**loss), unlabelled=True, weight_decay=0.0)
+    run = fit(model, without_labels, tmp_path, SelfDistillLoss.paper(**loss), unlabelled=True, weight_decay=0.0)
     changed = {key.split(".")[1] for key, value in model.heads.state_dict().items()
                if not torch.equal(value, before[key])}
     assert changed == set(learns.split())
@@ -82,9 +82,9 @@ def test_a_task_that_needs_labels(few, tmp_path):
 def test_nothing_to_learn_from(without_labels, tmp_path):
     for loss in ({"alpha": 0.0, "beta": 0.0}, {"alpha": 0.0, "hint": None}):
         with pytest.raises(ValueError, match="alpha=0 .*no hint .*give alpha, beta or hint"):
-            fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(**loss), unlabelled=True)
+            fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss.paper(**loss), unlabelled=True)
     with pytest.warns(UserWarning, match="alpha=0 .*features .*classifiers stay"):
-        fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(alpha=0.0), unlabelled=True, epochs=1)
+        fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss.paper(alpha=0.0), unlabelled=True, epochs=1)
 
 
 def test_a_part_of_images_without_labels(tmp_path):
@@ -135,7 +135,7 @@ def test_images_without_labels_in_a_run_that_needs_them(few, without_labels, tmp
 
 def test_an_ensemble_that_learns_cannot_teach_without_labels(without_labels, tmp_path):
     with pytest.raises(ValueError, match="teacher 'ensemble' .*unlabelled .*\"deepest\""):
-        fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(teacher="ensemble"), unlabelled=True)
+        fit(frozen_model(), without_labels, tmp_path, SelfDistillLoss(), unlabelled=True)
 
 
 def test_validation_images_of_other_classes(fashion, tmp_path):

@@ -11,4 +11,4 @@ def deep_supervision_loss(label_loss: LabelLoss | None = None) -> SelfDistillLos
     Args:
         label_loss: as of `SelfDistillLoss`.
     """
-    return SelfDistillLoss(alpha=0.0, beta=0.0, label_loss=label_loss, hint=None)
+    return SelfDistillLoss(alpha=0.0, beta=0.0, label_loss=label_loss)

@@ -31,7 +31,7 @@ class StudentMaps(FeatureDistillationTrainableModule):
         """Logits (B, K), and a map (B, D_i, H_i, W_i) of each stage, for images (B, in_chans, H, W)."""
         final, maps = self.student.forward_intermediates(input, indices=self.indices)
         logits = self.student.forward_head(final)
-        check_logits(self.student, logits, (len(input), self.student.num_classes))
+        check_logits(self.student, logits, input, self.student.num_classes)
         return logits, maps if self.projection is None else [self.projection(feature) for feature in maps]
 
 

@@ -22,7 +22,7 @@ class KnowledgeSynergyLoss(SelfDistillLoss):
     """
 
     def __init__(self, distill_loss_weight: float = 1.0, label_loss: LabelLoss | None = None):
-        super().__init__(temperature=1.0, alpha=0.0, beta=0.0, label_loss=label_loss, hint=None)
+        super().__init__(temperature=1.0, alpha=0.0, beta=0.0, label_loss=label_loss)
         check_weight("distill_loss_weight", distill_loss_weight)
         self.distill_loss_weight = distill_loss_weight
 

@@ -34,7 +34,7 @@ from ..version import __version__
 from .methods import exit_loss
 from .opening import (
     MODEL_HELP,
-    add_data_flags,
+    add_measuring_flags,
     add_model_flags,
     load_any_model,
     load_checkpoints,
@@ -42,6 +42,7 @@ from .opening import (
     read_data,
     saved_model,
 )
+from .record import read_record
 
 NUMBER, NONE = (int, float), type(None)
 SETTINGS = {
@@ -62,7 +63,7 @@ def add_parsers(commands: Any) -> None:
     for parser in (separability, agreement):
         add_model_flags(parser)
     for parser in (flat_minima, gradients, separability, agreement):
-        add_data_flags(parser)
+        add_measuring_flags(parser, seed=parser is not flat_minima)
         parser.add_argument("--output", type=Path, metavar="DIR", default=Path("."),
                             help="gets the picture and the figures as JSON (default: this folder)")
     flat_minima.add_argument("--levels", type=float, nargs="+", metavar="NUMBER",
@@ -79,17 +80,18 @@ def add_parsers(commands: Any) -> None:
 
 
 def flat_minima(args: argparse.Namespace) -> int:
+    opened, data = _open(args, args.models)
     reports = {
         name: measure_flatness(
             model, loader, levels=args.levels, draws=args.draws, scaled=not args.unscaled, seed=args.seed)
-        for name, (model, loader) in _open(args, args.models).items()}
+        for name, (model, loader) in opened.items()}
     _print_all(reports)
-    return _write(args, "flat_minima_unscaled" if args.unscaled else "flat_minima", _figures(reports),
+    return _write(args, data, "flat_minima_unscaled" if args.unscaled else "flat_minima", _figures(reports),
                   lambda path: plot_flatness(path, reports))
 
 
 def gradients(args: argparse.Namespace) -> int:
-    opened = _open(args, args.models)
+    opened, data = _open(args, args.models)
     exits = next((model.exits for model, _ in opened.values() if isinstance(model, SelfDistillModel)), None)
     tasks = {name: _task(name, model, args.revision) for name, (model, _) in opened.items()}
 
@@ -102,44 +104,50 @@ def gradients(args: argparse.Namespace) -> int:
     if args.checkpoints:
         checkpoints = {name: load_checkpoints(model, Path(name)) for name, (model, _) in opened.items()}
         histories = {name: {update: measure(name) for update in updates} for name, updates in checkpoints.items()}
-        return _write_history(args, histories, figures)
+        return _write_history(args, data, histories, figures)
     reports = {name: measure(name) for name in opened}
     _print_all(reports)
-    return _write(args, "gradients", {name: figures(name, report) for name, report in reports.items()},
+    return _write(args, data, "gradients", {name: figures(name, report) for name, report in reports.items()},
                   lambda path: plot_gradients(path, reports))
 
 
 def separability(args: argparse.Namespace) -> int:
-    (model, loader), = _open(args, [args.model]).values()
+    opened, data = _open(args, [args.model])
+    model, loader = opened[args.model]
     report = measure_separability(model, loader, classes=args.classes)
     Console(soft_wrap=True).print(report)
     names = model.backbone.pretrained_cfg.get("label_names")
-    return _write(args, "separability", _figures({args.model: report}),
+    return _write(args, data, "separability", _figures({args.model: report}),
                   lambda path: plot_separability(path, report, names))
 
 
 def agreement(args: argparse.Namespace) -> int:
-    (model, loader), = _open(args, [args.model]).values()
+    opened, data = _open(args, [args.model])
+    model, loader = opened[args.model]
     report = measure_agreement(model, loader)
     Console(soft_wrap=True).print(report)
-    return _write(args, "agreement", _figures({args.model: report}), lambda path: plot_agreement(path, report))
+    return _write(args, data, "agreement", _figures({args.model: report}), lambda path: plot_agreement(path, report))
 
 
 COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": separability, "agreement": agreement}
 
 
-def _open(args: argparse.Namespace, names: list[str]) -> dict[str, tuple[nn.Module, MeasuredImages]]:
-    """Models on their device, by the names that they were given, and the images as each takes them; and the folder of
-    --output is made. What is wrong with any of them is found before the first is measured."""
-    images, opened = read_data(saved_model(names[0]), args), {}
-    for name in dict.fromkeys(names):
+def _open(
+        args: argparse.Namespace, names: list[str],
+) -> tuple[dict[str, tuple[nn.Module, MeasuredImages]], dict[str, Any]]:
+    """Models on their device, by the names that they were given, and the images as each takes them; where these come
+    from, see `ImageSplits.source`. The folder of --output is made. What is wrong with any model is found before the
+    first is measured."""
+    records = {name: read_record(saved_model(name), args.revision) for name in names}
+    images, opened = read_data(args, *records.values()), {}
+    for name, record in records.items():
         model = load_any_model(saved_model(name), args.revision).to(args.device)
-        opened[name] = model, open_data(model, saved_model(name), images, args)
+        opened[name] = model, open_data(model, record, images, args)
     for path in (args.output, *args.output.parents):
         if path.is_file():
             raise NotADirectoryError(f"{path} is a file; give --output a folder")
     args.output.mkdir(parents=True, exist_ok=True)
-    return opened
+    return opened, images.source
 
 
 def _task(name: str, model: nn.Module, revision: str | None) -> TrainingTask:
@@ -168,7 +176,7 @@ def _task(name: str, model: nn.Module, revision: str | None) -> TrainingTask:
 
 
 def _write_history(
-        args: argparse.Namespace, histories: dict[str, dict[int, GradientReport]],
+        args: argparse.Namespace, data: dict[str, Any], histories: dict[str, dict[int, GradientReport]],
         figures: Callable[[str, GradientReport], dict[str, Any]],
 ) -> int:
     """Reports by model and number of updates."""
@@ -176,7 +184,7 @@ def _write_history(
         _print_all({f"{name}, {update} updates": report for update, report in history.items()})
     models = {name: [{"updates": update, **figures(name, report)} for update, report in history.items()]
               for name, history in histories.items()}
-    return _write(args, "gradient_history", models, lambda path: plot_gradient_history(
+    return _write(args, data, "gradient_history", models, lambda path: plot_gradient_history(
         path, {name: list(history.values()) for name, history in histories.items()},
         {name: list(history) for name, history in histories.items()}))
 
@@ -192,11 +200,16 @@ def _figures(reports: dict[str, Any]) -> dict[str, Any]:
     return {name: report.to_dict() for name, report in reports.items()}
 
 
-def _write(args: argparse.Namespace, stem: str, models: dict[str, Any], draw: Callable[[Path], None]) -> int:
-    """The figures of each model as JSON, with what they were measured on, and their picture."""
+def _write(args: argparse.Namespace, data: dict[str, Any], stem: str, models: dict[str, Any],
+           draw: Callable[[Path], None]) -> int:
+    """The figures of each model as JSON, with what they were measured on, and their picture.
+
+    Args:
+        data: see `ImageSplits.source`.
+    """
     paths = [args.output / f"{stem}.json", args.output / f"{stem}.png"]
     write_json(paths[0], {
-        "data": args.data, "split": args.split, "batch_size": args.batch_size, "device": args.device,
+        "data": data, "batch_size": args.batch_size, "device": args.device,
         "hardware": device_name(args.device),
         "versions": {"timm_selfdistill": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "models": models})

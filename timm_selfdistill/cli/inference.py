@@ -22,9 +22,11 @@ from ..training.images import value_ranges
 from ..training.loading import MeasuredImages
 from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
-from ..training.summary import exit_costs, exit_speedups, merge_rows, model_name
-from .opening import add_data_flags, add_model_flags, known_range, load_model, open_data, read_data
+from ..training.summary import exit_costs, merge_rows, model_name, with_speedups
+from .export_timm import export_timm
+from .opening import add_measuring_flags, add_model_flags, load_model, open_data, read_data, saved_model
 from .program import parse_exit
+from .record import read_record
 
 BUDGET_NOT_MET = 1
 """Exit code of a calibration that could not keep what was asked for."""
@@ -35,14 +37,20 @@ def add_parsers(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="accuracy, cost and speed of every exit")
     calibrate = commands.add_parser("calibrate", help="find thresholds for early exit, and save them with the model")
     tradeoff = commands.add_parser("tradeoff", help="draw accuracy over cost, and which images leave where")
-    export = commands.add_parser("export", help="write ONNX files")
+    export = commands.add_parser("export", help="write ONNX files, or make a saved model of a checkpoint")
     for parser in (evaluate, calibrate, tradeoff, export):
         add_model_flags(parser)
+    export.add_argument("--format", choices=("onnx", "timm"), default="onnx",
+                        help="timm: a saved model, which timm and this package load; MODEL may then be a checkpoint of"
+                             " a run, or one of timm's training script, too")
+    export.add_argument("--model", dest="network", metavar="NAME",
+                        help="with --format timm, the timm model of a checkpoint that does not tell it")
     export.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the plain network; ensemble is the mean")
     export.add_argument("--staged", action="store_true", help="instead of one exit, a file for each stage")
     export.add_argument("--output", type=Path, required=True, metavar="PATH", help="file, or with --staged folder")
-    for parser in (evaluate, calibrate, tradeoff):
-        add_data_flags(parser)
+    for parser in (evaluate, tradeoff):
+        add_measuring_flags(parser)
+    add_measuring_flags(calibrate, preprocessing=False, seed=False)
     for parser in (calibrate, tradeoff):
         parser.add_argument("--policy", choices=POLICIES,
                             help="what makes an image leave (default: the model's own, else confidence)")
@@ -59,8 +67,7 @@ def add_parsers(commands: Any) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     model, loader = _open(args)
     rows = _evaluate(model, loader)
-    for row, speedup in zip(rows, exit_speedups(model, rows, _input_size(loader))):
-        row["speedup"] = speedup
+    rows = with_speedups(model, rows, _input_size(loader))
     if model.early_exit:
         rows.append(_evaluate_early_exit(EarlyExit(model), loader))
     print_exits(Console(soft_wrap=True), f"{model_name(model)} on {len(loader.kept)} images", rows)
@@ -87,15 +94,20 @@ def calibrate(args: argparse.Namespace) -> int:
 
 
 def tradeoff(args: argparse.Namespace) -> int:
-    model, loader = _open(args)
+    model = load_model(args).to(args.device)
+    records = [read_record(args.model, args.revision)]
+    if args.baseline:
+        if not Path(args.baseline).is_dir():
+            raise FileNotFoundError(f"--baseline {args.baseline} is no folder of a saved model")
+        records.append(read_record(saved_model(args.baseline)))
+    images = read_data(args, *records)
+    loader = open_data(model, records[0], images, args)
     early_exit = EarlyExit(model, policy=args.policy)
     rows, (curve, halving) = _evaluate(model, loader), trace_curve(early_exit, loader)
     baseline = None
     if args.baseline:
-        if not Path(args.baseline).is_dir():
-            raise FileNotFoundError(f"--baseline {args.baseline} is no folder of a saved model")
-        plain = timm.create_model(f"local-dir:{args.baseline}", pretrained=True).eval().to(args.device)
-        baseline = _evaluate(plain, loader)[0]
+        plain = timm.create_model(f"local-dir:{saved_model(args.baseline)}", pretrained=True).eval().to(args.device)
+        baseline = _evaluate(plain, open_data(plain, records[1], images, args))[0]
     calibrated = _evaluate_early_exit(early_exit, loader) if early_exit.thresholds else None
     early_exit.thresholds = early_exit.thresholds or halving
     output, labels = predict_all(early_exit, loader)
@@ -103,10 +115,10 @@ def tradeoff(args: argparse.Namespace) -> int:
     name = model_name(model)
     hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline)
     chosen = choose_images(output, columns=10)
-    images = {position: _as_picture(model, loader.data[loader.kept[position]][0])
+    pictures = {position: _as_picture(model, loader.data[loader.kept[position]][0])
               for row in chosen.values() for position in row}
     names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
-    plot_gallery(args.output / "gallery.png", images, chosen, output, labels, names)
+    plot_gallery(args.output / "gallery.png", pictures, chosen, output, labels, names)
     write_json(args.output / "tradeoff.json", {
         "model": name, "images": len(loader.kept), "exits": rows, "early_exit": curve, "calibrated": calibrated,
         "baseline": baseline})
@@ -116,9 +128,14 @@ def tradeoff(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
+    if args.format == "timm":
+        return export_timm(args)
+    if args.network:
+        raise ValueError(f"--model {args.network} names the network of a checkpoint for --format timm, and the format"
+                         " is onnx; leave one out")
     model = load_model(args)
     if args.staged:
-        ranges = value_ranges(known_range(None, args.model, args.revision))
+        ranges = value_ranges(read_record(args.model, args.revision).value_range)
         paths = export_stages(model, args.output, value_ranges=ranges)
         print(f"wrote {', '.join(path.name for path in paths)} and {STAGES_FILE} to {args.output}")
     else:
@@ -129,8 +146,8 @@ def export(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, MeasuredImages]:
     """The model on its device, and its data."""
-    model = load_model(args)
-    return model.to(args.device), open_data(model, args.model, read_data(args.model, args), args)
+    model, record = load_model(args), read_record(args.model, args.revision)
+    return model.to(args.device), open_data(model, record, read_data(args, record), args)
 
 
 def _input_size(loader: MeasuredImages) -> tuple[int, int, int]:

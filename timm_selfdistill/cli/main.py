@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import hub
-from ..model import SelfDistillModel
 from ..training.config import check_repo_id
+from ..truncated import saved_class
 from . import analysis, inference
 from .opening import add_model_flags, saved_model
 from .program import Parser, printable, run
@@ -80,7 +80,7 @@ def _info(model: str, revision: str | None) -> None:
     dataset = metrics.get("dataset") if isinstance(metrics, dict) else None
     if isinstance(dataset, dict):
         print(printable(f"accuracy on {dataset.get('name')}, split {dataset.get('split')}"[:200]))
-    rows = SelfDistillModel.sketch(config, folder).card_rows(metrics) if head else hub.measured_rows(metrics)
+    rows = saved_class(config).sketch(config, folder).card_rows(metrics) if head else hub.measured_rows(metrics)
     if rows:
         Console(soft_wrap=True).print(_table(rows))
     for name, size in hub.file_sizes(model, revision).items():

@@ -18,23 +18,22 @@ from ..baselines import (
 )
 from ..cost import default_input_size
 from ..loss import SelfDistillLoss
-from ..model import wrap_self_distill
+from ..model import SelfDistillModel, wrap_self_distill
 from ..task import SelfDistillTask
-from ..training.initial_weights import UNREADABLE
 from ..training.preprocessing import create_backbone, model_data_config, own_class_names
-from .program import parse_exit
+from ..training.saved_weights import UNREADABLE, SavedWeights
+from ..training.trained_exits import load_exits
+from .program import parse_exit, say
 
 NETWORK_FLAGS = ("exits", "head")
 LOSS_FLAGS = ("temperature", "t_squared", "alpha", "beta", "hint", "teacher")
-BETA = 0.03
-DEFAULTS = {"teacher": "ensemble", "t_squared": True, "hint": "none"}
-"""Of self distillation, by what was measured: docs/evidence.md."""
-FROZEN_DEFAULTS = {"teacher": "deepest", "t_squared": False, "hint": "map"}
-"""The paper's, where the deepest classifier stays as it is; other teachers were not measured there."""
+PAPER_FLAGS = ("t_squared", "hint", "teacher")
+"""Those for which --paper stands."""
+HEAD = "bottleneck"
 METHODS = {
     "plain": (),
     "dsn": NETWORK_FLAGS,
-    "self-distill": (*NETWORK_FLAGS, *LOSS_FLAGS),
+    "self-distill": (*NETWORK_FLAGS, *LOSS_FLAGS, "paper"),
     "kd": ("kd_model_name", "kd_temperature", "distill_loss_weight", "task_loss_weight"),
     "fitnet": ("kd_model_name", "distill_loss_weight", "task_loss_weight"),
     "at": ("kd_model_name", "distill_loss_weight", "task_loss_weight"),
@@ -89,7 +88,7 @@ def check_method_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise ValueError(f"{_flag(name)} must be a number >= 0, got {value}")
-    if args.method == "self-distill" and args.hint == "none" and args.beta not in (0, BETA):
+    if args.method == "self-distill" and args.hint == "none" and args.beta not in (0, SelfDistillLoss().beta):
         raise ValueError(f"--beta {args.beta:g} is the weight of the hint, and --hint is none; add --hint map or --hint"
                          " pooled, or leave --beta out")
     weights = args.task_loss_weight, args.distill_loss_weight
@@ -135,20 +134,35 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def take_over_exits(args: argparse.Namespace, saved: SavedWeights | None) -> dict[str, Any]:
+    """Let exits and head be those that were trained already, unless flags name others; what a run records of them."""
+    if args.method in EXIT_METHODS and saved and saved.has_exits:
+        if args.exits is None and saved.exits:
+            args.exits = [str(index) for index in saved.exits]
+        args.head = args.head or saved.head
+    args.head = args.head or HEAD
+    return {"exits": args.exits, "head": args.head}
+
+
 def create_task(
-        args: argparse.Namespace, backbone: nn.Module, create_peer: Callable[[], nn.Module]) -> TrainingTask:
-    """The task of a method around a timm model, whose preprocessing is settled.
+        args: argparse.Namespace, backbone: nn.Module, create_peer: Callable[[], nn.Module],
+        saved: SavedWeights | None = None) -> TrainingTask:
+    """The task of a method around a timm model, whose preprocessing is settled. A line says what becomes of exits that
+    were trained before.
 
     Args:
         create_peer: makes another model of its kind, for dml.
+        saved: the weights that the run begins with.
 
     Raises:
         ValueError: there is no such exit, head or teacher, or they do not fit the model.
     """
+    if saved and saved.averaged:
+        say(f"the moving average of {saved.source} is taken")
     if args.method in EXIT_METHODS:
-        exits = [parse_exit(exit) for exit in args.exits] if args.exits else None
-        model = wrap_self_distill(backbone, exits=exits, head=args.head, freeze_backbone=args.freeze_backbone)
-        return SelfDistillTask(model, exit_loss(vars(args)))
+        return SelfDistillTask(_wrap(args, backbone, saved), exit_loss(vars(args)))
+    if saved and saved.has_exits:
+        say(f"the trained exits of {saved.source} are left out: --method {args.method} trains the plain network")
     weights = _given(vars(args), "distill_loss_weight", "task_loss_weight")
     if args.method == "plain":
         return ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)
@@ -163,6 +177,18 @@ def create_task(
         return LogitDistillationTask(
             backbone, teacher, nn.CrossEntropyLoss(), temperature=temperature, verbose=False, **weights)
     return {"fitnet": FitNetTask, "at": AttentionTransferTask}[args.method](backbone, teacher, **weights)
+
+
+def _wrap(args: argparse.Namespace, backbone: nn.Module, saved: SavedWeights | None) -> SelfDistillModel:
+    exits = [parse_exit(exit) for exit in args.exits] if args.exits else None
+    head = args.head or HEAD
+    head_args = saved.head_args if saved and saved.head == head else None
+    model = wrap_self_distill(
+        backbone, exits=exits, head=head, head_args=head_args, freeze_backbone=args.freeze_backbone)
+    if saved and saved.has_exits:
+        other_classes = saved.config.get("num_classes", model.num_classes) != model.num_classes
+        say(*load_exits(model, saved, new_classifiers=bool(args.pretrained_path) or other_classes))
+    return model
 
 
 def create_teacher(name: str, student: nn.Module) -> nn.Module:
@@ -220,6 +246,11 @@ def exit_loss(settings: Mapping[str, Any]) -> SelfDistillLoss:
     if own.get("hint") == "none":
         own["hint"] = None
     return SelfDistillLoss(**own)
+
+
+def loss_settings(loss: SelfDistillLoss) -> dict[str, Any]:
+    """The flags that make a loss, by their names."""
+    return {name: "none" if (value := getattr(loss, name)) is None else value for name in LOSS_FLAGS}
 
 
 def _alike(model: nn.Module, like: nn.Module) -> nn.Module:

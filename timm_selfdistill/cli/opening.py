@@ -12,14 +12,15 @@ from torch import nn
 
 from .. import hub
 from ..model import SelfDistillModel
-from ..training import ImageSplits, load_images
+from ..training import ImageSplits, model_data_config
 from ..training.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
 from ..training.data.class_order import match_classes
-from ..training.data.load import load_split
 from ..training.data.splits import some_names
-from ..training.images import FULL_RANGES, ValueRange, ValueRanges
 from ..training.loading import MeasuredImages
+from .data_flags import PREPROCESSING_FLAGS, add_image_flags, add_preprocessing_flags
+from .measured import find_images
 from .program import printable
+from .record import Record
 
 MODEL_HELP = "saved model, run directory, or id of a repository on the Hub"
 
@@ -30,23 +31,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit")
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Images, and how to read and run them."""
-    parser.add_argument("--data", required=True, metavar="DIR",
-                        help="folder of images, parquet or arrow files, or data set on the Hub; not what the model"
-                             " was trained with")
-    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of a data set on the Hub")
-    parser.add_argument("--split", metavar="NAME",
-                        help="default: the validation split, else the test split, else the tenth of train that"
-                             " train.py leaves out")
-    parser.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type); of a folder"
-                        " of image files their extensions, '.webp;.png' (default: timm's)")
-    parser.add_argument("--target-key", metavar="COLUMN", help="label column (default: found by its type)")
-    parser.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                        help="black and white of images with more than 8 bits (default: the full range of their type)")
-    parser.add_argument("--on-bad-sample", choices=("raise", "skip"),
-                        help="an image that cannot be read ends the command, or is left out and counted (default: as in"
-                             " the model's training)")
+def add_measuring_flags(parser: argparse.ArgumentParser, preprocessing: bool = True, seed: bool = True) -> None:
+    """Images under the names that training has for them, and how to run them.
+
+    Args:
+        seed: whether --seed is that of the validation images that are drawn, as in training.
+    """
+    group = parser.add_argument_group("data", "what is left out is as in the model's run")
+    group.add_argument("--data", dest="data_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    group.add_argument("--split", dest="val_split", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add_image_flags(group, defaults={})
+    parser.set_defaults(data_seed=None)
+    if seed:
+        group.add_argument("--seed", dest="data_seed", type=int, metavar="SEED", help="of the draw of --val-fraction")
+    if preprocessing:
+        add_preprocessing_flags(group)
+    group.add_argument("--on-bad-sample", choices=("raise", "skip"),
+                       help="an image that cannot be read ends the command, or is left out and counted")
     parser.add_argument("-b", "--batch-size", type=_whole_number(1), default=64)
     parser.add_argument("-j", "--workers", type=_whole_number(0), default=0, help="data-loading processes")
     parser.add_argument("--device", type=_usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
@@ -61,15 +62,15 @@ def saved_model(model: str) -> str:
 
 def load_model(args: argparse.Namespace) -> SelfDistillModel:
     """The self-distilled model of `add_model_flags`."""
-    return _with_exits(args.model, args.revision)
+    return SelfDistillModel.from_pretrained(args.model, revision=args.revision)
 
 
 def load_any_model(name: str, revision: str | None) -> nn.Module:
     """A self-distilled or a plain timm model, in eval mode."""
     folder = hub.fetch_model(name, revision=revision, only_config=True)
     if "self_distill" in hub.read_network(folder):
-        return _with_exits(name, revision)
-    folder = hub.fetch_model(name, revision=revision)
+        return SelfDistillModel.from_pretrained(name, revision=hub.pin(name, folder, revision))
+    folder = hub.fetch_model(name, revision=hub.pin(name, folder, revision))
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
@@ -94,60 +95,44 @@ def load_checkpoints(model: nn.Module, run: Path) -> Iterator[int]:
     return (_load_checkpoint(model, checkpoint) for checkpoint in checkpoints)
 
 
-def read_data(model: str, args: argparse.Namespace) -> ImageSplits:
-    """The images of `add_data_flags`; a line says what was found.
-
-    Args:
-        model: whose training says what is black and white.
-    """
-    settings = {"name": args.dataset_config, "image_column": args.input_key, "label_column": args.target_key,
-                "value_range": known_range(args.value_range, model, args.revision)}
-    images = load_split(args.data, args.split, **settings) if args.split else load_images(args.data, **settings)
-    print(printable(images.lines()[-1]))
+def read_data(args: argparse.Namespace, record: Record, *others: Record) -> ImageSplits:
+    """The images of `add_measuring_flags`; lines say what was found. See `find_images`."""
+    images, lines = find_images(args, record, others)
+    print(*map(printable, lines), sep="\n", flush=True)
     return images
 
 
-def open_data(model: nn.Module, name: str, images: ImageSplits, args: argparse.Namespace) -> MeasuredImages:
-    """The validation images as a model takes them.
-
-    Args:
-        name: where the model was loaded from.
+def open_data(model: nn.Module, record: Record, images: ImageSplits, args: argparse.Namespace) -> MeasuredImages:
+    """The validation images as a model takes them; a line says which preprocessing was given by hand.
 
     Raises:
-        ValueError: they are of other classes than the model's.
+        ValueError: they are of other classes than the model's, or the model does not take such images.
     """
     backbone = model.backbone if isinstance(model, SelfDistillModel) else model
     if names := backbone.pretrained_cfg.get("label_names"):
         images = match_classes(images, list(names), "give images of its classes")
     elif images.num_classes != model.num_classes:
-        raise ValueError(f"the model knows {model.num_classes} classes without names, {args.data} has"
+        raise ValueError(f"the model knows {model.num_classes} classes without names, {images.found[-1]['from']} has"
                          f" {images.num_classes} classes ({some_names(images.class_names)})")
-    _, val_data = images.transformed(resolve_model_data_config(backbone))
-    on_bad_sample = args.on_bad_sample or trained_with(name, args.revision).get("on_bad_sample")
+    _, val_data = images.transformed(_preprocessing(backbone, record, args))
+    on_bad_sample = args.on_bad_sample or record.settings.get("on_bad_sample")
     return MeasuredImages(val_data, args.batch_size, args.workers, "skip" if on_bad_sample == "skip" else "raise")
 
 
-def known_range(given: list[float] | None, model: str, revision: str | None) -> ValueRange | ValueRanges | None:
-    """Black and white of images with more than 8 bits: as given, or as in a model's training."""
-    settings = trained_with(model, revision)
-    chosen = settings.get("value_ranges")
-    if given := _as_range(given) or _as_range(settings.get("value_range")):
-        return given
-    ranges = {kind: _as_range(chosen.get(kind)) for kind in FULL_RANGES} if isinstance(chosen, dict) else {}
-    return {kind: found for kind, found in ranges.items() if found} or None
+def _preprocessing(backbone: nn.Module, record: Record, args: argparse.Namespace) -> dict[str, Any]:
+    own = resolve_model_data_config(backbone)
+    given = {name: value for name in PREPROCESSING_FLAGS if (value := getattr(args, name, None)) is not None}
+    if not given:
+        return own
+    config = model_data_config(backbone, given.pop("img_size", None), own["input_size"][0], **given)
+    changed = [f"{key} {_short(config[key])} instead of {_short(own[key])}" for key in own if config[key] != own[key]]
+    if changed:
+        print(printable(f"{record.model} is measured with {', '.join(changed)}"), flush=True)
+    return config
 
 
-def _as_range(value: Any) -> ValueRange | None:
-    """Two numbers; None for anything else that a file may hold."""
-    numbers = [part for part in value if isinstance(part, (int, float))] if isinstance(value, (list, tuple)) else []
-    return tuple(numbers) if len(numbers) == 2 else None
-
-
-def trained_with(name: str, revision: str | None) -> dict[str, Any]:
-    """The settings of a model's training, as far as its files tell."""
-    metrics = hub.read_metrics(hub.fetch_model(name, revision=revision, only_config=True))
-    settings = metrics.get("settings") if isinstance(metrics, dict) else None
-    return settings if isinstance(settings, dict) else {}
+def _short(value: Any) -> str:
+    return ", ".join(f"{part:g}" for part in value) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _load_checkpoint(model: nn.Module, checkpoint: Path) -> int:
@@ -158,13 +143,6 @@ def _load_checkpoint(model: nn.Module, checkpoint: Path) -> int:
     model.load_state_dict(
         {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _with_exits(name: str, revision: str | None) -> SelfDistillModel:
-    model = SelfDistillModel.from_pretrained(name, revision=revision)
-    if not isinstance(model, SelfDistillModel):
-        raise ValueError(f"{name} is a truncated model, which has one exit only")
-    return model
 
 
 def _whole_number(lowest: int) -> Callable[[str], int]:

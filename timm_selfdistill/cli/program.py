@@ -9,6 +9,8 @@ from typing import NoReturn
 
 import datasets
 
+from ..training.failures import PeerError, error_line
+
 DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, AssertionError, ImportError)
 NOT_UPLOADED = 3
@@ -18,22 +20,33 @@ LONGEST_LINE = 2000
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback."""
+    """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback.
+
+    Of several processes on a machine the first one speaks for all."""
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         datasets.disable_progress_bars()
+    alike = os.environ.get("LOCAL_RANK", "0") != "0"
+    if alike:
+        warnings.simplefilter("ignore")
     warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     try:
         sys.exit(main())
     except USER_ERRORS as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        # An error from a data-loading process carries that process's traceback; its last line is the message.
-        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-        line = lines[-1].removeprefix(f"{type(error).__name__}: ") if "Traceback" in str(error) else lines[0]
-        expected = isinstance(error, (ValueError, OSError, FloatingPointError))
+        expected = isinstance(error, (ValueError, OSError, FloatingPointError, PeerError))
+        if expected and alike:  # the main process says the same, or that this one failed
+            sys.exit(2)
+        line = error_line(error)
         more = "" if expected else f" ({DEBUG_VARIABLE}=1 shows where)"
         print(f"{os.path.basename(sys.argv[0])}: error: {printable(line[:LONGEST_LINE])}{more}", file=sys.stderr)
         sys.exit(2)
+
+
+def say(*lines: str) -> None:
+    """Print lines, on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*map(printable, lines), sep="\n", flush=True)
 
 
 def printable(text: str) -> str:

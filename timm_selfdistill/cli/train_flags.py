@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from ..heads import HEADS
+from ..loss import SelfDistillLoss
 from ..training import TrainConfig
 from ..training.augmentation import CROP_MODES
 from ..training.config import CHOICES, SCHEDULES
 from .config_file import read_flags
+from .data_flags import add_image_flags, add_preprocessing_flags
 from .methods import (
-    BETA,
-    DEFAULTS,
     EXIT_METHODS,
-    FROZEN_DEFAULTS,
+    HEAD,
     METHODS,
+    PAPER_FLAGS,
     add_method_flags,
     check_typed_flags,
+    loss_settings,
 )
 from .program import Parser
 
@@ -41,29 +43,13 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
 
 
 def _add_data(group: Any, default_data: str) -> None:
-    group.add_argument("--data-dir", metavar="DIR", default=default_data,
-                       help="folder of images, parquet or arrow files")
-    group.add_argument("--dataset", metavar="NAME", help="data set on the Hub, instead of --data-dir")
-    group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
-    group.add_argument("--train-split", metavar="NAME", default="train", help="name of the training split")
-    group.add_argument("--val-split", metavar="NAME", help="default: the validation split, else the test split")
-    group.add_argument("--val-fraction", type=float, default=0.1, help="of the training split, where there is no other")
-    group.add_argument("--input-key", metavar="COLUMN", help="image column (default: found by its type); of a folder"
-                       " of image files their extensions, '.webp;.png' (default: timm's)")
-    group.add_argument("--target-key", metavar="COLUMN", help="label column (default: found by its type)")
+    add_image_flags(group, {"data_dir": default_data, "train_split": "train", "val_fraction": 0.1})
     group.add_argument("--num-classes", type=int,
                        help="of the model (default: those of the data, or without labels the model's own)")
     group.add_argument("--streaming", action=_BOOLEAN, default=False,
                        help="read the images while training instead of downloading and converting them first")
-    group.add_argument("--img-size", type=int, help="pixels (default: the model's, less where the images are small)")
+    add_preprocessing_flags(group)
     group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the model's, mostly 3)")
-    group.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                       help="black and white of images with more than 8 bits (default: the full range of their type)")
-    group.add_argument("--mean", type=float, nargs="+",
-                       help="of the pixels, one value or one a channel (default: the model's)")
-    group.add_argument("--std", type=float, nargs="+", help="likewise")
-    group.add_argument("--interpolation", help="bicubic, bilinear, ... (default: the model's)")
-    group.add_argument("--crop-pct", type=float, help="centre crop for validation (default: the model's)")
 
 
 def _add_augmentation(group: Any) -> None:
@@ -88,9 +74,10 @@ def _add_model(group: Any) -> None:
     group.add_argument("--pretrained", action=_BOOLEAN, default=False,
                        help="start from the model's pretrained weights")
     group.add_argument("--pretrained-path", metavar="FILE",
-                       help="start from a checkpoint of the same network, but with a new classifier")
+                       help="start from a checkpoint of the same network, but with new classifiers")
     group.add_argument("--initial-checkpoint", metavar="FILE",
-                       help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it")
+                       help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it, exits"
+                            " included; or of a run the directory, a checkpoint or a saved model")
     group.add_argument("--drop", type=float, help="dropout rate (default: the model's)")
     group.add_argument("--drop-path", type=float, help="stochastic depth rate (default: the model's)")
     group.add_argument("--grad-checkpointing", action=_BOOLEAN, default=False,
@@ -99,19 +86,21 @@ def _add_model(group: Any) -> None:
 
 def _add_distillation(group: Any) -> None:
     group.add_argument("--exits", nargs="+", metavar="EXIT",
-                       help="feature_info indices or module names (default: chosen)")
-    group.add_argument("--head", default="bottleneck", help=", ".join(HEADS))
-    group.add_argument("--temperature", type=float, default=3.0, help="of both softmaxes in the distillation")
+                       help="feature_info indices or module names (default: those of the weights, else chosen)")
+    group.add_argument("--head", help=f"{', '.join(HEADS)} (default: that of the weights, else {HEAD})")
+    group.add_argument("--paper", action=_BOOLEAN, default=False,
+                       help="the loss of the ICCV paper: --teacher deepest --hint map --no-t-squared, unless given")
+    group.add_argument("--temperature", type=float, help="of both softmaxes in the distillation")
     group.add_argument("--t-squared", action=_BOOLEAN,
                        help="multiply the distillation by the temperature's square")
-    group.add_argument("--alpha", type=float, default=0.3, help="weight of the distillation against the labels")
-    group.add_argument("--beta", type=float, default=BETA, help="weight of the hint")
+    group.add_argument("--alpha", type=float, help="weight of the distillation against the labels")
+    group.add_argument("--beta", type=float, help="weight of the hint")
     group.add_argument("--hint", choices=["map", "pooled", "none"], help="feature maps, pooled ones or none")
     group.add_argument("--teacher", choices=["deepest", "ensemble"], help="classifier, or the mean of all logits")
     group.add_argument("--freeze-backbone", action=_BOOLEAN, default=False,
                        help="only the shallow classifiers learn, from the deepest and its feature maps"
-                            " (--teacher deepest --hint map --no-t-squared, unless given)")
-    group.set_defaults(**DEFAULTS)
+                            " (with the loss of --paper)")
+    group.set_defaults(**loss_settings(SelfDistillLoss()))
 
 
 def check_frozen_flags(args: argparse.Namespace) -> None:
@@ -149,14 +138,16 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
     names = {field.name for field in fields(TrainConfig)} - {"settings"}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
-    settings = {key: value for key, value in values.items() if key not in {*names, "config"}}
+    # The values that --paper stands for are recorded, not the flag.
+    settings = {key: value for key, value in values.items() if key not in {*names, "config", "paper"}}
     return TrainConfig(**{name: values[name] for name in names}, settings=settings)
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, with the flags of its --config file in front, so that those given by hand win.
 
-    Images named by hand (--data-dir, --dataset) take the place of the file's, with all that says how to read those.
+    Images named by hand (--data-dir, --dataset) take the place of the file's, with all that says how to read those, and
+    --paper by hand that of the file's flags for which it stands.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -165,11 +156,12 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     argv = sys.argv[1:] if argv is None else argv
     by_hand = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(["data_dir", *METHODS["self-distill"]])))
     if by_hand.config is not None:
-        leave_out = SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()
+        leave_out = {*(SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()),
+                     *(PAPER_FLAGS if by_hand.paper else ())}
         argv = [*read_flags(parser, Path(by_hand.config), leave_out), *argv]
     args = parser.parse_args(argv)
-    if args.freeze_backbone:
-        args = parser.parse_args(argv, argparse.Namespace(**FROZEN_DEFAULTS))
+    if args.freeze_backbone or args.paper:
+        args = parser.parse_args(argv, argparse.Namespace(**loss_settings(SelfDistillLoss.paper())))
     check_typed_flags(by_hand, args.method)
     return args
 

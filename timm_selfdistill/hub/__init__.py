@@ -1,7 +1,7 @@
 """A saved model on disk and on the Hub."""
 from .card import measured_rows
 from .client import explain_failure
-from .download import fetch_model, file_sizes
+from .download import fetch_model, file_sizes, pin
 from .files import PICTURE, facts, read_config, read_metrics, read_network
 from .mixin import HubMixin
 from .picture import exit_style, plot_exits
@@ -18,6 +18,7 @@ __all__ = [
     "fetch_model",
     "file_sizes",
     "measured_rows",
+    "pin",
     "plot_exits",
     "push_folder",
     "push_staged",

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 
 from .client import explain_failure, limit_silence, transport_error
 from .files import BACKBONE, CONFIG, FILES, HEADS
+from .replace import finish_replacing
 from .trust import check_names
 
 
@@ -45,10 +46,13 @@ def fetch_model(
             the Hub.
         PermissionError: the repository is private or gated, and the token does not open it.
         OSError: the Hub answers with another error.
-        ValueError: the repository holds a file that could only be unpickled.
+        ValueError: the weights are there only in a file that would have to be unpickled.
     """
     if str(model_id) and Path(model_id).is_dir():
-        return Path(model_id)
+        folder = Path(model_id)
+        finish_replacing(folder)
+        check_names((entry.name for entry in folder.iterdir()), BACKBONE, folder)
+        return folder
     name = str(model_id)
     at = f" at revision {revision!r}" if revision else ""
     limit_silence()
@@ -56,7 +60,7 @@ def fetch_model(
     try:
         if not offline:
             sizes = _list_sizes(name, revision, token)
-            check_names(sizes, name)
+            check_names(sizes, BACKBONE, name)
             if check_sizes:
                 check_sizes(sizes)
         folder = snapshot_download(
@@ -82,7 +86,18 @@ def fetch_model(
         raise OSError(_answered(error, name + at)) from error
     except transport_error() as error:
         raise OSError(f"{name}{at} cannot be fetched: {explain_failure(error, name)}") from error
+    if not only_config:
+        check_names((entry.name for entry in Path(folder).iterdir()), BACKBONE, name)
     return Path(folder)
+
+
+def pin(model_id: str | PathLike, folder: Path, revision: str | None) -> str | None:
+    """The revision with which `fetch_model` gives files of the same commit again.
+
+    Args:
+        folder: what it gave for `model_id` at `revision`; the Hub's cache names it after the commit.
+    """
+    return revision if Path(model_id).is_dir() else folder.name
 
 
 def file_sizes(model_id: str | PathLike, revision: str | None = None) -> dict[str, int]:

@@ -17,7 +17,6 @@ from .trust import (
     MAX_HEADER_BYTES,
     check_exits,
     check_links,
-    check_names,
     check_network,
     check_tensors,
     read_json,
@@ -41,7 +40,6 @@ def read_network(folder: str | PathLike) -> dict[str, Any]:
     finish_replacing(Path(folder))
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained")
-    check_names((entry.name for entry in Path(folder).iterdir()), folder)
     check_links(Path(folder), (CONFIG, BACKBONE, HEADS))
     config = read_json(path)
     if not isinstance(config, dict) or "architecture" not in config:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .building import BoundedBuild, NoRandomInit, build_backbone, check_buffers
 from .card import measured_rows
-from .download import fetch_model
+from .download import fetch_model, pin
 from .files import check_model_files, check_sizes, load_weights, read_config
 from .push import push_folder
 from .saving import create_model_card, save_timm_model
@@ -34,6 +34,7 @@ class HubMixin(ModelHubMixin):
             metrics: dict[str, Any] | None = None,
             check: bool = True,
             picture: bool = True,
+            data_config: dict[str, Any] | None = None,
             push_to_hub: bool = False,
             repo_id: str | None = None,
             model_card_kwargs: dict[str, Any] | None = None,
@@ -52,6 +53,8 @@ class HubMixin(ModelHubMixin):
                 "settings", "versions", "hardware".
             check: False saves without rebuilding, where this model was seen to be rebuilt before.
             picture: False does not draw exits.png, which takes longer than saving a small model.
+            data_config: the preprocessing that the model was measured with, as of `timm.data.resolve_data_config`; the
+                default is the model's own, for images of the size of the last training batch.
             push_to_hub: upload it, too, to `repo_id`, by default the folder's name.
             model_card_kwargs: metadata of the card, e.g. `{"license": "mit"}`.
             push_to_hub_kwargs: further arguments of `push_to_hub`.
@@ -66,7 +69,8 @@ class HubMixin(ModelHubMixin):
         save_timm_model(
             self.backbone, save_directory, whole=self.whole, model_args=self.model_args, heads=self.heads,
             settings=self.settings(), metrics=metrics, rows=self.card_rows(metrics), check=check, picture=picture,
-            rebuild=self.rebuild, card_data=model_card_kwargs)
+            rebuild=self.rebuild, card_data=model_card_kwargs,
+            data_config={"input_size": self.input_size, **(data_config or {})})
         if not push_to_hub:
             return None
         return push_folder(save_directory, repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)
@@ -85,6 +89,7 @@ class HubMixin(ModelHubMixin):
             cls: type[T],
             pretrained_model_name_or_path: str | PathLike,
             *,
+            num_classes: int | None = None,
             head: Callable[..., nn.Module] | None = None,
             revision: str | None = None,
             token: str | bool | None = None,
@@ -94,8 +99,12 @@ class HubMixin(ModelHubMixin):
     ) -> T:
         """Load a saved model, in eval mode on the CPU.
 
+        All files are those of one commit, whatever is pushed meanwhile.
+
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or the id of a repository on the Hub.
+            num_classes: another number than the saved model's begins all classifiers anew, the deepest and the shallow
+                ones, as timm's create_model does; class names and thresholds for early exit are dropped.
             head: the callable that the model was wrapped with, if it was one: code is never loaded from a folder.
             revision: branch, tag or commit.
             token: None is the one of `hf auth login`; False sends none.
@@ -105,25 +114,42 @@ class HubMixin(ModelHubMixin):
             FileNotFoundError: the folder, the repository, the revision or a file in it is missing.
             PermissionError: the repository is not open to this token.
             OSError: the Hub answers with an error, or not at all.
-            ValueError: a file is damaged, foreign, of another format version, or beyond the limits of `hub/trust.py`.
+            ValueError: a file is damaged, foreign, of another format version, or beyond the limits of `hub/trust.py`;
+                or the model is of the other class, truncated or not.
             TypeError: `head` cannot be one.
         """
         fetch = partial(
-            fetch_model, pretrained_model_name_or_path, revision=revision, token=token, cache_dir=cache_dir,
+            fetch_model, pretrained_model_name_or_path, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only, force_download=force_download)
-        folder = fetch(only_config=True)
+        folder = fetch(revision=revision, only_config=True)
         config = read_config(folder)
+        cls.check_kind(config["self_distill"], pretrained_model_name_or_path)
         if config["self_distill"]["head"] is None and head is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved with a head of its own; pass it:"
                 " from_pretrained(..., head=...)")
         sketch = cls.sketch(config, folder, head)  # files of another model are refused before they are fetched
-        fetch(check_sizes=partial(check_sizes, backbone=sketch.backbone, heads=sketch.heads))
+        fetch(revision=pin(pretrained_model_name_or_path, folder, revision),
+              check_sizes=partial(check_sizes, backbone=sketch.backbone, heads=sketch.heads))
         check_model_files(folder, sketch.backbone, sketch.heads)
         with NoRandomInit() if head is None else nullcontext():  # what a head of one's own draws is not always saved
             model = cls.from_config(config, folder, head)
         load_weights(model.backbone, model.heads, folder)
+        if num_classes not in (None, model.num_classes):
+            model.reset_classifier(num_classes)
+            model.backbone.pretrained_cfg.pop("label_names", None)
         return model.eval()
+
+    @classmethod
+    def check_kind(cls, settings: dict[str, Any], name: str | PathLike) -> None:
+        """Refuse what another class loads.
+
+        Args:
+            settings: "self_distill" of a config.
+
+        Raises:
+            ValueError: it is another class's.
+        """
 
     @classmethod
     def sketch(
@@ -199,7 +225,7 @@ class HubMixin(ModelHubMixin):
     def generate_model_card(self, *, metrics: dict[str, Any] | None = None, **card_data: Any) -> ModelCard:
         """The card that `save_pretrained` would write; see there."""
         return create_model_card(
-            self.whole, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data)
+            self.whole, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data, self.input_size)
 
     @property
     def whole(self) -> nn.Module:

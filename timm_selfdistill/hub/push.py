@@ -13,9 +13,8 @@ from huggingface_hub import HfApi
 
 from .card import PLACEHOLDER, may_replace
 from .client import cause, limit_silence, retry_after, status, transport_error
-from .files import BACKBONE, CARD, CONFIG, FILES, HEADS
+from .files import BACKBONE, CARD, CONFIG, FILES
 from .replace import finish_replacing
-from .trust import check_names
 
 RETRY_SECONDS = (2.0, 8.0)
 """Waits before the second and the third attempt, where the Hub does not name its own."""
@@ -49,7 +48,8 @@ def push_staged(
     """Upload a folder of `stage_model` as one commit, whose card gets the repository's id.
 
     What may pass by itself (too many requests, a conflict, an error of the server, a lost connection) is tried again
-    twice. Files of an earlier model that this one does not have are removed; a card that was edited on the Hub stays.
+    twice. Files of an earlier model that this one does not have are removed; a card that was edited on the Hub stays,
+    and so does every other file there.
 
     Args:
         upload_args: further arguments of `huggingface_hub.HfApi.upload_folder`.
@@ -58,8 +58,7 @@ def push_staged(
         The address of the commit.
 
     Raises:
-        ValueError: the repository holds files that could only be unpickled, so that nobody could load the model from
-            it; or it is public, and a private one is asked for.
+        ValueError: the repository is public, and a private one is asked for.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
     """
     api = HfApi(token=token)
@@ -70,8 +69,6 @@ def push_staged(
         full_id = create_repository(repo_id, private=private, token=token)
         _name_repository(staged / CARD, full_id)
         present = api.list_repo_files(full_id, revision=revision)
-        if (staged / HEADS).exists():
-            check_names(present, full_id)
         if CARD in present:
             with TemporaryDirectory() as folder:
                 card = api.hf_hub_download(full_id, CARD, revision=revision, local_dir=folder)

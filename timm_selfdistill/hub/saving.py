@@ -15,7 +15,6 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
-from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
 from ..cost import default_input_size, evaluating
@@ -24,9 +23,13 @@ from .card import create_card, may_replace, measured_rows
 from .files import BACKBONE, CARD, CONFIG, FORMAT_VERSION, HEADS, PICTURE, facts, read_config
 from .picture import plot_exits
 from .replace import replacing_files
-from .trust import check_names, read_json, short
+from .trust import read_json, short
 
 Rebuild = Callable[[Path], tuple[nn.Module, nn.Module]]
+SOURCE_KEYS = {"tag", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_names",
+               "label_descriptions", "test_input_size", "test_crop_pct", "test_pool_size"}
+"""Of a timm model's pretrained_cfg, what describes the weights that the model was created with, and how those are best
+measured."""
 
 
 def save_timm_model(
@@ -43,6 +46,7 @@ def save_timm_model(
         picture: bool = True,
         rebuild: Rebuild | None = None,
         card_data: dict[str, Any] | None = None,
+        data_config: dict[str, Any] | None = None,
 ) -> None:
     """Write a timm model in timm's layout with its card, after seeing that it can be loaded from the files.
 
@@ -56,6 +60,8 @@ def save_timm_model(
         picture: False leaves exits.png for a later `save_metrics` to draw.
         rebuild: gives, for the folder, the two models that must say the same, as it is and as it is loaded; None is the
             backbone, and what timm makes.
+        data_config: the preprocessing that the model was measured with, as of `timm.data.resolve_data_config`; what it
+            leaves out is as in the model's `pretrained_cfg`.
 
     Raises:
         ValueError: the model is not rebuilt, or it is beyond the limits of `trust.py`.
@@ -63,17 +69,15 @@ def save_timm_model(
     """
     with replacing_files(Path(folder)) as fresh:
         check_metrics(metrics)
-        if heads is not None:  # `from_pretrained` would refuse the folder
-            check_names((entry.name for entry in Path(folder).iterdir()), folder)
         whole = whole or backbone
-        input_size = default_input_size(whole, model_args)
-        _save_config(whole, fresh / CONFIG, model_args, settings, metrics)
+        data_config = {"input_size": default_input_size(whole, model_args), **(data_config or {})}
+        _save_config(whole, fresh / CONFIG, model_args, settings, metrics, data_config)
         _save_tensors(backbone, fresh / BACKBONE)
         if heads is not None:
             read_config(fresh)  # a model that could not be loaded again is refused while the old files are in place
             _save_tensors(heads, fresh / HEADS)
         if check:
-            check_rebuilds(rebuild or partial(_rebuild_with_timm, backbone), fresh, input_size)
+            check_rebuilds(rebuild or partial(_rebuild_with_timm, backbone), fresh, data_config["input_size"])
         if picture:
             _save_picture(fresh, rows or [], metrics)
         drawn = (fresh / PICTURE).exists()
@@ -114,11 +118,11 @@ def save_metrics(folder: str | PathLike, metrics: dict[str, Any], picture: Path 
 
 def create_model_card(
         backbone: nn.Module, model_args: dict[str, Any], settings: dict[str, Any], metrics: dict[str, Any] | None,
-        rows: list[dict[str, Any]], card_data: dict[str, Any],
+        rows: list[dict[str, Any]], card_data: dict[str, Any], input_size: tuple[int, int, int],
 ) -> ModelCard:
     """The card that a model would be saved with."""
     with TemporaryDirectory() as folder:
-        _save_config(backbone, Path(folder) / CONFIG, model_args, settings, metrics)
+        _save_config(backbone, Path(folder) / CONFIG, model_args, settings, metrics, {"input_size": input_size})
         return create_card(read_json(Path(folder) / CONFIG), rows, metrics, **card_data)
 
 
@@ -200,11 +204,11 @@ def _save_config(
         model_args: dict[str, Any] | None,
         settings: dict[str, Any] | None,
         metrics: dict[str, Any] | None,
+        data_config: dict[str, Any],
 ) -> None:
-    pretrained_cfg = filter_pretrained_cfg(backbone.pretrained_cfg, remove_source=True) | {
-        "input_size": default_input_size(backbone, model_args), "num_classes": backbone.num_classes, "first_conv": None}
-    model_config: dict[str, Any] = {"pretrained_cfg": pretrained_cfg}
-    names = pretrained_cfg.pop("label_names", None)
+    """Write config.json as timm does, without what describes other weights than these."""
+    names = backbone.pretrained_cfg.get("label_names")
+    model_config: dict[str, Any] = {}
     if names and len(names) == backbone.num_classes:  # not those of pretrained weights for other classes
         model_config["label_names"] = names
     if settings is not None:
@@ -212,4 +216,13 @@ def _save_config(
         model_config["self_distill"] = versions | settings
     if metrics is not None:
         facts(model_config)["metrics"] = metrics
-    save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args or {})
+    save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args or {}, data_config=data_config)
+    config = read_json(path)
+    # transformers and timm's factory take the number of classes from its own place, and refuse it in two
+    config.get("model_args", {}).pop("num_classes", None)
+    left_behind = SOURCE_KEYS | ({"license"} if metrics and "license" in metrics else set())
+    config["pretrained_cfg"] = {
+        key: value for key, value in config["pretrained_cfg"].items() if key not in left_behind}
+    if (metrics or {}).get("license", "unknown") != "unknown":
+        config["pretrained_cfg"]["license"] = metrics["license"]
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -40,17 +40,22 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
           "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 
 
-def check_names(names: Iterable[str], where: str | Path) -> None:
-    """Refuse a folder or repository with files in it that could only be unpickled.
+def check_names(names: Iterable[str], weights: str, where: str | Path) -> None:
+    """Refuse a folder or repository whose weights are there only in files that would have to be unpickled. Beside the
+    weights such files are of no concern: nothing reads them.
+
+    Args:
+        weights: name of the safetensors file that the weights should be in.
 
     Raises:
-        ValueError: it has one.
+        ValueError: it has no such file, but a pickle.
     """
+    names = set(names)
     pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
-    if pickles:
+    if pickles and weights not in names:
         raise ValueError(
-            f"{where} holds {short(pickles[0])}, which may run code when it is read; a model is safetensors files"
-            " only: remove it, or save the model with save_pretrained")
+            f"{where} has no {weights}, only {short(pickles[0])}, which may run code when it is read; save the model"
+            " with save_pretrained, which writes safetensors files")
 
 
 def check_links(folder: Path, names: Iterable[str]) -> None:

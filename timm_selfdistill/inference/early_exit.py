@@ -3,19 +3,19 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from copy import copy
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cost import default_input_size
 from ..model import SelfDistillModel
 from .batch_run import BatchRun, EarlyExitOutput
 from .calibration import Calibration, check_budget, macs_of_exits, times_of_exits
 from .calibration_report import CalibrationReport
 from .policy import find_policy
-from .row_dropping import Route, StageHook, find_route
+from .row_dropping import Route, StageHook, add_hook, find_route
 from .settings import check_images, check_temperatures, check_thresholds
 from .thresholds import ExitCosts
 
@@ -34,7 +34,8 @@ class EarlyExit:
     In a batch, images that are done leave it at their stage and the rest go on; no layer runs twice. Whether the layers
     behind give the others the same logits then is tried for every image size, with a handful of random images (at
     construction for the size that the model was made for); where they would not, the whole batch runs on, only the
-    answers are taken early, and there is one warning. Calls from several threads are fine.
+    answers are taken early, and there is one warning. Calls from several threads are fine, also within
+    `torch.inference_mode()`. It can be copied and pickled; `copy.copy` shares the model, `copy.deepcopy` copies it too.
 
     Args:
         model: in eval mode; stays as it is.
@@ -62,8 +63,7 @@ class EarlyExit:
             raise TypeError(
                 f"expected a SelfDistillModel, which has several exits, got {type(model).__name__}; make one with"
                 " wrap_self_distill")
-        self._parts = list(model.modules())  # so that looking at them for each batch takes no time
-        _check_mode(self._parts)
+        _check_mode(list(model.modules()))
         saved = model.early_exit or {}
         if thresholds is None and policy in (None, saved.get("policy")):
             policy, thresholds = saved.get("policy"), saved.get("thresholds")
@@ -74,12 +74,27 @@ class EarlyExit:
         self.thresholds = None if thresholds is None else check_thresholds(thresholds, self.policy, model)
         self.temperatures = check_temperatures(temperatures, model)
 
-        self._owner, self._routes, self._lock, self._warned = next(_owners), {}, threading.Lock(), False
-        modules = dict(model.backbone.named_modules())
-        handles = [modules[stage.name].register_forward_hook(StageHook(exit, self._owner))
-                   for exit, stage in enumerate(model.stages) if stage.name in modules]
+        self._warned = False
+        self._connect()
+        self._route(model.input_size)
+
+    def _connect(self) -> None:
+        """Put this object's hooks on the model."""
+        self._parts = list(self.model.modules())  # so that looking at them for each batch takes no time
+        self._owner, self._routes, self._lock = next(_owners), {}, threading.Lock()
+        modules = dict(self.model.backbone.named_modules())
+        handles = [add_hook(modules[stage.name], StageHook(exit, self._owner))
+                   for exit, stage in enumerate(self.model.stages) if stage.name in modules]
         weakref.finalize(self, _remove, handles)
-        self._route(default_input_size(model.backbone, model.model_args))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: all but the hooks on the model and what was found with them."""
+        return {"model": self.model, "policy": self.policy, "thresholds": copy(self.thresholds),
+                "temperatures": list(self.temperatures), "_warned": self._warned}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect()
 
     def predict(self, x: Tensor) -> EarlyExitOutput:
         """Answers for images (B, in_chans, H, W), without gradients.

@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..cost import default_input_size, evaluating
+from ..cost import evaluating
 from ..model import SelfDistillModel
 from .staging import split_stages
 
@@ -44,7 +44,7 @@ def export_onnx(
 
     Args:
         exit: as of `SelfDistillModel.predict`; -1 is the plain network.
-        input_size: (channels, height, width) in pixels; None is what the backbone was made for.
+        input_size: (channels, height, width) in pixels; None is the model's own, `input_size`.
 
     Raises:
         ImportError: the extra `onnx` is not installed.
@@ -52,7 +52,7 @@ def export_onnx(
     """
     check_onnx()
     network = model.truncate(exit).cpu().float().eval()
-    input_size = input_size or default_input_size(model.backbone, model.model_args)
+    input_size = input_size or model.input_size
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     x = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -70,7 +70,7 @@ def export_stages(
     class names.
 
     Args:
-        input_size: (channels, height, width) in pixels; None is what the backbone was made for.
+        input_size: (channels, height, width) in pixels; None is the model's own, `input_size`.
         value_ranges: black and white of images with more than 8 bits, integers ("I") and floating-point numbers ("F"),
             for stages.json; without them a runtime takes the full range.
 
@@ -80,7 +80,7 @@ def export_stages(
     """
     check_onnx()
     model_copy = model.truncate("ensemble").model.cpu().float().eval()
-    input_size = input_size or default_input_size(model.backbone, model.model_args)
+    input_size = input_size or model.input_size
     program = export_program(_AllLogits(model_copy), input_size)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from ..cost import evaluating
 from ..model import SelfDistillModel
@@ -35,6 +36,13 @@ class StageHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _find_nothing, ()
+
+
+def add_hook(module: nn.Module, hook: StageHook) -> RemovableHandle:
+    """Put a hook on a module, in place of those that came with a copy of it."""
+    for key in [key for key, found in module._forward_hooks.items() if found is _do_nothing]:
+        del module._forward_hooks[key]
+    return module.register_forward_hook(hook)
 
 
 def _do_nothing(*_: Any) -> None:
@@ -77,12 +85,17 @@ def find_route(model: SelfDistillModel, owner: int, size: tuple[int, ...]) -> Ro
     Args:
         size: (in_chans, H, W).
     """
+    with torch.inference_mode(False), torch.no_grad():  # only ordinary tensors tell what was written into them
+        return _find_route(model, owner, size)
+
+
+def _find_route(model: SelfDistillModel, owner: int, size: tuple[int, ...]) -> Route | None:
     exits, like = len(model.stages), next(p for p in model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(exits + 2, *size, generator=generator)
     x = (x * torch.linspace(0.2, 2, exits + 2)[:, None, None, None]).to(like)  # rows that nobody mistakes for others
     outputs: list[tuple[int, Any]] = []
-    with evaluating(model), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    with evaluating(model), torch.autocast(like.device.type, enabled=False):
         run_with(owner, lambda exit, output: outputs.append((exit, tree_map_only(Tensor, torch.clone, output))),
                  model.backbone, x)
         if [exit for exit, _ in outputs] != list(range(exits)):
@@ -93,15 +106,21 @@ def find_route(model: SelfDistillModel, owner: int, size: tuple[int, ...]) -> Ro
         if None in to_maps:
             return None
         for exit, (head, feature_map) in enumerate(zip(model.heads, maps)):
-            version = feature_map._version
-            head(feature_map)
-            if feature_map._version != version:  # it works in place, and the layers behind would see that
+            if _writes_into(head, feature_map):  # the layers behind would see that
                 to_maps[exit] = partial(_read_copy, to_maps[exit])
         expected = _features_and_logits(model.backbone, x)
         droppable = [_is_exact(model, owner, x, expected, [exit]) for exit in range(exits)]
         if not _is_exact(model, owner, x, expected, [exit for exit in range(exits) if droppable[exit]]):
             droppable = [False] * exits
     return Route(to_maps, droppable)
+
+
+def _writes_into(head: nn.Module, feature_map: Tensor) -> bool:
+    if feature_map.is_inference():  # of a network that was made in inference mode
+        return True
+    version = feature_map._version
+    head(feature_map)
+    return feature_map._version != version
 
 
 def _features_and_logits(backbone: nn.Module, x: Tensor) -> list[Tensor]:

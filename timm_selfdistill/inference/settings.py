@@ -4,8 +4,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..model import SelfDistillModel, TruncatedModel
+from ..model import SelfDistillModel
 from ..stages import explain_misfit
+from ..truncated import TruncatedModel
 from .policy import find_policy
 
 

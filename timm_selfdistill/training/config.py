@@ -1,10 +1,16 @@
 """Everything a run can be told, under timm's names."""
-from dataclasses import asdict, dataclass, field
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
 from typing import Any
 
+import numpy as np
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.optim import list_optimizers
+from torch import Tensor
 
 from .interval import Interval
 
@@ -16,6 +22,9 @@ CHOICES = {
     "dist_bn": ("reduce", "broadcast"),
     "hub_strategy": ("end", "best", "epoch"),
 }
+WHOLE = ("seed", "epochs", "batch_size", "validation_batch_size", "steps_per_epoch", "shuffle_buffer",
+         "head_warmup_epochs", "mixup_off_epoch", "grad_accum_steps", "workers", "log_interval", "checkpoint_hist")
+"""Fields that count something."""
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
 
 
@@ -64,7 +73,7 @@ class TrainConfig:
         dist_bn: batch norm's statistics at the end of an epoch: "reduce" averages those of all processes, "broadcast"
             takes those of the main one.
         profile: updates whose trace goes to profile/ in the run directory; 0 is none.
-        report_to: names of Accelerate's trackers, e.g. ("tensorboard", "wandb").
+        report_to: names of Accelerate's trackers, e.g. ("tensorboard", "wandb"), or one name.
         push_to_hub: upload the best model at the end of the run, and with the hub_strategy "best" every new best
             one, with "epoch" the last one after every epoch, too, in the background.
         hub_model_id: repository, "user/name" or "name"; None is the name of the run directory.
@@ -72,6 +81,12 @@ class TrainConfig:
         hub_license: of the model card, e.g. "mit"; None is that of the weights that the training begins with, and
             Apache-2.0, timm's own, where settings["pretrained"] is False.
         settings: anything else that config.yaml should record, e.g. the model's name, under names of its own.
+
+    Paths, and scalars and arrays of numpy and torch, become what YAML has for them.
+
+    Raises:
+        ValueError: a value is out of its range, or `settings` hold a name of the above.
+        TypeError: `settings` hold what YAML cannot tell.
     """
 
     output: str = ""
@@ -133,10 +148,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that cannot work, before anything is spent on it."""
-        self.report_to, self.decay_milestones = tuple(self.report_to), tuple(self.decay_milestones)
+        for entry in fields(self):
+            setattr(self, entry.name, plain_value(getattr(self, entry.name), entry.name))
+        self._check_settings()
+        self.report_to, self.decay_milestones = _as_tuple(self.report_to), _as_tuple(self.decay_milestones)
         self.checkpoint_interval = str(self.checkpoint_interval or "")
         if isinstance(self.profile, bool) or not isinstance(self.profile, int):
             raise ValueError(f"profile must be a number of updates, got {self.profile!r}")
+        for name in WHOLE:
+            value = getattr(self, name)
+            if isinstance(value, float) and not value.is_integer():
+                raise ValueError(f"{name} must be a whole number, got {value}")
+            setattr(self, name, int(value) if isinstance(value, float) else value)
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
         if isinstance(self.validation_batch_size, str):
@@ -192,9 +215,48 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What config.yaml holds: every field and setting, flat, so that `train.py --config` reads it."""
-        values = asdict(self)
-        values |= values.pop("settings")
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        self._check_settings()  # which may have been added to
+        values = plain_value(asdict(self), "config")
+        settings = values.pop("settings")
+        return {**values, **settings}
+
+    def _check_settings(self) -> None:
+        if taken := sorted({entry.name for entry in fields(self)} & self.settings.keys()):
+            raise ValueError(f"settings must have names of their own, got {', '.join(taken)}, which TrainConfig has"
+                             f" itself: give TrainConfig({taken[0]}=...), or choose another name")
+
+
+def plain_value(value: Any, name: str) -> Any:
+    """A value as YAML's own types, all the way down: Python's numbers, text, lists and dicts.
+
+    Args:
+        name: for the error message.
+
+    Raises:
+        TypeError: there is none for it.
+    """
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        value = value.tolist()
+    elif isinstance(value, Enum):
+        value = value.value
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, Mapping):
+        return {plain_value(key, name): plain_value(entry, f"{name}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset, range)):
+        return [plain_value(entry, name) for entry in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None or isinstance(value, datetime.date):
+        return value
+    raise TypeError(f"{name} must be a number, text, path, list or dict, so that config.yaml can tell it, got"
+                    f" {type(value).__name__}; give its name or its values")
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Also of one value alone."""
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def check_repo_id(repo_id: str, what: str) -> None:

@@ -2,6 +2,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from errno import ENOSPC
 from functools import partial
 from itertools import chain
@@ -18,7 +19,7 @@ from ..output import BackboneOutput
 from .accelerator import ask_main_process
 from .config import TrainConfig
 from .interrupt import InterruptRequest
-from .loading import loader_settings
+from .loading import end_workers, loader_settings
 from .progress import ProgressReporter
 from .update import Updater
 
@@ -48,10 +49,11 @@ class FeatureCache(Dataset):
 
     Args:
         data: map-style data set of (image (C, H, W), label).
+        full_precision: without mixed precision, as validation is.
     """
 
-    def __init__(self, data: Dataset):
-        self.data = data
+    def __init__(self, data: Dataset, full_precision: bool = False):
+        self.data, self.full_precision = data, full_precision
         self.files: list[TensorFile] = []
         self.tensors: list[Tensor] = []
 
@@ -85,16 +87,19 @@ class FeatureCache(Dataset):
         settings = loader_settings(config, update.accelerator) | {"persistent_workers": False}
         loader = DataLoader(Subset(self.data, range(rank, len(self), world)), config.batch_size, **settings)
         tensors, begin, batches = [file.open() for file in files], rank, iter(loader)
-        for step in range(-(-len(self) // (world * config.batch_size))):
-            batch = next(batches, None)  # none at the last step where other processes have one image more
-            if batch is not None:
-                for tensor, value in zip(tensors, self._compute(update, *batch)):
-                    tensor[begin::world][:len(value)] = value
-                begin += world * len(batch[0])
-            progress.count("features of", min(begin, len(self)), len(self))
-            interrupt.agree(step)
-            if interrupt.agreed:
-                return
+        try:
+            for step in range(-(-len(self) // (world * config.batch_size))):
+                batch = next(batches, None)  # none at the last step where other processes have one image more
+                if batch is not None:
+                    for tensor, value in zip(tensors, self._compute(update, *batch)):
+                        tensor[begin::world][:len(value)] = value
+                    begin += world * len(batch[0])
+                progress.count("features of", min(begin, len(self)), len(self))
+                interrupt.agree(step)
+                if interrupt.agreed:
+                    return
+        finally:
+            end_workers(batches)
         update.accelerator.wait_for_everyone()
         self.files, self.tensors = files, tensors
 
@@ -104,7 +109,7 @@ class FeatureCache(Dataset):
     @torch.no_grad()
     def _compute(self, update: Updater, x: Tensor, label: Tensor) -> list[Tensor]:
         x, _ = update.to_device(x, label)
-        with update.accelerator.autocast():
+        with nullcontext() if self.full_precision else update.accelerator.autocast():
             maps, logits = update.plain_task.get_trainable_module().forward_backbone(x)
         return [*(value.cpu() for value in (*maps, logits)), label]
 

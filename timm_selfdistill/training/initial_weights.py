@@ -1,24 +1,20 @@
 """The weights that a run begins with."""
-import pickle
-import struct
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from timm.models import load_state_dict
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, TypeError,
-              LookupError, AttributeError)
-"""What timm and torch raise at files that are no checkpoint."""
+from .saved_weights import read_weights
+
 SHOWN = 3
 """Tensors that an error names."""
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = False) -> None:
-    """Load a checkpoint of timm's, .safetensors or what torch.load reads with weights_only: every tensor, the moving
-    average where there is one.
+    """Load the backbone's weights of a checkpoint or a saved model, see `read_weights`: every tensor.
+
+    The model gets the class names of the saved one, too, where they are known and its classifier is loaded.
 
     Args:
         new_classifier: leave the model's own as it is.
@@ -27,21 +23,16 @@ def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = F
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or is of another network.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path} is no file; expected .safetensors or .pth")
-    try:
-        saved = load_state_dict(str(path))
-    except UNREADABLE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read the checkpoint {path} ({reason}); expected .safetensors, or weights alone as"
-                         " torch.load(..., weights_only=True) reads them") from error
-    if not saved or not all(isinstance(value, Tensor) for value in saved.values()):
-        raise ValueError(f"{path} holds no state dict: names and tensors")
+    saved = read_weights(path)
+    state = dict(saved.backbone)
     if new_classifier:
         own = model.state_dict()
-        saved |= {name: own[name] for name in _classifier_names(model) if name in own}
-    _check_fits(model, saved, path)
-    model.load_state_dict(saved)
+        state |= {name: own[name] for name in _classifier_names(model) if name in own}
+    check_fits(model, state, path)
+    model.load_state_dict(state)
+    if not new_classifier:
+        names = saved.config.get("label_names")
+        model.pretrained_cfg.update(num_classes=model.num_classes, **({"label_names": names} if names else {}))
 
 
 def check_task(task: Any) -> None:
@@ -60,7 +51,8 @@ def check_task(task: Any) -> None:
                          " from a run that diverged or a damaged file, take others")
 
 
-def _check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> None:
+def check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> None:
+    """Raise ValueError where weights have other names or shapes than those of a timm model."""
     own = model.state_dict()
     differing = [f"{name} {tuple(saved[name].shape)} instead of {tuple(value.shape)}"
                  for name, value in own.items() if name in saved and saved[name].shape != value.shape]

@@ -35,6 +35,29 @@ def check_classes(model: nn.Module, data: Dataset) -> int:
     return classes or in_data
 
 
+def name_classes(model: nn.Module, *data: Dataset) -> list[str]:
+    """The names of the classes, in the order of their indices, as model and images know them; a timm model that does
+    not know them gets them.
+
+    Raises:
+        ValueError: they differ.
+    """
+    backbone = getattr(model, "backbone", model)
+    known = getattr(backbone, "pretrained_cfg", {})
+    names = list(known.get("label_names") or ())
+    own = names if len(names) == getattr(model, "num_classes", None) else []
+    for found in filter(None, (list(getattr(part, "class_names", ())) for part in data)):
+        if own and found != own:
+            raise ValueError(
+                f"the model's classes are {', '.join(own)}, and those of the images {', '.join(found)}; take the images"
+                " in the model's order, images.in_order(names), or name the model's classes anew,"
+                " model_data_config(backbone, class_names=images.class_names)")
+        own = found
+    if own and known:
+        known.update(label_names=own)
+    return own
+
+
 def is_labelled(data: Dataset) -> bool:
     """Whether the images of a data set have labels, which its `label_column` tells, or its first sample."""
     if hasattr(data, "label_column"):

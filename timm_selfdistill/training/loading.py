@@ -7,10 +7,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .config import TrainConfig
 from .interrupt import leave_process_group
 from .sampling import Batch, Draw, EpochSampler, TrainImages
+from .state import DRAWS
 from .stream import Place, StreamedImages, TrainStream
 
 EMPTY_PASSES = 3
@@ -49,6 +51,11 @@ class IndexedBatches:
     def _iterate(self, epoch: int, images: int) -> Iterator[Batch]:
         self.sampler.begin(epoch, images)
         return iter(self.loader)
+
+    def end_workers(self) -> None:
+        """End the loading processes, until batches are asked for again."""
+        self.started = None
+        end_workers(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: epoch and images say where it stands."""
@@ -91,7 +98,7 @@ class StreamedBatches:
                 f"the stream has {shards} shards for each process, so that {workers} of {config.workers} loading"
                 " processes read it; more and smaller files load faster", stacklevel=4)
         self.division = {"processes": world, "loading processes": max(workers, 1), "shards": part.shards,
-                         "rows in a block": config.shuffle_buffer}
+                         "rows in a block": config.shuffle_buffer, "draws": DRAWS}
         self.stream = TrainStream(
             part, config.batch_size, config.shuffle_buffer, config.seed, rank, config.on_bad_sample)
         self.settings = {**common, "num_workers": workers, "persistent_workers": False}
@@ -125,6 +132,11 @@ class StreamedBatches:
                     " workers")
             self.loader, self.number, self.next_worker, self.places = None, self.number + 1, 0, {}
 
+    def end_workers(self) -> None:
+        """End the loading processes; what they have read ahead is read again."""
+        end_workers(self.loader)
+        self.loader = None
+
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands in its part of the stream."""
         return {"division": self.division, "pass": self.number, "next_worker": self.next_worker,
@@ -139,8 +151,8 @@ class StreamedBatches:
         if not all(states):
             raise ValueError("the checkpoint is of a run on images that were not streamed; resume without streaming")
         saved = states[0]["division"]
-        if differing := [f"{key} {value} instead of {saved[key]}" for key, value in self.division.items()
-                         if value != saved[key]]:
+        if differing := [f"{key} {value} instead of {saved.get(key)}" for key, value in self.division.items()
+                         if value != saved.get(key)]:
             raise ValueError(f"the checkpoint's stream was divided in another way: {', '.join(differing)}; resume with"
                              " the same processes, workers, files and shuffle_buffer")
         state = states[self.rank]
@@ -224,6 +236,11 @@ class ValBatches:
                 yield tuple(batch)
 
 
+    def end_workers(self) -> None:
+        """End the loading processes, until batches are asked for again."""
+        end_workers(self.loader)
+
+
 class MeasuredImages:
     """Batches (images, class indices) of a map-style data set, in its order, to measure a saved model on.
 
@@ -253,6 +270,16 @@ def loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, 
     seeds = torch.Generator()  # of the loading processes; without it they would be drawn from the run's own
     return {"num_workers": config.workers, "persistent_workers": config.workers > 0,
             "pin_memory": accelerator.device.type == "cuda", "worker_init_fn": leave_process_group, "generator": seeds}
+
+
+def end_workers(loader: DataLoader | Iterator | None) -> None:
+    """End the loading processes of a DataLoader, or of an iterator of one, which stay as long as anything refers to it,
+    the traceback of an error, say."""
+    iterator = loader._iterator if isinstance(loader, DataLoader) else loader
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
+    if isinstance(loader, DataLoader):
+        loader._iterator = None
 
 
 def _as_it_is(batch: Any) -> Any:

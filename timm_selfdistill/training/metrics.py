@@ -33,6 +33,26 @@ def exit_logits(model: nn.Module, x: Tensor | BackboneOutput) -> tuple[Tensor, .
     return model.forward_exits(x).logits if isinstance(model, SelfDistillModel) else (model(x),)
 
 
+@torch.no_grad()
+def count_logits(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Classes of a model that does not tell them: it is shown an image.
+
+    Args:
+        input_size: (channels, height, width).
+
+    Raises:
+        ValueError: it gives no logits (B, K).
+    """
+    like = next(model.parameters())
+    with evaluating(model):
+        logits = model(torch.zeros(1, *input_size, dtype=like.dtype, device=like.device))
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{type(model).__name__} must give logits (B, classes) for images (B, channels, H, W), got {given} for one")
+    return logits.shape[1]
+
+
 class ExitMeter:
     """Adds up loss and hits of every exit, and of their ensemble where there are several, without waiting for a GPU."""
 
@@ -74,13 +94,14 @@ def measure_exits(
         model: nn.Module, batches: Iterable[tuple[Tensor | BackboneOutput, Tensor]], accelerator: Accelerator,
         labelled: bool = True,
 ) -> tuple[list[ExitMetrics], int]:
-    """Accuracy of every exit and of the ensemble over the batches of all processes, and how many images they have.
+    """Accuracy of every exit and of the ensemble over the batches of all processes, and how many images they have; in
+    full precision, as every reader of the saved model measures it.
 
     Args:
         labelled: False counts as right what the deepest classifier says.
     """
     meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
-    with evaluating(model), torch.no_grad(), accelerator.autocast():
+    with evaluating(model), torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
         for x, y in batches:
             logits = exit_logits(model, x)
             meter.update(logits, y if labelled else logits[-1].argmax(1))

@@ -5,6 +5,7 @@ import timm
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from ..cost import default_input_size
 from .initial_weights import load_checkpoint
 
 
@@ -19,7 +20,7 @@ def create_backbone(
     """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
 
     Args:
-        initial_checkpoint: file whose tensors to load, all of them; see `load_checkpoint`.
+        initial_checkpoint: checkpoint or saved model whose tensors to load, all of them; see `load_checkpoint`.
         pretrained_path: likewise, but with a new classifier.
         kwargs: further arguments of `timm.create_model`.
     """
@@ -28,7 +29,6 @@ def create_backbone(
     model = _create(name, img_size, **kwargs)
     if initial_checkpoint:
         load_checkpoint(model, initial_checkpoint)
-        model.pretrained_cfg["num_classes"] = model.num_classes
     elif pretrained_path:
         load_checkpoint(model, pretrained_path, new_classifier=True)
     return model
@@ -58,7 +58,7 @@ def _create(name: str, img_size: int | None, **kwargs: Any) -> nn.Module:
 def model_data_config(
         backbone: nn.Module,
         img_size: int | None = None,
-        in_chans: int = 3,
+        in_chans: int | None = None,
         class_names: list[str] | None = None,
         **overrides: Any,
 ) -> dict[str, Any]:
@@ -70,6 +70,7 @@ def model_data_config(
 
     Args:
         img_size: pixels; None is the model's own size.
+        in_chans: channels; None are the model's own.
         overrides: mean, std, interpolation, crop_pct; None values are the model's own.
 
     Raises:
@@ -86,6 +87,7 @@ def model_data_config(
             raise ValueError(
                 f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}")
         backbone.set_input_size(img_size=size)
+    in_chans = default_input_size(backbone)[0] if in_chans is None else in_chans
     config["input_size"] = (in_chans, *size)
     config.update({key: value for key, value in overrides.items() if value is not None})
     for key in ("mean", "std"):
@@ -96,6 +98,8 @@ def model_data_config(
             config[key] = (sum(values) / len(values),) * in_chans
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     backbone.pretrained_cfg.update({key: config[key] for key in kept if key in config}, test_input_size=None)
+    if hasattr(backbone, "trained_size"):
+        backbone.trained_size = None
     if class_names is not None:
         backbone.pretrained_cfg.update(label_names=list(class_names), num_classes=len(class_names))
     return config

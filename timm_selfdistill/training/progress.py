@@ -40,6 +40,11 @@ class ProgressReporter:
         if self.live:
             self.bar.stop()
 
+    def resume(self, done_updates: int) -> None:
+        """Set the updates that a run which goes on has done."""
+        self.done_updates = self.first_update = done_updates
+        self.bar.update(self.task, completed=done_updates)
+
     def advance(self) -> None:
         """One update is done."""
         self.done_updates += 1

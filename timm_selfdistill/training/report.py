@@ -14,21 +14,22 @@ from ..hub import exit_style
 
 def summary_title(summary: dict[str, Any]) -> str:
     """What stands over the table of a run's exits."""
-    title = f"{summary['model']} after {summary['epochs']} epochs"
+    title = f"{summary['model']}: epoch {summary['epoch']}, the best of {summary['epochs']}"
     if "reference" in summary:
         title += f"; without labels, top-1 and top-5 tell how often an exit agrees with the {summary['reference']}"
     return title
 
 
 def print_exits(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up."""
+    """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up
+    where it is no noise."""
     table = Table(title=title, title_justify="left")
     for name in ("exit", "stage", "top-1 %", "top-5 %", "MACs", "share", "speed-up"):
         table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
     for row in rows:
         table.add_row(
             str(row["exit"]), row["module"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{row['macs'] / 1e6:,.1f} M",
-            f"{row['share']:.1%}", f"{row['speedup']:.2f}x",
+            f"{row['share']:.1%}", f"{row['speedup']:.2f}x" if "speedup" in row else "",
         )
     console.print(table)
 
@@ -40,9 +41,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """history.csv: a row an epoch."""
+    """history.csv: a row an epoch; what only some epochs have is a column, too."""
     text = StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    columns = dict.fromkeys(name for row in history for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     write_atomically(path, text.getvalue())

@@ -1,7 +1,11 @@
 """The run directory: who owns it, and what lies in it."""
 import os
+import shutil
+from contextlib import suppress
 from datetime import datetime
+from errno import EACCES, ENOTDIR
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,8 @@ from .config import TrainConfig
 from .report import plot_curves, write_atomically, write_history
 
 CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
+OWN_FOLDER = Path("output/train")
+"""Where runs go that were not told where."""
 
 
 def find_resumed(config: TrainConfig, accelerator: Accelerator) -> Path | None:
@@ -26,8 +32,8 @@ def find_resumed(config: TrainConfig, accelerator: Accelerator) -> Path | None:
     return ask_main_process(accelerator, partial(_find_resumed, config))
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Path:
-    """The run directory, the same on every process.
+def check_run(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Path | None:
+    """The run directory as `open_run` will make it; None where that chooses a name. Nothing is written.
 
     Args:
         checkpoint: that is resumed.
@@ -36,7 +42,21 @@ def open_run(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | N
         FileExistsError: the directory holds another run, or is a file.
         OSError: it cannot be written.
     """
+    return ask_main_process(accelerator, partial(_check, config, checkpoint))
+
+
+def open_run(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Path:
+    """Make the run directory, the same on every process; it may have been taken since `check_run`."""
     return ask_main_process(accelerator, partial(_claim, config, checkpoint))
+
+
+def release_run(output: Path) -> None:
+    """Remove what a new run has written that ends before its first checkpoint, so that the corrected one may have its
+    directory."""
+    (output / CONFIG_FILE).unlink(missing_ok=True)
+    shutil.rmtree(output / "last", ignore_errors=True)  # untrained
+    with suppress(OSError):  # it is not empty
+        output.rmdir()
 
 
 def _find_resumed(config: TrainConfig) -> Path | None:
@@ -79,21 +99,58 @@ def report_history(output: Path, history: list[dict[str, Any]], labelled: bool, 
         warn_unwritten(output, error)
 
 
-def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:
-    if config.output:
-        output = Path(config.output)
-    elif checkpoint:
-        output = checkpoint.parent.parent
-    else:
-        output = Path("output/train") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    resumed_here = checkpoint is not None and checkpoint.parent.parent.resolve() == output.resolve()
-    if (output / CONFIG_FILE).exists() and not (resumed_here or _is_restarted(config) or config.resume == "auto"):
+def _check(config: TrainConfig, checkpoint: Path | None) -> Path | None:
+    if not (config.output or checkpoint):
+        _check_writable(OWN_FOLDER)
+        return None
+    output = Path(config.output) if config.output else checkpoint.parent.parent
+    if _resumes_here(output, checkpoint):
+        return output
+    if (output / CONFIG_FILE).exists() and not (_is_restarted(config) or config.resume == "auto"):
         go_on = f"go on with --resume {output}" if list_checkpoints(output / "checkpoints") else "remove it"
         raise FileExistsError(f"{output} holds another run; {go_on}, or choose another output")
+    _check_writable(output)
+    return output
+
+
+def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:
+    output = _check(config, checkpoint)
     try:
+        if output is None:
+            output = _make_new(OWN_FOLDER / datetime.now().strftime("%Y%m%d-%H%M%S"))
         output.mkdir(parents=True, exist_ok=True)
-        if not resumed_here:  # a resumed run's is replaced once its checkpoint was seen to fit
+        if not _resumes_here(output, checkpoint):  # a resumed run's is replaced once its checkpoint was seen to fit
             write_config(config, output)
     except OSError as error:
-        raise OSError(f"cannot write the run directory {output} ({error.strerror}); choose another output") from error
+        raise _unwritable(output or OWN_FOLDER, error) from error
     return output
+
+
+def _make_new(path: Path) -> Path:
+    """A directory that was not there, with a number behind its name where another run took that in the same second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = count(2)
+    fresh = path
+    while True:
+        try:
+            fresh.mkdir()
+            return fresh
+        except FileExistsError:
+            fresh = path.with_name(f"{path.name}-{next(numbers)}")
+
+
+def _resumes_here(output: Path, checkpoint: Path | None) -> bool:
+    return checkpoint is not None and checkpoint.parent.parent.resolve() == output.resolve()
+
+
+def _check_writable(output: Path) -> None:
+    """Raise OSError for a directory that could not be made, or written to."""
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise _unwritable(output, NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(output, PermissionError(EACCES, os.strerror(EACCES)))
+
+
+def _unwritable(output: Path, error: OSError) -> OSError:
+    return type(error)(f"cannot write the run directory {output} ({error.strerror}); choose another output")

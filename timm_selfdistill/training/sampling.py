@@ -23,6 +23,11 @@ class Draw(NamedTuple):
     """In the data set."""
 
 
+def mixed_seed(*parts: int) -> int:
+    """A seed of 32 bits that is another for every seed, epoch, process, ..., also where their sums are equal."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
 class EpochSampler(Sampler[Draw]):
     """A permutation of the data that depends on seed and epoch alone, shared between processes.
 
@@ -48,7 +53,7 @@ class EpochSampler(Sampler[Draw]):
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Draw]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator)
         seeds = torch.randint(2**63 - 1, (self.size,), generator=generator)
         mine = slice(self.start + self.rank, self.usable, self.world_size)

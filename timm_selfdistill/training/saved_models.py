@@ -19,12 +19,14 @@ from .config import TrainConfig
 from .frozen import is_frozen
 from .hardware import device_name
 from .labels import is_labelled
+from .loading import image_count
 from .metrics import ExitMetrics
 from .report import write_json
-from .summary import exit_costs, exit_speedups, merge_rows, model_name
+from .summary import exit_costs, merge_rows, model_name, with_speedups
 
 PRIVATE_SETTINGS = {"output", "resume", "data_dir", "initial_checkpoint", "pretrained_path"}
 """Paths on this machine, which no published file tells."""
+EpochMetrics = tuple[int, list[ExitMetrics]]
 PACKAGES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub")
 
 
@@ -32,17 +34,21 @@ class SavedModels:
     """Saves the models of a run, from its main process.
 
     Args:
-        val_data: a data set whose `source`, if it has one, says where it comes from, see `ImageSplits`.
-        input_size: (channels, height, width) of the images.
+        val_data: a data set whose `source`, if it has one, says where it comes from, see `ImageSplits`, and whose
+            `data_config` how its images are read.
+        input_size: (channels, height, width) of the validation images.
     """
 
     def __init__(
-            self, output: Path, config: TrainConfig, accelerator: Accelerator, val_data: Dataset,
+            self, output: Path, config: TrainConfig, accelerator: Accelerator, train_data: Dataset, val_data: Dataset,
             input_size: tuple[int, int, int]):
         self.output, self.input_size = output, input_size
+        self.data_config = {**(getattr(val_data, "data_config", None) or {}), "input_size": input_size}
         self.unsaved: dict[str, int] = {}
         """Epochs of models that could not be written."""
         self.costs: list[dict[str, Any]] = []
+        self.images = [image_count(train_data), image_count(val_data)]
+        """None where a stream does not tell."""
         self.val_images = 0
         """Images that the metrics are of."""
         source = getattr(val_data, "source", None)
@@ -98,16 +104,18 @@ class SavedModels:
             warn_unwritten(self.output / name, error)
             return False
 
-    def save_missing(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics]) -> None:
-        """At the end of a run: what is not there, as in one that is resumed into another directory, or could not be
-        written before.
+    def save_missing(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics]) -> list[str]:
+        """At the end of a run: save what is not there, as in one that is resumed into another directory, or could not
+        be written before; their names.
 
         Raises:
             OSError, SafetensorError: it still cannot be.
         """
-        for name in ("last", "best"):
-            if not (self.output / name).exists() or self.unsaved.get(name) == epoch:
-                self._save(name, model, epoch, metrics)
+        missing = [name for name in ("last", "best")
+                   if not (self.output / name).exists() or self.unsaved.get(name) == epoch]
+        for name in missing:
+            self._save(name, model, epoch, metrics)
+        return missing
 
     def _save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
         folder, first = self.output / name, metrics is None
@@ -117,27 +125,36 @@ class SavedModels:
         else:
             record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._origin(model), **self.facts,
                       **({"frozen": True} if is_frozen(model) else {})}
+            if None not in self.images:
+                record["images"] = self.images
             if record["dataset"]:
                 record["dataset"] = {**record["dataset"], "images": self.val_images}
         if isinstance(model, SelfDistillModel):
-            model.save_pretrained(folder, metrics=record, check=first, picture=False)
+            model.save_pretrained(
+                folder, metrics=record, check=first, picture=False, data_config=self.data_config)
         elif hasattr(model, "pretrained_cfg"):
-            hub.save_timm_model(model, folder, metrics=record, rows=record["exits"], check=first, picture=False)
+            hub.save_timm_model(model, folder, metrics=record, rows=record["exits"], check=first, picture=False,
+                                data_config=self.data_config)
         else:
             hub.save_weights(model, folder)
 
-    def summarize(self, model: nn.Module, metrics: list[ExitMetrics], epochs: int) -> dict[str, Any]:
-        """Measure the speed-up of every exit at the end of the run; write summary.json and exits.png, and record it in
-        the saved models, whose exits are as fast."""
-        rows = merge_rows(metrics, self.costs or exit_costs(model, self.input_size))
-        speedups = exit_speedups(model, rows, self.input_size)
-        summary = {"model": model_name(model), "epochs": epochs, "input_size": list(self.input_size),
-                   **self.reference, "exits": _with_speedups(rows, speedups)}
+    def summarize(self, model: nn.Module, best: EpochMetrics, last: EpochMetrics) -> dict[str, Any]:
+        """Measure the speed-up of every exit at the end of the run; write summary.json and exits.png, of the best
+        model, and record the speed-ups in the saved models, whose exits are as fast.
+
+        Args:
+            best, last: the epoch, from 1, and its metrics.
+        """
+        costs = with_speedups(model, self.costs or exit_costs(model, self.input_size), self.input_size)
+        rows = {epoch: merge_rows(metrics, costs) for epoch, metrics in (best, last)}
+        summary = {"model": model_name(model), "epoch": best[0], "epochs": last[0],
+                   "input_size": list(self.input_size), **self.reference, "exits": rows[best[0]],
+                   "last": {"epoch": last[0], "exits": rows[last[0]]}}
         write_json(self.output / "summary.json", summary)
         picture = self.output / hub.PICTURE
         hub.plot_exits(picture, summary["model"], summary["exits"], agreement=not self.val_labelled)
         for folder, record in self._records():
-            record |= {"exits": _with_speedups(record["exits"], speedups)}
+            record |= {"exits": [row | cost for row, cost in zip(record["exits"], costs, strict=True)]}
             hub.save_metrics(folder, record, picture if record["exits"] == summary["exits"] else None)
         return summary
 
@@ -179,7 +196,3 @@ def _tells_path(value: Any) -> bool:
         return any(map(_tells_path, value))
     value = str(value)
     return value.startswith(("/", "~", ".", "local-dir:")) or "\\" in value or ("/" in value and Path(value).exists())
-
-
-def _with_speedups(rows: list[dict[str, Any]], speedups: list[float]) -> list[dict[str, Any]]:
-    return [row | {"speedup": speedup} for row, speedup in zip(rows, speedups, strict=True)]

@@ -22,7 +22,7 @@ FIXED_SETTINGS = (
     "seed", "opt", "momentum", "weight_decay", "layer_decay", "head_lr_scale", "head_warmup_epochs", "model_ema",
     "model", "exits", "head", "teacher", "hint", "t_squared", "freeze_backbone", "unlabelled", "method", "in_chans",
     "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key", "target_key",
-    "streaming", "num_classes", "class_names")
+    "streaming", "num_classes")
 """A run that is resumed with others would be another run."""
 FREE_SETTINGS = {
     "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to", "profile",
@@ -92,8 +92,7 @@ def _describe(accelerator: Accelerator, state: TrainState, config: TrainConfig) 
     facts = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
              "images an epoch": state.epoch_images}
     settings = config.to_dict()
-    if found := settings.pop("found", None):
-        facts["class_names"] = ", ".join(found["class_names"])
+    settings.pop("found", None)
     return {key: str(value) for key, value in {**settings, **facts}.items()}
 
 

@@ -23,6 +23,10 @@ class TrainResult:
     """Of the main process, where the run pushes to the Hub."""
 
 
+DRAWS = "seed and epoch"
+"""What order and augmentation of the images depend on; their sum, in checkpoints that do not tell."""
+
+
 @dataclass
 class TrainState:
     """Where the run stands; travels in checkpoints."""
@@ -33,17 +37,24 @@ class TrainState:
     """Images of an epoch."""
     backbone: str = ""
     """SHA-256 of a frozen one, or of a teacher, which checkpoints do not hold."""
+    class_names: list[str] = field(default_factory=list)
+    """In the order of the class indices; empty where they are not known."""
     epoch: int = 0
     images: int = 0
     """Images of this epoch that are behind us, over all processes."""
     updates: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     """Sums over the updates of this epoch."""
+    loss_updates: dict[str, int] = field(default_factory=dict)
+    """How many updates each of these sums is of: a task may have a loss in some of them only."""
     replaced_samples: int = 0
     """Images that could not be read and gave their place to others."""
     skipped_updates: int = 0
     """Updates that were left out because their gradients were not finite."""
     best_top1: float = -1.0
+    best_epoch: int = 0
+    """From 1, of the best model; 0 where there is none yet."""
+    draws: str = DRAWS
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def troubles(self) -> str:
@@ -51,22 +62,38 @@ class TrainState:
         return (f"  images replaced {self.replaced_samples}" if self.replaced_samples else "") + (
             f"  updates left out {self.skipped_updates}" if self.skipped_updates else "")
 
+    def metrics_of(self, epoch: int) -> list[ExitMetrics]:
+        """Of a finished epoch, from 1."""
+        row = next(row for row in self.history if row["epoch"] == epoch)
+        labels = [key.removeprefix("top1_") for key in row if key.startswith("top1_")]
+        return [ExitMetrics(label if label == "ensemble" else int(label.removeprefix("exit_")),
+                            row[f"top1_{label}"], row[f"top5_{label}"], row[f"loss_{label}"]) for label in labels]
+
+    def add_losses(self, losses: dict[str, float]) -> None:
+        """Those of one update."""
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+            self.loss_updates[name] = self.loss_updates.get(name, 0) + 1
+
     def end_epoch(self, lr: float, metrics: list[ExitMetrics]) -> dict[str, Any]:
         """Go to the next epoch; the row of this one.
+
+        Args:
+            lr: of its last update.
 
         Raises:
             FloatingPointError: all of its updates were left out.
         """
-        updates = self.losses.pop("updates", 0)
-        if not updates:
+        if not self.losses:
             raise FloatingPointError(f"no update of epoch {self.epoch + 1} had finite gradients; try a lower lr")
         row: dict[str, Any] = {"epoch": self.epoch + 1, "lr": lr}
-        row |= {f"train_{name}": total / updates for name, total in self.losses.items()}
+        row |= {f"train_{name}": total / self.loss_updates[name] for name, total in self.losses.items()}
         for metric in metrics:
             row |= {f"top1_{metric.label}": metric.top1, f"top5_{metric.label}": metric.top5,
                     f"loss_{metric.label}": metric.loss}
         self.history.append(row)
         self.epoch, self.images, self.losses = self.epoch + 1, 0, {}
+        self.loss_updates = {}
         return row
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,13 +111,22 @@ class TrainState:
             raise ValueError("the checkpoint is of a run with a teacher or a frozen backbone, which had other weights"
                              " than this one; resume with the model, the teacher and the pretrained weights that the"
                              " run began with")
+        names = state.get("class_names")
+        if names and self.class_names and names != self.class_names:
+            raise ValueError(f"the checkpoint is of a run on the classes {', '.join(names)}, and the images are of"
+                             f" {', '.join(self.class_names)}; resume with the classes that the run began with")
+        if state["images"] and state.get("draws") != DRAWS:
+            raise ValueError("the checkpoint stands in the middle of an epoch whose images an older version of"
+                             " timm-selfdistill ordered in another way; resume from one at the end of an epoch")
         saved, own = ((place["global_batch"], place["epoch_images"]) for place in (state, vars(self)))
         if state["images"] and saved != own:
             raise ValueError(
                 f"the checkpoint stands in the middle of an epoch of {saved[1]} images in batches of {saved[0]}"
                 f" (batch_size times processes), this run has {own[1]} in batches of {own[0]}; resume with the same"
             )
-        vars(self).update(state, global_batch=own[0], epoch_images=own[1])
+        own_names = self.class_names or names or []
+        vars(self).update(
+            state, global_batch=own[0], epoch_images=own[1], draws=DRAWS, class_names=own_names)
 
 
 def diverged(what: str, newest: Path | None) -> FloatingPointError:

@@ -1,6 +1,6 @@
 """Images that come one after the other, without an index: `datasets` in streaming mode."""
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .images import ValueRanges, read_image, undecoded
 from .labels import NO_LABEL, check_range
-from .sampling import ATTEMPTS, Batch, seeded
+from .sampling import ATTEMPTS, Batch, mixed_seed, seeded
 
 if TYPE_CHECKING:
     import datasets
@@ -36,6 +36,9 @@ class StreamedImages(IterableDataset):
 
     skips_unreadable = False
     """Whether None takes the place of an image that cannot be read."""
+    data_config: dict[str, Any] | None = None
+    class_names: Sequence[str] = ()
+    """Both as of `ImageDataset`."""
 
     def __init__(self, rows: "datasets.IterableDataset", image_column: str, label_column: str | None,
                  transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None,
@@ -142,7 +145,7 @@ class TrainStream(IterableDataset):
         """Set the pass, and in the middle of one, whose batch comes first and where everyone stands."""
         self.number, self.next_worker, self.places = number, next_worker, places or {}
         # Not in the loading processes, which share it. `datasets` takes 0 for "not shuffled".
-        self.data.rows.set_epoch(1 + self.seed + number)
+        self.data.rows.set_epoch(1 + mixed_seed(self.seed, number))
 
     def __iter__(self) -> Iterator[tuple[Batch, Place] | None]:
         """None stands for a batch that was taken before."""

@@ -1,17 +1,22 @@
 """What every exit of a trained model costs and gives."""
+from statistics import median, quantiles
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..cost import count_cost, measure_speedups
+from ..cost import count_cost, time_ratios
 from ..model import SelfDistillModel
 from .metrics import ExitMetrics
 
-CPU_MACS = 4_000_000_000
-"""Multiply-adds that a timed call may take on a CPU, about a fifth of a second."""
+CPU_MACS = 2_000_000_000
+"""Multiply-adds that a timed call may take on a CPU, about a tenth of a second."""
 TIMED_SECONDS = 2.0
-"""After which no further round of timed calls begins."""
+"""After which no further round of timed calls begins, once there are `ROUNDS`."""
+ROUNDS = 7
+"""Fewest rounds of timed calls."""
+NOISE = 0.05
+"""Highest standard error of a speed-up, as a share of it; one with a higher is noise and not written down."""
 
 
 def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[dict[str, Any]]:
@@ -32,15 +37,28 @@ def merge_rows(metrics: list[ExitMetrics], costs: list[dict[str, Any]]) -> list[
     return [metric._asdict() | cost for metric, cost in zip(metrics, costs, strict=True)]
 
 
-def exit_speedups(model: nn.Module, rows: list[dict[str, Any]], input_size: tuple[int, int, int]) -> list[float]:
-    """Measured time of the plain network over that of each row's exit, on the model's device in eval mode."""
+def with_speedups(
+        model: nn.Module, rows: list[dict[str, Any]], input_size: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """The rows with "speedup", the measured time of the plain network over that of the row's exit, on the model's
+    device in eval mode: 1 for the plain network itself; left out where the measurement is noise."""
+    if not isinstance(model, SelfDistillModel):
+        return [row | {"speedup": 1.0} for row in rows]
+    plain = len(model.exits) - 1
+    others = [row for row in rows if row["exit"] != plain]
     like = next(model.parameters())
     count = 16 if like.is_cuda else max(1, min(16, CPU_MACS // rows[-1]["macs"]))
     x = torch.randn(count, *input_size, device=like.device, dtype=like.dtype)
-    if isinstance(model, SelfDistillModel):
-        calls = [lambda x, exit=row["exit"]: model.predict(x, exit) for row in rows]
-        return measure_speedups(model, model.backbone, calls, x, seconds=TIMED_SECONDS)
-    return measure_speedups(model, model, [model], x, seconds=TIMED_SECONDS)
+    calls = [lambda x, exit=row["exit"]: model.predict(x, exit) for row in others]
+    ratios = time_ratios(model, model.backbone, calls, x, seconds=TIMED_SECONDS, at_least=ROUNDS)
+    speedups = {plain: 1.0} | {row["exit"]: median(found) for row, found in zip(others, ratios) if not is_noise(found)}
+    return [row | ({"speedup": speedups[row["exit"]]} if row["exit"] in speedups else {}) for row in rows]
+
+
+def is_noise(ratios: list[float]) -> bool:
+    """Whether the median of several measurements says little: its standard error, from their quartiles as of a normal
+    distribution, is above `NOISE`."""
+    low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5 > NOISE * middle
 
 
 def model_name(model: nn.Module) -> str:

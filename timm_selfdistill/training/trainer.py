@@ -18,24 +18,25 @@ from .accelerator import create_accelerator
 from .batch_size import find_batch_size
 from .checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from .config import TrainConfig
+from .failures import sharing_failures
 from .feature_cache import FeatureCache, drop_caches, fill_caches, remove_features
 from .frozen import check_frozen_settings, frozen_digest, is_frozen, learns_in_parts, trained_part
 from .initial_weights import check_task
 from .interrupt import InterruptRequest
 from .interval import Interval
-from .labels import check_classes, paired
+from .labels import check_classes, name_classes, paired
 from .loading import ValBatches, check_counts, image_count, image_shape, train_batches
-from .metrics import ExitMetrics, deciding_top1, measure_exits
+from .metrics import ExitMetrics, count_logits, deciding_top1, measure_exits
 from .mixing import TargetMixer
 from .profiling import UpdateProfiler
 from .progress import ProgressReporter
-from .run_directory import find_resumed, mark_launch, open_run, report_history, write_config
+from .run_directory import check_run, find_resumed, mark_launch, open_run, release_run, report_history, write_config
 from .saved_models import SavedModels
 from .snapshot import restore, take_snapshot
 from .state import TrainResult, TrainState, diverged
 from .tracking import RunTrackers, memory_gib
 from .update import Losses, create_updater
-from .upload import check_pushable, create_uploader
+from .upload import UploadResult, check_pushable, create_uploader
 
 PICTURE_INTERVAL = "30s"
 """Between two drawings before the end of a run: they would take longer than the epochs of a small one."""
@@ -45,7 +46,8 @@ class Trainer:
     """Trains any `timm.task.TrainingTask` with Accelerate.
 
     Under `torchrun` or `accelerate launch` it trains on all their processes. The run directory gets config.yaml,
-    history.csv, curves.png, exits.png, summary.json, checkpoints/, best/ and last/ (saved models).
+    history.csv, curves.png, exits.png, summary.json, checkpoints/, best/ and last/ (saved models). It is made by `fit`:
+    nothing is written before.
 
     Args:
         task: e.g. `SelfDistillTask`, or timm's `ClassificationTask`.
@@ -68,28 +70,34 @@ class Trainer:
         check_frozen_settings(task, config, train_data, val_data)
         self.accelerator = create_accelerator(config, find_unused=learns_in_parts(task, config))
         self.input_size = image_shape(train_data, config)
-        mixer = TargetMixer(config, check_classes(task.get_eval_model(), val_data if config.unlabelled else train_data))
+        classes = check_classes(task.get_eval_model(), val_data if config.unlabelled else train_data)
+        mixer = TargetMixer(config, classes or count_logits(task.get_eval_model(), self.input_size))
         self.checkpoint = find_resumed(config, self.accelerator)
         self.config = config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
-        self.caches = [FeatureCache(data) for data in (train_data, val_data)] if config.cache_features else []
+        self.caches = []
+        if config.cache_features:
+            self.caches = [FeatureCache(train_data), FeatureCache(val_data, full_precision=True)]
         data = self.caches or [train_data, val_data]
         self.batches = train_batches(data[0], config, self.accelerator)
         self.val_batches = ValBatches(data[1], config, self.accelerator)
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
-        self.state = TrainState(self.batches.global_batch, self.batches.epoch_images, frozen_digest(task))
+        self.state = TrainState(
+            self.batches.global_batch, self.batches.epoch_images, frozen_digest(task),
+            name_classes(task.get_eval_model(), train_data, val_data))
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         check_pushable(config, self.eval_model)
-        self.output = open_run(config, self.accelerator, self.checkpoint)
-        self.checkpoints = Checkpoints(self.output / "checkpoints", config.checkpoint_hist)
+        self.output = check_run(config, self.accelerator, self.checkpoint)
         self.interval = Interval(config.checkpoint_interval)
         self.pictures = Interval(PICTURE_INTERVAL)
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
-        self.saved = SavedModels(self.output, config, self.accelerator, val_data, self.input_size)
-        self.uploader = create_uploader(config, self.output, self.accelerator)
+        self.saved = SavedModels(
+            self.output, config, self.accelerator, train_data, val_data, image_shape(val_data, config))
+        self.checkpoints: Checkpoints | None = None
+        self.lr = self._lr()
 
     @property
     def eval_model(self) -> nn.Module:
@@ -104,32 +112,64 @@ class Trainer:
             FloatingPointError: the loss became NaN or infinite; the last checkpoint stays.
             ValueError: the model cannot be saved (found before the first step), or an image cannot be read.
         """
-        if self.checkpoint:
-            self._resume(self.checkpoint)
-        if self.accelerator.is_main_process:
-            mark_launch(self.output)
-        self.trackers = RunTrackers(self.accelerator, self.config, self.output, resumed=self.checkpoint is not None)
+        with sharing_failures(self.accelerator):
+            self._open_run()
+            ended = False
+            try:
+                self._start()
+                summary = self._train()
+                ended = True
+            except Exception:
+                self._draw_missing()  # of a run that diverged, say
+                raise
+            finally:
+                upload = self._finish(ended)
+        return TrainResult(
+            self.output, self.state.history, summary, None if summary else self.interrupt.received, upload)
+
+    def _open_run(self) -> None:
+        """Make the run directory, to which nothing was written so far."""
+        if self.checkpoints is None:
+            self.output = self.saved.output = open_run(self.config, self.accelerator, self.checkpoint)
+            self.checkpoints = Checkpoints(self.output / "checkpoints", self.config.checkpoint_hist)
+        self.uploader = create_uploader(self.config, self.output, self.accelerator)
         self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
         self.progress = ProgressReporter(
             self.updates_per_epoch * self.config.epochs, self.state.updates, self.accelerator.is_main_process)
-        try:
-            if not self.checkpoint:
-                self._save_model("last", None)
-            if self.uploader:
-                self.uploader.start()
-            self.update.settle(self.input_size)
-            summary = self._train()
-        except Exception:
-            self._draw_missing()  # of a run that diverged, say
-            raise
-        finally:
-            self.checkpoints.wait()
-            drop_caches(self.caches, self.output, self.accelerator)
-            self.profiler.finish()
-            upload = self.uploader and self.uploader.finish(self.progress)
+        self.trackers: RunTrackers | None = None
+
+    def _start(self) -> None:
+        """All that comes before the first update."""
+        if self.checkpoint:
+            self._resume(self.checkpoint)
+            self.progress.resume(self.state.updates)
+        if self.accelerator.is_main_process:
+            mark_launch(self.output)
+        self.trackers = RunTrackers(self.accelerator, self.config, self.output, resumed=self.checkpoint is not None)
+        if not self.checkpoint:
+            self._save_model("last", None)
+        if self.uploader:
+            self.uploader.start()
+        self.update.settle(self.input_size)
+
+    def _finish(self, ended: bool) -> UploadResult | None:
+        """End what runs beside the training.
+
+        Args:
+            ended: False where an error is the end.
+        """
+        self.batches.end_workers()
+        self.val_batches.end_workers()
+        self.checkpoints.wait()
+        drop_caches(self.caches, self.output, self.accelerator)
+        self.profiler.finish()
+        upload = self.uploader and self.uploader.finish(self.progress)
+        if self.trackers:
             self.trackers.finish()
-        return TrainResult(
-            self.output, self.state.history, summary, None if summary else self.interrupt.received, upload)
+        trained = self.checkpoint or self.checkpoints.newest or self.state.history
+        if not ended and not trained and self.accelerator.is_main_process:
+            release_run(self.output)
+        return upload
 
     def _train(self) -> dict[str, Any] | None:
         """Train to the end; the summary, or None where a request to stop came before."""
@@ -162,7 +202,7 @@ class Trainer:
             try:
                 write_config(self.config, self.output)
                 if not self.saved.take_over(checkpoint.parent.parent, self.state.epoch):
-                    self.state.best_top1 = -1.0
+                    self.state.best_top1, self.state.best_epoch = -1.0, 0
             except OSError as error:
                 warn_unwritten(self.output, error)
         self.update.set_schedule(self._position())
@@ -190,6 +230,7 @@ class Trainer:
         while group := list(islice(batches, config.grad_accum_steps)):
             state.updates += 1
             state.images += len(group) * images_per_batch
+            self.lr = self._lr()
             losses = self.update(group, state.epoch, state.updates, self._position())
             replaced += sum(int(flags.sum()) for *_, flags in group)
             if losses is None:
@@ -218,16 +259,19 @@ class Trainer:
         """Bring the losses of the last updates from the device, average them over the processes, and look at them."""
         if not pending:
             return
-        state, names = self.state, list(pending[0][1])
-        values = torch.stack([torch.stack([losses[name] for name in names]) for _, losses in pending])
+        state, names = self.state, list(dict.fromkeys(name for _, losses in pending for name in losses))
+        absent = torch.full((), float("nan"), device=self.accelerator.device)
+        values = torch.stack([torch.stack([losses.get(name, absent) for name in names]) for _, losses in pending])
         gathered = self.accelerator.gather(values[None]).double().cpu()  # not reduced: the order of sums stays the same
         rows = gathered.mean(0).tolist()
-        for (update, _), row in zip(pending, rows):
+        found: dict[str, list[float]] = {name: [] for name in names}
+        for (update, losses), row in zip(pending, rows):
             self._check_finite([row[names.index("loss")]], update, "loss")
-            for name, value in zip(names, row):  # one by one, so that the sum is the same whenever it is looked at
-                state.losses[name] = state.losses.get(name, 0.0) + value
-            state.losses["updates"] = state.losses.get("updates", 0) + 1
-        means = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
+            present = {name: value for name, value in zip(names, row) if name in losses}
+            state.add_losses(present)  # one by one, so that the sum is the same whenever it is looked at
+            for name, value in present.items():
+                found[name].append(value)
+        means = {name: sum(column) / len(column) for name, column in found.items()}
         self.progress.note(state.epoch, self.config.epochs, means["loss"], self.rate)
         self._track({f"train_{name}": value for name, value in means.items()})
 
@@ -236,7 +280,7 @@ class Trainer:
         return int(self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), "sum"))
 
     def _track(self, values: dict[str, float]) -> None:
-        more = {"lr": self._lr(), "images_per_second": self.rate, "memory_gib": memory_gib(self.accelerator.device)}
+        more = {"lr": self.lr, "images_per_second": self.rate, "memory_gib": memory_gib(self.accelerator.device)}
         self.trackers.log({**values, **more}, self.state.updates)
 
     def _check_finite(self, losses: list[float], update: int, what: str) -> None:
@@ -256,7 +300,7 @@ class Trainer:
                           reduce=self.config.dist_bn == "reduce")
         self.metrics = metrics = self.evaluate()
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
-        row = state.end_epoch(self._lr(), metrics)
+        row = state.end_epoch(self.lr, metrics)
         self.progress.say(
             f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  "
             f"{'top-1' if self.saved.val_labelled else 'agreement with the deepest'} "
@@ -268,7 +312,7 @@ class Trainer:
         is_best = top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
         is_best = is_best and self._save_model("best", metrics)
         if is_best:
-            state.best_top1 = top1
+            state.best_top1, state.best_epoch = top1, state.epoch
         if accelerator.is_main_process:
             report_history(self.output, state.history, self.saved.val_labelled, picture=False)
             if self.pictures.is_overdue() or (self.uploader and self.uploader.pushes(state.epoch, is_best)):
@@ -282,9 +326,12 @@ class Trainer:
         metrics = self.metrics or self.evaluate()
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
-            self.saved.save_missing(self.eval_model, self.state.epoch, metrics)
-            report_history(self.output, self.state.history, self.saved.val_labelled)
-            answer = [self.saved.summarize(self.eval_model, metrics, self.state.epoch)]
+            state = self.state
+            if "best" in self.saved.save_missing(self.eval_model, state.epoch, metrics):
+                state.best_epoch = state.epoch
+            report_history(self.output, state.history, self.saved.val_labelled)
+            best = state.best_epoch, state.metrics_of(state.best_epoch)
+            answer = [self.saved.summarize(self.eval_model, best, (state.epoch, metrics))]
         return broadcast_object_list(answer)[0]
 
     def _draw_missing(self) -> None:
@@ -314,4 +361,6 @@ class Trainer:
         return self.accelerator, self.update.task, self.update.optimizer, self.batches, self.state, self.config
 
     def _lr(self) -> float:
-        return max(group["lr"] for group in self.update.optimizer.param_groups)
+        """Of the next update, where neither layer_decay nor head_lr_scale changes it."""
+        groups = [(group["lr"], group.get("lr_scale", 1.0)) for group in self.update.optimizer.param_groups]
+        return next((lr for lr, scale in groups if scale == 1), groups[0][0] / (groups[0][1] or 1))

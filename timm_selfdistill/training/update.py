@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .frozen import freeze_teacher, trained_part
 from .mixing import TargetMixer
 from .optimizer import create_optimizer
-from .sampling import Batch
+from .sampling import Batch, mixed_seed
 from .sharding import gather, gather_into, prepare_to_shard, share_statistics
 from .snapshot import get_random_states, plain, set_random_states
 
@@ -178,7 +178,7 @@ def create_updater(
     Raises:
         ValueError: batch norm, sharded weights or a teacher cannot work with these settings.
     """
-    set_seed(config.seed, device_specific=True)
+    set_seed(mixed_seed(config.seed, accelerator.process_index))
     freeze_teacher(task)
     model = task.get_trainable_module()
     if config.head_warmup_epochs and not (isinstance(model, SelfDistillModel) and not model.freeze_backbone):

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from timm_selfdistill import hub
-from timm_selfdistill.cli import known_range
+from timm_selfdistill.cli import read_record
 from timm_selfdistill.training.images import value_ranges
 
 from ...conftest import ROOT, run_python
@@ -64,7 +64,7 @@ def test_a_run_is_not_resumed_with_other_classes(photos):
         (photos / split / "cat").rename(photos / split / "zebra")
     refused = train("--epochs", 3, "--resume", check=False)
     assert refused.returncode == 2
-    assert "class_names dog, zebra instead of cat, dog" in refused.stderr
+    assert "on the classes cat, dog, and the images are of dog, zebra;" in refused.stderr
 
 
 def other() -> Path:
@@ -85,7 +85,7 @@ def test_what_is_black_and_white_is_recorded_and_obeyed(high, flags, expected, p
     assert done.stderr.count("--value-range LOW HIGH") == (0 if flags else 1)
     settings = hub.read_metrics(Path("run/best"))["settings"]
     assert (settings["value_range"] if flags else settings["value_ranges"]["F"]) == expected
-    known = value_ranges(known_range(None, "run/best", None))
+    known = value_ranges(read_record("run/best").value_range)
     assert list(known["F" if high < 1 else "I"]) == expected
     code, out, err = command("evaluate", "run", "--data", "photos", "--input-key", ".tif")
     assert (code, err) == (0, "")

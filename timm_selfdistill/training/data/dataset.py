@@ -1,4 +1,5 @@
 """Images and class indices as tensors."""
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
     augmented: bool | None = None
     """Whether an image is another one each time that it is read; None is not known."""
+    data_config: dict[str, Any] | None = None
+    """The preprocessing for validation, see `ImageSplits.transformed`."""
+    class_names: Sequence[str] = ()
+    """In the order of the class indices; empty where they are not known."""
 
     def __init__(self, rows: "ImageFiles | datasets.Dataset", image_column: str, label_column: str | None,
                  transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None,

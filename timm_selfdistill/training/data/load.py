@@ -6,13 +6,14 @@ from typing import Any
 import datasets
 
 from ..images import ValueRange, ValueRanges
-from ..label_columns import check_labels, encode_labels
+from ..label_columns import check_labels, encode_labels, why_unlabelled
 from .files import collect
 from .found import entry
 from .fraction import ValFraction
 from .from_folder import check_has_classes, find_in_folder, same_split
 from .from_tables import find_column, find_in_tables
-from .sources import Reading, read_source
+from .layout import val_splits
+from .sources import UNDIVIDED, Reading, Source, read_source
 from .splits import ImageSplits
 
 
@@ -69,17 +70,27 @@ def load_images(
     fraction = ValFraction(val_fraction, seed)
     found = read_source(source, reading)
     pair = (find_in_folder if found.is_folder else find_in_tables)(found, reading, fraction, num_classes)
+    described = _describe(source, name, pair.val_name)
+    if pair.val_name not in found.splits:
+        described["seed"] = seed
     return ImageSplits(
-        pair.train, pair.val, pair.image_column, pair.label_column, pair.class_names, pair.sampled,
-        _describe(source, name, pair.val_name), pair.entries, unlabelled, value_range)
+        pair.train, pair.val, pair.image_column, pair.label_column, pair.class_names, pair.sampled, described,
+        pair.entries, unlabelled, value_range)
 
 
 def load_split(
-        source: str | Path, split: str, *, name: str | None = None, image_column: str | None = None,
+        source: str | Path, split: str | None = None, *, name: str | None = None, image_column: str | None = None,
         label_column: str | None = None, value_range: ValueRange | ValueRanges | None = None) -> ImageSplits:
-    """One split as a whole, to measure a model on it; see `load_images`."""
-    found = read_source(source, Reading(name, split, None, image_column, label_column))
-    split = found.find_split(split)
+    """One split as a whole, to measure a model on it; see `load_images`.
+
+    Args:
+        split: None is the first of "validation", "val", "valid", "test" that has labels, else the only one.
+
+    Raises:
+        ValueError: there are several others; or as `load_images`.
+    """
+    found = read_source(source, Reading(name, split or UNDIVIDED, None, image_column, label_column))
+    split = found.find_split(split) if split else _measured_split(found, label_column)
     rows, path, left_out = found.splits[split], found.name, found.left_out
     if found.is_folder:
         check_has_classes(rows, trains=False)
@@ -94,6 +105,18 @@ def load_split(
     return ImageSplits(
         rows, rows, image_column, label_column, classes, rows, _describe(source, name, split),
         [entry(split, len(rows), len(classes), path, left_out)], value_range=value_range)
+
+
+def _measured_split(source: Source, label_column: str | None) -> str:
+    for split in val_splits(source.splits):
+        rows = source.splits[split]
+        if source.is_folder or why_unlabelled(
+                rows, find_column(rows, label_column, datasets.ClassLabel, "label", source.name)) is None:
+            return split
+    if len(source.splits) > 1:
+        raise ValueError(f"{source.name} has the splits {', '.join(source.splits)}, none of them for validation with"
+                         " labels; name one (--val-split)")
+    return next(iter(source.splits))
 
 
 def _describe(source: Any, name: str | None, split: str) -> dict[str, Any]:

@@ -169,6 +169,8 @@ class ImageSplits:
             for rows, labels, transform in (
                 (self.train_rows, train_labels, train), (self.val_rows, self.label_column, val)))
         made[0].augmented = not augmentation.get("no_aug", False)
+        for data in made:
+            data.data_config, data.class_names = dict(data_config), self.class_names
         return made
 
     def _changed(self, **changes: Any) -> "ImageSplits":

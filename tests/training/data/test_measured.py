@@ -1,0 +1,142 @@
+"""Commands on a saved model measure the images that its run measured."""
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from timm_selfdistill.hub import read_metrics
+
+from .test_bad_samples import train
+from .test_layouts import make
+
+
+def top1(out: str) -> list[str]:
+    """Of every exit, as evaluate prints it."""
+    return [line.split("│")[3].strip() for line in out.splitlines() if line.startswith("│")]
+
+
+def recorded(folder: str = "run/best") -> list[str]:
+    return [f"{row['top1']:.2f}" for row in read_metrics(Path(folder))["exits"]]
+
+
+@pytest.fixture
+def run(photos):
+    """A run on 40 images, of which four were measured that --seed 3 drew."""
+    make(photos, "{cat,dog}/{1..20}.jpg")
+    train("--seed", 3, "--val-fraction", 0.2)
+    return Path("run")
+
+
+@pytest.mark.parametrize("data", [[], ["--data", "photos"], ["--data-dir", "./photos"], ["--data", "moved"],
+                                  ["--data", "photos", "--seed", 3], ["--data", "photos", "--val-fraction", 0.2]])
+def test_the_runs_own_images(data, run, command):
+    if "moved" in data:
+        shutil.move("photos", "moved")
+    code, out, err = command("evaluate", run, *data)
+    assert (code, err) == (0, "")
+    assert top1(out) == recorded()
+    first = out.splitlines()[0]
+    assert first.startswith("moved has as many images as the run" if "moved" in data else "0.2 of train: 8 images")
+    assert command("evaluate", "run/last", *data)[0] == 0
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--seed", 4], "about 80% of these images: --val-fraction 0.2 --seed 4 draws others than its run; it measured the"
+                    " 0.2 of train, drawn by seed 3"),
+    (["--val-fraction", 0.5], "about 80% of these images: --val-fraction 0.5 --seed 3 draws"),
+    (["--val-split", "train"], "80% of these images: --val-split train is its training split"),
+    (["--data", "photos", "--split", "train"], "80% of these images: --val-split train is its training split"),
+])
+def test_images_that_were_trained_on_are_named_first(flags, said, run, command):
+    code, out, _ = command("evaluate", run, *flags)
+    assert code == 0
+    assert out.splitlines()[0].startswith(f"warning: run/best was trained on {said}")
+
+
+def test_images_of_others_are_all_measured(run, command):
+    make(Path("others"), "{cat,dog}/{1..6}.jpg")
+    code, out, _ = command("evaluate", run, "--data", "others")
+    assert code == 0
+    assert out.splitlines()[0].startswith("train: 12 images of 2 classes in ")
+    make(Path("divided"), "train/{cat,dog}/{1..6}.jpg test/{cat,dog}/1.jpg")
+    assert command("evaluate", run, "--data", "divided")[1].startswith("test: 2 images")
+    make(Path("alone"), "test/{cat,dog}/{1..2}.jpg")
+    assert command("evaluate", run, "--data", "alone")[1].startswith("test: 4 images")
+
+
+def test_images_that_have_changed_since(run, command):
+    make(Path("photos"), "cat/21.jpg")
+    code, out, err = command("evaluate", run)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "photos has 41 images, and had 40 when run/best was trained" in err
+    code, out, _ = command("evaluate", run, "--val-split", "train")
+    assert code == 0
+    assert out.startswith("warning: run/best was trained on 80% of these images")
+    shutil.rmtree("photos")
+    code, _, err = command("evaluate", run)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "photos any more; give --data-dir FOLDER" in err
+
+
+def test_a_validation_split_of_its_own(photos, command):
+    make(photos, "train/{cat,dog}/{1..8}.jpg validation/{cat,dog}/{1..4}.jpg test/{cat,dog}/{1..4}.jpg")
+    train("--val-split", "test")
+    _, out, _ = command("evaluate", "run")
+    assert out.startswith("test: 8 images")
+    assert top1(out) == recorded()
+    assert command("evaluate", "run", "--val-split", "validation")[1].startswith("validation: 8 images")
+    said = "warning: run/best was trained on all of these images: --val-split train is its training split"
+    assert command("evaluate", "run", "--val-split", "train")[1].startswith(said)
+    make(photos, "test/cat/5.jpg")
+    changed = command("evaluate", "run")[1]
+    assert changed.startswith("warning: the split test has 9 images, and had 8 when run/best was trained")
+
+
+def test_a_run_directory_without_its_settings(run, command):
+    Path("run/config.yaml").unlink()
+    code, _, err = command("evaluate", run)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "run/best does not tell the images of its run; give --data-dir FOLDER or --dataset NAME" in err
+    code, out, _ = command("evaluate", run, "--data", "photos")
+    assert code == 0
+    assert out.startswith("photos has as many images as the run, and is taken for its images")
+    assert top1(out) == recorded()
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "just words"])
+def test_settings_that_are_damaged(text, run, command):
+    Path("run/config.yaml").write_text(text)
+    code, _, err = command("evaluate", run)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "run/config.yaml" in err
+
+
+def test_columns_are_those_of_the_run(photos, command):
+    for split in ("train", "val"):
+        make(photos, f"{split}/{{1..8}}.jpg")
+        rows = "".join(f"{index}.jpg,{'ab'[index % 2]},x\n" for index in range(1, 9))
+        (photos / split / "metadata.csv").write_text(f"file_name,kind,other\n{rows}")
+    train("--target-key", "kind")
+    for flags in ([], ["--data", "photos"], ["--data", "photos", "--target-key", "kind"]):
+        code, out, err = command("evaluate", "run", *flags)
+        assert (code, err) == (0, "")
+        assert top1(out) == recorded()
+
+
+def test_preprocessing_given_by_hand_is_said(run, command):
+    _, out, _ = command("evaluate", run, "--img-size", 64, "--crop-pct", 1.0)
+    assert "run/best is measured with input_size 3, 64, 64 instead of 3, 32, 32, crop_pct 1.0 instead of 0.95" in out
+    own = command("evaluate", run)[1]
+    assert "measured with" not in own
+
+
+def test_every_command_has_the_runs_images(run, command):
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["data_dir"].endswith("photos")
+    for name in ("gradients", "separability", "agreement", "flat-minima"):
+        more = ["--draws", 1, "--levels", 0.1] if name == "flat-minima" else []
+        code, out, err = command(name, run, "--output", "out", *more)
+        assert (code, err) == (0, ""), name
+        assert out.startswith("0.2 of train: 8 images"), name
+    assert command("tradeoff", run, "--output", "out")[1].startswith("0.2 of train: 8 images")
+    assert "300 images, got 8" in command("calibrate", run, "--max-macs", 1e6)[2]

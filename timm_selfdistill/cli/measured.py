@@ -1,0 +1,148 @@
+"""The images that a command measures a saved model on."""
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..training import ImageSplits, load_images
+from ..training.data.layout import split_kind
+from ..training.data.load import load_split
+from .record import Record, as_range
+
+MOVED = "has as many images as the run, and is taken for its images"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to measure on.
+
+    Attributes:
+        source: folder, file or data set on the Hub.
+        owns: whether the run trained on images of this source; None is not known.
+        split: of which all images are measured; None is the part that is left out of the training split.
+        fraction: share and seed of that part.
+    """
+
+    source: str
+    owns: bool | None
+    split: str | None
+    fraction: tuple[float, int] | None
+
+
+def find_images(
+        args: argparse.Namespace, record: Record, others: Sequence[Record] = ()) -> tuple[ImageSplits, list[str]]:
+    """The images for flags of `add_image_flags`; what the flags leave open is as in the run.
+
+    Args:
+        others: of further models that are measured on the same images.
+
+    Returns:
+        Images, of which those for validation are to be measured, and lines that tell of them, first where they were
+        trained on.
+
+    Raises:
+        FileNotFoundError: no images are given, and those of the run are not known, or are gone.
+        ValueError: the run's images have changed, so that nobody knows which were trained on; or as `load_images`.
+    """
+    choice = _choose(args, record)
+    images = _load(choice, args, record)
+    notes = []
+    undivided = not choice.owns and choice.split is None and choice.fraction is None
+    if undivided and record.fraction and record.images and len(images.val_rows) == sum(record.images):
+        choice = replace(choice, owns=True, fraction=record.fraction)
+        images = _load(choice, args, record)
+        notes.append(f"{choice.source} {MOVED}: measured are the {record.dataset['split']} that it left out")
+    notes += trained_on(choice, record)
+    for other in others:
+        owns = other.source is not None and _is_same(choice.source, other.source)
+        notes += trained_on(replace(choice, owns=owns), other)
+    if choice.owns:
+        notes += _check_counts(choice, images, record)
+    return images, [*notes, images.lines()[-1]]
+
+
+def _choose(args: argparse.Namespace, record: Record) -> Choice:
+    given = args.dataset or args.data_dir
+    source = given or record.source
+    if source is None:
+        raise FileNotFoundError(
+            f"{record.model} does not tell the images of its run; give --data-dir FOLDER or --dataset NAME")
+    if given is None and record.text("data_dir") == source and not record.text("dataset") and not Path(source).exists():
+        raise FileNotFoundError(f"the images that {record.model} was trained on are not in {source} any more; give"
+                                " --data-dir FOLDER")
+    owns = None if record.source is None else _is_same(source, record.source)
+    if args.val_split is not None:
+        return Choice(source, owns, args.val_split, None)
+    if not owns:
+        drawn = args.val_fraction is not None or args.data_seed is not None
+        share, seed = record.fraction or (0.1, 42)
+        return Choice(source, owns, None, _by_hand(args, share, seed) if drawn else None)
+    if record.fraction is None and args.val_fraction is None:
+        return Choice(source, owns, record.val_split, None)
+    return Choice(source, owns, None, _by_hand(args, *(record.fraction or (0.1, 42))))
+
+
+def _by_hand(args: argparse.Namespace, share: float, seed: int) -> tuple[float, int]:
+    share = share if args.val_fraction is None else args.val_fraction
+    return share, seed if args.data_seed is None else args.data_seed
+
+
+def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSplits:
+    columns = {
+        "name": args.dataset_config or (record.text("dataset_config") if choice.owns else None),
+        "image_column": args.input_key or (record.text("input_key") if choice.owns else None),
+        "label_column": args.target_key or (record.text("target_key") if choice.owns else None),
+        "value_range": as_range(args.value_range) or record.value_range}
+    if choice.fraction is None:
+        return load_split(choice.source, choice.split, **columns)
+    share, seed = choice.fraction
+    return load_images(choice.source, train_split=args.train_split or record.train_split, val_fraction=share, seed=seed,
+                       **columns)
+
+
+def trained_on(choice: Choice, record: Record) -> list[str]:
+    """A line where a run has trained on some of the images."""
+    if not choice.owns:
+        return []
+    held_out = f"it measured the {record.dataset.get('split', 'validation split')}"
+    if record.fraction:
+        held_out += f", drawn by seed {record.fraction[1]}"
+    if choice.fraction is not None and choice.fraction != record.fraction:
+        share, seed = choice.fraction
+        how_many = f"about {1 - record.fraction[0]:.0%}" if record.fraction else "all"
+        return [f"warning: {record.model} was trained on {how_many} of these images: --val-fraction {share:g} --seed"
+                f" {seed} draws others than its run; {held_out}"]
+    is_train = choice.split is not None and (
+        choice.split == record.train_split or split_kind(choice.split) == split_kind(record.train_split) is not None)
+    if is_train:
+        how_many = f"{1 - record.fraction[0]:.0%}" if record.fraction else "all"
+        return [f"warning: {record.model} was trained on {how_many} of these images: --val-split {choice.split} is its"
+                f" training split; {held_out}"]
+    return []
+
+
+def _check_counts(choice: Choice, images: ImageSplits, record: Record) -> list[str]:
+    """A line where a validation split has changed since the run.
+
+    Raises:
+        ValueError: the images of which a part was drawn have.
+    """
+    if record.images is None:
+        return []
+    if choice.fraction is not None and record.fraction is not None:
+        count = len(images.train_rows) + len(images.val_rows)
+        if count != sum(record.images):
+            raise ValueError(
+                f"{choice.source} has {count} images, and had {sum(record.images)} when {record.model} was trained:"
+                " which ones were trained on can no longer be told; give other images with --data-dir, or measure them"
+                f" all, trained on or not, with --val-split {record.train_split}")
+    elif choice.split == record.val_split and len(images.val_rows) != record.images[1]:
+        return [f"warning: the split {choice.split} has {len(images.val_rows)} images, and had {record.images[1]} when"
+                f" {record.model} was trained"]
+    return []
+
+
+def _is_same(source: str, other: str) -> bool:
+    if Path(source).exists() and Path(other).exists():
+        return Path(source).samefile(other)
+    return source == other

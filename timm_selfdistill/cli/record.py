@@ -1,0 +1,104 @@
+"""What a saved model tells of the run that trained it."""
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import hub
+from ..training.images import FULL_RANGES, ValueRange, ValueRanges
+from ..training.run_directory import CONFIG_FILE
+
+
+@dataclass(frozen=True)
+class Record:
+    """Settings and images of a run, as far as they are known.
+
+    Attributes:
+        model: as it was given.
+        settings: of config.yaml where the model lies in a run directory, else those saved with the model, in which
+            paths are left out.
+        dataset: of the validation images, see `ImageSplits.source`.
+        images: how many were trained on, and measured.
+    """
+
+    model: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    images: tuple[int, int] | None = None
+
+    def text(self, name: str) -> str | None:
+        """A setting that is a text; None for any other value, as a file of somebody else's may hold."""
+        value = self.settings.get(name)
+        return value if isinstance(value, str) else None
+
+    @property
+    def source(self) -> str | None:
+        """Folder, file or data set on the Hub that was trained on."""
+        return self.text("dataset") or self.text("data_dir") or self.dataset.get("hub_id")
+
+    @property
+    def fraction(self) -> tuple[float, int] | None:
+        """Share and seed of the validation images that were drawn from the training split; None where they were a
+        split of their own."""
+        split = str(self.dataset.get("split"))
+        share, _, whole = split.partition(" of ")
+        if not whole:
+            return None
+        seed = self.dataset.get("seed", self.settings.get("seed"))
+        return (float(share), seed) if isinstance(seed, int) else None
+
+    @property
+    def train_split(self) -> str:
+        return self.text("train_split") or "train"
+
+    @property
+    def val_split(self) -> str | None:
+        """The validation split; None where it was drawn, or is not known."""
+        split = self.dataset.get("split")
+        return split if isinstance(split, str) and self.fraction is None else None
+
+    @property
+    def value_range(self) -> ValueRange | ValueRanges | None:
+        """Black and white of images with more than 8 bits."""
+        if given := as_range(self.settings.get("value_range")):
+            return given
+        chosen = self.settings.get("value_ranges")
+        ranges = {kind: as_range(chosen.get(kind)) for kind in FULL_RANGES} if isinstance(chosen, dict) else {}
+        return {kind: found for kind, found in ranges.items() if found} or None
+
+
+def read_record(model: str, revision: str | None = None) -> Record:
+    """The record of a saved model: a folder, in a run directory or not, or a repository on the Hub.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: config.yaml of the run directory is damaged.
+    """
+    metrics = hub.read_metrics(hub.fetch_model(model, revision=revision, only_config=True))
+    metrics = metrics if isinstance(metrics, dict) else {}
+    saved, dataset, images = (metrics.get(key) for key in ("settings", "dataset", "images"))
+    counted = isinstance(images, list) and [type(count) for count in images] == [int, int]
+    return Record(
+        model, _run_settings(Path(model)) or (saved if isinstance(saved, dict) else {}),
+        dataset if isinstance(dataset, dict) else {}, tuple(images) if counted else None)
+
+
+def _run_settings(model: Path) -> dict[str, Any] | None:
+    """config.yaml of the run whose best/ or last/ this is."""
+    path = model.resolve().parent / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold the settings of a run, got {type(settings).__name__}")
+    return settings
+
+
+def as_range(value: Any) -> ValueRange | None:
+    """Two numbers; None for anything else that a file may hold."""
+    numbers = [part for part in value if isinstance(part, (int, float))] if isinstance(value, (list, tuple)) else []
+    return tuple(numbers) if len(numbers) == 2 else None

@@ -1,0 +1,183 @@
+"""One exit as a network of its own."""
+from copy import deepcopy
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .cost import count_cost
+from .hub import HubMixin, fetch_model, measured_rows, pin, read_config
+from .model import SelfDistillModel
+from .timm_methods import TimmMethods
+
+
+class TruncatedModel(TimmMethods, nn.Module, HubMixin):
+    """One exit of a `SelfDistillModel`, whose `truncate` makes it: images (B, in_chans, H, W) to logits (B, K).
+
+    It trains, exports, compiles, and is traced and quantized like any network. `save_pretrained` and `push_to_hub` work
+    as there, and `TruncatedModel.from_pretrained` loads it. Plain timm does not: the layers behind the exit are not
+    there.
+
+    timm's attributes and methods describe the network as it is: `feature_info` ends at the exit, `forward_features`
+    gives the feature map there, `forward_head` is the exit's classifier. For the ensemble they are the backbone's,
+    except for `forward_head`, which no features of one level are enough for.
+
+    Args:
+        model: is taken over.
+        exit: 0 to C - 1, or "ensemble".
+    """
+
+    prefix = "model.backbone."
+
+    def __init__(self, model: SelfDistillModel, exit: int | str):
+        super().__init__()
+        self.model, self.exit = model, exit
+        self._whole: tuple[nn.Module] | None = None
+        model.early_exit = None
+        if exit == "ensemble":
+            return
+        for other in range(len(model.heads)):
+            if other != exit:
+                model.heads[other] = nn.Identity()
+        if self._is_shallow:
+            self._whole = (deepcopy(model.backbone).to("meta"),)  # in a tuple, so that it is no module of this one
+            model.backbone.prune_intermediate_layers([model.stages[exit].index], prune_norm=True)
+
+    @property
+    def _is_shallow(self) -> bool:
+        return self.exit != "ensemble" and self.exit < len(self.model.stages)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.backbone
+
+    @property
+    def whole(self) -> nn.Module:
+        return self.model.backbone if self._whole is None else self._whole[0]
+
+    @property
+    def heads(self) -> nn.ModuleList:
+        return self.model.heads
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        return self.model.model_args
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images that the network is for, see `SelfDistillModel.input_size`."""
+        return self.model.input_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of the exit for images (B, in_chans, H, W)."""
+        if self.training and not isinstance(x, fx.Proxy):
+            self.model.trained_size = tuple(x.shape[2:])
+        return self.model.predict(x, self.exit)
+
+    @property
+    def feature_info(self) -> Any:
+        info = self.backbone.feature_info
+        return info[:self.model.stages[self.exit].index + 1] if self._is_shallow else info
+
+    @property
+    def num_features(self) -> int:
+        return self.model.stages[self.exit].channels if self._is_shallow else super().num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        return self.model.feature_channels if self._is_shallow else super().head_hidden_size
+
+    def forward_features(self, x: Tensor, **kwargs: Any) -> Any:
+        """The feature map (B, C, H, W) at a shallow exit for images (B, in_chans, H, W); else the backbone's own."""
+        return self.model.run_to(self.exit, x) if self._is_shallow else super().forward_features(x, **kwargs)
+
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
+        """Logits (B, K) for what `forward_features` gave; with `pre_logits`, the pooled feature (B, D) of the exit's
+        classifier.
+
+        Raises:
+            ValueError: this is the ensemble.
+        """
+        if self.exit == "ensemble":
+            raise ValueError("the ensemble averages the logits of several levels, which forward_head does not get; call"
+                             " the model itself")
+        if not self._is_shallow:
+            return super().forward_head(x, pre_logits=pre_logits)
+        logits, feature = self.model.run_head(self.exit, x)
+        return feature.mean((2, 3)) if pre_logits else logits
+
+    def get_classifier(self, **kwargs: Any) -> Any:
+        """The exit's classifier: its last layer where it has one of the name `fc`, else the whole head."""
+        if not self._is_shallow:
+            return super().get_classifier(**kwargs)
+        head = self.heads[self.exit]
+        name = f"model.heads.{self.exit}" + (".fc" if hasattr(head, "fc") else "")
+        return name if kwargs.get("name_only") else self.get_submodule(name)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier for other classes, see `SelfDistillModel.reset_classifier`."""
+        if not self._is_shallow:
+            self.model.reset_classifier(num_classes, global_pool)
+        elif global_pool is not None:
+            raise ValueError(
+                f"exit {self.exit} pools with its own classifier; global_pool={global_pool!r} is of the deepest")
+        else:
+            self.model.reset_heads(num_classes)
+            self.whole.reset_classifier(num_classes)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """See `SelfDistillModel.set_input_size`."""
+        self.model.set_input_size(*args, **kwargs)
+        if self._is_shallow and hasattr(self.whole, "set_input_size"):
+            self.whole.set_input_size(*args, **kwargs)
+
+    @classmethod
+    def check_kind(cls, settings: dict[str, Any], name: str | PathLike) -> None:
+        if "truncated_to" not in settings:
+            raise ValueError(
+                f"{name} is a model with all its exits; load it with SelfDistillModel.from_pretrained(...), whose"
+                " truncate(exit) makes one of them a network")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *args: Any) -> "TruncatedModel":
+        model = SelfDistillModel.from_config(config, *args)
+        return cls(model, model.exit_number(config["self_distill"]["truncated_to"]))
+
+    def settings(self) -> dict[str, Any]:
+        return self.model.settings() | {"truncated_to": self.exit}
+
+    def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """The one exit: its cost, and what is measured of it."""
+        cost = count_cost(self, self.input_size)
+        module = self.model.exits[-1 if self.exit == "ensemble" else self.exit]
+        measured = [row for row in measured_rows(metrics) if row["exit"] == self.exit]
+        return [{"exit": self.exit, "module": module, "macs": cost.macs} | row for row in measured or [{}]]
+
+    def rebuild(self, folder: Path) -> tuple[nn.Module, nn.Module]:
+        head = None if isinstance(self.model.head, str) else self.model.head
+        return self, TruncatedModel.from_pretrained(folder, head=head)
+
+
+def load_pretrained(
+        pretrained_model_name_or_path: str | PathLike, *, revision: str | None = None, **load_args: Any,
+) -> SelfDistillModel | TruncatedModel:
+    """Load a saved model with all its exits or a truncated one, whichever a folder or repository holds.
+
+    Args:
+        pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or the id of a repository on the Hub.
+        revision: branch, tag or commit.
+        load_args: further arguments of `SelfDistillModel.from_pretrained`.
+    """
+    name, fetch_args = pretrained_model_name_or_path, {key: load_args[key] for key in load_args if key != "head"}
+    folder = fetch_model(name, revision=revision, only_config=True, **fetch_args)
+    return saved_class(read_config(folder)).from_pretrained(name, revision=pin(name, folder, revision), **load_args)
+
+
+def saved_class(config: dict[str, Any]) -> type[SelfDistillModel] | type[TruncatedModel]:
+    """What a config.json that `read_config` read is of."""
+    return TruncatedModel if "truncated_to" in config["self_distill"] else SelfDistillModel
