@@ -1,6 +1,6 @@
 """What timm's train.py does around its training task, on few images: mixed precision, EMA, AGC, compiled, resumed.
 
-Its task is made by the lines that docs/own_loop.md adds to train.py. Writes output/distilled/ to the current folder.
+The lines that docs/own_loop.md adds to train.py are executed here. Writes output/distilled/ to the current folder.
 """
 import argparse
 import re
@@ -20,13 +20,12 @@ from timm_selfdistill import load_images
 PAGE = Path(__file__).parents[1] / "docs/own_loop.md"
 
 
-def create_task(model, train_loss_fn):
+def added_lines():
+    """The import, the line after `create_model`, and the line that makes the task."""
     diff = re.search(r"^```diff\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL).group(1)
-    names = {"model": model, "train_loss_fn": train_loss_fn}
     lines = [line[1:].strip() for line in diff.splitlines() if line.startswith("+")]
     assert len(lines) == 3
-    exec("\n".join(lines), names)
-    return names["task"]
+    return lines
 
 
 def write_images(folder):
@@ -41,15 +40,19 @@ def write_images(folder):
 def train(epochs, resume=None):
     device = torch.device("cpu")
     args = argparse.Namespace(model="test_resnet", num_classes=10, img_size=32)
-    model = timm.create_model(args.model, num_classes=args.num_classes)
-    data_config = resolve_data_config(vars(args), model=model)
+    backbone = timm.create_model(args.model, num_classes=args.num_classes)
+    names = {"model": backbone, "train_loss_fn": SoftTargetCrossEntropy()}
+    imported, wrapped, tasked = added_lines()
+    exec(f"{imported}\n{wrapped}", names)
+    data_config = resolve_data_config(vars(args), model=names["model"])
+    assert data_config == resolve_data_config(vars(args), model=backbone)
     autocast = partial(torch.autocast, device_type="cpu", dtype=torch.bfloat16)
     loaders = [create_loader(
         create_dataset("", root="images", split=split), data_config["input_size"], batch_size=32,
         is_training=split == "train", device=device, num_workers=0) for split in ("train", "validation")]
-    task = create_task(model, SoftTargetCrossEntropy())
-    model, eval_model = task.get_trainable_module(), task.get_eval_model()
-    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.01, weight_decay=2e-5)
+    exec(tasked, names)
+    task = names["task"]
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.01, weight_decay=2e-5)
     start = resume_task_checkpoint(task, resume, optimizer=optimizer) if resume else 0
     task.setup_ema(decay=0.9, use_warmup=False, device=None)
     if resume:
