@@ -5,14 +5,19 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from timm.models import load_state_dict
 
-from timm_selfdistill import load_images
+from timm_selfdistill import SelfDistillModel, load_images
 
 from .conftest import EMBEDDED
 from .programs import HANGS, ROOT
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page != "docs/models.md"]  # which is a table of results
+LOOPS = "docs/own_loop.md"
+OTHERS = [page for page in GUIDES if page != LOOPS]
 SMALL = "--epochs 1 --data-dir {images} -b 32 -j 0 --img-size 32"
 
 
@@ -53,7 +58,7 @@ def unlaunched(program: str, *arguments: str) -> tuple[int, tuple[str, ...]]:
     return 1, (program, *arguments)
 
 
-@pytest.mark.parametrize("page", GUIDES)
+@pytest.mark.parametrize("page", OTHERS)
 def test_python_blocks(page, workplace, hub_programs):
     found = blocks(page, "python")
     assert found
@@ -63,7 +68,7 @@ def test_python_blocks(page, workplace, hub_programs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", GUIDES)
+@pytest.mark.parametrize("page", OTHERS)
 def test_python_blocks_in_a_new_process(page, workplace, environment):
     """In which nothing has been imported that the page does not import."""
     (workplace / "blocks.py").write_text("\n".join(blocks(page, "python")))
@@ -72,9 +77,36 @@ def test_python_blocks_in_a_new_process(page, workplace, environment):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_loops_of_other_libraries(workplace, environment):
+    """And that each checkpoint gives the same weights as the model that was saved at the end of its loop."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("pytorch_lightning")
+    (workplace / "blocks.py").write_text("\n".join(blocks(LOOPS, "python")))
+    for script in (ROOT / "tests/timm_train.py", "blocks.py"):
+        done = subprocess.run([sys.executable, script], cwd=workplace, env=environment, capture_output=True, text=True,
+                              timeout=HANGS)
+        assert done.returncode == 0, done.stderr
+    saved = {path.name: SelfDistillModel.from_pretrained(path).state_dict() for path in workplace.glob("from-*")}
+    assert_same(saved["from-timm"], load_state_dict(str(workplace / "output/distilled/model_best.pth.tar")))
+    assert_same(saved["from-accelerate"], saved["from-state"])
+    assert_same(saved["from-transformers"], saved["from-checkpoint"])
+    assert_same(saved["from-lightning"], saved["from-ckpt"])
+    kept = load_file(workplace / "states/0/model.safetensors")
+    assert_same(saved["from-state"], {name.removeprefix("trainable_module."): value for name, value in kept.items()})
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("page", GUIDES)
 def test_commands(page, workplace, environment, hub_programs):
     """In the order of the page: a later command may go on where an earlier one stopped."""
+    if page == LOOPS:
+        pytest.importorskip("transformers")
+        pytest.importorskip("pytorch_lightning")
     assert commands(page)
     for command in commands(page):
         program, *arguments = shlex.split(command)

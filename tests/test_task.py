@@ -1,6 +1,6 @@
 import pytest
 import torch
-from timm.task import TrainingTask
+from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from timm_selfdistill import SelfDistillLoss, SelfDistillTask
@@ -54,3 +54,18 @@ def test_the_moving_average_compiles(freeze_backbone):
     x = torch.randn(2, 3, 32, 32)
     expected = task.get_eval_model(ema=True)._orig_mod.eval()(x)
     assert torch.equal(task.get_eval_model(ema=True)(x), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_clipping_leaves_out_every_classifier_as_timm_leaves_out_the_one_of_a_plain_network(compiled):
+    task = SelfDistillTask(small_model())
+    model = task.get_trainable_module()
+    if compiled:
+        task.compile(backend="eager")
+    clipped = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    left_out = {name for name, p in model.named_parameters() if id(p) not in clipped}
+    plain = [id(p) for p in ClassificationTask(model.backbone, verbose=False).get_clip_parameters(exclude_head=True)]
+    assert left_out == {f"{module}.fc.{part}" for module in ("backbone", "heads.0", "heads.1", "heads.2")
+                        for part in ("weight", "bias")}
+    assert {id(p) for p in model.backbone.parameters()} & clipped == set(plain)
+    assert len(list(task.get_clip_parameters())) == len(list(model.parameters()))

@@ -1,5 +1,6 @@
 """Self distillation as a timm training task."""
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from timm.data import resolve_model_data_config
@@ -56,6 +57,13 @@ class SelfDistillTask(ClassificationTask):
         if not ema or not self._frozen or model is not self.get_trainable_module(ema=True) or model is None:
             return model
         return unwrap_model(self.trainable_module).with_heads(model.module)
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> Iterable[nn.Parameter]:
+        """Those to clip; `exclude_head` leaves out the last two, the classifier, of the backbone and of each head."""
+        if not exclude_head:
+            return super().get_clip_parameters()
+        model = unwrap_model(self.trainable_module)
+        return [p for part in (model.backbone, *model.heads) for p in list(part.parameters())[:-2]]
 
     def get_checkpoint_state(self, ema: bool = False, **unwrap: Any) -> dict[str, Any]:
         """timm's checkpoint entries, and "self_distill": what makes the network and its exits again, as config.json of
