@@ -80,8 +80,6 @@ def test_python_blocks_in_a_new_process(page, workplace, environment):
 @pytest.mark.slow
 def test_loops_of_other_libraries(workplace, environment):
     """And that each checkpoint gives the same weights as the model that was saved at the end of its loop."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("pytorch_lightning")
     (workplace / "blocks.py").write_text("\n".join(blocks(LOOPS, "python")))
     for script in (ROOT / "tests/timm_train.py", "blocks.py"):
         done = subprocess.run([sys.executable, script], cwd=workplace, env=environment, capture_output=True, text=True,
@@ -104,9 +102,6 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 @pytest.mark.parametrize("page", GUIDES)
 def test_commands(page, workplace, environment, hub_programs):
     """In the order of the page: a later command may go on where an earlier one stopped."""
-    if page == LOOPS:
-        pytest.importorskip("transformers")
-        pytest.importorskip("pytorch_lightning")
     assert commands(page)
     for command in commands(page):
         program, *arguments = shlex.split(command)

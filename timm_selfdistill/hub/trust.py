@@ -160,7 +160,8 @@ def _are_numbers(value: Any, lengths: tuple[int, ...], low: float, high: float, 
 
 
 def _are_words(value: Any) -> bool:
-    return _is_word(value) or (isinstance(value, (list, tuple)) and len(value) <= MAX_ITEMS and all(map(_is_word, value)))
+    several = isinstance(value, (list, tuple)) and len(value) <= MAX_ITEMS
+    return _is_word(value) or (several and all(map(_is_word, value)))
 
 
 CHANNELS = tuple(range(1, 257))
