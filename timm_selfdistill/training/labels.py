@@ -2,10 +2,11 @@
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from .sampling import ATTEMPTS
+from .sampling import ATTEMPTS, seeded
 
 NO_LABEL = -1
 """In the place of a class index, as `datasets` has it in splits whose labels are kept secret."""
@@ -35,12 +36,62 @@ def check_classes(model: nn.Module, data: Dataset) -> int:
     return classes or in_data
 
 
+def check_labels(data: Dataset, what: str, num_classes: int) -> bool:
+    """Look at the label of the first image that can be read; whether it is soft, (K,). A stream checks its own.
+
+    Args:
+        what: the images are, for the error message.
+
+    Raises:
+        ValueError: it is no class index and no distribution over the classes.
+    """
+    if isinstance(data, IterableDataset):
+        return False
+    with seeded(0):
+        label = _first(data)[1]
+    if isinstance(label, (int, float, np.generic, np.ndarray, Tensor)):
+        class_indices(torch.as_tensor(label)[None], num_classes, what, unlabelled=True)
+        return np.ndim(label) == 1
+    raise ValueError(f"the {what} images must have {_expected(num_classes)}, got {type(label).__name__} {label!r:.80}")
+
+
+def class_indices(y: Tensor, num_classes: int, what: str, unlabelled: bool = False) -> Tensor:
+    """Class indices (B,) of a batch of labels on the CPU: themselves, or the likeliest classes of soft labels (B, K).
+
+    Args:
+        what: the images are, for the error message.
+        unlabelled: -1 is allowed.
+
+    Raises:
+        ValueError: they are neither.
+    """
+    soft = y.is_floating_point() and y.ndim == 2 and y.shape[1] == num_classes
+    if soft and bool((y >= 0).all() & ((y.float().sum(1) - 1).abs() < 1e-2).all()):
+        return y.argmax(1)
+    if soft:
+        raise ValueError(f"the {what} images must have {_expected(num_classes)}, got {y[0].tolist()}"[:300]
+                         + ", which is none: accuracy is of one class an image")
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(
+            f"the {what} images must have {_expected(num_classes)}, got {y.dtype} of shape {tuple(y.shape[1:])}")
+    low, high = (int(bound) for bound in y.aminmax())
+    if low < (NO_LABEL if unlabelled else 0) or high >= num_classes:
+        hint = "; -1 stands for an image without a label" if low == NO_LABEL else ""
+        raise ValueError(f"the {what} images must have {_expected(num_classes)}, got {low if low < 0 else high}{hint}")
+    return y.long()
+
+
+def _expected(num_classes: int) -> str:
+    return (f"class indices, whole numbers from 0 to {num_classes - 1}, or probabilities ({num_classes},) that sum to 1"
+            " as labels")
+
+
 def is_labelled(data: Dataset) -> bool:
     """Whether the images of a data set have labels, which its `label_column` tells, or its first sample."""
     if hasattr(data, "label_column"):
         return data.label_column is not None
     label = next(iter(data))[1] if isinstance(data, IterableDataset) else _first(data)[1]
-    return not (np.ndim(label) == 0 and int(label) == NO_LABEL)
+    return not (np.ndim(label) == 0 and bool(label == NO_LABEL))
 
 
 class ImagesAlone(Dataset):

@@ -21,6 +21,12 @@ class TargetMixer:
             mode=config.mixup_mode, label_smoothing=config.smoothing, num_classes=num_classes,
         ) if config.mixup or config.cutmix else None
 
+    def check_soft_labels(self) -> None:
+        """Raise ValueError where labels that are soft already would be made soft."""
+        if self.mixup is not None or self.config.smoothing:
+            raise ValueError("smoothing, mixup and cutmix make soft labels from class indices, and the training images"
+                             " have soft ones; leave them out, or give class indices")
+
     def __call__(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Images (B, C, H, W) and class indices (B,) to images and labels, soft (B, K) where anything is on; without
         labels to images and None."""

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from timm.task import TrainingTask
 from timm.utils import distribute_bn
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..model import SelfDistillModel
@@ -24,7 +24,7 @@ from .frozen import check_frozen_settings, frozen_digest, is_frozen, learns_in_p
 from .initial_weights import check_task
 from .interrupt import InterruptRequest
 from .interval import Interval
-from .labels import check_classes, paired
+from .labels import check_classes, check_labels, class_indices, paired
 from .loading import ValBatches, check_counts, image_count, image_shape, train_batches
 from .metrics import ExitMetrics, count_logits, deciding_top1, measure_exits
 from .mixing import TargetMixer
@@ -51,8 +51,9 @@ class Trainer:
 
     Args:
         task: e.g. `SelfDistillTask`, or timm's `ClassificationTask`.
-        train_data: map-style data set of (image (C, H, W), class index), or the `StreamedImages` of `load_images`.
-        val_data: likewise; every image counts once.
+        train_data: map-style data set of (image (C, H, W), class index), or the `StreamedImages` of `load_images`. In
+            the place of an index there may be soft labels (K,) that sum to 1.
+        val_data: likewise; every image counts once, soft labels by their likeliest class.
         config: see `TrainConfig`.
 
     Raises:
@@ -71,7 +72,11 @@ class Trainer:
         self.accelerator = create_accelerator(config, find_unused=learns_in_parts(task, config))
         self.input_size = image_shape(train_data, config)
         classes = check_classes(task.get_eval_model(), val_data if config.unlabelled else train_data)
-        mixer = TargetMixer(config, classes or count_logits(task.get_eval_model(), self.input_size))
+        self.num_classes = classes or count_logits(task.get_eval_model(), self.input_size)
+        mixer = TargetMixer(config, self.num_classes)
+        if not config.unlabelled and check_labels(train_data, "training", self.num_classes):
+            mixer.check_soft_labels()
+        check_labels(val_data, "validation", self.num_classes)
         self.checkpoint = find_resumed(config, self.accelerator)
         self.config = config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
@@ -207,13 +212,16 @@ class Trainer:
         """Accuracy of every exit and of the ensemble on the validation data, or where these have no labels, how often
         each agrees with the deepest; call it on every process."""
         self.update.refresh_whole()
-        batches = (self.update.to_device(*batch) for batch in self.val_batches)
+        batches = (self.update.to_device(x, self._indices(y)) for x, y in self.val_batches)
         metrics, self.saved.val_images = measure_exits(
             self.eval_model, batches, self.accelerator, self.saved.val_labelled)
         unreadable = self._sum(self.val_batches.unreadable)
         if unreadable and self.accelerator.is_main_process:
             warnings.warn(f"{unreadable} validation images cannot be read and are left out", stacklevel=2)
         return metrics
+
+    def _indices(self, y: Tensor) -> Tensor:
+        return class_indices(y, self.num_classes, "validation") if self.saved.val_labelled else y
 
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; False if a request to stop came before its end."""
