@@ -1,4 +1,7 @@
-"""A run on several processes of which one fails: run_failing.py OUTPUT RANK WHERE. The process that fails lives on."""
+"""A run on several processes of which one fails: run_failing.py OUTPUT RANK WHERE.
+
+Where it is "staying", the process that fails lives on.
+"""
 import sys
 import time
 
@@ -7,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, wrap_self_distill
+from timm_selfdistill.training import failures
 from timm_selfdistill.training.saved_models import SavedModels
 
 
@@ -31,6 +35,7 @@ def fail(*_: object) -> None:
 
 def main() -> None:
     output, failing, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    failures.END_SECONDS = 2.0 if where == "staying" else failures.END_SECONDS
     torch.manual_seed(0)
     task = SelfDistillTask(wrap_self_distill(timm.create_model("test_resnet", num_classes=4)))
     config = TrainConfig(output=output, epochs=2, batch_size=8, workers=2 if where == "loading" else 0)

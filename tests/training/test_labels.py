@@ -1,8 +1,10 @@
 """Labels of any shape are trained on and measured rightly, or refused."""
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
 from timm_selfdistill import SelfDistillLoss, SelfDistillTask, TrainConfig, Trainer
 
@@ -13,11 +15,11 @@ ONE_HOT = torch.eye(4)[INDICES]
 SEVERAL = (torch.arange(32)[:, None] % torch.tensor([2, 3, 5, 7]) == 0).float()
 
 
-def trainer(tmp_path, train: Tensor, val: Tensor, **config) -> Trainer:
+def trainer(tmp_path, train: Sequence[Any], val: Sequence[Any], **config) -> Trainer:
     images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     task = SelfDistillTask(small_model(num_classes=4), SelfDistillLoss(label_loss=config.pop("label_loss", None)))
     settings = TrainConfig(output=str(tmp_path / "run"), epochs=1, batch_size=16, workers=0, **config)
-    return Trainer(task, TensorDataset(images, train), TensorDataset(images, val), settings)
+    return Trainer(task, list(zip(images, train)), list(zip(images, val)), settings)
 
 
 def accuracies(tmp_path, train: Tensor, val: Tensor) -> list[float]:
@@ -26,7 +28,7 @@ def accuracies(tmp_path, train: Tensor, val: Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("val", [INDICES[:, None], INDICES.int(), INDICES.to(torch.uint8), ONE_HOT, ONE_HOT.double(),
-                                 ONE_HOT.long()])
+                                 ONE_HOT.long(), ONE_HOT * 0.8 + 0.05])
 def test_labels_that_mean_one_class_are_measured_alike(val, tmp_path):
     expected = accuracies(tmp_path / "a", INDICES, INDICES)
     assert accuracies(tmp_path / "b", INDICES, val) == expected
@@ -40,18 +42,21 @@ def test_labels_that_are_trained_on(train, tmp_path):
 
 @pytest.mark.parametrize(("train", "val", "config", "message"), [
     (SEVERAL, INDICES, {"label_loss": torch.nn.BCEWithLogitsLoss()},
-     r"class indices \(B,\) from 0 to 3, or soft labels .*sum to 1.*got torch.float32 of shape \(1, 4\), .*several"),
-    (INDICES, SEVERAL, {}, r"one-hot labels .*got torch.float32 of shape \(1, 4\), which are not one-hot"),
-    (INDICES, ONE_HOT * 0.8 + 0.05, {}, "not one-hot"),
+     r"training labels .*class indices \(B,\) from 0 to 3, or soft labels \(B, 4\) that sum to 1, got torch.float32 of"
+     r" shape \(1, 4\), .*several classes"),
+    (INDICES, SEVERAL, {}, r"validation labels .*got torch.float32 of shape \(1, 4\), .*several classes"),
+    (INDICES, SEVERAL.long(), {}, r"validation labels .*got torch.int64 of shape \(1, 4\), .*several classes"),
     (INDICES.float(), INDICES, {}, r"got torch.float32 of shape \(1,\)"),
     (INDICES, INDICES.double(), {}, r"got torch.float64 of shape \(1,\)"),
     (INDICES > 1, INDICES, {}, r"got torch.bool of shape \(1,\)"),
     (INDICES + 4, INDICES, {}, r"from 0 to 3, .*got torch.int64 of shape \(1,\), with the class index 4"),
     (INDICES, INDICES - 2, {}, "with the class index -2"),
-    (torch.zeros(32, 7), INDICES, {}, r"K=4; got torch.float32 of shape \(1, 7\)"),
+    (torch.zeros(32, 7), INDICES, {}, r"got torch.float32 of shape \(1, 7\)"),
     (INDICES[:, None, None], INDICES, {}, r"shape \(1, 1, 1\)"),
-    (ONE_HOT, INDICES, {"mixup": 0.5}, "no soft labels with mixup, cutmix or smoothing"),
-    (ONE_HOT, INDICES, {"smoothing": 0.1}, "no soft labels with mixup, cutmix or smoothing"),
+    (["cat"] * 32, INDICES, {}, "training labels .*got a list"),
+    ([[0, 1]] * 32, INDICES, {}, "training labels .*got a list"),
+    (ONE_HOT, INDICES, {"mixup": 0.5}, "mixup, .*training images have soft labels already"),
+    (ONE_HOT, INDICES, {"smoothing": 0.1}, "smoothing .*training images have soft labels already"),
 ])
 def test_other_labels_are_refused_at_once(train, val, config, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,6 @@
 import pytest
 
-from timm_selfdistill.training.sampling import EpochSampler
+from timm_selfdistill.training.sampling import EpochSampler, mixed_seed
 
 
 def global_batches(world: int, epoch: int = 0, start: int = 0) -> list[set[int]]:
@@ -36,3 +36,15 @@ def test_it_goes_on_in_the_middle():
 def test_too_few_images_for_a_batch():
     with pytest.raises(ValueError, match=r"\b7 training images .*batch of 8; .*batch_size"):
         EpochSampler(7, 8, 0, 1, 0)
+
+
+def test_another_seed_is_no_other_epoch():
+    def draws(seed: int, epoch: int) -> list:
+        sampler = EpochSampler(25, 8, 0, 1, seed)
+        sampler.begin(epoch)
+        return list(sampler)
+
+    found = {(seed, epoch): draws(seed, epoch) for seed in (42, 43) for epoch in (0, 1)}
+    assert len({tuple(order) for order in found.values()}) == 4
+    assert draws(42, 1) == found[42, 1]
+    assert mixed_seed(42, 1) != mixed_seed(43, 0)

@@ -1,8 +1,11 @@
 import csv
 import json
 import signal
+from datetime import datetime
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import psutil
 import pytest
 import timm
 import torch
@@ -430,3 +433,99 @@ def test_only_timm_models_can_be_pushed(fashion_tensors, tmp_path):
     with pytest.raises(ValueError, match="push_to_hub .*timm .*got Sequential"):
         fit(tmp_path / "run", fashion_tensors, ClassificationTask(network, nn.CrossEntropyLoss()), push_to_hub=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_constructor_writes_nothing(few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = make_task()
+    for _ in range(2):
+        trainer = Trainer(task, *few, settings("run", epochs=1))
+    assert list(tmp_path.iterdir()) == []
+    result = trainer.fit()
+    again, _ = fit("again", few, epochs=1)
+    assert result.history == again.history
+    with pytest.raises(FileExistsError, match="run holds another run"):
+        Trainer(task, *few, settings("run"))
+
+
+def test_two_runs_begun_in_one_second(few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("timm_selfdistill.training.run_directory.datetime",
+                        SimpleNamespace(now=lambda: datetime(2020, 1, 2)))
+    trainers = [Trainer(make_task(), *few, settings("", epochs=1)) for _ in range(2)]
+    assert [trainer.output for trainer in trainers] == [None, None]
+    outputs = [str(trainer.fit().output) for trainer in trainers]
+    assert outputs == [f"output/train/20200102-000000{end}" for end in ("", "-2")]
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_its_directory_to_the_next(few, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Updater, "settle", Mock(side_effect=ValueError("a setting")))
+        with pytest.raises(ValueError, match="a setting"):
+            fit(tmp_path / "run", few)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    fit(tmp_path / "run", few, epochs=1)
+
+
+class GrowingTask(ClassificationTask):
+    """With a loss in its first epoch, and another from the second on."""
+
+    calls = 0
+
+    def forward(self, x, y):
+        self.calls += 1
+        result = super().forward(x, y)
+        return {**result, "early_loss" if self.calls < 3 else "late_loss": torch.tensor(float(self.calls))}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_model_without_num_classes_and_losses_that_come_and_go(smoothing, few, tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
+    fit(tmp_path, few, GrowingTask(model, nn.CrossEntropyLoss(), verbose=False), batch_size=40, smoothing=smoothing)
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [row["train_early_loss"] for row in rows] == ["1.5", ""]
+    assert [row["train_late_loss"] for row in rows] == ["", "3.5"]
+
+
+def test_a_model_without_num_classes_that_gives_no_logits(few, tmp_path):
+    task = ClassificationTask(nn.Sequential(nn.Conv2d(1, 10, 3)), nn.CrossEntropyLoss(), verbose=False)
+    with pytest.raises(ValueError, match=r"Sequential must give logits \(B, classes\) .*got \(1, 10, 30, 30\)"):
+        fit(tmp_path, few, task)
+
+
+def test_the_lr_in_the_history_is_that_of_the_last_update(few, tmp_path, monkeypatch):
+    used, real = [], Updater.__call__
+
+    def update(self, *args):
+        used.append(self.optimizer.param_groups[-1]["lr"])
+        return real(self, *args)
+
+    monkeypatch.setattr(Updater, "__call__", update)
+    result, _ = fit(tmp_path / "a", few, epochs=2, batch_size=30)
+    assert len(used) == 6
+    assert [row["lr"] for row in result.history] == [used[2], used[5]]
+    scaled, _ = fit(tmp_path / "b", few, epochs=2, batch_size=30, layer_decay=0.5, head_lr_scale=10.0)
+    assert [row["lr"] for row in scaled.history] == [row["lr"] for row in result.history]
+
+
+@pytest.mark.parametrize("end", ["ended", "error", "signal"])
+def test_loading_processes_end_with_the_run(end, few, tmp_path, monkeypatch):
+    if end == "signal":
+        interrupt_after(monkeypatch, 1)
+    if end == "error":
+        monkeypatch.setattr(Trainer, "_finish_epoch", Mock(side_effect=ValueError("stop")))
+    before = set(psutil.Process().children(recursive=True))
+    trainer = Trainer(make_task(), *few, settings(tmp_path, epochs=1, workers=2))
+    error = None
+    try:
+        trainer.fit()
+    except ValueError as caught:
+        error = caught  # and with it all frames
+    assert (error is not None) == (end == "error")
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE and "tracker" not in
+            " ".join(process.cmdline())] == []
+    assert trainer.evaluate()  # begins new ones
+    trainer.val_batches.end_workers()

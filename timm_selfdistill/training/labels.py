@@ -55,50 +55,57 @@ def check_targets(y: Any, num_classes: int, mixes: bool = False) -> Tensor:
     Raises:
         ValueError: they are others, such as several classes an image.
     """
-    if isinstance(y, Tensor) and y.is_floating_point() and y.ndim == 2 and y.shape[1] == num_classes:
-        if y.device.type == "cpu" and not ((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-3):
-            raise _wrong_labels(y, num_classes, "soft labels (B, K) that sum to 1", ", with values that do not: images"
-                                " of several classes at once are not supported")
-        if mixes:
-            raise _wrong_labels(y, num_classes, "no soft labels with mixup, cutmix or smoothing, which make them")
-        return y
-    return _check_range(y, num_classes, "soft labels (B, K) that sum to 1")
+    if not _are_soft(y, num_classes, "training"):
+        return _check_range(y, num_classes, "training")
+    if mixes:
+        raise ValueError("mixup, cutmix and smoothing make soft labels of class indices, and the training images have"
+                         " soft labels already; leave them out, or give class indices")
+    return y
 
 
 def check_indices(y: Any, num_classes: int) -> Tensor:
-    """The class indices (B,) of a validation batch.
+    """The class indices (B,) by which a validation batch is measured: of soft labels the most likely class.
 
     Args:
-        y: class indices (B,) or (B, 1), or one-hot labels (B, K), on the CPU.
+        y: class indices (B,) or (B, 1), or soft labels (B, K), one-hot for example.
         num_classes: K.
 
     Raises:
         ValueError: they are others, such as several classes an image.
     """
-    if isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] == num_classes > 1:
-        if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
-            raise _wrong_labels(y, num_classes, "one-hot labels (B, K)", ", which are not one-hot: accuracy is measured"
-                                " against one class an image")
-        return y.argmax(1)
-    return _check_range(y, num_classes, "one-hot labels (B, K)")
+    return y.argmax(1) if _are_soft(y, num_classes, "validation") else _check_range(y, num_classes, "validation")
 
 
-def _check_range(y: Any, num_classes: int, or_else: str) -> Tensor:
+def _are_soft(y: Any, num_classes: int, which: str) -> bool:
+    """Whether labels are probabilities (B, K).
+
+    Raises:
+        ValueError: they are (B, K), but no probabilities.
+    """
+    if not (isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] == num_classes > 1):
+        return False
+    if y.device.type == "cpu" and not ((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-2):
+        raise _wrong_labels(y, num_classes, which, ", whose rows do not sum to 1; several classes an image are not"
+                                                   " supported")
+    return True
+
+
+def _check_range(y: Any, num_classes: int, which: str) -> Tensor:
     """Class indices (B,)."""
-    indices = isinstance(y, Tensor) and not y.is_floating_point() and y.dtype != torch.bool
-    if not indices or y.shape not in ((len(y),), (len(y), 1)):
-        raise _wrong_labels(y, num_classes, or_else)
+    whole = isinstance(y, Tensor) and not y.is_floating_point() and y.dtype != torch.bool
+    if not whole or y.shape not in ((len(y),), (len(y), 1)):
+        raise _wrong_labels(y, num_classes, which)
     if y.device.type == "cpu" and len(y):
         low, high = (int(value) for value in y.aminmax())
         if low < 0 or high >= num_classes:
-            raise _wrong_labels(y, num_classes, or_else, f", with the class index {low if low < 0 else high}")
+            raise _wrong_labels(y, num_classes, which, f", with the class index {low if low < 0 else high}")
     return y.flatten().long()
 
 
-def _wrong_labels(y: Any, num_classes: int, or_else: str, more: str = "") -> ValueError:
-    given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-    return ValueError(f"labels must be class indices (B,) from 0 to {num_classes - 1}, or {or_else}, K={num_classes};"
-                      f" got {given}{more}")
+def _wrong_labels(y: Any, num_classes: int, which: str, more: str = "") -> ValueError:
+    given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    return ValueError(f"{which} labels must be class indices (B,) from 0 to {num_classes - 1}, or soft labels (B,"
+                      f" {num_classes}) that sum to 1, got {given}{more}")
 
 
 def name_classes(model: nn.Module, *data: Dataset) -> list[str]:
@@ -129,7 +136,7 @@ def is_labelled(data: Dataset) -> bool:
     if hasattr(data, "label_column"):
         return data.label_column is not None
     label = next(iter(data))[1] if isinstance(data, IterableDataset) else _first(data)[1]
-    return not (np.ndim(label) == 0 and int(label) == NO_LABEL)
+    return not (np.ndim(label) == 0 and bool(label == NO_LABEL))
 
 
 class ImagesAlone(Dataset):

@@ -51,8 +51,9 @@ class Trainer:
 
     Args:
         task: e.g. `SelfDistillTask`, or timm's `ClassificationTask`.
-        train_data: map-style data set of (image (C, H, W), class index), or the `StreamedImages` of `load_images`.
-        val_data: likewise; every image counts once.
+        train_data: map-style data set of (image (C, H, W), class index), or the `StreamedImages` of `load_images`. In
+            the place of an index there may be soft labels (K,) that sum to 1.
+        val_data: likewise; every image counts once, soft labels by their most likely class.
         config: see `TrainConfig`.
 
     Raises:
