@@ -54,6 +54,25 @@ def wrap_self_distill(
         model, exits=exits, head=head, head_args=head_args, model_args=model_args, freeze_backbone=freeze_backbone)
 
 
+class TrainedSize:
+    """(height, width) of the images of a model's last training batch. A copy that was not trained itself, such as a
+    moving average, has the size of its original."""
+
+    def __init__(self, original: "TrainedSize | None" = None):
+        self.own: tuple[int, int] | None = None
+        self.original = original
+
+    @property
+    def known(self) -> tuple[int, int] | None:
+        return self.own if self.own or self.original is None else self.original.known
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainedSize":
+        return TrainedSize(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"own": self.known, "original": None}
+
+
 class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
     """A timm model with shallow classifiers; made by `wrap_self_distill`.
 
@@ -89,8 +108,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         self.head, self.head_args, self.model_args = head, dict(head_args or {}), dict(model_args or {})
         self.freeze_backbone = freeze_backbone
         self.early_exit: dict[str, Any] | None = None
-        self.trained_size: tuple[int, int] | None = None
-        """(height, width) of the images of the last training batch."""
+        self._trained_size = TrainedSize()
         self._waiting: list[nn.Parameter] = []
         self.backbone = model
         self.training = model.training
@@ -138,7 +156,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         """
         if self.training:
             if not isinstance(x, BackboneOutput):
-                self.trained_size = tuple(x.shape[2:])
+                self._trained_size.own = tuple(x.shape[2:])
             return self.forward_exits(x)
         return x.logits if isinstance(x, BackboneOutput) else self._run(x, self.backbone)
 
@@ -229,7 +247,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         """(channels, height, width) of the images that the model is for: those of the last training batch, or before
         any those that the backbone was made for. Saved with the model."""
         channels, *own_size = default_input_size(self.backbone, self.model_args)
-        return channels, *(self.trained_size or own_size)
+        return channels, *(self._trained_size.known or own_size)
 
     def with_heads(self, heads: nn.ModuleList) -> "SelfDistillModel":
         """The same model, its backbone shared, with other heads of the same kind."""
@@ -287,7 +305,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
                             f" img_size only, got {', '.join(sizes)}")
         if img_size is not None:
             self.pretrained_cfg["input_size"] = (self.input_size[0], *to_2tuple(img_size))
-        self.trained_size = None
+        self._trained_size = TrainedSize()
         self._update_model_args(sizes)
 
     def _update_model_args(self, changed: dict[str, Any]) -> None:

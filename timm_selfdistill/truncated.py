@@ -76,7 +76,7 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of the exit for images (B, in_chans, H, W)."""
         if self.training and not isinstance(x, fx.Proxy):
-            self.model.trained_size = tuple(x.shape[2:])
+            self.model._trained_size.own = tuple(x.shape[2:])
         return self.model.predict(x, self.exit)
 
     @property

@@ -6,6 +6,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..cost import default_input_size
+from ..model import SelfDistillModel
 from .initial_weights import load_checkpoint
 
 
@@ -98,8 +99,8 @@ def model_data_config(
             config[key] = (sum(values) / len(values),) * in_chans
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     backbone.pretrained_cfg.update({key: config[key] for key in kept if key in config}, test_input_size=None)
-    if hasattr(backbone, "trained_size"):
-        backbone.trained_size = None
+    if img_size is not None and isinstance(backbone, SelfDistillModel):
+        backbone.set_input_size(img_size=size)
     if class_names is not None:
         backbone.pretrained_cfg.update(label_names=list(class_names), num_classes=len(class_names))
     return config

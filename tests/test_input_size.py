@@ -1,0 +1,94 @@
+"""A saved model is for images of the size that it was trained at, also in a training loop of one's own."""
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from timm_selfdistill import (
+    SelfDistillLoss,
+    SelfDistillModel,
+    SelfDistillTask,
+    TruncatedModel,
+    model_data_config,
+    wrap_self_distill,
+)
+
+from .conftest import small_backbone, small_model
+
+
+def train_step(model: nn.Module, size: tuple[int, int] = (48, 64)) -> None:
+    x, y = torch.randn(4, 3, *size), torch.arange(4)
+    output = model.train()(x)
+    (nn.functional.cross_entropy(output, y) if isinstance(output, torch.Tensor) else SelfDistillLoss()(output, y)
+     ).backward()
+
+
+def saved_size(model: SelfDistillModel, folder) -> list[int]:
+    model.save_pretrained(folder)
+    kind = TruncatedModel if isinstance(model, TruncatedModel) else SelfDistillModel
+    assert kind.from_pretrained(folder).input_size == model.input_size
+    return json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"]
+
+
+def test_the_size_of_the_last_training_batch_is_saved(tmp_path):
+    model = small_model()
+    assert saved_size(model, tmp_path / "untrained") == [3, 160, 160]
+    train_step(model)
+    model.eval()(torch.randn(1, 3, 96, 96))  # measuring is not training
+    assert saved_size(model, tmp_path / "trained") == [3, 48, 64]
+    assert saved_size(model.truncate(0), tmp_path / "truncated") == [3, 48, 64]
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda model: torch.compile(model, backend="eager"), lambda model: nn.DataParallel(model) and model, copy.copy,
+    lambda model: SelfDistillTask(model).trainable_module])
+def test_whatever_wraps_the_model(wrap, tmp_path):
+    model = small_model()
+    train_step(wrap(model))
+    assert saved_size(model, tmp_path) == [3, 48, 64]
+
+
+@pytest.mark.parametrize("average", [
+    lambda model: ModelEmaV3(model).module, lambda model: AveragedModel(model).module, copy.deepcopy,
+    lambda model: SelfDistillTask(model).setup_ema().module])
+def test_a_moving_average_has_the_size_of_its_original(average, tmp_path):
+    model = small_model()
+    averaged = average(model)
+    train_step(model)
+    assert saved_size(averaged.eval(), tmp_path) == [3, 48, 64]
+    train_step(averaged, (32, 32))
+    assert (averaged.input_size, model.input_size) == ((3, 32, 32), (3, 48, 64))
+
+
+def test_pickling_keeps_the_size():
+    model = small_model()
+    average = copy.deepcopy(model)
+    train_step(model)
+    assert pickle.loads(pickle.dumps(average)).input_size == (3, 48, 64)
+
+
+@pytest.mark.parametrize("choose", [
+    lambda model: model.set_input_size(img_size=96), lambda model: model_data_config(model, 96),
+    lambda model: model_data_config(model, 96, 3)])
+def test_another_size_is_chosen_after_training(choose, tmp_path):
+    model = small_model()
+    train_step(model)
+    choose(model)
+    assert saved_size(model, tmp_path) == [3, 96, 96]
+
+
+def test_a_truncated_model_that_is_trained_on(tmp_path):
+    network = small_model().truncate(1)
+    train_step(network, (32, 32))
+    assert saved_size(network, tmp_path) == [3, 32, 32]
+
+
+def test_a_network_of_one_size_only(tmp_path):
+    model = wrap_self_distill(small_backbone("test_vit", img_size=64))
+    train_step(model, (64, 64))
+    assert saved_size(model, tmp_path) == [3, 64, 64]
