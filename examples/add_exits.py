@@ -16,9 +16,7 @@ from timm_selfdistill import (
     wrap_self_distill,
 )
 from timm_selfdistill.cli import Parser, run
-from timm_selfdistill.cost import default_input_size
-from timm_selfdistill.training.preprocessing import own_class_names
-from timm_selfdistill.training.report import print_exits, summary_title
+from timm_selfdistill.training import own_class_names, print_exits, summary_title
 
 
 def main() -> int:
@@ -35,7 +33,7 @@ def main() -> int:
     images = load_images(args.images, unlabelled=True)
     print(*images.lines(), sep="\n")
     images = images.fitting_labels(backbone.num_classes, own_class_names(backbone))
-    data_config = model_data_config(backbone, args.img_size, default_input_size(backbone)[0])
+    data_config = model_data_config(backbone, args.img_size)
     task = SelfDistillTask(wrap_self_distill(backbone, freeze_backbone=True), SelfDistillLoss.paper(alpha=1.0))
     config = TrainConfig(output=args.output, epochs=args.epochs, batch_size=args.batch_size, opt="adamw", lr=1e-3,
                          unlabelled=True, cache_features=True, settings={"model": args.model, "pretrained": True})

@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from timm_selfdistill import SelfDistillModel, load_pretrained
 from timm_selfdistill.cli import Parser, parse_exit, read_record, run
-from timm_selfdistill.training.images import open_image
+from timm_selfdistill.training import open_image
 
 
 def main() -> int:

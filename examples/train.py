@@ -34,9 +34,9 @@ from timm_selfdistill.cli import (
     upload_lines,
 )
 from timm_selfdistill.cost import default_input_size
+from timm_selfdistill.training import own_class_names, print_exits, summary_title
 from timm_selfdistill.training.data.class_order import fit_classes
-from timm_selfdistill.training.preprocessing import create_backbone, own_class_names
-from timm_selfdistill.training.report import print_exits, summary_title
+from timm_selfdistill.training.preprocessing import create_backbone
 from timm_selfdistill.training.trained_exits import find_saved_weights
 
 

@@ -1,12 +1,15 @@
 """Data, the training loop, and what it leaves behind."""
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .config import TrainConfig
-from .preprocessing import model_data_config
+from .preprocessing import model_data_config, own_class_names
 from .trainer import Trainer, TrainResult
 
 if TYPE_CHECKING:
     from .data import ImageDataset, ImageSplits, load_images
+    from .images import open_image
+    from .report import print_exits, summary_title
 
 __all__ = [
     "ImageDataset",
@@ -16,16 +19,21 @@ __all__ = [
     "Trainer",
     "load_images",
     "model_data_config",
+    "open_image",
+    "own_class_names",
+    "print_exits",
+    "summary_title",
 ]
+
+IMPORTED_LATER = {"ImageDataset": ".data", "ImageSplits": ".data", "load_images": ".data", "open_image": ".images",
+                  "print_exits": ".report", "summary_title": ".report"}
+"""With the first of these names comes `datasets`, which takes half a second, or rich's tables."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import `datasets`, which takes half a second, with the first of the names that need it."""
-    if name not in ("ImageDataset", "ImageSplits", "load_images"):
+    if name not in IMPORTED_LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import data
-
-    return getattr(data, name)
+    return getattr(importlib.import_module(IMPORTED_LATER[name], __name__), name)
 
 
 def __dir__() -> list[str]:
