@@ -46,7 +46,7 @@ def test_without_a_flag_it_reaches_80_percent_on_real_images(tmp_path):
 def test_a_run_prints_its_table_and_what_comes_next(few_images, tmp_path):
     done = run_python(*fast(few_images, tmp_path / "run", "--epochs", 1), fresh=True)
     assert done.stderr == ""  # importing and reading the images says nothing
-    for part in ("test_resnet after 1 epochs", "exit", "top-1 %", "MACs", "share", "speed-up", "ensemble",
+    for part in ("test_resnet: epoch 1, the best of 1", "exit", "top-1 %", "MACs", "share", "speed-up", "ensemble",
                  f"SelfDistillModel.from_pretrained('{tmp_path}/run/best')",
                  f"--output {tmp_path}/run ", f"--baseline --output {tmp_path}/run-baseline"):
         assert part in done.stdout
@@ -81,14 +81,14 @@ def test_many_flags_at_once(few_images, tmp_path):
 
 def test_accelerate_launch(few_images, tmp_path):
     done = run_python(*fast(few_images, tmp_path / "run", "--epochs", 1), launcher=("-m", "accelerate.commands.launch"))
-    assert "after 1 epochs" in done.stdout
+    assert "epoch 1, the best of 1" in done.stdout
 
 
 def test_two_processes_train_one_model(few_images, tmp_path):
     flags = fast(few_images, tmp_path / "two", "--amp", "--amp-dtype", "bfloat16", "--grad-accum-steps", 2, "-b", 16)
     done = run_python(*flags, launcher=TWO_PROCESSES)
     assert len(re.findall(r"^epoch 1/2 ", done.stdout, re.MULTILINE)) == 1
-    assert done.stdout.count("after 2 epochs") == 1
+    assert done.stdout.count(", the best of 2") == 1
     states = [torch.load(path, weights_only=True) for path in (tmp_path / "two" / "checkpoints").glob("*/run.pt")]
     assert [len(state["random"]) for state in states] == [2, 2]  # epochs, and processes
     metrics = last_metrics(tmp_path / "two")

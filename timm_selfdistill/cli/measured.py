@@ -96,8 +96,15 @@ def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSpli
     if choice.fraction is None:
         return load_split(choice.source, choice.split, **columns)
     share, seed = choice.fraction
-    return load_images(choice.source, train_split=args.train_split or record.train_split, val_fraction=share, seed=seed,
-                       **columns)
+    classes = record.settings.get("num_classes") if choice.owns else None
+    images = load_images(
+        choice.source, train_split=args.train_split or record.train_split, val_fraction=share, seed=seed,
+        num_classes=classes if isinstance(classes, int) else None,
+        unlabelled=choice.owns is True and record.settings.get("unlabelled") is True, **columns)
+    if images.label_column is None:
+        raise ValueError(f"the images in {choice.source} have no labels to measure accuracy by; give others with"
+                         " --data-dir FOLDER")
+    return images
 
 
 def trained_on(choice: Choice, record: Record) -> list[str]:

@@ -84,6 +84,11 @@ class SavedModels:
                         shutil.copyfile(path, fresh / path.name)  # not its mode, which may be read-only
         return best.exists() and _epoch_of(best) <= epoch
 
+    @property
+    def best_epoch(self) -> int:
+        """Of the best model, from 1; 0 where it does not tell."""
+        return _epoch_of(self.output / "best")
+
     def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:
         """Save a model under its name, without its picture; the first time, without metrics, after seeing that it can
         be loaded again.

@@ -203,7 +203,9 @@ class Trainer:
             self.checkpoints.set_newer_aside(checkpoint)
             try:
                 write_config(self.config, self.output)
-                if not self.saved.take_over(checkpoint.parent.parent, self.state.epoch):
+                if self.saved.take_over(checkpoint.parent.parent, self.state.epoch):
+                    self.state.best_epoch = self.saved.best_epoch or self.state.best_epoch
+                else:
                     self.state.best_top1, self.state.best_epoch = -1.0, 0
             except OSError as error:
                 warn_unwritten(self.output, error)

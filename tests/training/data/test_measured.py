@@ -140,3 +140,16 @@ def test_every_command_has_the_runs_images(run, command):
         assert out.startswith("0.2 of train: 8 images"), name
     assert command("tradeoff", run, "--output", "out")[1].startswith("0.2 of train: 8 images")
     assert "300 images, got 8" in command("calibrate", run, "--max-macs", 1e6)[2]
+
+
+def test_a_run_without_labels(photos, command):
+    make(photos, "{cat,dog}/{1..20}.jpg")
+    make(Path("labelled"), "{cat,dog}/{1..3}.jpg")
+    train("--method", "plain")
+    frozen = ("--model", f"local-dir:{Path('run/best').resolve()}", "--pretrained", "--freeze-backbone", "--unlabelled",
+              "--no-aug", "--output", Path("exits").resolve())
+    train(*frozen)
+    code, _, err = command("evaluate", "exits")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "have no labels to measure accuracy by; give others with --data-dir" in err
+    assert command("evaluate", "exits", "--data", "labelled")[0] == 0
