@@ -308,8 +308,8 @@ def test_the_schedule_follows_the_epochs_when_batches_change_between_them(few, t
         result, _ = fit(tmp_path / "b", few, epochs=4, batch_size=50, sched="cosine", warmup_epochs=0,
                         resume=str(checkpoint))
     rates = [row["lr"] for row in result.history]
-    assert rates[1] == pytest.approx(0.01)  # half of the cosine, whatever the batches
-    assert 0 < rates[2] < rates[1]
+    assert rates[2] == pytest.approx(0.01)  # half of the cosine, whatever the batches
+    assert 0 < rates[3] < rates[2] < rates[1]
 
 
 def test_torchrun_restarts_only_its_own_run(few, tmp_path, monkeypatch):
