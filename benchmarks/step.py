@@ -19,7 +19,7 @@ from timing import interleaved, median_ratio
 from timm.task import ClassificationTask
 from torch import nn
 
-from timm_selfdistill import SelfDistillTask, wrap_self_distill
+from timm_selfdistill import SelfDistillLoss, SelfDistillTask, wrap_self_distill
 from timm_selfdistill.cost import count_cost
 from timm_selfdistill.heads import HEADS
 
@@ -53,7 +53,7 @@ def main() -> None:
         backbone = timm.create_model(network, num_classes=100).to(args.device)
         plain_task = ClassificationTask(copy.deepcopy(backbone), nn.CrossEntropyLoss(), verbose=False)
         model = wrap_self_distill(backbone, head=args.head)
-        steps = [make_steps(task, size, args) for task in (plain_task, SelfDistillTask(model))]
+        steps = [make_steps(task, size, args) for task in (plain_task, SelfDistillTask(model, SelfDistillLoss.paper()))]
         times = interleaved(steps, args.rounds, args.seconds)
         plain, ours = (median(record) / (STEPS_ON_GPU if args.device == "cuda" else 1) for record in times)
         macs = [count_cost(model.backbone, (3, size, size)).macs,

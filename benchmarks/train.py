@@ -33,7 +33,15 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, load_images, model_data_config, wrap_self_distill
+from timm_selfdistill import (
+    SelfDistillLoss,
+    SelfDistillTask,
+    TrainConfig,
+    Trainer,
+    load_images,
+    model_data_config,
+    wrap_self_distill,
+)
 from timm_selfdistill.cost import count_cost
 
 IMAGES = Path(__file__).parents[1] / "examples/data"
@@ -86,7 +94,8 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "timm": lambda: bare_loop(ClassificationTask(create(name, args), nn.CrossEntropyLoss(), verbose=False), args),
         "plain": lambda: with_trainer(
             ClassificationTask(create(name, args), nn.CrossEntropyLoss(), verbose=False), args),
-        "ours": lambda: with_trainer(SelfDistillTask(wrap_self_distill(create(name, args))), args),
+        "ours": lambda: with_trainer(
+            SelfDistillTask(wrap_self_distill(create(name, args)), SelfDistillLoss.paper()), args),
         "authors": lambda: bare_loop(AuthorsTask(name, CLASSES), args),
     }
     times: dict[str, list[float]] = {key: [] for key in contenders}
