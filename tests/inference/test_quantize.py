@@ -33,7 +33,7 @@ def model(data):
     torch.manual_seed(0)
     model = small_model(in_chans=1).train()
     criterion, optimizer = SelfDistillLoss(), torch.optim.AdamW(model.parameters(), 3e-3)
-    for rows in torch.cat([torch.randperm(400) for _ in range(4)]).split(50):
+    for rows in torch.cat([torch.randperm(400) for _ in range(8)]).split(50):
         optimizer.zero_grad()
         criterion(model(data[0][rows]), data[1][rows]).backward()
         optimizer.step()

@@ -1,4 +1,5 @@
 """A run that is killed at any moment and resumed ends as if nothing had happened, to the last bit."""
+import hashlib
 import random
 import signal
 import subprocess
@@ -83,7 +84,9 @@ def test_an_undisturbed_run_sees_every_image_once_an_epoch(undisturbed):
     assert sorted(updates) == list(range(1, UPDATES + 1))
     everything = [image for hashes in updates.values() for image in hashes]
     assert len(everything) == EPOCHS * (IMAGES // GLOBAL_BATCH) * GLOBAL_BATCH
-    assert len(set(everything)) == len(everything)  # augmented anew in every epoch
+    black = hashlib.sha256(torch.full((1, 32, 32), -1.0).numpy().tobytes()).hexdigest()  # by augmentation
+    drawn = [image for image in everything if image != black]
+    assert len(set(drawn)) == len(drawn) > 0.98 * len(everything)  # augmented anew in every epoch
 
 
 def test_the_number_of_loading_processes_changes_nothing(undisturbed, tmp_path):

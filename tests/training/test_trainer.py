@@ -276,7 +276,7 @@ def test_what_is_no_task_is_refused(fashion_tensors, tmp_path):
 
 def test_labels_out_of_range_are_refused(tmp_path):
     data = TensorDataset(torch.randn(8, 1, 32, 32), torch.tensor([0, 1, 2, 10] * 2))
-    with pytest.raises(ValueError, match=r"class indices .*0\.\.9, got 10"):
+    with pytest.raises(ValueError, match="class indices .* 0 to 9, .* class index 10"):
         fit(tmp_path, (data, data), batch_size=8)
 
 
@@ -317,7 +317,7 @@ def test_nothing_to_resume(fashion_tensors, tmp_path):
 
 @pytest.mark.parametrize(("change", "first"), [
     ({"exits": [1]}, "trainable_module.heads.1.bottleneck.0.bn.bias"),
-    ({"num_classes": 7}, "trainable_module.backbone.fc.bias"),
+    ({"num_classes": 12}, "trainable_module.backbone.fc.bias"),
 ])
 def test_a_checkpoint_of_another_model_is_refused(change, first, fashion_tensors, tmp_path):
     data = tuple(Subset(part, range(100)) for part in fashion_tensors)
