@@ -10,7 +10,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_selfdistill import SelfDistillModel, load_pretrained
-from timm_selfdistill.cli import Parser, parse_exit, read_record, run
+from timm_selfdistill.cli import Parser, parse_exit, read_record, run, saved_model
 from timm_selfdistill.training import open_image
 
 
@@ -27,6 +27,7 @@ def main() -> int:
     if args.topk < 1:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
 
+    args.model = saved_model(args.model)
     if args.model.startswith(("local-dir:", "hf-hub:")):
         model = backbone = timm.create_model(args.model, pretrained=True).eval()
     else:

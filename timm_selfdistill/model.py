@@ -155,8 +155,6 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             x: images (B, in_chans, H, W), or what `forward_backbone` gave for them.
         """
         if self.training:
-            if not isinstance(x, BackboneOutput):
-                self._trained_size.own = tuple(x.shape[2:])
             return self.forward_exits(x)
         return x.logits if isinstance(x, BackboneOutput) else self._run(x, self.backbone)
 
@@ -174,6 +172,8 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
     def forward_backbone(self, x: Tensor) -> BackboneOutput:
         """What the backbone gives the shallow classifiers for images (B, in_chans, H, W); a frozen one always the
         same."""
+        if self.training and not isinstance(x, Proxy):
+            self._trained_size.own = tuple(x.shape[2:])
         indices = [stage.index for stage in [*self.stages, self._last_stage]]
         learning = torch.is_grad_enabled() and not self.freeze_backbone
         with torch.set_grad_enabled(learning and not self._waiting):
@@ -313,7 +313,9 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         self.model_args.update({name: changed[name] for name in self.model_args.keys() & changed.keys()})
 
     def strip(self) -> nn.Module:
-        """The plain timm model, for good: the shallow classifiers are not needed at inference."""
+        """The plain timm model, for good: the shallow classifiers are not needed at inference. Its `pretrained_cfg` has
+        the model's `input_size`."""
+        self.pretrained_cfg["input_size"] = self.input_size
         return self.backbone
 
     def truncate(self, exit: int | str) -> "TruncatedModel":

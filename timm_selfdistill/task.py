@@ -76,7 +76,7 @@ class SelfDistillTask(ClassificationTask):
         network = {
             "architecture": known.get("architecture"), "num_classes": model.num_classes,
             "label_names": known.get("label_names"), "model_args": model.model_args,
-            "pretrained_cfg": resolve_model_data_config(model.backbone),
+            "pretrained_cfg": resolve_model_data_config(model.backbone) | {"input_size": model.input_size},
             "self_distill": {key: value for key, value in model.settings().items() if key != "early_exit"}}
         return state | {"self_distill": json.loads(json.dumps(network, default=str))}
 

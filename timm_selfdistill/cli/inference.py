@@ -6,7 +6,6 @@ from typing import Any
 import timm
 import torch
 from rich.console import Console
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from .. import hub
@@ -24,7 +23,7 @@ from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
 from ..training.summary import exit_costs, merge_rows, model_name, with_speedups
 from .export_timm import export_timm
-from .opening import add_measuring_flags, add_model_flags, load_model, open_data, read_data, saved_model
+from .opening import add_measuring_flags, add_model_flags, load_any_model, load_model, open_data, read_data, saved_model
 from .program import parse_exit
 from .record import read_record
 
@@ -65,10 +64,11 @@ def add_parsers(commands: Any) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    model, loader = _open(args)
+    record, model = read_record(args.model, args.revision), load_any_model(args.model, args.revision).to(args.device)
+    loader = open_data(model, record, read_data(args, record), args)
     rows = _evaluate(model, loader)
     rows = with_speedups(model, rows, _input_size(loader))
-    if model.early_exit:
+    if isinstance(model, SelfDistillModel) and model.early_exit:
         rows.append(_evaluate_early_exit(EarlyExit(model), loader))
     print_exits(Console(soft_wrap=True), f"{model_name(model)} on {len(loader.kept)} images", rows)
     _say_unreadable(loader)
@@ -115,7 +115,7 @@ def tradeoff(args: argparse.Namespace) -> int:
     name = model_name(model)
     hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline)
     chosen = choose_images(output, columns=10)
-    pictures = {position: _as_picture(model, loader.data[loader.kept[position]][0])
+    pictures = {position: _as_picture(loader.data.data_config, loader.data[loader.kept[position]][0])
               for row in chosen.values() for position in row}
     names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     plot_gallery(args.output / "gallery.png", pictures, chosen, output, labels, names)
@@ -184,8 +184,7 @@ def _evaluate_early_exit(early_exit: EarlyExit, loader: MeasuredImages) -> dict[
             "speedup": speedup}
 
 
-def _as_picture(model: SelfDistillModel, image: torch.Tensor) -> torch.Tensor:
+def _as_picture(config: dict[str, Any], image: torch.Tensor) -> torch.Tensor:
     """From 0 to 1, as it was before it was normalised."""
-    config = resolve_model_data_config(model.backbone)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     return (image * std + mean).clamp(0, 1)

@@ -9,8 +9,6 @@ from ..training.data.layout import split_kind
 from ..training.data.load import load_split
 from .record import Record, as_range
 
-MOVED = "has as many images as the run, and is taken for its images"
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -51,11 +49,12 @@ def find_images(
     if undivided and record.fraction and record.images and len(images.val_rows) == sum(record.images):
         choice = replace(choice, owns=True, fraction=record.fraction)
         images = _load(choice, args, record)
-        notes.append(f"{choice.source} {MOVED}: measured are the {record.dataset['split']} that it left out")
-    notes += trained_on(choice, record)
+        notes.append(f"{choice.source} seems to hold the {sum(record.images)} images of the run; measured are those"
+                     " that the run left out of training")
+    notes += trained_on(choice, record, images.source["split"])
     for other in others:
         owns = other.source is not None and _is_same(choice.source, other.source)
-        notes += trained_on(replace(choice, owns=owns), other)
+        notes += trained_on(replace(choice, owns=owns), other, images.source["split"])
     if choice.owns:
         notes += _check_counts(choice, images, record)
     return images, [*notes, images.lines()[-1]]
@@ -68,8 +67,8 @@ def _choose(args: argparse.Namespace, record: Record) -> Choice:
         raise FileNotFoundError(
             f"{record.model} does not tell the images of its run; give --data-dir FOLDER or --dataset NAME")
     if given is None and record.text("data_dir") == source and not record.text("dataset") and not Path(source).exists():
-        raise FileNotFoundError(f"the images that {record.model} was trained on are not in {source} any more; give"
-                                " --data-dir FOLDER")
+        raise FileNotFoundError(f"there is no {source}, where the run of {record.model} had its images; give --data-dir"
+                                " FOLDER")
     owns = None if record.source is None else _is_same(source, record.source)
     if args.val_split is not None:
         return Choice(source, owns, args.val_split, None)
@@ -89,7 +88,7 @@ def _by_hand(args: argparse.Namespace, share: float, seed: int) -> tuple[float, 
 
 def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSplits:
     columns = {
-        "name": args.dataset_config or (record.text("dataset_config") if choice.owns else None),
+        "name": args.dataset_config or (record.dataset_config if choice.owns else None),
         "image_column": args.input_key or (record.text("input_key") if choice.owns else None),
         "label_column": args.target_key or (record.text("target_key") if choice.owns else None),
         "value_range": as_range(args.value_range) or record.value_range}
@@ -107,25 +106,28 @@ def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSpli
     return images
 
 
-def trained_on(choice: Choice, record: Record) -> list[str]:
-    """A line where a run has trained on some of the images."""
-    if not choice.owns:
+def trained_on(choice: Choice, record: Record, measured: str) -> list[str]:
+    """A line where a run has trained on some of the images, or may have.
+
+    Args:
+        measured: the split that is measured, "train" for what has none.
+    """
+    of_train = choice.fraction is not None or split_kind(measured) == "train" or measured == record.train_split
+    if not of_train or (choice.owns and choice.fraction is not None and choice.fraction == record.fraction):
         return []
-    held_out = f"it measured the {record.dataset.get('split', 'validation split')}"
+    if not choice.owns:
+        named = f" in {record.source}" if record.source else ""
+        count = f"{record.images[0]} images{named}" if record.images else f"images{named or ' that it does not name'}"
+        return [f"warning: {record.model} may have been trained on these images; its run was trained on {count}"]
+    held_out = f"the run measured the {record.dataset.get('split', 'validation split')}"
     if record.fraction:
         held_out += f", drawn by seed {record.fraction[1]}"
-    if choice.fraction is not None and choice.fraction != record.fraction:
-        share, seed = choice.fraction
-        how_many = f"about {1 - record.fraction[0]:.0%}" if record.fraction else "all"
-        return [f"warning: {record.model} was trained on {how_many} of these images: --val-fraction {share:g} --seed"
-                f" {seed} draws others than its run; {held_out}"]
-    is_train = choice.split is not None and (
-        choice.split == record.train_split or split_kind(choice.split) == split_kind(record.train_split) is not None)
-    if is_train:
-        how_many = f"{1 - record.fraction[0]:.0%}" if record.fraction else "all"
-        return [f"warning: {record.model} was trained on {how_many} of these images: --val-split {choice.split} is its"
-                f" training split; {held_out}"]
-    return []
+    share = f"{1 - record.fraction[0]:.0%}" if record.fraction else "all"
+    if choice.fraction is None:
+        return [f"warning: {record.model} was trained on {share} of these images, since {measured} is its training"
+                f" split; {held_out}"]
+    return [f"warning: {record.model} was trained on about {share} of these images, drawn by --val-fraction"
+            f" {choice.fraction[0]:g} --seed {choice.fraction[1]}; {held_out}"]
 
 
 def _check_counts(choice: Choice, images: ImageSplits, record: Record) -> list[str]:
@@ -140,9 +142,9 @@ def _check_counts(choice: Choice, images: ImageSplits, record: Record) -> list[s
         count = len(images.train_rows) + len(images.val_rows)
         if count != sum(record.images):
             raise ValueError(
-                f"{choice.source} has {count} images, and had {sum(record.images)} when {record.model} was trained:"
-                " which ones were trained on can no longer be told; give other images with --data-dir, or measure them"
-                f" all, trained on or not, with --val-split {record.train_split}")
+                f"{choice.source} has {count} images, and had {sum(record.images)} when {record.model} was trained, so"
+                " the part that the run left out cannot be drawn again; give other images with --data-dir, or measure"
+                f" all of these with --val-split {record.train_split}")
     elif choice.split == record.val_split and len(images.val_rows) != record.images[1]:
         return [f"warning: the split {choice.split} has {len(images.val_rows)} images, and had {record.images[1]} when"
                 f" {record.model} was trained"]

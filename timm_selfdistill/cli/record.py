@@ -50,7 +50,13 @@ class Record:
 
     @property
     def train_split(self) -> str:
-        return self.text("train_split") or "train"
+        drawn_from = str(self.dataset.get("split")).partition(" of ")[2]
+        return self.text("train_split") or drawn_from or "train"
+
+    @property
+    def dataset_config(self) -> str | None:
+        """The configuration of a data set on the Hub."""
+        return self.text("dataset_config") or self.dataset.get("config")
 
     @property
     def val_split(self) -> str | None:
@@ -87,7 +93,7 @@ def read_record(model: str, revision: str | None = None) -> Record:
 def _run_settings(model: Path) -> dict[str, Any] | None:
     """config.yaml of the run whose best/ or last/ this is."""
     path = model.resolve().parent / CONFIG_FILE
-    if not path.is_file():
+    if model.resolve().name not in ("best", "last") or not path.is_file():
         return None
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """Flags of a training run: timm's names, and YAML files of them."""
 import argparse
+import os
 import sys
 import warnings
 from dataclasses import fields
@@ -140,6 +141,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
     # The values that --paper stands for are recorded, not the flag.
     settings = {key: value for key, value in values.items() if key not in {*names, "config", "paper"}}
+    if values["data_dir"]:  # later commands may be given in another folder
+        settings["data_dir"] = os.path.abspath(values["data_dir"])
     return TrainConfig(**{name: values[name] for name in names}, settings=settings)
 
 

@@ -67,6 +67,7 @@ def save_timm_model(
         ValueError: the model is not rebuilt, or it is beyond the limits of `trust.py`.
         FileExistsError: `folder` is a file.
     """
+    earlier = _is_saved_here(Path(folder))
     with replacing_files(Path(folder)) as fresh:
         check_metrics(metrics)
         whole = whole or backbone
@@ -84,8 +85,18 @@ def save_timm_model(
         _save_card(fresh, Path(folder), rows or [], metrics, card_data, drawn)
         for path in fresh.iterdir():
             shutil.copymode(fresh / CONFIG, path)  # safetensors' files are for their owner alone
-    if not drawn:
-        (Path(folder) / PICTURE).unlink(missing_ok=True)  # it shows the model that was here before
+    for name, written in ((PICTURE, drawn), (HEADS, heads is not None)):
+        if earlier and not written:
+            (Path(folder) / name).unlink(missing_ok=True)  # it is of the model that was here before
+
+
+def _is_saved_here(folder: Path) -> bool:
+    """Whether a folder holds a model that this package saved, and not only files of the user's."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return False
+    config = read_json(path)
+    return isinstance(config, dict) and ("self_distill" in config or "metrics" in config)
 
 
 def check_metrics(metrics: Any) -> None:

@@ -57,6 +57,7 @@ def check_targets(y: Any, num_classes: int, mixes: bool = False) -> Tensor:
     """
     if not _are_soft(y, num_classes, "training"):
         return _check_range(y, num_classes, "training")
+    y = y if y.is_floating_point() else y.float()
     if mixes:
         raise ValueError("mixup, cutmix and smoothing make soft labels of class indices, and the training images have"
                          " soft labels already; leave them out, or give class indices")

@@ -200,4 +200,5 @@ def _tells_path(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_tells_path, value))
     value = str(value)
-    return value.startswith(("/", "~", ".", "local-dir:")) or "\\" in value or ("/" in value and Path(value).exists())
+    named = value in (".", "..") or value.startswith(("/", "~", "./", "../", "local-dir:"))
+    return named or "\\" in value or ("/" in value and Path(value).exists())

@@ -1,4 +1,5 @@
 """Commands on a saved model measure the images that its run measured."""
+import re
 import shutil
 from pathlib import Path
 
@@ -37,16 +38,16 @@ def test_the_runs_own_images(data, run, command):
     assert (code, err) == (0, "")
     assert top1(out) == recorded()
     first = out.splitlines()[0]
-    assert first.startswith("moved has as many images as the run" if "moved" in data else "0.2 of train: 8 images")
+    assert first.startswith("moved seems to hold the 40 images" if "moved" in data else "0.2 of train: 8 images")
     assert command("evaluate", "run/last", *data)[0] == 0
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--seed", 4], "about 80% of these images: --val-fraction 0.2 --seed 4 draws others than its run; it measured the"
-                    " 0.2 of train, drawn by seed 3"),
-    (["--val-fraction", 0.5], "about 80% of these images: --val-fraction 0.5 --seed 3 draws"),
-    (["--val-split", "train"], "80% of these images: --val-split train is its training split"),
-    (["--data", "photos", "--split", "train"], "80% of these images: --val-split train is its training split"),
+    (["--seed", 4], "about 80% of these images, drawn by --val-fraction 0.2 --seed 4; the run measured the 0.2 of"
+                    " train, drawn by seed 3"),
+    (["--val-fraction", 0.5], "about 80% of these images, drawn by --val-fraction 0.5 --seed 3;"),
+    (["--val-split", "train"], "80% of these images, since train is its training split;"),
+    (["--data", "photos", "--split", "train"], "80% of these images, since train is its training split;"),
 ])
 def test_images_that_were_trained_on_are_named_first(flags, said, run, command):
     code, out, _ = command("evaluate", run, *flags)
@@ -58,7 +59,9 @@ def test_images_of_others_are_all_measured(run, command):
     make(Path("others"), "{cat,dog}/{1..6}.jpg")
     code, out, _ = command("evaluate", run, "--data", "others")
     assert code == 0
-    assert out.splitlines()[0].startswith("train: 12 images of 2 classes in ")
+    first, second = out.splitlines()[:2]
+    assert first.startswith("warning: run/best may have been trained on these images; its run was trained on 32 images")
+    assert second.startswith("train: 12 images of 2 classes in ")
     make(Path("divided"), "train/{cat,dog}/{1..6}.jpg test/{cat,dog}/1.jpg")
     assert command("evaluate", run, "--data", "divided")[1].startswith("test: 2 images")
     make(Path("alone"), "test/{cat,dog}/{1..2}.jpg")
@@ -76,7 +79,51 @@ def test_images_that_have_changed_since(run, command):
     shutil.rmtree("photos")
     code, _, err = command("evaluate", run)
     assert (code, err.count("\n")) == (2, 1)
-    assert "photos any more; give --data-dir FOLDER" in err
+    assert re.search("there is no .*photos, where the run of run/best had its images; give --data-dir", err)
+
+
+@pytest.mark.parametrize("flags", [[], ["--val-split", "train"], ["--seed", 5], ["--val-fraction", 0.5]])
+def test_a_copy_that_has_changed_may_have_been_trained_on(flags, run, command):
+    shutil.copytree("photos", "copy")
+    shutil.copytree("run/best", "elsewhere/model")
+    make(Path("copy"), "cat/21.jpg")
+    for model in (run, "elsewhere/model"):
+        code, out, _ = command("evaluate", model, "--data", "copy", *flags)
+        assert code == 0
+        assert "may have been trained on these images" in out.splitlines()[0]
+
+
+def test_a_file_of_the_users_is_no_record(run, command):
+    shutil.copytree("run/best", "mine/model")
+    Path("mine/config.yaml").write_text("[my, own]")
+    code, out, _ = command("evaluate", "mine/model", "--data", "photos")
+    assert code == 0
+    assert top1(out) == recorded()
+
+
+def test_from_another_folder(run, command, monkeypatch):
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    code, out, _ = command("evaluate", "../run")
+    assert code == 0
+    assert top1(out) == recorded("../run/best")
+
+
+def test_a_plain_network(photos, command):
+    make(photos, "{cat,dog}/{1..20}.jpg")
+    train("--method", "plain")
+    code, out, _ = command("evaluate", "run")
+    assert code == 0
+    assert top1(out) == recorded()
+
+
+def test_extensions_go_along_with_a_model(photos, command):
+    make(photos, "{cat,dog}/{1..10}.jpg")
+    for path in sorted(photos.glob("*/*.jpg"))[:8]:
+        path.rename(path.with_suffix(".jpeg"))
+    make(photos, "{cat,dog}/{1..4}.png")
+    train("--input-key", ".jpg;.jpeg")
+    assert read_metrics(Path("run/best"))["settings"]["input_key"] == ".jpg;.jpeg"
 
 
 def test_a_validation_split_of_its_own(photos, command):
@@ -86,7 +133,7 @@ def test_a_validation_split_of_its_own(photos, command):
     assert out.startswith("test: 8 images")
     assert top1(out) == recorded()
     assert command("evaluate", "run", "--val-split", "validation")[1].startswith("validation: 8 images")
-    said = "warning: run/best was trained on all of these images: --val-split train is its training split"
+    said = "warning: run/best was trained on all of these images, since train is its training split"
     assert command("evaluate", "run", "--val-split", "train")[1].startswith(said)
     make(photos, "test/cat/5.jpg")
     changed = command("evaluate", "run")[1]
@@ -100,7 +147,7 @@ def test_a_run_directory_without_its_settings(run, command):
     assert "run/best does not tell the images of its run; give --data-dir FOLDER or --dataset NAME" in err
     code, out, _ = command("evaluate", run, "--data", "photos")
     assert code == 0
-    assert out.startswith("photos has as many images as the run, and is taken for its images")
+    assert out.startswith("photos seems to hold the 40 images of the run")
     assert top1(out) == recorded()
 
 
