@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_selfdistill import SelfDistillModel, wrap_self_distill
 from timm_selfdistill.heads import LinearHead
+from timm_selfdistill.hub import save_timm_model
 
 from ..conftest import small_backbone, small_model
 
@@ -167,3 +168,17 @@ def test_saving_leaves_random_numbers_and_modes_alone(tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
+
+
+def test_a_picture_of_the_users_stays(tmp_path):
+    (tmp_path / "exits.png").write_text("mine")
+    small_model().save_pretrained(tmp_path, check=False)
+    assert (tmp_path / "exits.png").read_text() == "mine"
+
+
+def test_a_plain_network_leaves_no_heads_of_an_earlier_model(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path, check=False)
+    assert (tmp_path / "self_distill.safetensors").exists()
+    save_timm_model(model.backbone, tmp_path, metrics={"epoch": 1}, check=False)
+    assert not (tmp_path / "self_distill.safetensors").exists()

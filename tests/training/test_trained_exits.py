@@ -70,6 +70,11 @@ def test_a_saved_model_goes_on_with_its_exits(more, saved, capsys):
         assert re.fullmatch(rf"the exits at layer1, layer3 go on with the heads of {saved}.*\n", said)
 
 
+def test_weights_that_are_not_asked_for_are_named(saved):
+    with pytest.warns(UserWarning, match=f"local-dir:{saved}, exits included, are not loaded; add --pretrained"):
+        begin("--model", f"local-dir:{saved}")
+
+
 def test_what_differs_begins_anew_and_it_is_said(saved, capsys):
     model, _ = begin("--model", f"local-dir:{saved}", "--pretrained", "--exits", "layer2", "layer3")
     trained = SelfDistillModel.from_pretrained(saved)

@@ -99,6 +99,10 @@ def check_method_flags(args: argparse.Namespace) -> None:
         raise ValueError("--task-loss-weight and --distill-loss-weight are both 0, which leaves nothing to learn from")
     if args.kd_temperature == 0:
         raise ValueError("--kd-temperature must be a number > 0, got 0")
+    loads = args.pretrained or args.initial_checkpoint or args.pretrained_path
+    if args.model.startswith(("local-dir:", "hf-hub:")) and not loads:
+        warnings.warn(f"the weights of {args.model}, exits included, are not loaded; add --pretrained to start from"
+                      " them", stacklevel=2)
     if args.method == "dml" and args.initial_checkpoint:
         raise ValueError("--initial-checkpoint gives both networks of --method dml the same weights, so that neither"
                          " has anything to teach the other; leave it out")
