@@ -8,7 +8,15 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
-from timm_selfdistill import EarlyExit, SelfDistillLoss, SelfDistillModel, SelfDistillTask, TrainConfig, Trainer
+from timm_selfdistill import (
+    EarlyExit,
+    SelfDistillLoss,
+    SelfDistillModel,
+    SelfDistillTask,
+    TrainConfig,
+    Trainer,
+    TruncatedModel,
+)
 from timm_selfdistill.training.update import Updater
 
 from .conftest import run_python, small_model
@@ -68,7 +76,7 @@ def test_a_truncated_model_and_the_way_over_the_disk(tmp_path):
     fast = model.truncate(0)
     torch.testing.assert_close(fast(x), model.predict(x, 0))
     fast.save_pretrained(tmp_path)
-    torch.testing.assert_close(SelfDistillModel.from_pretrained(tmp_path).cuda()(x), fast(x))
+    torch.testing.assert_close(TruncatedModel.from_pretrained(tmp_path).cuda()(x), fast(x))
 
 
 def test_the_loss_is_finite_in_half_precision():

@@ -42,6 +42,8 @@ def test_calibrate_saves_what_evaluate_and_python_use(call, folder):
     assert config["metrics"] == {"exits": [{"exit": 0, "top1": 12.0}]}
     code, out, _ = call("evaluate", "calibrated", "--data", "data")
     assert code == 0
+    assert "thresholds for early exit were chosen on these images" in out
+    assert "chosen on these images" not in call("evaluate", "calibrated", "--data", "data", "--split", "train")[1]
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
     assert list(rows) == ["0", "1", "2", "3", "ensemble", "early"]
     assert all(re.search(r"\d\.\d\dx", row) for row in rows.values())

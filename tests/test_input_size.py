@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -91,4 +92,35 @@ def test_a_truncated_model_that_is_trained_on(tmp_path):
 def test_a_network_of_one_size_only(tmp_path):
     model = wrap_self_distill(small_backbone("test_vit", img_size=64))
     train_step(model, (64, 64))
+    assert saved_size(model, tmp_path) == [3, 64, 64]
+
+
+def load_trained(model: SelfDistillModel) -> SelfDistillModel:
+    """The same model, filled from the state dict of one that was trained at another size."""
+    trained = copy.deepcopy(model)
+    train_step(trained, (64, 64) if isinstance(model.backbone, VisionTransformer) else (48, 64))
+    model.load_state_dict(trained.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("fill", [
+    lambda model: model, lambda model: SelfDistillTask(model).trainable_module,
+    lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_size_that_nobody_told_is_warned_of(fill, tmp_path):
+    model = load_trained(small_model())
+    with pytest.warns(UserWarning, match=r"images of 160 x 160 pixels, the default .* call set_input_size\(PIXELS\)"):
+        fill(model).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tell", [
+    lambda model: model.set_input_size(48), lambda model: model_data_config(model, 48), train_step,
+    lambda model: model.load_state_dict(model.state_dict()) and model_data_config(model, 48)])
+def test_a_size_that_was_told_is_not(tell, tmp_path):
+    model = load_trained(small_model())
+    tell(model)
+    assert saved_size(model, tmp_path)[1] == 48
+
+
+def test_a_network_of_one_size_only_tells_its_size(tmp_path):
+    model = load_trained(wrap_self_distill(small_backbone("test_vit", img_size=64)))
     assert saved_size(model, tmp_path) == [3, 64, 64]

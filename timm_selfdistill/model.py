@@ -1,9 +1,11 @@
 """One verb turns a timm model into a network that teaches itself."""
+import warnings
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -61,6 +63,8 @@ class TrainedSize:
     def __init__(self, original: "TrainedSize | None" = None):
         self.own: tuple[int, int] | None = None
         self.original = original
+        self.loaded = False
+        """Whether the weights come from a state dict, which does not hold the size they were trained at."""
 
     @property
     def known(self) -> tuple[int, int] | None:
@@ -70,7 +74,11 @@ class TrainedSize:
         return TrainedSize(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"own": self.known, "original": None}
+        return {"own": self.known, "original": None, "loaded": self.loaded}
+
+
+def _note_loaded(model: "SelfDistillModel", _: Any) -> None:
+    model._trained_size.loaded = True
 
 
 class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
@@ -109,6 +117,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         self.freeze_backbone = freeze_backbone
         self.early_exit: dict[str, Any] | None = None
         self._trained_size = TrainedSize()
+        self.register_load_state_dict_post_hook(_note_loaded)
         self._waiting: list[nn.Parameter] = []
         self.backbone = model
         self.training = model.training
@@ -248,6 +257,18 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         any those that the backbone was made for. Saved with the model."""
         channels, *own_size = default_input_size(self.backbone, self.model_args)
         return channels, *(self._trained_size.known or own_size)
+
+    def warn_of_unknown_size(self) -> None:
+        """Warn where weights from a state dict would be saved with the default image size of their architecture."""
+        size, default = self._trained_size, timm.get_pretrained_cfg(self.pretrained_cfg.get("architecture", ""))
+        if not size.loaded or size.known or default is None or default.fixed_input_size:
+            return
+        if tuple(self.pretrained_cfg["input_size"][1:]) == default.input_size[1:]:
+            height, width = self.input_size[1:]
+            warnings.warn(
+                f"the model is saved for images of {height} x {width} pixels, the default of its architecture: its"
+                " weights were loaded from a state dict, which does not hold the size they were trained at; where it"
+                " was another, call set_input_size(PIXELS) before saving", stacklevel=3)
 
     def with_heads(self, heads: nn.ModuleList) -> "SelfDistillModel":
         """The same model, its backbone shared, with other heads of the same kind."""

@@ -42,7 +42,7 @@ from .opening import (
     read_data,
     saved_model,
 )
-from .record import read_record
+from .record import Record, read_record
 
 NUMBER, NONE = (int, float), type(None)
 SETTINGS = {
@@ -84,7 +84,7 @@ def flat_minima(args: argparse.Namespace) -> int:
     reports = {
         name: measure_flatness(
             model, loader, levels=args.levels, draws=args.draws, scaled=not args.unscaled, seed=args.seed)
-        for name, (model, loader) in opened.items()}
+        for name, (model, loader, _) in opened.items()}
     _print_all(reports)
     return _write(args, data, "flat_minima_unscaled" if args.unscaled else "flat_minima", _figures(reports),
                   lambda path: plot_flatness(path, reports))
@@ -92,8 +92,8 @@ def flat_minima(args: argparse.Namespace) -> int:
 
 def gradients(args: argparse.Namespace) -> int:
     opened, data = _open(args, args.models)
-    exits = next((model.exits for model, _ in opened.values() if isinstance(model, SelfDistillModel)), None)
-    tasks = {name: _task(name, model, args.revision) for name, (model, _) in opened.items()}
+    exits = next((model.exits for model, _, _ in opened.values() if isinstance(model, SelfDistillModel)), None)
+    tasks = {name: _task(name, model, record) for name, (model, _, record) in opened.items()}
 
     def measure(name: str) -> GradientReport:
         return measure_gradients(tasks[name], opened[name][1], exits=exits)
@@ -102,7 +102,7 @@ def gradients(args: argparse.Namespace) -> int:
         return {"criterion": repr(tasks[name].criterion), **report.to_dict()}
 
     if args.checkpoints:
-        checkpoints = {name: load_checkpoints(model, Path(name)) for name, (model, _) in opened.items()}
+        checkpoints = {name: load_checkpoints(model, Path(name)) for name, (model, _, _) in opened.items()}
         histories = {name: {update: measure(name) for update in updates} for name, updates in checkpoints.items()}
         return _write_history(args, data, histories, figures)
     reports = {name: measure(name) for name in opened}
@@ -113,7 +113,7 @@ def gradients(args: argparse.Namespace) -> int:
 
 def separability(args: argparse.Namespace) -> int:
     opened, data = _open(args, [args.model])
-    model, loader = opened[args.model]
+    model, loader, _ = opened[args.model]
     report = measure_separability(model, loader, classes=args.classes)
     Console(soft_wrap=True).print(report)
     names = model.backbone.pretrained_cfg.get("label_names")
@@ -123,7 +123,7 @@ def separability(args: argparse.Namespace) -> int:
 
 def agreement(args: argparse.Namespace) -> int:
     opened, data = _open(args, [args.model])
-    model, loader = opened[args.model]
+    model, loader, _ = opened[args.model]
     report = measure_agreement(model, loader)
     Console(soft_wrap=True).print(report)
     return _write(args, data, "agreement", _figures({args.model: report}), lambda path: plot_agreement(path, report))
@@ -134,15 +134,15 @@ COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": 
 
 def _open(
         args: argparse.Namespace, names: list[str],
-) -> tuple[dict[str, tuple[nn.Module, MeasuredImages]], dict[str, Any]]:
-    """Models on their device, by the names that they were given, and the images as each takes them; where these come
-    from, see `ImageSplits.source`. The folder of --output is made. What is wrong with any model is found before the
-    first is measured."""
+) -> tuple[dict[str, tuple[nn.Module, MeasuredImages, Record]], dict[str, Any]]:
+    """Models on their device, by the names that they were given, with the images as each takes them and its record; and
+    where the images come from, see `ImageSplits.source`. The folder of --output is made. What is wrong with any model
+    is found before the first is measured."""
     records = {name: read_record(saved_model(name), args.revision) for name in names}
     images, opened = read_data(args, *records.values()), {}
     for name, record in records.items():
-        model = load_any_model(saved_model(name), args.revision).to(args.device)
-        opened[name] = model, open_data(model, record, images, args)
+        model = load_any_model(record.model, record.revision).to(args.device)
+        opened[name] = model, open_data(model, record, images, args), record
     for path in (args.output, *args.output.parents):
         if path.is_file():
             raise NotADirectoryError(f"{path} is a file; give --output a folder")
@@ -150,7 +150,7 @@ def _open(
     return opened, images.source
 
 
-def _task(name: str, model: nn.Module, revision: str | None) -> TrainingTask:
+def _task(name: str, model: nn.Module, record: Record) -> TrainingTask:
     """A model with the loss that it was trained with, as far as its files tell; a plain network with cross entropy.
 
     Raises:
@@ -158,7 +158,7 @@ def _task(name: str, model: nn.Module, revision: str | None) -> TrainingTask:
     """
     if not isinstance(model, SelfDistillModel):
         return ClassificationTask(model, nn.CrossEntropyLoss(), device=next(model.parameters()).device, verbose=False)
-    folder = hub.fetch_model(saved_model(name), revision=revision, only_config=True)
+    folder = hub.fetch_model(record.model, revision=record.revision, only_config=True)
     path, metrics = folder / CONFIG, hub.read_metrics(folder)
     metrics = metrics if isinstance(metrics, dict) else {}
     settings = metrics.get("settings", {})

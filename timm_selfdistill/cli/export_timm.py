@@ -37,8 +37,9 @@ def export_timm(args: argparse.Namespace) -> int:
     elif args.network:
         raise ValueError(f"{args.model} is a saved model, which tells its network; leave --model {args.network} out")
     else:
-        model = load_any_model(args.model, args.revision)
-        metrics = hub.read_metrics(hub.fetch_model(args.model, revision=args.revision, only_config=True))
+        folder = hub.fetch_model(args.model, revision=args.revision, only_config=True)
+        model = load_any_model(args.model, hub.pin(args.model, folder, args.revision))
+        metrics = hub.read_metrics(folder)
     if isinstance(model, SelfDistillModel):
         model.save_pretrained(args.output, metrics=metrics)
     else:

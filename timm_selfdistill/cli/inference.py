@@ -64,11 +64,13 @@ def add_parsers(commands: Any) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    record, model = read_record(args.model, args.revision), load_any_model(args.model, args.revision).to(args.device)
+    record = read_record(args.model, args.revision)
+    model = load_any_model(args.model, record.revision).to(args.device)
     loader = open_data(model, record, read_data(args, record), args)
     rows = _evaluate(model, loader)
     rows = with_speedups(model, rows, _input_size(loader))
     if isinstance(model, SelfDistillModel) and model.early_exit:
+        _say_calibrated(model, loader)
         rows.append(_evaluate_early_exit(EarlyExit(model), loader))
     print_exits(Console(soft_wrap=True), f"{model_name(model)} on {len(loader.kept)} images", rows)
     _say_unreadable(loader)
@@ -79,7 +81,9 @@ def calibrate(args: argparse.Namespace) -> int:
     output = args.output or Path(args.model)
     if args.output is None and not output.is_dir():
         raise ValueError(f"{args.model} is no folder here: say with --output where to save the calibrated model")
-    model, loader = _open(args)
+    record = read_record(args.model, args.revision)
+    model = load_model(record).to(args.device)
+    loader = open_data(model, record, read_data(args, record), args)
     budget = {name: getattr(args, name) for name in BUDGETS}
     report = EarlyExit(model, policy=args.policy).calibrate(loader, **budget, seed=args.seed)
     Console(soft_wrap=True).print(report)
@@ -87,15 +91,16 @@ def calibrate(args: argparse.Namespace) -> int:
     if not report.met:
         print("nothing is saved: ask for less, or give more images")
         return BUDGET_NOT_MET
-    folder = hub.fetch_model(args.model, revision=args.revision, only_config=True)
+    model.early_exit["dataset"] = _measured(loader)
+    folder = hub.fetch_model(args.model, revision=record.revision, only_config=True)
     model.save_pretrained(output, metrics=hub.read_metrics(folder), check=False)
     print(f"saved in {output}; use it with EarlyExit(SelfDistillModel.from_pretrained({str(output)!r}))")
     return 0
 
 
 def tradeoff(args: argparse.Namespace) -> int:
-    model = load_model(args).to(args.device)
     records = [read_record(args.model, args.revision)]
+    model = load_model(records[0]).to(args.device)
     if args.baseline:
         if not Path(args.baseline).is_dir():
             raise FileNotFoundError(f"--baseline {args.baseline} is no folder of a saved model")
@@ -108,7 +113,10 @@ def tradeoff(args: argparse.Namespace) -> int:
     if args.baseline:
         plain = timm.create_model(f"local-dir:{saved_model(args.baseline)}", pretrained=True).eval().to(args.device)
         baseline = _evaluate(plain, open_data(plain, records[1], images, args))[0]
-    calibrated = _evaluate_early_exit(early_exit, loader) if early_exit.thresholds else None
+    calibrated = None
+    if early_exit.thresholds:
+        _say_calibrated(model, loader)
+        calibrated = _evaluate_early_exit(early_exit, loader)
     early_exit.thresholds = early_exit.thresholds or halving
     output, labels = predict_all(early_exit, loader)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -133,10 +141,10 @@ def export(args: argparse.Namespace) -> int:
     if args.network:
         raise ValueError(f"--model {args.network} names the network of a checkpoint for --format timm, and the format"
                          " is onnx; leave one out")
-    model = load_model(args)
+    record = read_record(args.model, args.revision)
+    model = load_model(record)
     if args.staged:
-        ranges = value_ranges(read_record(args.model, args.revision).value_range)
-        paths = export_stages(model, args.output, value_ranges=ranges)
+        paths = export_stages(model, args.output, value_ranges=value_ranges(record.value_range))
         print(f"wrote {', '.join(path.name for path in paths)} and {STAGES_FILE} to {args.output}")
     else:
         export_onnx(model, args.output, parse_exit(args.exit))
@@ -144,10 +152,14 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open(args: argparse.Namespace) -> tuple[SelfDistillModel, MeasuredImages]:
-    """The model on its device, and its data."""
-    model, record = load_model(args), read_record(args.model, args.revision)
-    return model.to(args.device), open_data(model, record, read_data(args, record), args)
+def _measured(loader: MeasuredImages) -> dict[str, Any]:
+    """Where images come from, see `ImageSplits.source`, and how many there are."""
+    return {**loader.data.source, "images": len(loader.kept)}
+
+
+def _say_calibrated(model: SelfDistillModel, loader: MeasuredImages) -> None:
+    if model.early_exit.get("dataset") == _measured(loader):
+        print("the thresholds for early exit were chosen on these images, so its accuracy on others may be lower")
 
 
 def _input_size(loader: MeasuredImages) -> tuple[int, int, int]:

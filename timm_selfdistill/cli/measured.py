@@ -17,8 +17,8 @@ class Choice:
     Attributes:
         source: folder, file or data set on the Hub.
         owns: whether the run trained on images of this source; None is not known.
-        split: of which all images are measured; None is the part that is left out of the training split.
-        fraction: share and seed of that part.
+        split: the name of the split that is measured as a whole; None where a part of the training split is drawn.
+        fraction: share and seed of the part that is drawn.
     """
 
     source: str

@@ -60,9 +60,9 @@ def saved_model(model: str) -> str:
     return str(best) if best.is_dir() else model
 
 
-def load_model(args: argparse.Namespace) -> SelfDistillModel:
-    """The self-distilled model of `add_model_flags`."""
-    return SelfDistillModel.from_pretrained(args.model, revision=args.revision)
+def load_model(record: Record) -> SelfDistillModel:
+    """The self-distilled model of a record."""
+    return SelfDistillModel.from_pretrained(record.model, revision=record.revision)
 
 
 def load_any_model(name: str, revision: str | None) -> nn.Module:
@@ -112,8 +112,8 @@ def open_data(model: nn.Module, record: Record, images: ImageSplits, args: argpa
     if names := backbone.pretrained_cfg.get("label_names"):
         images = match_classes(images, list(names), "give images of its classes")
     elif images.num_classes != model.num_classes:
-        raise ValueError(f"the model knows {model.num_classes} classes without names, {images.found[-1]['from']} has"
-                         f" {images.num_classes} classes ({some_names(images.class_names)})")
+        raise ValueError(f"{record.model} has {model.num_classes} classes, {images.found[-1]['from']} has"
+                         f" {images.num_classes} ({some_names(images.class_names)}); give images of its classes")
     _, val_data = images.transformed(_preprocessing(backbone, record, args))
     on_bad_sample = args.on_bad_sample or record.settings.get("on_bad_sample")
     return MeasuredImages(val_data, args.batch_size, args.workers, "skip" if on_bad_sample == "skip" else "raise")

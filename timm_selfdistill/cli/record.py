@@ -20,12 +20,14 @@ class Record:
             paths are left out.
         dataset: of the validation images, see `ImageSplits.source`.
         images: how many were trained on, and measured.
+        revision: the commit that the record is of, for a repository on the Hub.
     """
 
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
     images: tuple[int, int] | None = None
+    revision: str | None = None
 
     def text(self, name: str) -> str | None:
         """A setting that is a text; None for any other value, as a file of somebody else's may hold."""
@@ -81,13 +83,15 @@ def read_record(model: str, revision: str | None = None) -> Record:
         FileNotFoundError: there is no such model.
         ValueError: config.yaml of the run directory is damaged.
     """
-    metrics = hub.read_metrics(hub.fetch_model(model, revision=revision, only_config=True))
+    folder = hub.fetch_model(model, revision=revision, only_config=True)
+    metrics = hub.read_metrics(folder)
     metrics = metrics if isinstance(metrics, dict) else {}
     saved, dataset, images = (metrics.get(key) for key in ("settings", "dataset", "images"))
     counted = isinstance(images, list) and [type(count) for count in images] == [int, int]
     return Record(
         model, _run_settings(Path(model)) or (saved if isinstance(saved, dict) else {}),
-        dataset if isinstance(dataset, dict) else {}, tuple(images) if counted else None)
+        dataset if isinstance(dataset, dict) else {}, tuple(images) if counted else None,
+        hub.pin(model, folder, revision))
 
 
 def _run_settings(model: Path) -> dict[str, Any] | None:

@@ -66,6 +66,8 @@ class HubMixin(ModelHubMixin):
             ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping. Or
                 the model is beyond the limits within which models are loaded (`hub/trust.py`).
         """
+        if "input_size" not in (data_config or {}):
+            self.warn_of_unknown_size()
         save_timm_model(
             self.backbone, save_directory, whole=self.whole, model_args=self.model_args, heads=self.heads,
             settings=self.settings(), metrics=metrics, rows=self.card_rows(metrics), check=check, picture=picture,
@@ -74,6 +76,9 @@ class HubMixin(ModelHubMixin):
         if not push_to_hub:
             return None
         return push_folder(save_directory, repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)
+
+    def warn_of_unknown_size(self) -> None:
+        """Warn where the image size of the model is a guess; a class without guesses has nothing to say."""
 
     def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
         """What is known of each exit: its cost, and what is measured of it."""

@@ -125,13 +125,13 @@ class SavedModels:
     def _save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
         folder, first = self.output / name, metrics is None
         self.costs = self.costs or exit_costs(model, self.input_size)
-        if metrics is None:
-            record = {"exits": self.costs}
-        else:
-            record = {"epoch": epoch, "exits": merge_rows(metrics, self.costs), **self._origin(model), **self.facts,
-                      **({"frozen": True} if is_frozen(model) else {})}
-            if None not in self.images:
-                record["images"] = self.images
+        record = {"exits": self.costs, **self._origin(model), **self.facts}
+        if is_frozen(model):
+            record["frozen"] = True
+        if None not in self.images:
+            record["images"] = self.images
+        if metrics is not None:
+            record |= {"epoch": epoch, "exits": merge_rows(metrics, self.costs)}
             if record["dataset"]:
                 record["dataset"] = {**record["dataset"], "images": self.val_images}
         if isinstance(model, SelfDistillModel):

@@ -60,9 +60,13 @@ def read_weights(path: str | Path) -> SavedWeights:
     """Read a checkpoint; the moving average is taken where there is one.
 
     Args:
-        path: model.safetensors of a saved model, or its folder; a checkpoint of a run (the folder step-N, or the file
-            in it); a run directory, of which best/ is taken, or before there is one the newest checkpoint; or a file of
-            timm's training script or of one's own, .safetensors or what `torch.load` reads with `weights_only=True`.
+        path: one of
+
+            - a saved model: its folder, or model.safetensors in it;
+            - a checkpoint of a run: the folder step-N, or the file in it;
+            - a run directory: best/ is read, or the newest checkpoint if there is no best/ yet;
+            - any other file with a state dict, such as a checkpoint of timm's training script: .safetensors, or what
+              `torch.load` reads with `weights_only=True`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -91,7 +95,7 @@ def read_weights(path: str | Path) -> SavedWeights:
 def _find_file(path: Path) -> Path:
     if path.is_file():
         if path.name == HEADS:
-            raise ValueError(f"{path} holds the exits alone; give {BACKBONE} beside it, whose exits it has")
+            raise ValueError(f"{path} holds only the exits; give {path.with_name(BACKBONE)}, whose exits they are")
         return path
     if (path / "best").is_dir():
         path = path / "best"
@@ -99,8 +103,8 @@ def _find_file(path: Path) -> Path:
         path = find_checkpoint(str(path), "")
     if not (path / BACKBONE).is_file():
         raise FileNotFoundError(
-            f"checkpoint {path} is no file; expected .safetensors or .pth, or the folder of a saved model, of a"
-            " checkpoint or of a run")
+            f"checkpoint {path} is neither a file nor a folder with {BACKBONE}; expected a .safetensors or .pth file, a"
+            " saved model, a checkpoint folder or a run directory")
     return path / BACKBONE
 
 

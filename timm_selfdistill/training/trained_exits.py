@@ -42,10 +42,11 @@ def read_exits(name: str) -> SavedWeights | None:
     if place not in ("local-dir", "hf-hub"):
         return None
     location, _, revision = (location, "", "") if place == "local-dir" else location.partition("@")
-    revision = revision or None
-    config = _read_json(place, location, revision)
+    file = _find_config(place, location, revision or None)
+    config = read_json(file) if file else None
     if not isinstance(config, dict) or not isinstance(config.get("self_distill"), dict):
         return None
+    revision = hub.pin(location, file.parent, revision or None)
     settings = hub.read_config(hub.fetch_model(location, revision=revision, only_config=True))["self_distill"]
     if settings.get("truncated_to") is not None:
         raise ValueError(f"{name} is a truncated model, which has one exit only and cannot be trained on here; give the"
@@ -105,7 +106,7 @@ def _why_anew(
     if saved.own_head:
         return f"the heads of {saved.source} were made by a callable, and code is never loaded"
     if model.head != saved.head:
-        return f"their heads are {model.head}, those of {saved.source} {saved.head}"
+        return f"{saved.source} has {saved.head or 'unknown'} heads, this model has {model.head} heads"
     if exits is None:
         count = len({name.split(".")[0] for name in saved.heads})
         return f"{saved.source} has {count} heads without a record of their exits; give as many --exits"
@@ -124,12 +125,12 @@ def _head_state(saved: SavedWeights, position: int) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in saved.heads.items() if name.startswith(prefix)}
 
 
-def _read_json(place: str, location: str, revision: str | None) -> Any:
+def _find_config(place: str, location: str, revision: str | None) -> Path | None:
     """config.json; timm has looked for it already, so from the Hub it is in the cache."""
     if place == "hf-hub":
-        return read_json(Path(hf_hub_download(location, CONFIG, revision=revision)))
+        return Path(hf_hub_download(location, CONFIG, revision=revision))
     path = Path(location) / CONFIG
-    return read_json(path) if path.is_file() else None
+    return path if path.is_file() else None
 
 
 def _exits(stages: list[Stage], one: str, several: str) -> str:
