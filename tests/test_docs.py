@@ -17,6 +17,8 @@ from .programs import HANGS, ROOT
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page != "docs/models.md"]  # which is a table of results
 LOOPS = "docs/own_loop.md"
+QUICK = ["README.md", "docs/hub.md", "docs/inference.md"]
+"""Pages whose commands run in every test run; those of the others take long."""
 OTHERS = [page for page in GUIDES if page != LOOPS]
 SMALL = "--epochs 1 --data-dir {images} -b 32 -j 0 --img-size 32"
 
@@ -99,7 +101,8 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("page", GUIDES)
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=() if page in QUICK else pytest.mark.slow) for page in GUIDES])
 def test_commands(page, workplace, environment, hub_programs):
     """In the order of the page: a later command may go on where an earlier one stopped."""
     assert commands(page)

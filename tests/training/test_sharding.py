@@ -25,8 +25,8 @@ def test_the_blocks_that_are_gathered_one_by_one(name, classes):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 adds gradients up where there are no GPUs")
-@pytest.mark.parametrize("name", [
-    "test_convnext", *(pytest.param(name, marks=pytest.mark.slow) for name in ("test_resnet", "test_vit"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_vit"])
 def test_a_run_with_fsdp_is_that_with_whole_weights(name, tmp_path):
     """In two processes; it is resumed there, and then in one."""
     done = run_python("tests/training/run_fsdp.py", tmp_path, name, processes=2, CUDA_VISIBLE_DEVICES="")

@@ -114,7 +114,8 @@ def test_shards_and_images_come_in_another_order_in_every_pass(parquet):
 
 
 @pytest.mark.parametrize(("form", "workers"), [
-    ("parquet", 0), pytest.param("parquet", 2, marks=pytest.mark.slow), ("parquet", 3), ("webdataset", 2)])
+    ("parquet", 0), ("webdataset", 2),
+    *(pytest.param("parquet", workers, marks=pytest.mark.slow) for workers in (2, 3))])
 def test_it_goes_on_from_any_batch(form, workers, request):
     """Through the end of a pass, also where loading processes come to their ends at different times."""
     folder, total = request.getfixturevalue(form), COUNT // 4 + 12

@@ -148,6 +148,7 @@ print(json.dumps([[run.name, run.config, SQLiteStorage.get_logs("timm-selfdistil
 """
 
 
+@pytest.mark.slow
 def test_all_together_on_two_processes(fashion, tmp_path, elsewhere):
     """Every tracker that is installed gets each value once."""
     installed = {tracker.value for tracker in get_available_trackers()}
