@@ -8,6 +8,9 @@ import timm
 import torch
 
 from timm_selfdistill import EarlyExit, SelfDistillModel, load_images, model_data_config, wrap_self_distill
+from timm_selfdistill.cli.main import _parser
+from timm_selfdistill.cli.opening import load_any_model
+from timm_selfdistill.cli.train_flags import train_parser
 from timm_selfdistill.hub import save_timm_model
 
 from .conftest import EMBEDDED
@@ -106,14 +109,68 @@ def test_export_writes_one_exit_or_every_stage(call, folder):
     assert about["thresholds"] == [None, None, None]
 
 
+def save_short(folder) -> None:
+    if not (folder / "short").exists():
+        SelfDistillModel.from_pretrained(folder / "run/best").truncate(0).save_pretrained(folder / "short", check=False)
+
+
+def test_a_truncated_model_is_evaluated_as_its_exit(call, folder):
+    save_short(folder)
+    rows = [[line.split("│")[3].strip() for line in call("evaluate", name, "--data", "data")[1].splitlines()
+             if line.startswith("│")] for name in ("short", "run")]
+    assert rows[0] == rows[1][:1]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
+@pytest.mark.parametrize("name", ["short", "plain"])
+def test_export_of_a_network_with_one_exit(name, call, folder):
+    save_short(folder)
+    assert call("export", name, "--output", "one.onnx")[0] == 0
+    model = load_any_model(str(folder / name), None)
+    x = torch.randn(5, 1, 32, 32)
+    (logits,) = onnxruntime.InferenceSession(folder / "one.onnx").run(None, {"images": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_calibration_under_other_preprocessing_is_saved_with_it(call, folder):
+    code, out, _ = call("calibrate", "run", "--data", "data", "--max-accuracy-drop", "90", "--crop-pct", "0.5",
+                        "--output", "cropped")
+    assert code == 0
+    assert "run/best is run with crop_pct 0.5 instead of 0.95" in out
+    config = json.loads((folder / "cropped/config.json").read_text())
+    assert config["pretrained_cfg"]["crop_pct"] == 0.5
+    assert config["self_distill"]["metrics"] == {"exits": [{}]}  # accuracy is that of other preprocessing
+
+
+# Of images: a network that is measured is in its own precision, and has its own classes and channels. It is not trained.
+NOT_MEASURED = {"num_classes", "in_chans", "streaming"}
+
+
+def test_measuring_commands_have_the_image_flags_of_training():
+    groups = {group.title: group for group in train_parser("", "")._action_groups}
+    flags = {action.dest for action in groups["data"]._group_actions} - NOT_MEASURED | {"seed"}
+    commands = next(action for action in _parser()._actions if hasattr(action, "choices") and action.choices).choices
+    for name in ("evaluate", "calibrate", "tradeoff", "flat-minima", "gradients", "separability", "agreement"):
+        options = {action.dest: action for action in commands[name]._actions}
+        assert flags <= options.keys(), name
+        for action in groups["data"]._group_actions:
+            if action.dest in flags - {"data_dir", "val_split"}:
+                assert options[action.dest].option_strings == action.option_strings
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["evaluate", "run"], "run/best .*images of its run; give --data-dir FOLDER or --dataset NAME"),
     (["evaluate", "nowhere", "--data", "data"], "nowhere .*no folder here"),
     (["evaluate", "run", "--data", "nowhere"], "nowhere .*folder or file"),
     (["evaluate", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
     (["calibrate", "plain", "--data", "data", "--max-macs", "1"], 'plain.*"self_distill".*timm.create_model'),
-    (["evaluate", "short", "--data", "data"], "short .*truncated.* one exit"),
-    (["evaluate", "other", "--data", "data"], "3 classes, data has 10 "),
+    (["calibrate", "short", "--data", "data", "--max-macs", "1"], "short .*truncated.* one exit"),
+    (["tradeoff", "short", "--data", "data"], "short .*truncated.* one exit"),
+    (["export", "short", "--exit", "1", "--output", "x"], "one exit only, got exit 1"),
+    (["export", "short", "--staged", "--output", "x"], "one exit only.* --staged"),
+    (["export", "plain", "--exit", "ensemble", "--output", "x"], "one exit only, got exit ensemble"),
+    (["evaluate", "run", "--data-dir", "data", "--dataset", "user/images"], "--data-dir data and --dataset .*give one"),
+    (["evaluate", "other", "--data", "data"], "3 classes, and data has 10 "),
     (["calibrate", "run", "--data", "data"], "one of max_accuracy_drop, max_macs, min_speedup, got none"),
     (["calibrate", "run", "--data", "data", "--max-macs", "1", "--min-speedup", "2"], "got max_macs, min_speedup"),
     (["calibrate", "user/name", "--data", "data", "--min-speedup", "2"], "user/name .*--output"),
@@ -124,8 +181,7 @@ def test_export_writes_one_exit_or_every_stage(call, folder):
     (["export", "run", "--exit", "7", "--output", "x"], "exit .*0 to 3, .*'ensemble', got 7"),
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call, folder):
-    if not (folder / "short").exists():
-        SelfDistillModel.from_pretrained(folder / "run/best").truncate(0).save_pretrained(folder / "short", check=False)
+    save_short(folder)
         other = timm.create_model("test_resnet", num_classes=3, in_chans=1)
         wrap_self_distill(other).save_pretrained(folder / "other", check=False)
     code, _, err = call(*arguments)

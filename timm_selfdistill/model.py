@@ -70,11 +70,16 @@ class TrainedSize:
     def known(self) -> tuple[int, int] | None:
         return self.own if self.own or self.original is None else self.original.known
 
+    @property
+    def untold(self) -> bool:
+        """Whether the weights are those of a training whose size nobody told."""
+        return self.known is None and (self.loaded or (self.original is not None and self.original.untold))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrainedSize":
         return TrainedSize(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"own": self.known, "original": None, "loaded": self.loaded}
+        return {"own": self.known, "original": None, "loaded": self.untold}
 
 
 def _note_loaded(model: "SelfDistillModel", _: Any) -> None:
@@ -260,8 +265,8 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
 
     def warn_of_unknown_size(self) -> None:
         """Warn where weights from a state dict would be saved with the default image size of their architecture."""
-        size, default = self._trained_size, timm.get_pretrained_cfg(self.pretrained_cfg.get("architecture", ""))
-        if not size.loaded or size.known or default is None or default.fixed_input_size:
+        default = timm.get_pretrained_cfg(self.pretrained_cfg.get("architecture", ""))
+        if not self._trained_size.untold or default is None or default.fixed_input_size:
             return
         if tuple(self.pretrained_cfg["input_size"][1:]) == default.input_size[1:]:
             height, width = self.input_size[1:]
@@ -306,6 +311,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             if not isinstance(self.heads[exit], nn.Identity):
                 self.heads[exit] = head
         self.num_classes, self.early_exit = num_classes, None
+        self.pretrained_cfg.pop("label_names", None)
         self._update_model_args({"num_classes": num_classes})
 
     def set_input_size(

@@ -8,6 +8,7 @@ from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor, nn
 
+from .hub.files import VERSIONS
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel
 from .output import BackboneOutput
@@ -77,7 +78,8 @@ class SelfDistillTask(ClassificationTask):
             "architecture": known.get("architecture"), "num_classes": model.num_classes,
             "label_names": known.get("label_names"), "model_args": model.model_args,
             "pretrained_cfg": resolve_model_data_config(model.backbone) | {"input_size": model.input_size},
-            "self_distill": {key: value for key, value in model.settings().items() if key != "early_exit"}}
+            "self_distill": VERSIONS | {
+                key: value for key, value in model.settings().items() if key != "early_exit"}}
         return state | {"self_distill": json.loads(json.dumps(network, default=str))}
 
     @property

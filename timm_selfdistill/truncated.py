@@ -73,6 +73,9 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
         """(channels, height, width) of the images that the network is for, see `SelfDistillModel.input_size`."""
         return self.model.input_size
 
+    def warn_of_unknown_size(self) -> None:
+        self.model.warn_of_unknown_size()
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of the exit for images (B, in_chans, H, W)."""
         if self.training and not isinstance(x, fx.Proxy):

@@ -75,7 +75,7 @@ def test_flat_minima_compares_models(call, folder):
     plain = [row["top1"] for row in models["plain"]["rows"]]
     assert [row["top1"] for row in models["run"]["rows"] if row["exit"] == 1] == plain  # the same weights and noise
     code, out, _ = call("flat-minima", "run", "--data", "data", "--unscaled", "--levels", "0.01", "--draws", "1",
-                        "--seed", "3", "--output", "out")
+                        "--noise-seed", "3", "--output", "out")
     assert code == 0
     assert "noise the same on every weight; draws: 1, images: 80" in out
     found = written(folder, "flat_minima_unscaled")["run"]
@@ -167,15 +167,14 @@ def test_agreement(call, folder):
     (["flat-minima", "plain", "--data", "data", "-j", "-1"], "--workers: .* 0, got -1"),
     (["flat-minima", "plain", "--data", "data", "--device", "foo"], "--device: foo .*try --device cpu"),
     (["flat-minima", "plain", "--data", "data", "--device", "cuda:99"], "--device: cuda:99 .*try --device cpu"),
-    (["flat-minima", "short", "--data", "data"], "short .*truncated.* one exit"),
-    (["gradients", "other", "--data", "data"], "3 classes, data has 10 "),
+    (["gradients", "other", "--data", "data"], "3 classes, and data has 10 "),
     (["gradients", "frozen", "--data", "data"], "error: frozen .*frozen backbone.* no gradients"),
     (["gradients", "run", "--data", "data", "--checkpoints"], "run .*checkpoints/; .*--output"),
     (["gradients", "run", "--data", "nowhere"], "nowhere .*folder or file"),
     (["separability", "plain", "--data", "data"], "separability .*SelfDistillModel, got ResNet.*wrap_self_distill"),
     (["separability", "run", "--data", "data", "--classes", "10"], r"classes .*0 to 9, got \[10\]"),
     (["agreement", "plain", "--data", "data"], "agreement .*SelfDistillModel, got ResNet.*wrap_self_distill"),
-    (["agreement", "short", "--data", "data"], "short .*truncated.* one exit"),
+    (["agreement", "short", "--data", "data"], "TruncatedModel, which has one exit only"),
     (["agreement", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
@@ -186,8 +185,8 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["flat-minima", "plain", "other"], "3 classes, data has 10 "),
-    (["gradients", "plain", "other"], "3 classes, data has 10 "),
+    (["flat-minima", "plain", "other"], "3 classes, and data has 10 "),
+    (["gradients", "plain", "other"], "3 classes, and data has 10 "),
     (["gradients", "plain", "frozen"], "error: frozen .*frozen backbone.* no gradients"),
     (["gradients", "plain", "run", "--checkpoints"], "plain .*checkpoints/; .*--output"),
     (["flat-minima", "plain", "--output", "afile"], "afile .*file; .*--output .*folder"),

@@ -9,13 +9,13 @@ import timm
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import TensorDataset
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, wrap_self_distill
 from timm_selfdistill.training.loading import train_batches
-from timm_selfdistill.training.sharding import gather, is_sharded
+from timm_selfdistill.training.sharding import gather
 from timm_selfdistill.training.snapshot import restore, take_snapshot
 from timm_selfdistill.training.state import TrainState
 
@@ -47,7 +47,7 @@ def train(task: nn.Module, rank: int) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
     for step in range(STEPS):
         task(*batch(rank, step))["loss"].backward()
-        if is_sharded(task) and not AVERAGES:
+        if isinstance(task, FSDPModule) and not AVERAGES:
             for parameter in task.parameters():
                 parameter.grad /= torch.distributed.get_world_size()
         optimizer.step()
@@ -63,7 +63,7 @@ def main() -> None:
     check_gradients(task, rank)
     replicated = nn.parallel.DistributedDataParallel(copy.deepcopy(task))
     sharded = shard(copy.deepcopy(task))
-    assert is_sharded(sharded)
+    assert isinstance(sharded, FSDPModule)
     train(replicated, rank)
     optimizer = train(sharded, rank)
     whole = gather(sharded.state_dict())

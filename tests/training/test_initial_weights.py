@@ -70,9 +70,9 @@ def test_what_is_no_checkpoint(tmp_path, trained):
     def create(path):
         create_backbone("test_resnet", initial_checkpoint=str(path), num_classes=12, in_chans=1)
 
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/missing\.pth .*file; .*\.safetensors or \.pth"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/missing\.pth is neither a file .*\.safetensors or \.pth"):
         create(tmp_path / "missing.pth")
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} .*file; .*\.safetensors or \.pth, or the folder"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} is neither a file nor a folder with model\.safetensors; .*\.pth"):
         create(tmp_path)
     whole = write(tmp_path, trained.state_dict(), ".safetensors").read_bytes()
     torch.save(trained.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)

@@ -63,7 +63,7 @@ def add_parsers(commands: Any) -> None:
     for parser in (separability, agreement):
         add_model_flags(parser)
     for parser in (flat_minima, gradients, separability, agreement):
-        add_measuring_flags(parser, seed=parser is not flat_minima)
+        add_measuring_flags(parser)
         parser.add_argument("--output", type=Path, metavar="DIR", default=Path("."),
                             help="gets the picture and the figures as JSON (default: this folder)")
     flat_minima.add_argument("--levels", type=float, nargs="+", metavar="NUMBER",
@@ -71,7 +71,7 @@ def add_parsers(commands: Any) -> None:
     flat_minima.add_argument("--unscaled", action="store_true",
                              help="levels are standard deviations, the same for every weight")
     flat_minima.add_argument("--draws", type=int, default=5, help="of noise, for each level")
-    flat_minima.add_argument("--seed", type=int, default=0, help="of the noise")
+    flat_minima.add_argument("--noise-seed", type=int, default=0, metavar="SEED", help="of the noise")
     gradients.add_argument("--checkpoints", action="store_true",
                            help="over training: at each checkpoint that the run directories hold (train.py's"
                                 " --checkpoint-hist says how many)")
@@ -83,7 +83,7 @@ def flat_minima(args: argparse.Namespace) -> int:
     opened, data = _open(args, args.models)
     reports = {
         name: measure_flatness(
-            model, loader, levels=args.levels, draws=args.draws, scaled=not args.unscaled, seed=args.seed)
+            model, loader, levels=args.levels, draws=args.draws, scaled=not args.unscaled, seed=args.noise_seed)
         for name, (model, loader, _) in opened.items()}
     _print_all(reports)
     return _write(args, data, "flat_minima_unscaled" if args.unscaled else "flat_minima", _figures(reports),

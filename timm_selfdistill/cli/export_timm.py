@@ -66,7 +66,7 @@ def _open_checkpoint(source: Path, name: str | None) -> tuple[nn.Module, dict[st
         model.early_exit = None  # thresholds are those of other weights
     if saved.averaged:
         say(f"the moving average of {source} is taken")
-    return model.eval(), _without_accuracy(hub.facts(saved.config).get("metrics"))
+    return model.eval(), without_accuracy(hub.facts(saved.config).get("metrics"))
 
 
 def _make_recorded(saved: SavedWeights) -> nn.Module:
@@ -105,7 +105,8 @@ def _make_named(saved: SavedWeights, name: Any) -> nn.Module:
     return wrapped
 
 
-def _without_accuracy(metrics: Any) -> dict[str, Any] | None:
+def without_accuracy(metrics: Any) -> dict[str, Any] | None:
+    """A record of metrics without what was measured of these weights; None where it is no record."""
     if not isinstance(metrics, dict):
         return None
     kept = {key: value for key, value in metrics.items() if key != "epoch"}

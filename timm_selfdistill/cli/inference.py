@@ -9,7 +9,6 @@ from rich.console import Console
 from torch import nn
 
 from .. import hub
-from ..cost import measure_speedups
 from ..inference import EarlyExit
 from ..inference.calibration import BUDGETS
 from ..inference.evaluation import predict_all, trace_curve
@@ -21,8 +20,9 @@ from ..training.images import value_ranges
 from ..training.loading import MeasuredImages
 from ..training.metrics import ExitMeter, exit_logits
 from ..training.report import print_exits, write_json
-from ..training.summary import exit_costs, merge_rows, model_name, with_speedups
-from .export_timm import export_timm
+from ..training.summary import exit_costs, find_speedups, merge_rows, model_name, with_speedups
+from .data_flags import PREPROCESSING_FLAGS
+from .export_timm import export_timm, without_accuracy
 from .opening import add_measuring_flags, add_model_flags, load_any_model, load_model, open_data, read_data, saved_model
 from .program import parse_exit
 from .record import read_record
@@ -47,16 +47,16 @@ def add_parsers(commands: Any) -> None:
     export.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the plain network; ensemble is the mean")
     export.add_argument("--staged", action="store_true", help="instead of one exit, a file for each stage")
     export.add_argument("--output", type=Path, required=True, metavar="PATH", help="file, or with --staged folder")
-    for parser in (evaluate, tradeoff):
+    for parser in (evaluate, calibrate, tradeoff):
         add_measuring_flags(parser)
-    add_measuring_flags(calibrate, preprocessing=False, seed=False)
     for parser in (calibrate, tradeoff):
         parser.add_argument("--policy", choices=POLICIES,
                             help="what makes an image leave (default: the model's own, else confidence)")
     for name, words in zip(BUDGETS, ("points of top-1 below the plain network", "mean multiply-adds of an image",
                                      "over the plain network")):
         calibrate.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="NUMBER", help=words)
-    calibrate.add_argument("--seed", type=int, default=0, help="of the split of the data into three parts")
+    calibrate.add_argument("--split-seed", type=int, default=0, metavar="SEED",
+                           help="of the split of the images into three parts")
     calibrate.add_argument("--output", type=Path, metavar="DIR", help="where to save it (default: where it is)")
     tradeoff.add_argument("--baseline", metavar="DIR", help="saved plain network, to compare with")
     tradeoff.add_argument("--output", type=Path, metavar="DIR", default=Path("."),
@@ -85,15 +85,17 @@ def calibrate(args: argparse.Namespace) -> int:
     model = load_model(record).to(args.device)
     loader = open_data(model, record, read_data(args, record), args)
     budget = {name: getattr(args, name) for name in BUDGETS}
-    report = EarlyExit(model, policy=args.policy).calibrate(loader, **budget, seed=args.seed)
+    report = EarlyExit(model, policy=args.policy).calibrate(loader, **budget, seed=args.split_seed)
     Console(soft_wrap=True).print(report)
     _say_unreadable(loader)
     if not report.met:
         print("nothing is saved: ask for less, or give more images")
         return BUDGET_NOT_MET
     model.early_exit["dataset"] = _measured(loader)
-    folder = hub.fetch_model(args.model, revision=record.revision, only_config=True)
-    model.save_pretrained(output, metrics=hub.read_metrics(folder), check=False)
+    metrics = hub.read_metrics(hub.fetch_model(args.model, revision=record.revision, only_config=True))
+    if any(getattr(args, name) is not None for name in PREPROCESSING_FLAGS):
+        metrics = without_accuracy(metrics)  # which is that of other preprocessing
+    model.save_pretrained(output, metrics=metrics, check=False, data_config=loader.data.data_config)
     print(f"saved in {output}; use it with EarlyExit(SelfDistillModel.from_pretrained({str(output)!r}))")
     return 0
 
@@ -142,8 +144,10 @@ def export(args: argparse.Namespace) -> int:
         raise ValueError(f"--model {args.network} names the network of a checkpoint for --format timm, and the format"
                          " is onnx; leave one out")
     record = read_record(args.model, args.revision)
-    model = load_model(record)
+    model = load_any_model(record.model, record.revision)
     if args.staged:
+        if not isinstance(model, SelfDistillModel):
+            raise ValueError(f"{record.model} has one exit only, and --staged writes a file for each; leave it out")
         paths = export_stages(model, args.output, value_ranges=value_ranges(record.value_range))
         print(f"wrote {', '.join(path.name for path in paths)} and {STAGES_FILE} to {args.output}")
     else:
@@ -191,9 +195,9 @@ def _evaluate_early_exit(early_exit: EarlyExit, loader: MeasuredImages) -> dict[
     x = next(iter(loader))[0].to(next(early_exit.model.parameters()).device)
     costs = early_exit.find_costs("macs", x)
     macs = float(costs.paths([threshold is not None for threshold in early_exit.thresholds])[output.exit].mean())
-    (speedup,) = measure_speedups(early_exit.model, early_exit.model.backbone, [early_exit.predict], x)
+    (speedup,) = find_speedups(early_exit.model, [early_exit.predict], x)
     return {**metrics._asdict(), "exit": "early", "module": "", "macs": macs, "share": macs / costs.plain,
-            "speedup": speedup}
+            **({} if speedup is None else {"speedup": speedup})}
 
 
 def _as_picture(config: dict[str, Any], image: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ def _info(model: str, revision: str | None) -> None:
     rows = saved_class(config).sketch(config, folder).card_rows(metrics) if head else hub.measured_rows(metrics)
     if rows:
         Console(soft_wrap=True).print(_table(rows))
-    for name, size in hub.file_sizes(model, revision).items():
+    for name, size in hub.file_sizes(model, hub.pin(model, folder, revision)).items():
         print(f"{size / 1e6:10,.1f} MB  {name}")
 
 

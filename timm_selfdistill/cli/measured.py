@@ -3,8 +3,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..training import ImageSplits, load_images
+from ..training.data.fraction import ValFraction
 from ..training.data.layout import split_kind
 from ..training.data.load import load_split
 from .record import Record, as_range
@@ -17,14 +19,15 @@ class Choice:
     Attributes:
         source: folder, file or data set on the Hub.
         owns: whether the run trained on images of this source; None is not known.
-        split: the name of the split that is measured as a whole; None where a part of the training split is drawn.
-        fraction: share and seed of the part that is drawn.
+        split: the name of the split that is measured as a whole; None where a part of the training split is drawn, or
+            the source has one split for measuring.
+        fraction: the part that is drawn; None where none is.
     """
 
     source: str
     owns: bool | None
     split: str | None
-    fraction: tuple[float, int] | None
+    fraction: ValFraction | None
 
 
 def find_images(
@@ -56,11 +59,13 @@ def find_images(
         owns = other.source is not None and _is_same(choice.source, other.source)
         notes += trained_on(replace(choice, owns=owns), other, images.source["split"])
     if choice.owns:
-        notes += _check_counts(choice, images, record)
+        notes += _check_counts(choice, images, record) + _say_changed(args, record)
     return images, [*notes, images.lines()[-1]]
 
 
 def _choose(args: argparse.Namespace, record: Record) -> Choice:
+    if args.dataset and args.data_dir:
+        raise ValueError(f"--data-dir {args.data_dir} and --dataset {args.dataset} are two sources; give one of them")
     given = args.dataset or args.data_dir
     source = given or record.source
     if source is None:
@@ -70,20 +75,24 @@ def _choose(args: argparse.Namespace, record: Record) -> Choice:
         raise FileNotFoundError(f"there is no {source}, where the run of {record.model} had its images; give --data-dir"
                                 " FOLDER")
     owns = None if record.source is None else _is_same(source, record.source)
+    drawing = _drawing_flags(args)
     if args.val_split is not None:
+        if drawing:
+            raise ValueError(f"--val-split {args.val_split} measures a split as a whole, and {drawing} a part that is"
+                             " drawn from the training split; leave one out")
         return Choice(source, owns, args.val_split, None)
-    if not owns:
-        drawn = args.val_fraction is not None or args.data_seed is not None
-        share, seed = record.fraction or (0.1, 42)
-        return Choice(source, owns, None, _by_hand(args, share, seed) if drawn else None)
-    if record.fraction is None and args.val_fraction is None:
-        return Choice(source, owns, record.val_split, None)
-    return Choice(source, owns, None, _by_hand(args, *(record.fraction or (0.1, 42))))
+    if not drawing and not (owns and record.fraction):
+        return Choice(source, owns, record.val_split if owns else None, None)
+    own = record.fraction or ValFraction()
+    share = own.share if args.val_fraction is None else args.val_fraction
+    return Choice(source, owns, None, ValFraction(share, own.seed if args.seed is None else args.seed))
 
 
-def _by_hand(args: argparse.Namespace, share: float, seed: int) -> tuple[float, int]:
-    share = share if args.val_fraction is None else args.val_fraction
-    return share, seed if args.data_seed is None else args.data_seed
+def _drawing_flags(args: argparse.Namespace) -> str:
+    """Those that were given of the flags that tell how validation images are drawn."""
+    names = ("train_split", "val_fraction", "seed")
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name in names
+                    if (value := getattr(args, name)) is not None)
 
 
 def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSplits:
@@ -94,16 +103,37 @@ def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSpli
         "value_range": as_range(args.value_range) or record.value_range}
     if choice.fraction is None:
         return load_split(choice.source, choice.split, **columns)
-    share, seed = choice.fraction
     classes = record.settings.get("num_classes") if choice.owns else None
     images = load_images(
-        choice.source, train_split=args.train_split or record.train_split, val_fraction=share, seed=seed,
-        num_classes=classes if isinstance(classes, int) else None,
+        choice.source, train_split=args.train_split or record.train_split, val_fraction=choice.fraction.share,
+        seed=choice.fraction.seed, num_classes=classes if isinstance(classes, int) else None,
         unlabelled=choice.owns is True and record.settings.get("unlabelled") is True, **columns)
+    if "val_fraction" not in images.source:
+        split = images.source["split"]
+        drawing = _drawing_flags(args) or f"the run's --val-fraction {choice.fraction.share:g}"
+        raise ValueError(f"{choice.source} has a split to measure, {split}, so that {drawing} draws nothing; give"
+                         f" --val-split {split}" + (" alone" if _drawing_flags(args) else ""))
     if images.label_column is None:
         raise ValueError(f"the images in {choice.source} have no labels to measure accuracy by; give others with"
                          " --data-dir FOLDER")
     return images
+
+
+def _say_changed(args: argparse.Namespace, record: Record) -> list[str]:
+    """A line where images are read in another way than in the run."""
+    own = {"train_split": record.train_split, "dataset_config": record.dataset_config,
+           "input_key": record.text("input_key"), "target_key": record.text("target_key"),
+           "value_range": record.settings.get("value_range")}
+    changed = [f"--{name.replace('_', '-')} {as_text(given)} instead of {as_text(own[name]) or 'none'}"
+               for name in own if (given := getattr(args, name)) is not None and given != own[name]]
+    return [f"read with {', '.join(changed)} in the run"] if changed else []
+
+
+def as_text(value: Any) -> str:
+    """A setting in a line; empty for None."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(f"{part:g}" for part in value)
+    return "" if value is None else str(value)
 
 
 def trained_on(choice: Choice, record: Record, measured: str) -> list[str]:
@@ -121,13 +151,13 @@ def trained_on(choice: Choice, record: Record, measured: str) -> list[str]:
         return [f"warning: {record.model} may have been trained on these images; its run was trained on {count}"]
     held_out = f"the run measured the {record.dataset.get('split', 'validation split')}"
     if record.fraction:
-        held_out += f", drawn by seed {record.fraction[1]}"
-    share = f"{1 - record.fraction[0]:.0%}" if record.fraction else "all"
+        held_out += f", drawn by seed {record.fraction.seed}"
+    share = f"{1 - record.fraction.share:.0%}" if record.fraction else "all"
     if choice.fraction is None:
         return [f"warning: {record.model} was trained on {share} of these images, since {measured} is its training"
                 f" split; {held_out}"]
     return [f"warning: {record.model} was trained on about {share} of these images, drawn by --val-fraction"
-            f" {choice.fraction[0]:g} --seed {choice.fraction[1]}; {held_out}"]
+            f" {choice.fraction.share:g} --seed {choice.fraction.seed}; {held_out}"]
 
 
 def _check_counts(choice: Choice, images: ImageSplits, record: Record) -> list[str]:

@@ -14,11 +14,13 @@ from .. import hub
 from ..model import SelfDistillModel
 from ..training import ImageSplits, model_data_config
 from ..training.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
+from ..training.class_names import listed
 from ..training.data.class_order import match_classes
-from ..training.data.splits import some_names
+from ..training.data.splits import REORDERED
 from ..training.loading import MeasuredImages
+from ..truncated import load_pretrained
 from .data_flags import PREPROCESSING_FLAGS, add_image_flags, add_preprocessing_flags
-from .measured import find_images
+from .measured import as_text, find_images
 from .program import printable
 from .record import Record
 
@@ -31,21 +33,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit")
 
 
-def add_measuring_flags(parser: argparse.ArgumentParser, preprocessing: bool = True, seed: bool = True) -> None:
-    """Images under the names that training has for them, and how to run them.
-
-    Args:
-        seed: whether --seed is that of the validation images that are drawn, as in training.
-    """
+def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
+    """Images under the names that training has for them, and how to run them."""
     group = parser.add_argument_group("data", "what is left out is as in the model's run")
     group.add_argument("--data", dest="data_dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     group.add_argument("--split", dest="val_split", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_image_flags(group, defaults={})
-    parser.set_defaults(data_seed=None)
-    if seed:
-        group.add_argument("--seed", dest="data_seed", type=int, metavar="SEED", help="of the draw of --val-fraction")
-    if preprocessing:
-        add_preprocessing_flags(group)
+    group.add_argument("--seed", type=int, help="of the draw of --val-fraction")
+    add_preprocessing_flags(group)
     group.add_argument("--on-bad-sample", choices=("raise", "skip"),
                        help="an image that cannot be read ends the command, or is left out and counted")
     parser.add_argument("-b", "--batch-size", type=_whole_number(1), default=64)
@@ -55,21 +50,29 @@ def add_measuring_flags(parser: argparse.ArgumentParser, preprocessing: bool = T
 
 
 def saved_model(model: str) -> str:
-    """A run directory's best/; anything else as it is."""
+    """A run directory's best/; anything else as it is, without timm's prefixes local-dir: and hf-hub:."""
+    model = model.removeprefix("local-dir:").removeprefix("hf-hub:")
     best = Path(model) / "best"
     return str(best) if best.is_dir() else model
 
 
 def load_model(record: Record) -> SelfDistillModel:
-    """The self-distilled model of a record."""
+    """The self-distilled model of a record.
+
+    Raises:
+        ValueError: it is a truncated one.
+    """
+    settings = hub.read_config(hub.fetch_model(record.model, revision=record.revision, only_config=True))["self_distill"]
+    if "truncated_to" in settings:
+        raise ValueError(f"{record.model} is a truncated model, which has one exit only; give the model with all exits")
     return SelfDistillModel.from_pretrained(record.model, revision=record.revision)
 
 
 def load_any_model(name: str, revision: str | None) -> nn.Module:
-    """A self-distilled or a plain timm model, in eval mode."""
+    """A self-distilled model, a truncated one or a plain timm model, in eval mode."""
     folder = hub.fetch_model(name, revision=revision, only_config=True)
     if "self_distill" in hub.read_network(folder):
-        return SelfDistillModel.from_pretrained(name, revision=hub.pin(name, folder, revision))
+        return load_pretrained(name, revision=hub.pin(name, folder, revision))
     folder = hub.fetch_model(name, revision=hub.pin(name, folder, revision))
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
@@ -108,31 +111,29 @@ def open_data(model: nn.Module, record: Record, images: ImageSplits, args: argpa
     Raises:
         ValueError: they are of other classes than the model's, or the model does not take such images.
     """
-    backbone = model.backbone if isinstance(model, SelfDistillModel) else model
-    if names := backbone.pretrained_cfg.get("label_names"):
+    if names := model.pretrained_cfg.get("label_names"):
         images = match_classes(images, list(names), "give images of its classes")
+        if images.is_reordered:
+            print(REORDERED, flush=True)
     elif images.num_classes != model.num_classes:
-        raise ValueError(f"{record.model} has {model.num_classes} classes, {images.found[-1]['from']} has"
-                         f" {images.num_classes} ({some_names(images.class_names)}); give images of its classes")
-    _, val_data = images.transformed(_preprocessing(backbone, record, args))
+        raise ValueError(f"{record.model} has {model.num_classes} classes, and {images.found[-1]['from']} has"
+                         f" {listed(images.class_names)}; give images of its classes")
+    _, val_data = images.transformed(preprocessing(model, record, args))
     on_bad_sample = args.on_bad_sample or record.settings.get("on_bad_sample")
     return MeasuredImages(val_data, args.batch_size, args.workers, "skip" if on_bad_sample == "skip" else "raise")
 
 
-def _preprocessing(backbone: nn.Module, record: Record, args: argparse.Namespace) -> dict[str, Any]:
-    own = resolve_model_data_config(backbone)
+def preprocessing(model: nn.Module, record: Record, args: argparse.Namespace) -> dict[str, Any]:
+    """The data config of a model, changed by `PREPROCESSING_FLAGS`; a line says what is changed."""
+    own = resolve_model_data_config(model)
     given = {name: value for name in PREPROCESSING_FLAGS if (value := getattr(args, name, None)) is not None}
     if not given:
         return own
-    config = model_data_config(backbone, given.pop("img_size", None), own["input_size"][0], **given)
-    changed = [f"{key} {_short(config[key])} instead of {_short(own[key])}" for key in own if config[key] != own[key]]
+    config = model_data_config(model, given.pop("img_size", None), own["input_size"][0], **given)
+    changed = [f"{key} {as_text(config[key])} instead of {as_text(own[key])}" for key in own if config[key] != own[key]]
     if changed:
-        print(printable(f"{record.model} is measured with {', '.join(changed)}"), flush=True)
+        print(printable(f"{record.model} is run with {', '.join(changed)}"), flush=True)
     return config
-
-
-def _short(value: Any) -> str:
-    return ", ".join(f"{part:g}" for part in value) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _load_checkpoint(model: nn.Module, checkpoint: Path) -> int:

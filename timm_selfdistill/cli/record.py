@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from .. import hub
+from ..training.data.fraction import ValFraction
 from ..training.images import FULL_RANGES, ValueRange, ValueRanges
 from ..training.run_directory import CONFIG_FILE
 
@@ -40,19 +41,16 @@ class Record:
         return self.text("dataset") or self.text("data_dir") or self.dataset.get("hub_id")
 
     @property
-    def fraction(self) -> tuple[float, int] | None:
+    def fraction(self) -> ValFraction | None:
         """Share and seed of the validation images that were drawn from the training split; None where they were a
         split of their own."""
-        split = str(self.dataset.get("split"))
-        share, _, whole = split.partition(" of ")
-        if not whole:
-            return None
-        seed = self.dataset.get("seed", self.settings.get("seed"))
-        return (float(share), seed) if isinstance(seed, int) else None
+        share, seed = self.dataset.get("val_fraction"), self.dataset.get("seed")
+        known = isinstance(share, float) and 0 < share < 1 and type(seed) is int
+        return ValFraction(share, seed) if known else None
 
     @property
     def train_split(self) -> str:
-        drawn_from = str(self.dataset.get("split")).partition(" of ")[2]
+        drawn_from = str(self.dataset.get("split")).partition(" of ")[2] if self.fraction else None
         return self.text("train_split") or drawn_from or "train"
 
     @property

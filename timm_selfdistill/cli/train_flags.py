@@ -12,6 +12,7 @@ from ..loss import SelfDistillLoss
 from ..training import TrainConfig
 from ..training.augmentation import CROP_MODES
 from ..training.config import CHOICES, SCHEDULES
+from ..training.data.fraction import ValFraction
 from .config_file import read_flags
 from .data_flags import add_image_flags, add_preprocessing_flags
 from .methods import (
@@ -44,7 +45,7 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
 
 
 def _add_data(group: Any, default_data: str) -> None:
-    add_image_flags(group, {"data_dir": default_data, "train_split": "train", "val_fraction": 0.1})
+    add_image_flags(group, {"data_dir": default_data, "train_split": "train", "val_fraction": ValFraction.share})
     group.add_argument("--num-classes", type=int,
                        help="of the model (default: those of the data, or without labels the model's own)")
     group.add_argument("--streaming", action=_BOOLEAN, default=False,

@@ -24,6 +24,7 @@ from .trust import (
 )
 
 FORMAT_VERSION = 1
+VERSIONS = {"format_version": FORMAT_VERSION, "timm_selfdistill_version": __version__}
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
 CARD, PICTURE = "README.md", "exits.png"
 FILES = (CONFIG, BACKBONE, HEADS, CARD, PICTURE)
@@ -62,13 +63,7 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
             f'{path} has no "self_distill" entry: this is not a self-distilled model; load a plain timm model with'
             f' timm.create_model("local-dir:{folder}", pretrained=True)'
         )
-    version = settings.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {short(version)}, this timm-selfdistill {__version__} reads {FORMAT_VERSION};"
-            " it was written by another version of timm-selfdistill"
-            f" ({short(settings.get('timm_selfdistill_version', 'unknown'))}): install that one"
-        )
+    check_version(settings, path)
     expected = {"exits": list, "head": (str, type(None)), "head_args": dict}
     for key, kind in expected.items():
         if key not in settings or not isinstance(settings[key], kind):
@@ -76,6 +71,17 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
                 f'{path} is damaged: "self_distill" has {key}={short(settings.get(key))}; save the model again')
     check_exits(settings, path)
     return config
+
+
+def check_version(settings: dict[str, Any], where: str | PathLike) -> None:
+    """Raise ValueError for "self_distill" of a config that another version of this package wrote in another form."""
+    version = settings.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format version {short(version)}, this timm-selfdistill {__version__} reads {FORMAT_VERSION};"
+            " it was written by another version of timm-selfdistill"
+            f" ({short(settings.get('timm_selfdistill_version', 'unknown'))}): install that one"
+        )
 
 
 def check_model_files(folder: str | PathLike, backbone: nn.Module, heads: nn.Module) -> None:

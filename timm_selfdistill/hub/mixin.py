@@ -142,7 +142,6 @@ class HubMixin(ModelHubMixin):
         load_weights(model.backbone, model.heads, folder)
         if num_classes not in (None, model.num_classes):
             model.reset_classifier(num_classes)
-            model.backbone.pretrained_cfg.pop("label_names", None)
         return model.eval()
 
     @classmethod

@@ -18,9 +18,8 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..cost import default_input_size, evaluating
-from ..version import __version__
 from .card import create_card, may_replace, measured_rows
-from .files import BACKBONE, CARD, CONFIG, FORMAT_VERSION, HEADS, PICTURE, facts, read_config
+from .files import BACKBONE, CARD, CONFIG, HEADS, PICTURE, VERSIONS, facts, read_config
 from .picture import plot_exits
 from .replace import replacing_files
 from .trust import read_json, short
@@ -95,7 +94,10 @@ def _is_saved_here(folder: Path) -> bool:
     path = folder / CONFIG
     if not path.is_file():
         return False
-    config = read_json(path)
+    try:
+        config = read_json(path)
+    except ValueError:  # no JSON, or not as this package writes it
+        return False
     return isinstance(config, dict) and ("self_distill" in config or "metrics" in config)
 
 
@@ -223,8 +225,7 @@ def _save_config(
     if names and len(names) == backbone.num_classes:  # not those of pretrained weights for other classes
         model_config["label_names"] = names
     if settings is not None:
-        versions = {"format_version": FORMAT_VERSION, "timm_selfdistill_version": __version__}
-        model_config["self_distill"] = versions | settings
+        model_config["self_distill"] = VERSIONS | settings
     if metrics is not None:
         facts(model_config)["metrics"] = metrics
     save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args or {}, data_config=data_config)

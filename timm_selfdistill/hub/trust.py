@@ -248,7 +248,8 @@ def check_tensors(path: Path, module: nn.Module) -> None:
         ValueError: it is damaged, or holds tensors of other names, shapes or kinds.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; the folder is not a complete saved model")
+        raise FileNotFoundError(f"{path} does not exist, so the folder is not a complete saved model; save or"
+                                " download it again")
     expected = {key: (tuple(value.shape), value.dtype) for key, value in module.state_dict().items()}
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")

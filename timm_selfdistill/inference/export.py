@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..cost import evaluating
+from ..cost import default_input_size, evaluating
 from ..model import SelfDistillModel
 from .staging import split_stages
 
@@ -35,7 +36,7 @@ def export_program(network: nn.Module, input_size: tuple[int, int, int]) -> Expo
 
 
 def export_onnx(
-        model: SelfDistillModel, path: str | PathLike, exit: int | str = -1,
+        model: nn.Module, path: str | PathLike, exit: int | str = -1,
         input_size: tuple[int, int, int] | None = None,
 ) -> None:
     """Write one exit as an ONNX file, after seeing that onnxruntime gives the same logits.
@@ -43,6 +44,7 @@ def export_onnx(
     Input "images" (batch, C, H, W), float32 as the model's transform makes them, output "logits" (batch, K).
 
     Args:
+        model: self-distilled, or a network with one exit: a truncated model, or a plain timm model.
         exit: as of `SelfDistillModel.predict`; -1 is the plain network.
         input_size: (channels, height, width) in pixels; None is the model's own, `input_size`.
 
@@ -51,8 +53,11 @@ def export_onnx(
         ValueError: there is no such exit, or onnxruntime gives other logits.
     """
     check_onnx()
-    network = model.truncate(exit).cpu().float().eval()
-    input_size = input_size or model.input_size
+    if not isinstance(model, SelfDistillModel) and exit != -1:
+        raise ValueError(f"this {type(model).__name__} has one exit only, got exit {exit!r}; leave it out")
+    network = model.truncate(exit) if isinstance(model, SelfDistillModel) else deepcopy(model)
+    network = network.cpu().float().eval()
+    input_size = input_size or getattr(model, "input_size", None) or default_input_size(model)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     x = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from .class_names import listed
 from .sampling import ATTEMPTS
 
 NO_LABEL = -1
@@ -123,8 +124,8 @@ def name_classes(model: nn.Module, *data: Dataset) -> list[str]:
     for found in filter(None, (list(getattr(part, "class_names", ())) for part in data)):
         if own and found != own:
             raise ValueError(
-                f"the model's classes are {', '.join(own)}, and those of the images {', '.join(found)}; take the images"
-                " in the model's order, images.in_order(names), or name the model's classes anew,"
+                f"the model has {listed(own, found)}, and the images have {listed(found, own)}; take the images in the"
+                " model's order, images.in_order(names), or name the model's classes anew,"
                 " model_data_config(backbone, class_names=images.class_names)")
         own = found
     if own and known:

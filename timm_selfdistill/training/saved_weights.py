@@ -14,7 +14,7 @@ from timm.utils import load_checkpoint_metadata
 from torch import Tensor
 
 from .. import hub
-from ..hub.files import BACKBONE, CONFIG, HEADS
+from ..hub.files import BACKBONE, CONFIG, HEADS, check_version
 from ..hub.trust import check_exits, check_network, read_json, short
 from .checkpoint import CHECKSUM_FILE, find_checkpoint, find_damage
 
@@ -194,6 +194,7 @@ def _recorded_config(record: dict[str, Any], file: Path) -> dict[str, Any]:
             config["pretrained_cfg"] |= {key: list(value) if isinstance(value, tuple) else value
                                          for key, value in data_config.items()}
         check_network(config, file)
+        check_version(config["self_distill"], file)
         check_exits(config["self_distill"], file)
         if not isinstance(config["self_distill"]["head"], (str, type(None))):
             raise TypeError

@@ -71,10 +71,6 @@ def share_statistics(model: nn.Module) -> None:
             buffer.copy_(part.view_as(buffer))
 
 
-def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
 def gather(tree: Any, keep: bool = True) -> Any:
     """Tensors, alone or in dicts and lists; sharded ones as a whole, one after the other. Call it on every process
     where any is sharded.

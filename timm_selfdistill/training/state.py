@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .class_names import listed
 from .metrics import ExitMetrics
 from .upload import UploadResult
 
@@ -113,8 +114,8 @@ class TrainState:
                              " run began with")
         names = state.get("class_names")
         if names and self.class_names and names != self.class_names:
-            raise ValueError(f"the checkpoint is of a run on the classes {', '.join(names)}, and the images are of"
-                             f" {', '.join(self.class_names)}; resume with the classes that the run began with")
+            raise ValueError(f"the checkpoint is of a run on {listed(names, self.class_names)}, and the images have"
+                             f" {listed(self.class_names, names)}; resume with the classes that the run began with")
         if state["images"] and state.get("draws") != DRAWS:
             raise ValueError("the checkpoint stands in the middle of an epoch whose images an older version of"
                              " timm-selfdistill ordered in another way; resume from one at the end of an epoch")

@@ -1,4 +1,5 @@
 """What every exit of a trained model costs and gives."""
+from collections.abc import Callable
 from statistics import median, quantiles
 from typing import Any
 
@@ -49,9 +50,16 @@ def with_speedups(
     count = 16 if like.is_cuda else max(1, min(16, CPU_MACS // rows[-1]["macs"]))
     x = torch.randn(count, *input_size, device=like.device, dtype=like.dtype)
     calls = [lambda x, exit=row["exit"]: model.predict(x, exit) for row in others]
+    speedups = {plain: 1.0} | dict(zip((row["exit"] for row in others), find_speedups(model, calls, x)))
+    return [row | ({} if speedups[row["exit"]] is None else {"speedup": speedups[row["exit"]]}) for row in rows]
+
+
+def find_speedups(
+        model: SelfDistillModel, calls: list[Callable[[torch.Tensor], Any]], x: torch.Tensor) -> list[float | None]:
+    """The measured time of the plain network over that of each call, for images x (B, C, H, W); None where the
+    measurement is noise."""
     ratios = time_ratios(model, model.backbone, calls, x, seconds=TIMED_SECONDS, at_least=ROUNDS)
-    speedups = {plain: 1.0} | {row["exit"]: median(found) for row, found in zip(others, ratios) if not is_noise(found)}
-    return [row | ({"speedup": speedups[row["exit"]]} if row["exit"] in speedups else {}) for row in rows]
+    return [None if is_noise(found) else median(found) for found in ratios]
 
 
 def is_noise(ratios: list[float]) -> bool:

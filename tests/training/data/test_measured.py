@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import ClassLabel
 
+from timm_selfdistill import load_images
 from timm_selfdistill.hub import read_metrics
 
 from .test_bad_samples import train
@@ -173,9 +175,68 @@ def test_columns_are_those_of_the_run(photos, command):
 
 def test_preprocessing_given_by_hand_is_said(run, command):
     _, out, _ = command("evaluate", run, "--img-size", 64, "--crop-pct", 1.0)
-    assert "run/best is measured with input_size 3, 64, 64 instead of 3, 32, 32, crop_pct 1.0 instead of 0.95" in out
+    assert "run/best is run with input_size 3, 64, 64 instead of 3, 32, 32, crop_pct 1.0 instead of 0.95" in out
     own = command("evaluate", run)[1]
-    assert "measured with" not in own
+    assert "is run with" not in own
+
+
+def test_reading_given_by_hand_is_said(run, command):
+    _, out, _ = command("evaluate", run, "--value-range", 0, 100, "--input-key", ".jpg")
+    assert "read with --input-key .jpg instead of none, --value-range 0, 100 instead of none in the run" in out
+    assert "read with" not in command("evaluate", run, "--train-split", "train")[1]
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--val-split", "train", "--val-fraction", 0.2], "--val-split train measures a split as a whole, and"
+                                                      " --val-fraction 0.2 a part"),
+    (["--val-split", "train", "--train-split", "train", "--seed", 3], "and --train-split train --seed 3 a part"),
+    (["--data-dir", "photos", "--dataset", "user/photos"], "--data-dir photos and --dataset user/photos are two"),
+])
+def test_flags_that_contradict_are_refused(flags, said, run, command):
+    code, out, err = command("evaluate", run, *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+@pytest.mark.parametrize("flags", [["--val-fraction", 0.5], ["--seed", 4], ["--train-split", "train"]])
+def test_a_part_of_what_has_a_validation_split_is_refused(flags, photos, command):
+    make(photos, "train/{cat,dog}/{1..8}.jpg val/{cat,dog}/{1..4}.jpg")
+    train()
+    shutil.copytree("photos", "copy")
+    for data in ([], ["--data-dir", "copy"]):
+        code, _, err = command("evaluate", "run", *flags, *data)
+        assert (code, err.count("\n")) == (2, 1)
+        assert re.search(r"a split to measure, val(idation)?, so that .* draws nothing; give --val-split val.* alone", err)
+
+
+def test_a_validation_split_that_came_later(run, command):
+    make(Path("photos"), "train/{cat,dog}/{1..8}.jpg val/{cat,dog}/{1..4}.jpg")
+    for name in ("cat", "dog"):
+        shutil.rmtree(f"photos/{name}")
+    code, _, err = command("evaluate", run)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the run's --val-fraction 0.2 draws nothing; give --val-split val" in err
+
+
+def test_classes_in_another_order_are_matched_and_it_is_said(run, command, tmp_path):
+    rows = load_images("photos", val_fraction=0.2, seed=3).val
+    names = ["dog", "cat"]
+    labels = [1 - label for label in rows["label"]]
+    rows = rows.remove_columns("label").add_column("label", labels).cast_column("label", ClassLabel(names=names))
+    Path("table").mkdir()
+    rows.to_parquet("table/test.parquet")
+    code, out, _ = command("evaluate", run, "--data-dir", "table")
+    assert code == 0
+    assert "another order than the network's: they are matched by name" in out
+    assert top1(out) == recorded()
+
+
+def test_a_baseline_that_was_trained_on_the_images(run, command):
+    make(Path("others"), "train/{cat,dog}/{1..8}.jpg val/{cat,dog}/{1..4}.jpg")
+    train("--data-dir", "others", "--method", "plain", "--output", "plain")
+    _, out, _ = command("tradeoff", run, "--baseline", "plain", "--data-dir", "others",
+                        "--val-split", "train", "--output", "out")
+    assert out.splitlines()[1].startswith("warning: plain/best was trained on all of these images")
 
 
 def test_every_command_has_the_runs_images(run, command):

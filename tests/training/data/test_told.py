@@ -49,7 +49,7 @@ def test_the_size_and_a_new_classifier_are_explained(photos):
     refused = run_python(*flags, "--model", "local-dir:" + str(Path("tuned/best").resolve()), "--pretrained",
                          "--data-dir", other(), "--output", Path("other").resolve(), check=False)
     assert refused.returncode == 2
-    assert "('cat', 'dog', 'fish'), the images 3 ('bus', 'cat', 'dog'): it does not know 'bus'; " in refused.stderr
+    assert "('cat', 'dog', 'fish'), and the images have 3 classes ('bus', 'cat', 'dog'): the network does not know 'bus'; " in refused.stderr
     assert "--pretrained-path FILE" in refused.stderr
 
 
@@ -64,7 +64,7 @@ def test_a_run_is_not_resumed_with_other_classes(photos):
         (photos / split / "cat").rename(photos / split / "zebra")
     refused = train("--epochs", 3, "--resume", check=False)
     assert refused.returncode == 2
-    assert "on the classes cat, dog, and the images are of dog, zebra;" in refused.stderr
+    assert "on 2 classes ('cat', 'dog'), and the images have 2 classes ('dog', 'zebra');" in refused.stderr
 
 
 def other() -> Path:

@@ -14,8 +14,8 @@ class ValFraction:
         ValueError: the share does not lie between 0 and 1.
     """
 
-    share: float
-    seed: int
+    share: float = 0.1
+    seed: int = 42
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:

@@ -23,14 +23,14 @@ def load_images(
         name: str | None = None,
         train_split: str = "train",
         val_split: str | None = None,
-        val_fraction: float = 0.1,
+        val_fraction: float = ValFraction.share,
         image_column: str | None = None,
         label_column: str | None = None,
         num_classes: int | None = None,
         streaming: bool = False,
         unlabelled: bool = False,
         value_range: ValueRange | ValueRanges | None = None,
-        seed: int = 42,
+        seed: int = ValFraction.seed,
 ) -> ImageSplits:
     """Find images, labels, class names and a validation split.
 
@@ -72,7 +72,7 @@ def load_images(
     pair = (find_in_folder if found.is_folder else find_in_tables)(found, reading, fraction, num_classes)
     described = _describe(source, name, pair.val_name)
     if pair.val_name not in found.splits:
-        described["seed"] = seed
+        described |= {"val_fraction": val_fraction, "seed": seed}
     return ImageSplits(
         pair.train, pair.val, pair.image_column, pair.label_column, pair.class_names, pair.sampled, described,
         pair.entries, unlabelled, value_range)

@@ -9,6 +9,7 @@ from timm.data import create_transform
 from torch import nn
 
 from ..augmentation import create_train_transform, normalizing_in_place
+from ..class_names import listed, some_names
 from ..images import ValueRange, ValueRanges
 from ..preprocessing import takes_other_sizes
 from ..stream import StreamedImages
@@ -16,6 +17,8 @@ from .dataset import ImageDataset
 from .files import ImageFiles
 from .found import Rows
 from .sample import Sample, take_sample
+
+REORDERED = "the classes are in another order than the network's: they are matched by name"
 
 
 @dataclass
@@ -32,7 +35,8 @@ class ImageSplits:
     sampled_rows: Rows = field(repr=False)
     """The training images before any were taken for validation; `sample` is of these."""
     source: dict[str, Any]
-    """Where the validation images come from, in the Hub's terms: name, type, config, split, hub_id."""
+    """Where the validation images come from, in the Hub's terms: name, type, config, split, hub_id; val_fraction and
+    seed where they were drawn from the training split."""
     found: list[dict[str, Any]]
     """For each split its name, images, classes, where they are from, and what was left out."""
     unlabelled: bool = False
@@ -85,8 +89,13 @@ class ImageSplits:
         return self.sample.size
 
     def lines(self) -> list[str]:
-        """What was found, a line for each split."""
-        return [_line(split) for split in self.found]
+        """What was found, a line for each split, and one where classes are in another order than the network's."""
+        return [*map(_line, self.found), *([REORDERED] if self.is_reordered else [])]
+
+    @property
+    def is_reordered(self) -> bool:
+        """Whether a network has the classes in another order than the source."""
+        return self.label_map is not None and list(self.label_map) != sorted(self.label_map)
 
     def fitting_labels(self, num_classes: int, class_names: list[str] | None = None) -> "ImageSplits":
         """The same images for a network of K classes that learns without labels; those for validation have none
@@ -120,9 +129,8 @@ class ImageSplits:
         indices = {name: index for index, name in enumerate(class_names)}
         if unknown := [name for name in self.class_names if name not in indices]:
             raise ValueError(
-                f"the network has {len(class_names)} classes ({some_names(class_names)}), the images {self.num_classes}"
-                f" ({some_names(self.class_names)}): it does not know {some_names(unknown)}"
-                + (way_out and f"; {way_out}"))
+                f"the network has {listed(class_names)}, and the images have {listed(self.class_names)}: the network"
+                f" does not know {some_names(unknown)}" + (way_out and f"; {way_out}"))
         before = self.label_map or range(len(self.class_names))
         label_map = [indices[self.class_names[label]] for label in before]
         return self._changed(class_names=list(class_names), label_map=label_map)
@@ -186,7 +194,3 @@ def _line(split: dict[str, Any]) -> str:
     classes = f" of {split['classes']:,} classes" if split["classes"] else " without labels"
     left_out = f"; left out: {split['left_out']}" if split["left_out"] else ""
     return f"{split['split']}: {count}{classes.replace(' 1 classes', ' 1 class')} in {split['from']}{left_out}"
-
-
-def some_names(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

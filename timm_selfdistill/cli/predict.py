@@ -1,0 +1,49 @@
+"""The classes that a model sees in a picture, a self-distilled one at any exit."""
+import argparse
+
+import torch
+from timm.data import create_transform
+
+from ..model import SelfDistillModel
+from ..training import open_image
+from .data_flags import add_preprocessing_flags
+from .measured import as_range
+from .opening import load_any_model, preprocessing, saved_model
+from .program import parse_exit
+from .record import read_record
+
+
+def add_predict_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `predict`, but for the picture and the model."""
+    parser.add_argument("--revision", help="branch, tag or commit of a repository on the Hub")
+    parser.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the deepest; ensemble is the mean of all")
+    parser.add_argument("--topk", type=int, default=5, help="classes to print")
+    group = parser.add_argument_group("image", "what is left out is as in the model's run")
+    group.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       help="black and white of an image with more than 8 bits (default: the full range of its type)")
+    add_preprocessing_flags(group)
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Print the likeliest classes of one picture.
+
+    Raises:
+        ValueError: there is no such exit, or the picture cannot be read.
+    """
+    if args.topk < 1:
+        raise ValueError(f"--topk must be at least 1, got {args.topk}")
+    record = read_record(saved_model(args.model), args.revision)
+    model = load_any_model(record.model, record.revision)
+    whole = isinstance(model, SelfDistillModel)
+    if not whole and args.exit != "-1":
+        raise ValueError(f"{args.model} has one exit only; leave out --exit")
+    config = preprocessing(model, record, args)
+    image = open_image(args.image, config["input_size"][0], as_range(args.value_range) or record.value_range)
+    with torch.no_grad():
+        x = create_transform(**config)(image)[None]
+        logits = model.predict(x, parse_exit(args.exit)) if whole else model(x)
+        probabilities = logits[0].softmax(0)
+    names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
+    for probability, index in zip(*probabilities.topk(min(args.topk, model.num_classes))):
+        print(f"{probability:7.2%}  {names[index]}")
+    return 0
