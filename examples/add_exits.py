@@ -1,7 +1,7 @@
 """Give a trained network early exits without changing it: images are enough, labels are not needed.
 
     python examples/add_exits.py FOLDER --model local-dir:pretrained --output runs/exits
-    timm-selfdistill calibrate runs/exits/best --data LABELLED --max-accuracy-drop 1
+    timm-selfdistill calibrate runs/exits/best --data-dir LABELLED --max-accuracy-drop 1
 """
 import timm
 from rich.console import Console

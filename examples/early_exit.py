@@ -1,14 +1,12 @@
 """Train, calibrate, and let easy images leave early, from Python.
 
     python examples/early_exit.py                                     # trains resnet18 on examples/data first
-    python examples/early_exit.py --model runs/first/best --data-dir FOLDER
+    python examples/early_exit.py --model runs/first                  # calibrates on the images that it measured
 """
 from pathlib import Path
 
 import timm
 from rich import print
-from timm.data import resolve_model_data_config
-from torch.utils.data import DataLoader
 
 from timm_selfdistill import (
     EarlyExit,
@@ -20,26 +18,23 @@ from timm_selfdistill import (
     model_data_config,
     wrap_self_distill,
 )
-from timm_selfdistill.cli import Parser, Record, read_record, run
+from timm_selfdistill.cli import Parser, add_measuring_flags, open_data, read_data, read_record, run, saved_model
 from timm_selfdistill.cost import measure_speedups
+
+DATA = Path(__file__).parent / "data"
 
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", default=str(Path(__file__).parent / "data"), help="images, as of train.py")
-    parser.add_argument("--model", metavar="ID", help="saved model or repository (default: train one)")
+    parser.add_argument("--model", metavar="ID", help="run directory, saved model or repository (default: train one)")
     parser.add_argument("--max-accuracy-drop", type=float, default=1.0, help="points below the plain network")
     parser.add_argument("--output", default="output/early_exit", help="folder for the calibrated model")
+    add_measuring_flags(parser)
     args = parser.parse_args()
 
-    record = read_record(args.model) if args.model else Record("")
-    share, seed = record.fraction or (0.1, 42)  # as the run drew them, the images that it did not train on
-    images = load_images(args.data_dir, val_fraction=share, seed=seed)
-    model = SelfDistillModel.from_pretrained(args.model) if args.model else train(images)
-    if names := model.backbone.pretrained_cfg.get("label_names"):
-        images = images.in_order(names)
-    _, held_out = images.transformed(resolve_model_data_config(model.backbone))
-    loader = DataLoader(held_out, batch_size=100)
+    record = read_record(saved_model(args.model or train()))
+    model = SelfDistillModel.from_pretrained(record.model, revision=record.revision)
+    loader = open_data(model, record, read_data(args, record), args)  # of the run, unless flags say otherwise
 
     early_exit = EarlyExit(model)
     report = early_exit.calibrate(loader, max_accuracy_drop=args.max_accuracy_drop)
@@ -58,12 +53,14 @@ def main() -> int:
     return 0
 
 
-def train(images) -> SelfDistillModel:
+def train() -> str:
+    """The run directory of a self-distilled ResNet18."""
+    images = load_images(DATA)
     backbone = timm.create_model("resnet18", num_classes=images.num_classes)
     config = model_data_config(backbone, images.fitting_size(backbone), class_names=images.class_names)
-    model = wrap_self_distill(backbone)
-    Trainer(SelfDistillTask(model), *images.transformed(config), TrainConfig()).fit()
-    return model.cpu().eval()
+    task = SelfDistillTask(wrap_self_distill(backbone))
+    result = Trainer(task, *images.transformed(config), TrainConfig(settings={"data_dir": str(DATA)})).fit()
+    return str(result.output)
 
 
 if __name__ == "__main__":

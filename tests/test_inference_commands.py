@@ -139,11 +139,11 @@ def test_calibration_under_other_preprocessing_is_saved_with_it(call, folder):
     assert "run/best is run with crop_pct 0.5 instead of 0.95" in out
     config = json.loads((folder / "cropped/config.json").read_text())
     assert config["pretrained_cfg"]["crop_pct"] == 0.5
-    assert config["self_distill"]["metrics"] == {"exits": [{}]}  # accuracy is that of other preprocessing
+    assert config["self_distill"]["metrics"] == {"exits": [{"exit": 0}]}  # accuracy is that of other preprocessing
 
 
-# Of images: a network that is measured is in its own precision, and has its own classes and channels. It is not trained.
 NOT_MEASURED = {"num_classes", "in_chans", "streaming"}
+"""Classes and channels are those of the network that is measured, and images are not streamed."""
 
 
 def test_measuring_commands_have_the_image_flags_of_training():
@@ -168,7 +168,7 @@ def test_measuring_commands_have_the_image_flags_of_training():
     (["tradeoff", "short", "--data", "data"], "short .*truncated.* one exit"),
     (["export", "short", "--exit", "1", "--output", "x"], "one exit only, got exit 1"),
     (["export", "short", "--staged", "--output", "x"], "one exit only.* --staged"),
-    (["export", "plain", "--exit", "ensemble", "--output", "x"], "one exit only, got exit ensemble"),
+    (["export", "plain", "--exit", "ensemble", "--output", "x"], "one exit only, got exit 'ensemble'"),
     (["evaluate", "run", "--data-dir", "data", "--dataset", "user/images"], "--data-dir data and --dataset .*give one"),
     (["evaluate", "other", "--data", "data"], "3 classes, and data has 10 "),
     (["calibrate", "run", "--data", "data"], "one of max_accuracy_drop, max_macs, min_speedup, got none"),
@@ -182,6 +182,7 @@ def test_measuring_commands_have_the_image_flags_of_training():
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call, folder):
     save_short(folder)
+    if not (folder / "other").exists():
         other = timm.create_model("test_resnet", num_classes=3, in_chans=1)
         wrap_self_distill(other).save_pretrained(folder / "other", check=False)
     code, _, err = call(*arguments)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -105,7 +106,7 @@ def load_trained(model: SelfDistillModel) -> SelfDistillModel:
 
 @pytest.mark.parametrize("fill", [
     lambda model: model, lambda model: SelfDistillTask(model).trainable_module,
-    lambda model: pickle.loads(pickle.dumps(model))])
+    lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy, lambda model: model.truncate(0)])
 def test_a_size_that_nobody_told_is_warned_of(fill, tmp_path):
     model = load_trained(small_model())
     with pytest.warns(UserWarning, match=r"images of 160 x 160 pixels, the default .* call set_input_size\(PIXELS\)"):
@@ -119,6 +120,61 @@ def test_a_size_that_was_told_is_not(tell, tmp_path):
     model = load_trained(small_model())
     tell(model)
     assert saved_size(model, tmp_path)[1] == 48
+
+
+def test_a_copy_of_trained_weights_keeps_their_size(tmp_path):
+    model = small_model()
+    train_step(model)
+    best, exit = copy.deepcopy(model), model.truncate(0)
+    train_step(model, (32, 32))
+    assert (saved_size(best, tmp_path / "best"), saved_size(exit, tmp_path / "exit")) == ([3, 48, 64], [3, 48, 64])
+
+
+def test_timms_question_is_answered_before_saving_as_after():
+    model = small_model()
+    train_step(model)
+    for network in (model, model.truncate(0), model.truncate("ensemble")):
+        assert resolve_model_data_config(network)["input_size"] == (3, 48, 64)
+    model.set_input_size(96)
+    train_step(model)
+    assert model.input_size == resolve_model_data_config(model)["input_size"] == (3, 48, 64)
+
+
+def test_a_vit_of_any_size(tmp_path):
+    model = wrap_self_distill(small_backbone("test_vit", dynamic_img_size=True))
+    train_step(model, (64, 64))
+    assert saved_size(model, tmp_path) == [3, 64, 64]
+    loaded = SelfDistillModel.from_pretrained(tmp_path)
+    assert loaded.input_size == resolve_model_data_config(loaded)["input_size"] == (3, 64, 64)
+    average = copy.deepcopy(loaded)
+    train_step(loaded, (96, 96))
+    assert average.input_size == (3, 96, 96)
+
+
+@pytest.mark.parametrize("run", [
+    lambda model, x: model.eval().forward_exits(x).logits[0], lambda model, x: model.train().predict(x, 0),
+    lambda model, x: model.train().predict(x), lambda model, x: model.train().predict(x, "ensemble")])
+def test_a_loop_that_does_not_call_the_model_itself(run, tmp_path):
+    model = small_model()
+    run(model, torch.randn(2, 3, 48, 64)).sum().backward()
+    assert saved_size(model, tmp_path) == [3, 48, 64]
+
+
+def test_a_measurement_is_no_training(tmp_path):
+    model = small_model()
+    train_step(model)
+    model.eval().predict(torch.randn(2, 3, 96, 96), 0)
+    with torch.no_grad():
+        model.train().predict(torch.randn(2, 3, 96, 96), 0)
+    assert saved_size(model, tmp_path) == [3, 48, 64]
+
+
+@pytest.mark.parametrize("change", [train_step, lambda model: model.load_state_dict(small_model().state_dict())])
+def test_thresholds_are_not_those_of_other_weights(change):
+    model = small_model()
+    model.early_exit = {"policy": "confidence", "thresholds": [0.5] * 3}
+    change(model)
+    assert model.early_exit is None
 
 
 def test_a_network_of_one_size_only_tells_its_size(tmp_path):

@@ -221,3 +221,20 @@ def test_a_wrapped_model_is_not_wrapped_again():
     for made in (small_model(), small_model().truncate(0)):
         with pytest.raises(TypeError, match="is wrapped already; wrap the timm model in it, its backbone"):
             wrap_self_distill(made)
+
+
+def test_new_classifiers_have_no_names():
+    model = small_model(num_classes=5)
+    model.pretrained_cfg["label_names"] = list("abcde")
+    model.reset_classifier(5)
+    assert "label_names" not in model.pretrained_cfg
+
+
+def test_feature_maps_are_the_backbones():
+    model = small_model().eval()
+    x = torch.randn(2, 3, 32, 32)
+    for network in (model, model.truncate(-1)):
+        final, maps = network.forward_intermediates(x, indices=[1, 2])
+        expected = model.backbone.forward_intermediates(x, indices=[1, 2])
+        assert torch.equal(final, expected[0])
+        assert all(map(torch.equal, maps, expected[1]))

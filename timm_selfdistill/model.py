@@ -57,18 +57,24 @@ def wrap_self_distill(
 
 
 class TrainedSize:
-    """(height, width) of the images of a model's last training batch. A copy that was not trained itself, such as a
-    moving average, has the size of its original."""
+    """(height, width) of the images that a model was trained with last. A copy that is made before the training, such
+    as a moving average, has the size of its original."""
 
-    def __init__(self, original: "TrainedSize | None" = None):
+    def __init__(self) -> None:
         self.own: tuple[int, int] | None = None
-        self.original = original
+        self.original: TrainedSize | None = None
+        self.saved: tuple[int, int] | None = None
+        """As the files of the model tell it; holds until it is trained on."""
         self.loaded = False
         """Whether the weights come from a state dict, which does not hold the size they were trained at."""
 
     @property
+    def trained(self) -> tuple[int, int] | None:
+        return self.own if self.own or self.original is None else self.original.trained
+
+    @property
     def known(self) -> tuple[int, int] | None:
-        return self.own if self.own or self.original is None else self.original.known
+        return self.trained or self.saved
 
     @property
     def untold(self) -> bool:
@@ -76,14 +82,22 @@ class TrainedSize:
         return self.known is None and (self.loaded or (self.original is not None and self.original.untold))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrainedSize":
-        return TrainedSize(self)
+        copied = self._detached()
+        copied.original = self if self.trained is None else None
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"own": self.known, "original": None, "loaded": self.untold}
+        return vars(self._detached())
+
+    def _detached(self) -> "TrainedSize":
+        size = TrainedSize()
+        size.own, size.saved, size.loaded = self.trained, self.saved, self.untold
+        return size
 
 
 def _note_loaded(model: "SelfDistillModel", _: Any) -> None:
     model._trained_size.loaded = True
+    model.early_exit = None  # thresholds are of other weights
 
 
 class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
@@ -186,8 +200,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
     def forward_backbone(self, x: Tensor) -> BackboneOutput:
         """What the backbone gives the shallow classifiers for images (B, in_chans, H, W); a frozen one always the
         same."""
-        if self.training and not isinstance(x, Proxy):
-            self._trained_size.own = tuple(x.shape[2:])
+        self.note_training(x)
         indices = [stage.index for stage in [*self.stages, self._last_stage]]
         learning = torch.is_grad_enabled() and not self.freeze_backbone
         with torch.set_grad_enabled(learning and not self._waiting):
@@ -196,6 +209,15 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             deepest = self.backbone.forward_head(final)
         check_logits(self.backbone, deepest, x, self.num_classes)
         return BackboneOutput(tuple(maps), deepest)
+
+    def note_training(self, x: Tensor) -> None:
+        """Remember the size of a training batch; thresholds for early exit are of the weights as they were."""
+        if isinstance(x, Proxy) or not torch.is_grad_enabled():
+            return
+        if self.training or self._trained_size.known is None:  # batch norm may be frozen, in eval mode
+            self._trained_size.own = tuple(x.shape[2:])
+        if self.training and self.early_exit is not None:
+            self.early_exit = None
 
     def _run_heads(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Logits and feature of every shallow classifier for the maps of `forward_backbone`."""
@@ -210,6 +232,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
 
     def run_to(self, exit: int, x: Tensor) -> Tensor:
         """The feature map (B, C, H, W) at a shallow exit for images (B, in_chans, H, W), running no layer behind it."""
+        self.note_training(x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             (feature_map,) = self._run(x, lambda x: self.backbone.forward_intermediates(
                 x, indices=[self.stages[exit].index], stop_early=True, intermediates_only=True))
@@ -244,6 +267,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             maps, deepest = self.forward_backbone(x)
             return torch.stack([*(logits for logits, _ in self._run_heads(maps)), deepest]).mean(0)
         if exit == len(self.stages):
+            self.note_training(x)
             return self._run(x, self.backbone)
         return self.run_head(exit, self.run_to(exit, x))[0]
 
@@ -263,12 +287,19 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         channels, *own_size = default_input_size(self.backbone, self.model_args)
         return channels, *(self._trained_size.known or own_size)
 
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The backbone's: preprocessing, class names and origin of the weights; its input_size is `input_size`."""
+        if self._trained_size.known:
+            self.backbone.pretrained_cfg["input_size"] = self.input_size
+        return self.backbone.pretrained_cfg
+
     def warn_of_unknown_size(self) -> None:
         """Warn where weights from a state dict would be saved with the default image size of their architecture."""
         default = timm.get_pretrained_cfg(self.pretrained_cfg.get("architecture", ""))
         if not self._trained_size.untold or default is None or default.fixed_input_size:
             return
-        if tuple(self.pretrained_cfg["input_size"][1:]) == default.input_size[1:]:
+        if tuple(self.backbone.pretrained_cfg["input_size"][1:]) == default.input_size[1:]:
             height, width = self.input_size[1:]
             warnings.warn(
                 f"the model is saved for images of {height} x {width} pixels, the default of its architecture: its"
@@ -330,9 +361,10 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         elif sizes.keys() - {"img_size"}:
             raise TypeError(f"{type(self.backbone).__name__} takes images of any size; set_input_size can change its"
                             f" img_size only, got {', '.join(sizes)}")
-        if img_size is not None:
-            self.pretrained_cfg["input_size"] = (self.input_size[0], *to_2tuple(img_size))
+        channels = self.input_size[0]
         self._trained_size = TrainedSize()
+        if img_size is not None:
+            self.backbone.pretrained_cfg["input_size"] = (channels, *to_2tuple(img_size))
         self._update_model_args(sizes)
 
     def _update_model_args(self, changed: dict[str, Any]) -> None:
@@ -342,7 +374,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
     def strip(self) -> nn.Module:
         """The plain timm model, for good: the shallow classifiers are not needed at inference. Its `pretrained_cfg` has
         the model's `input_size`."""
-        self.pretrained_cfg["input_size"] = self.input_size
+        self.backbone.pretrained_cfg["input_size"] = self.input_size
         return self.backbone
 
     def truncate(self, exit: int | str) -> "TruncatedModel":
@@ -381,4 +413,5 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         """See `HubMixin.from_config`."""
         model = super().from_config(config, *args)
         model.early_exit = config["self_distill"].get("early_exit")
+        model._trained_size.saved = tuple(config["pretrained_cfg"]["input_size"][1:])
         return model

@@ -26,7 +26,7 @@ class TimmMethods:
     @property
     def default_cfg(self) -> dict[str, Any]:
         """timm's former name of `pretrained_cfg`."""
-        return self.backbone.default_cfg
+        return self.pretrained_cfg
 
     @property
     def feature_info(self) -> Any:
@@ -54,6 +54,10 @@ class TimmMethods:
     def forward_features(self, x: Tensor, **kwargs: Any) -> Any:
         """The backbone's last features for images (B, in_chans, H, W)."""
         return self.backbone.forward_features(x, **kwargs)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's feature maps for images (B, in_chans, H, W)."""
+        return self.backbone.forward_intermediates(x, *args, **kwargs)
 
     def forward_head(self, x: Any, **kwargs: Any) -> Tensor:
         """The deepest logits (B, K) for what `forward_features` gave; with `pre_logits=True` the classifier's input."""

@@ -4,7 +4,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .cost import count_cost
 from .hub import HubMixin, fetch_model, measured_rows, pin, read_config
@@ -53,6 +53,11 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
         return self.model.backbone
 
     @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """See `SelfDistillModel.pretrained_cfg`."""
+        return self.model.pretrained_cfg
+
+    @property
     def whole(self) -> nn.Module:
         return self.model.backbone if self._whole is None else self._whole[0]
 
@@ -78,8 +83,6 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of the exit for images (B, in_chans, H, W)."""
-        if self.training and not isinstance(x, fx.Proxy):
-            self.model._trained_size.own = tuple(x.shape[2:])
         return self.model.predict(x, self.exit)
 
     @property

@@ -227,11 +227,14 @@ def test_teachers_that_do_not_fit(teacher, tmp_path):
 
 def test_a_teacher_of_other_class_names_is_warned_of(tmp_path):
     model, student = small_backbone(in_chans=1), small_backbone(in_chans=1)
-    for network, names in ((model, "abcdefghij"), (student, "abdcefghij")):
+    for network, names in ((model, "abcdefghij"), (student, "abxdefghij")):
         model_data_config(network, 32, 1, class_names=list(names))
     hub.save_timm_model(model, tmp_path)
     args = parse("--method", "kd", "--kd-model-name", f"local-dir:{tmp_path}")
-    with pytest.warns(UserWarning, match="class 2 .*'c' .*teacher local-dir:.* 'd' .*data"):
+    with pytest.warns(UserWarning, match="class 2 .*'c' .*teacher local-dir:.* 'x' .*data"):
+        create_task(args, student, lambda: None)
+    model_data_config(student, 32, 1, class_names=list("abdcefghij"))
+    with pytest.raises(ValueError, match=r"\('a', 'b', 'c', 'd', .*\('a', 'b', 'd', 'c', .* in another order"):
         create_task(args, student, lambda: None)
 
 

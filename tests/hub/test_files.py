@@ -182,3 +182,12 @@ def test_a_plain_network_leaves_no_heads_of_an_earlier_model(tmp_path):
     assert (tmp_path / "self_distill.safetensors").exists()
     save_timm_model(model.backbone, tmp_path, metrics={"epoch": 1}, check=False)
     assert not (tmp_path / "self_distill.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", '{"a": 1, "a": 2}', '{"a": NaN}'])
+def test_a_config_of_the_users_is_no_reason_not_to_save(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "exits.png").write_bytes(b"mine")
+    small_model().save_pretrained(tmp_path, picture=False)
+    assert (tmp_path / "exits.png").read_bytes() == b"mine"
+    SelfDistillModel.from_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from timm.task import ClassificationTask
 
-from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer
+from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, model_data_config
 from timm_selfdistill.training.preprocessing import create_backbone
 
 from ..conftest import ROOT, run_python, small_backbone, small_model
@@ -72,7 +72,7 @@ def test_what_is_no_checkpoint(tmp_path, trained):
 
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/missing\.pth is neither a file .*\.safetensors or \.pth"):
         create(tmp_path / "missing.pth")
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} is neither a file nor a folder with model\.safetensors; .*\.pth"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} is neither a file nor a folder with model\.safetens"):
         create(tmp_path)
     whole = write(tmp_path, trained.state_dict(), ".safetensors").read_bytes()
     torch.save(trained.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
@@ -118,3 +118,14 @@ def test_a_network_of_more_classes_than_the_images_get_its_exits(trained, few_im
     run_python(*command, "--num-classes", 12)
     saved = timm.create_model(f"local-dir:{tmp_path / 'run/best'}", pretrained=True)
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in saved.state_dict().items())
+
+
+def test_preprocessing_goes_along_with_the_weights(tmp_path):
+    model = small_model(num_classes=12)
+    known = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 0.7}
+    model_data_config(model, 32, **known)
+    model.save_pretrained(tmp_path)
+    for how in ("initial_checkpoint", "pretrained_path"):
+        config = create_backbone("test_resnet", num_classes=12, **{how: str(tmp_path)}).pretrained_cfg
+        assert {key: tuple(config[key]) if key in ("mean", "std") else config[key] for key in known} == known
+        assert config["input_size"] == (3, 160, 160)

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from timm.task import ClassificationTask
 from torch import Tensor
 
-from timm_selfdistill import SelfDistillLoss, SelfDistillTask, TrainConfig, Trainer
+from timm_selfdistill import SelfDistillLoss, SelfDistillTask, TrainConfig, Trainer, TruncatedModel
 
 from ..conftest import small_model
 
@@ -74,3 +76,45 @@ def test_a_later_label_that_is_wrong_is_refused_when_it_comes(which, tmp_path):
     run = trainer(tmp_path, **labels)
     with pytest.raises(ValueError, match="several classes" if which == "train" else "class index 4"):
         run.fit()
+
+
+class Samples(list):
+    """As a data set."""
+
+
+IMAGE = torch.zeros(3, 32, 32)
+
+
+@pytest.mark.parametrize(("sample", "got"), [
+    ({"image": IMAGE, "label": 0}, "got a dict of image, label"),
+    ((IMAGE, 0, 0), r"got \(float32 tensor \(3, 32, 32\), int, int\)"),
+    ((IMAGE.to(torch.uint8), 0), r"got \(uint8 tensor \(3, 32, 32\), int\)"),
+    ((IMAGE[0], 0), r"got \(float32 tensor \(32, 32\), int\)"),
+    ((Image.new("RGB", (32, 32)), 0), r"got \(Image, int\)"),
+    (("cat.jpg", "cat"), r"got \(str, str\)"),
+])
+@pytest.mark.parametrize("which", ["training", "validation"])
+def test_samples_that_are_no_images_are_refused(sample, got, which, tmp_path):
+    data = {"training": [(IMAGE, 0)] * 8, "validation": [(IMAGE, 0)] * 8} | {which: [sample] * 8}
+    with pytest.raises(TypeError, match=rf"expected {which} samples \(image, label\), .*{got}; convert"):
+        Trainer(SelfDistillTask(small_model()), data["training"], data["validation"], TrainConfig(batch_size=4))
+
+
+def test_a_loader_is_no_data_set():
+    loader = torch.utils.data.DataLoader(Samples([(IMAGE, 0)] * 8))
+    with pytest.raises(TypeError, match="training data must be a data set, .*a DataLoader; give its dataset, Sam"):
+        Trainer(SelfDistillTask(small_model()), loader, [(IMAGE, 0)])
+
+
+def test_one_exit_is_trained_as_any_network(tmp_path):
+    torch.manual_seed(0)
+    network = small_model(num_classes=4).truncate(1)
+    images = torch.randn(32, 3, 32, 32)
+    data = list(zip(images, INDICES))
+    task = ClassificationTask(network, torch.nn.CrossEntropyLoss(), verbose=False)
+    summary = Trainer(task, data, data, TrainConfig(output=str(tmp_path / "run"), epochs=1, batch_size=16, workers=0)
+                      ).fit().summary
+    loaded = TruncatedModel.from_pretrained(tmp_path / "run/best")
+    with torch.no_grad():
+        right = (loaded(images).argmax(1) == INDICES).float().mean()
+    assert summary["exits"][0]["top1"] == pytest.approx(100 * float(right))

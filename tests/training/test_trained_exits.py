@@ -180,6 +180,16 @@ def test_a_damaged_record_of_exits(tmp_path):
             read_weights(tmp_path / "a.pth")
 
 
+def test_a_record_of_exits_in_another_format(tmp_path):
+    state = SelfDistillTask(small_model()).get_checkpoint_state()
+    torch.save(state, tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth").exits
+    state["self_distill"]["self_distill"] |= {"format_version": 2, "timm_selfdistill_version": "7.0"}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth has format version 2, .*reads 1; .*'7\.0'\): install that one"):
+        read_weights(tmp_path / "a.pth")
+
+
 def test_checkpoints_and_directories_of_a_run(run, tmp_path, capsys):
     (checkpoint,) = (run / "checkpoints").iterdir()
     expected = SelfDistillModel.from_pretrained(run / "last").state_dict()

@@ -157,7 +157,7 @@ def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(fashion_
     assert resumed.history == undisturbed.history
 
 
-@pytest.mark.parametrize("resume", ["", "checkpoints/step-00000008"])
+@pytest.mark.parametrize("resume", ["", "checkpoints", "checkpoints/step-00000008"])
 def test_resume_from_a_run_directory_or_one_checkpoint(resume, fashion_tensors, tmp_path):
     fit(tmp_path, fashion_tensors)
     task = make_task()

@@ -71,8 +71,9 @@ def _info(model: str, revision: str | None) -> None:
         head = hub.read_config(folder)["self_distill"]["head"]
         heads = f", {head or 'own'} heads"
     height, width = config["pretrained_cfg"]["input_size"][1:]
+    one = hub.facts(config).get("truncated_to")
     print(printable(f"{model}: {config['architecture']}, {config['num_classes']} classes, {height} x {width} pixels"
-                    f"{heads}"))
+                    f"{heads}{'' if one is None else f', truncated to exit {one}'}"))
     early_exit = hub.facts(config).get("early_exit")
     if isinstance(early_exit, dict):
         print(printable(f"early exit: {early_exit.get('policy')}, thresholds {early_exit.get('thresholds')}"[:200]))

@@ -50,17 +50,27 @@ def find_images(
     notes = []
     undivided = not choice.owns and choice.split is None and choice.fraction is None
     if undivided and record.fraction and record.images and len(images.val_rows) == sum(record.images):
-        choice = replace(choice, owns=True, fraction=record.fraction)
-        images = _load(choice, args, record)
-        notes.append(f"{choice.source} seems to hold the {sum(record.images)} images of the run; measured are those"
-                     " that the run left out of training")
+        moved = replace(choice, owns=True, fraction=record.fraction)
+        drawn = _load(moved, args, record)
+        if drawn.source["drawn_from"] == record.drawn_from:
+            choice, images = moved, drawn
+            notes.append(f"{choice.source} seems to hold the {sum(record.images)} images of the run; measured are those"
+                         " that the run left out of training")
     notes += trained_on(choice, record, images.source["split"])
     for other in others:
         owns = other.source is not None and _is_same(choice.source, other.source)
         notes += trained_on(replace(choice, owns=owns), other, images.source["split"])
+    notes += _trained_before(record)
     if choice.owns:
         notes += _check_counts(choice, images, record) + _say_changed(args, record)
     return images, [*notes, images.lines()[-1]]
+
+
+def _trained_before(record: Record) -> list[str]:
+    """The lines of `trained_before` in the record of a run."""
+    found = record.settings.get("found")
+    lines = found.get("read") if isinstance(found, dict) else None
+    return [line for line in lines if str(line).startswith("warning: ")] if isinstance(lines, list) else []
 
 
 def _choose(args: argparse.Namespace, record: Record) -> Choice:
@@ -160,6 +170,20 @@ def trained_on(choice: Choice, record: Record, measured: str) -> list[str]:
             f" {choice.fraction.share:g} --seed {choice.fraction.seed}; {held_out}"]
 
 
+def trained_before(images: ImageSplits, source: str, record: Record) -> list[str]:
+    """A line where a run measures images on which the weights that it begins with were trained.
+
+    Args:
+        source: folder, file or data set on the Hub of the run's images.
+        record: of the model that has the weights.
+    """
+    if record.source is None or not _is_same(source, record.source):
+        return []
+    drawn, split = images.source, images.source["split"]
+    fraction = ValFraction(drawn["val_fraction"], drawn["seed"]) if "val_fraction" in drawn else None
+    return trained_on(Choice(source, True, None if fraction else split, fraction), record, split)
+
+
 def _check_counts(choice: Choice, images: ImageSplits, record: Record) -> list[str]:
     """A line where a validation split has changed since the run.
 
@@ -175,6 +199,11 @@ def _check_counts(choice: Choice, images: ImageSplits, record: Record) -> list[s
                 f"{choice.source} has {count} images, and had {sum(record.images)} when {record.model} was trained, so"
                 " the part that the run left out cannot be drawn again; give other images with --data-dir, or measure"
                 f" all of these with --val-split {record.train_split}")
+        if record.drawn_from not in (None, images.source["drawn_from"]):
+            raise ValueError(
+                f"the images in {choice.source} have other names or labels than when {record.model} was trained, so the"
+                " part that the run left out cannot be drawn again; give the images as they were, other ones with"
+                f" --data-dir, or measure all of these with --val-split {record.train_split}")
     elif choice.split == record.val_split and len(images.val_rows) != record.images[1]:
         return [f"warning: the split {choice.split} has {len(images.val_rows)} images, and had {record.images[1]} when"
                 f" {record.model} was trained"]

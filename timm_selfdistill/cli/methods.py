@@ -20,6 +20,7 @@ from ..cost import default_input_size
 from ..loss import SelfDistillLoss
 from ..model import SelfDistillModel, wrap_self_distill
 from ..task import SelfDistillTask
+from ..training.class_names import listed
 from ..training.preprocessing import create_backbone, model_data_config, own_class_names
 from ..training.saved_weights import UNREADABLE, SavedWeights
 from ..training.trained_exits import load_exits
@@ -222,6 +223,10 @@ def create_teacher(name: str, student: nn.Module) -> nn.Module:
                       f" which may cost it accuracy; train a teacher at that size, or give --img-size {own_size}",
                       stacklevel=2)
     names, own = own_class_names(teacher), own_class_names(student)
+    if names and own and names != own and set(names) == set(own):
+        raise ValueError(f"the teacher {name} has {listed(names, own)}, and the images have {listed(own, names)}: the"
+                         " same classes in another order, which would teach wrong ones; train a teacher on these images"
+                         ", or give both the same order")
     if names and own and names != own:
         index = next(i for i, pair in enumerate(zip(names, own)) if len(set(pair)) > 1)
         warnings.warn(f"class {index} is {names[index]!r} for the teacher {name} and {own[index]!r} in the data; they"

@@ -11,6 +11,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from .. import hub
+from ..hub.files import CONFIG
 from ..model import SelfDistillModel
 from ..training import ImageSplits, model_data_config
 from ..training.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
@@ -56,14 +57,30 @@ def saved_model(model: str) -> str:
     return str(best) if best.is_dir() else model
 
 
+def trained_model(args: argparse.Namespace) -> str | None:
+    """The saved model with whose weights a run begins, or that of the run whose checkpoint it begins with; None where
+    none is known.
+
+    Args:
+        args: flags of training.
+    """
+    checkpoint = args.initial_checkpoint or args.pretrained_path
+    if not checkpoint:
+        named = args.pretrained and args.model.startswith(("local-dir:", "hf-hub:"))
+        return saved_model(args.model) if named else None
+    path = Path(checkpoint).absolute()
+    places = (saved_model(str(place)) for place in (path, *path.parents[:3]))
+    return next((place for place in places if (Path(place) / CONFIG).is_file()), None)
+
+
 def load_model(record: Record) -> SelfDistillModel:
     """The self-distilled model of a record.
 
     Raises:
         ValueError: it is a truncated one.
     """
-    settings = hub.read_config(hub.fetch_model(record.model, revision=record.revision, only_config=True))["self_distill"]
-    if "truncated_to" in settings:
+    config = hub.read_config(hub.fetch_model(record.model, revision=record.revision, only_config=True))
+    if "truncated_to" in config["self_distill"]:
         raise ValueError(f"{record.model} is a truncated model, which has one exit only; give the model with all exits")
     return SelfDistillModel.from_pretrained(record.model, revision=record.revision)
 

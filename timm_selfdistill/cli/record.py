@@ -49,6 +49,11 @@ class Record:
         return ValFraction(share, seed) if known else None
 
     @property
+    def drawn_from(self) -> str | None:
+        """Fingerprint of the images from which those for validation were drawn."""
+        return self.dataset.get("drawn_from")
+
+    @property
     def train_split(self) -> str:
         drawn_from = str(self.dataset.get("split")).partition(" of ")[2] if self.fraction else None
         return self.text("train_split") or drawn_from or "train"

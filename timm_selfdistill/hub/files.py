@@ -40,7 +40,8 @@ def read_network(folder: str | PathLike) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     finish_replacing(Path(folder))
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained")
+        raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained, best/ or"
+                                " last/ of a run, or what timm-selfdistill export --format timm makes of a checkpoint")
     check_links(Path(folder), (CONFIG, BACKBONE, HEADS))
     config = read_json(path)
     if not isinstance(config, dict) or "architecture" not in config:

@@ -105,6 +105,7 @@ def find_checkpoint(resume: str, output: str) -> Path | None:
     if resume in ("latest", "auto") and not output:
         raise FileNotFoundError(f"resume={resume!r} needs the run directory as output; or give resume its path")
     path = Path(output if resume in ("latest", "auto") else resume)
+    path = path.parent if path.name == "checkpoints" else path
     if (path / CHECKSUM_FILE).is_file():
         if damage := find_damage(path):
             raise ValueError(f"{damage}; resume from another checkpoint")

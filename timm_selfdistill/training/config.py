@@ -157,7 +157,7 @@ class TrainConfig:
             raise ValueError(f"profile must be a number of updates, got {self.profile!r}")
         for name in WHOLE:
             value = getattr(self, name)
-            if isinstance(value, float) and not value.is_integer():
+            if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
                 raise ValueError(f"{name} must be a whole number, got {value}")
             setattr(self, name, int(value) if isinstance(value, float) else value)
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
@@ -171,11 +171,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",
                      "head_lr_scale", "head_warmup_epochs", "mixup", "cutmix", "mixup_off_epoch", "workers", "profile"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)}")
+            if not (is_number(value := getattr(self, name)) and 0 <= value < float("inf")):
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
         for name in ("mixup_prob", "mixup_switch_prob", "model_ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+            if not (is_number(value := getattr(self, name)) and 0 <= value <= 1):
+                raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -224,6 +224,10 @@ class TrainConfig:
         if taken := sorted({entry.name for entry in fields(self)} & self.settings.keys()):
             raise ValueError(f"settings must have names of their own, got {', '.join(taken)}, which TrainConfig has"
                              f" itself: give TrainConfig({taken[0]}=...), or choose another name")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def plain_value(value: Any, name: str) -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .saved_weights import read_weights
 
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 SHOWN = 3
 """Tensors that an error names."""
 
@@ -14,7 +15,8 @@ SHOWN = 3
 def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = False) -> None:
     """Load the backbone's weights of a checkpoint or a saved model, see `read_weights`: every tensor.
 
-    The model gets the class names of the saved one, too, where they are known and its classifier is loaded.
+    The model gets the preprocessing of the saved one, too, where it is known, but for the image size; and its class
+    names, where its classifier is loaded.
 
     Args:
         new_classifier: leave the model's own as it is.
@@ -30,6 +32,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = F
         state |= {name: own[name] for name in _classifier_names(model) if name in own}
     check_fits(model, state, path)
     model.load_state_dict(state)
+    known = saved.config.get("pretrained_cfg", {})
+    model.pretrained_cfg.update({key: known[key] for key in PREPROCESSING if key in known})
     if not new_classifier:
         names = saved.config.get("label_names")
         model.pretrained_cfg.update(num_classes=model.num_classes, **({"label_names": names} if names else {}))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .class_names import listed
 from .sampling import ATTEMPTS
@@ -156,11 +156,34 @@ class ImagesAlone(Dataset):
         return self.images[index], NO_LABEL
 
 
-def paired(data: Dataset) -> Dataset:
-    """A map-style data set of images alone with -1 for their labels; any other as it is."""
+def paired(data: Dataset, which: str) -> Dataset:
+    """A map-style data set of images alone with -1 for their labels; any other as it is.
+
+    Args:
+        which: "training" or "validation", for the message.
+
+    Raises:
+        TypeError: the data are none of images (C, H, W) as floating-point tensors, alone or with labels.
+    """
+    if isinstance(data, DataLoader):
+        raise TypeError(f"the {which} data must be a data set, from which Trainer makes its own loader, got a"
+                        f" DataLoader; give its dataset, {type(data.dataset).__name__}")
     if hasattr(data, "label_column") or isinstance(data, IterableDataset):
         return data
-    return ImagesAlone(data) if isinstance(_first(data), Tensor) else data
+    sample = _first(data)
+    image = sample[0] if isinstance(sample, (tuple, list)) and len(sample) == 2 else sample
+    if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
+        raise TypeError(f"expected {which} samples (image, label), the image a floating-point tensor (C, H, W), got"
+                        f" {_kind(sample)}; convert them in the data set's __getitem__ or transform")
+    return ImagesAlone(data) if sample is image else data
+
+
+def _kind(sample: Any) -> str:
+    if isinstance(sample, (tuple, list)):
+        return f"({', '.join(map(_kind, sample))})"
+    if isinstance(sample, Tensor):
+        return f"{str(sample.dtype).removeprefix('torch.')} tensor {tuple(sample.shape)}"
+    return f"a dict of {', '.join(map(str, sample))}" if isinstance(sample, dict) else type(sample).__name__
 
 
 def _first(data: Dataset) -> Any:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from .. import hub
 from ..hub.replace import finish_replacing, replacing_files
 from ..model import SelfDistillModel
+from ..truncated import TruncatedModel
 from ..version import __version__
 from .checkpoint import UNWRITABLE, warn_unwritten
 from .config import TrainConfig
@@ -134,7 +135,7 @@ class SavedModels:
             record |= {"epoch": epoch, "exits": merge_rows(metrics, self.costs)}
             if record["dataset"]:
                 record["dataset"] = {**record["dataset"], "images": self.val_images}
-        if isinstance(model, SelfDistillModel):
+        if isinstance(model, (SelfDistillModel, TruncatedModel)):
             model.save_pretrained(
                 folder, metrics=record, check=first, picture=False, data_config=self.data_config)
         elif hasattr(model, "pretrained_cfg"):

@@ -40,6 +40,8 @@ class TrainState:
     """SHA-256 of a frozen one, or of a teacher, which checkpoints do not hold."""
     class_names: list[str] = field(default_factory=list)
     """In the order of the class indices; empty where they are not known."""
+    drawn_from: str = ""
+    """Fingerprint of the images from which those for validation were drawn; empty where they were not."""
     epoch: int = 0
     images: int = 0
     """Images of this epoch that are behind us, over all processes."""
@@ -116,6 +118,10 @@ class TrainState:
         if names and self.class_names and names != self.class_names:
             raise ValueError(f"the checkpoint is of a run on {listed(names, self.class_names)}, and the images have"
                              f" {listed(self.class_names, names)}; resume with the classes that the run began with")
+        if state.get("drawn_from") and self.drawn_from and state["drawn_from"] != self.drawn_from:
+            raise ValueError("the images have other names, labels or numbers than when the run began, so that others"
+                             " would be left out for validation, and the run was trained on most of these; resume with"
+                             " the images as they were, or start a new run")
         if state["images"] and state.get("draws") != DRAWS:
             raise ValueError("the checkpoint stands in the middle of an epoch whose images an older version of"
                              " timm-selfdistill ordered in another way; resume from one at the end of an epoch")

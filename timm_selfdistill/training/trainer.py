@@ -67,7 +67,7 @@ class Trainer:
         config = config or TrainConfig()
         check_task(task)
         check_counts(train_data, val_data)
-        train_data, val_data = paired(train_data), paired(val_data)
+        train_data, val_data = paired(train_data, "training"), paired(val_data, "validation")
         check_frozen_settings(task, config, train_data, val_data)
         self.accelerator = create_accelerator(config, find_unused=learns_in_parts(task, config))
         self.input_size = image_shape(train_data, config)
@@ -88,7 +88,8 @@ class Trainer:
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
         self.state = TrainState(
             self.batches.global_batch, self.batches.epoch_images, frozen_digest(task),
-            name_classes(task.get_eval_model(), train_data, val_data))
+            name_classes(task.get_eval_model(), train_data, val_data),
+            (getattr(val_data, "source", None) or {}).get("drawn_from") or "")
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         check_pushable(config, self.eval_model)
         self.output = check_run(config, self.accelerator, self.checkpoint)

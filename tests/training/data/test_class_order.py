@@ -50,7 +50,8 @@ def test_the_networks_order(animals, kind):
 
 
 def test_other_classes_are_refused(animals):
-    with pytest.raises(ValueError, match=r"3 classes \('fish', 'cat', 'cow'\), .*3 classes \('cat', 'dog', 'fish'\): .*'dog'; .*--pretrained-path"):
+    with pytest.raises(ValueError, match=(
+            r"3 classes \('fish', 'cat', 'cow'\), .*3 classes \('cat', 'dog', 'fish'\): .*'dog'; .*--pretrained-path")):
         fit_classes(animals, network(["fish", "cat", "cow"]), frozen=False)
     with pytest.raises(ValueError, match="'fish', 'cat', 'cow'.*--unlabelled"):
         fit_classes(animals, network(["fish", "cat", "cow"]), frozen=True)

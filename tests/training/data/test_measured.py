@@ -206,7 +206,7 @@ def test_a_part_of_what_has_a_validation_split_is_refused(flags, photos, command
     for data in ([], ["--data-dir", "copy"]):
         code, _, err = command("evaluate", "run", *flags, *data)
         assert (code, err.count("\n")) == (2, 1)
-        assert re.search(r"a split to measure, val(idation)?, so that .* draws nothing; give --val-split val.* alone", err)
+        assert re.search("a split to measure, val, so that .* draws nothing; give --val-split val alone", err)
 
 
 def test_a_validation_split_that_came_later(run, command):
@@ -233,10 +233,45 @@ def test_classes_in_another_order_are_matched_and_it_is_said(run, command, tmp_p
 
 def test_a_baseline_that_was_trained_on_the_images(run, command):
     make(Path("others"), "train/{cat,dog}/{1..8}.jpg val/{cat,dog}/{1..4}.jpg")
-    train("--data-dir", "others", "--method", "plain", "--output", "plain")
+    train("--data-dir", Path("others").resolve(), "--method", "plain", "--output", Path("plain").resolve())
     _, out, _ = command("tradeoff", run, "--baseline", "plain", "--data-dir", "others",
                         "--val-split", "train", "--output", "out")
     assert out.splitlines()[1].startswith("warning: plain/best was trained on all of these images")
+
+
+@pytest.fixture
+def renamed(run):
+    """The images of the run, as many as before, under names in another order."""
+    for path in sorted(Path("photos").glob("*/*.jpg")):
+        path.rename(path.with_name(f"{100 - int(path.stem)}.jpg"))
+
+
+def test_renamed_images_are_not_drawn_from_again(run, renamed, command):
+    code, _, err = command("evaluate", run)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "photos have other names or labels than when run/best was trained" in err
+    refused = train("--resume", "--epochs", 2, "--seed", 3, "--val-fraction", 0.2, check=False)
+    assert refused.returncode == 2
+    assert "have other names, labels or numbers than when the run began" in refused.stderr
+    shutil.copytree("run/best", "elsewhere/model")
+    first = command("evaluate", "elsewhere/model", "--data", "photos")[1].splitlines()[0]
+    assert "may have been trained on these images" in first
+
+
+def test_weights_that_were_trained_on_what_is_measured(run, command):
+    """Of a run that goes on with another draw, its first and every later measurement says so."""
+    more = ("--seed", 4, "--val-fraction", 0.2, "--output", Path("tuned").resolve())
+    said = re.compile("^warning: .*run/best was trained on about 80% of these images, drawn by .*--seed 4; the run"
+                      " measured the 0.2 of train, drawn by seed 3$", re.MULTILINE)
+    for begin in (("--model", f"local-dir:{run.resolve()}/best", "--pretrained"),
+                  ("--initial-checkpoint", run.resolve())):
+        shutil.rmtree("tuned", ignore_errors=True)
+        assert said.search(train(*begin, *more).stdout)
+        assert said.match(command("evaluate", "tuned")[1])
+    shutil.rmtree("tuned")
+    same = train("--model", f"local-dir:{run.resolve()}/best", "--pretrained", "--seed", 3, "--val-fraction", 0.2,
+                 "--output", Path("tuned").resolve())
+    assert "was trained on" not in same.stdout
 
 
 def test_every_command_has_the_runs_images(run, command):

@@ -8,6 +8,7 @@ import datasets
 from ..images import ValueRange, ValueRanges
 from ..label_columns import check_labels, encode_labels, why_unlabelled
 from .files import collect
+from .fingerprint import fingerprint
 from .found import entry
 from .fraction import ValFraction
 from .from_folder import check_has_classes, find_in_folder, same_split
@@ -72,7 +73,8 @@ def load_images(
     pair = (find_in_folder if found.is_folder else find_in_tables)(found, reading, fraction, num_classes)
     described = _describe(source, name, pair.val_name)
     if pair.val_name not in found.splits:
-        described |= {"val_fraction": val_fraction, "seed": seed}
+        drawn_from = fingerprint(pair.sampled, pair.label_column)
+        described |= {"val_fraction": val_fraction, "seed": seed, "drawn_from": drawn_from}
     return ImageSplits(
         pair.train, pair.val, pair.image_column, pair.label_column, pair.class_names, pair.sampled, described,
         pair.entries, unlabelled, value_range)

@@ -35,8 +35,8 @@ class ImageSplits:
     sampled_rows: Rows = field(repr=False)
     """The training images before any were taken for validation; `sample` is of these."""
     source: dict[str, Any]
-    """Where the validation images come from, in the Hub's terms: name, type, config, split, hub_id; val_fraction and
-    seed where they were drawn from the training split."""
+    """Where the validation images come from, in the Hub's terms: name, type, config, split, hub_id; where they
+    were drawn from the training split val_fraction, seed, and drawn_from, see `fingerprint`."""
     found: list[dict[str, Any]]
     """For each split its name, images, classes, where they are from, and what was left out."""
     unlabelled: bool = False
