@@ -8,9 +8,8 @@ from ..cost import default_input_size
 from ..training import ImageSplits
 from ..training.data.class_order import has_new_classifier
 from .measured import trained_before
-from .opening import trained_model
+from .opening import starting_record
 from .program import printable
-from .record import read_record
 
 KINDS = {"I": "integers of more than 8 bits", "F": "floating-point numbers"}
 
@@ -38,8 +37,8 @@ def found_lines(
     if (args.pretrained or args.initial_checkpoint) and has_new_classifier(backbone):
         lines.append(f"the classifier is new: {backbone.num_classes} classes, those of the weights are"
                      f" {backbone.pretrained_cfg['num_classes']}")
-    if origin := trained_model(args):
-        lines += trained_before(images, args.dataset or args.data_dir, read_record(origin))
+    if record := starting_record(args):
+        lines += trained_before(images, args.dataset or args.data_dir, record)
     return [printable(line) for line in lines]
 
 

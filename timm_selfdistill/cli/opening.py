@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
+from timm.models import parse_model_name
 from torch import nn
 
 from .. import hub
@@ -19,11 +20,12 @@ from ..training.class_names import listed
 from ..training.data.class_order import match_classes
 from ..training.data.splits import REORDERED
 from ..training.loading import MeasuredImages
+from ..training.trained_exits import find_config
 from ..truncated import load_pretrained
 from .data_flags import PREPROCESSING_FLAGS, add_image_flags, add_preprocessing_flags
 from .measured import as_text, find_images
 from .program import printable
-from .record import Record
+from .record import Record, record_in
 
 MODEL_HELP = "saved model, run directory, or id of a repository on the Hub"
 
@@ -57,20 +59,23 @@ def saved_model(model: str) -> str:
     return str(best) if best.is_dir() else model
 
 
-def trained_model(args: argparse.Namespace) -> str | None:
-    """The saved model with whose weights a run begins, or that of the run whose checkpoint it begins with; None where
-    none is known.
+def starting_record(args: argparse.Namespace) -> Record | None:
+    """The record of the saved model with whose weights a run begins, or of the run whose checkpoint it begins with;
+    None where none is known.
 
     Args:
         args: flags of training.
     """
-    checkpoint = args.initial_checkpoint or args.pretrained_path
-    if not checkpoint:
-        named = args.pretrained and args.model.startswith(("local-dir:", "hf-hub:"))
-        return saved_model(args.model) if named else None
-    path = Path(checkpoint).absolute()
-    places = (saved_model(str(place)) for place in (path, *path.parents[:3]))
-    return next((place for place in places if (Path(place) / CONFIG).is_file()), None)
+    if checkpoint := args.initial_checkpoint or args.pretrained_path:
+        path = Path(checkpoint).absolute()
+        places = (saved_model(str(place)) for place in (path, *path.parents[:3]))
+        found = next((place for place in places if (Path(place) / CONFIG).is_file()), None)
+        return record_in(Path(found), found) if found else None
+    place, name = parse_model_name(args.model)
+    if not args.pretrained or place not in ("local-dir", "hf-hub"):
+        return None
+    file = find_config(place, name)
+    return record_in(file.parent, name) if file else None
 
 
 def load_model(record: Record) -> SelfDistillModel:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import datasets
+from huggingface_hub.utils import disable_progress_bars
 
 from ..training.failures import PeerError, error_line
 
@@ -25,6 +26,7 @@ def run(main: Callable[[], int | None]) -> None:
     Of several processes on a machine the first one speaks for all."""
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         datasets.disable_progress_bars()
+        disable_progress_bars()
     alike = os.environ.get("LOCAL_RANK", "0") != "0"
     if alike:
         warnings.simplefilter("ignore")

@@ -87,14 +87,25 @@ def read_record(model: str, revision: str | None = None) -> Record:
         ValueError: config.yaml of the run directory is damaged.
     """
     folder = hub.fetch_model(model, revision=revision, only_config=True)
+    return record_in(folder, model, hub.pin(model, folder, revision))
+
+
+def record_in(folder: Path, model: str, revision: str | None = None) -> Record:
+    """The record of a saved model whose config.json is in a folder.
+
+    Args:
+        model: its name.
+
+    Raises:
+        ValueError: config.json, or config.yaml of the run directory that the folder is in, is damaged.
+    """
     metrics = hub.read_metrics(folder)
     metrics = metrics if isinstance(metrics, dict) else {}
     saved, dataset, images = (metrics.get(key) for key in ("settings", "dataset", "images"))
     counted = isinstance(images, list) and [type(count) for count in images] == [int, int]
     return Record(
-        model, _run_settings(Path(model)) or (saved if isinstance(saved, dict) else {}),
-        dataset if isinstance(dataset, dict) else {}, tuple(images) if counted else None,
-        hub.pin(model, folder, revision))
+        model, _run_settings(folder) or (saved if isinstance(saved, dict) else {}),
+        dataset if isinstance(dataset, dict) else {}, tuple(images) if counted else None, revision)
 
 
 def _run_settings(model: Path) -> dict[str, Any] | None:

@@ -41,12 +41,12 @@ def read_exits(name: str) -> SavedWeights | None:
     place, location = parse_model_name(name)
     if place not in ("local-dir", "hf-hub"):
         return None
-    location, _, revision = (location, "", "") if place == "local-dir" else location.partition("@")
-    file = _find_config(place, location, revision or None)
+    file = find_config(place, location)
     config = read_json(file) if file else None
     if not isinstance(config, dict) or not isinstance(config.get("self_distill"), dict):
         return None
-    revision = hub.pin(location, file.parent, revision or None)
+    location = location if place == "local-dir" else location.partition("@")[0]
+    revision = hub.pin(location, file.parent, None)
     settings = hub.read_config(hub.fetch_model(location, revision=revision, only_config=True))["self_distill"]
     if settings.get("truncated_to") is not None:
         raise ValueError(f"{name} is a truncated model, which has one exit only and cannot be trained on here; give the"
@@ -125,10 +125,17 @@ def _head_state(saved: SavedWeights, position: int) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in saved.heads.items() if name.startswith(prefix)}
 
 
-def _find_config(place: str, location: str, revision: str | None) -> Path | None:
-    """config.json; timm has looked for it already, so from the Hub it is in the cache."""
+def find_config(place: str, location: str) -> Path | None:
+    """config.json of a model under the name that timm has for it; None where there is none.
+
+    timm has looked for it already, so from the Hub it is in the cache.
+
+    Args:
+        place, location: as of `timm.models.parse_model_name`; a location on the Hub may end in "@" and a revision.
+    """
     if place == "hf-hub":
-        return Path(hf_hub_download(location, CONFIG, revision=revision))
+        name, _, revision = location.partition("@")
+        return Path(hf_hub_download(name, CONFIG, revision=revision or None))
     path = Path(location) / CONFIG
     return path if path.is_file() else None
 
