@@ -44,11 +44,12 @@ class Run(NamedTuple):
 
 
 def draw_images(root: Path, count: int, mode: str, rng: np.random.Generator) -> None:
-    """Noise, brighter in one half: the class; wide, so that how an image is cropped matters."""
+    """Noise, brighter in one half: mostly the class, so that no network is always right; wide, so that how an image is
+    cropped matters."""
     for index in range(count):
         name = CLASSES[index % len(CLASSES)]
         pixels = rng.integers(0, 140, (40, 56, 3)) + rng.integers(0, 60)
-        pixels[PARTS[name]] += 45
+        pixels[PARTS[CLASSES[rng.integers(4)] if rng.random() < 0.2 else name]] += 45
         (root / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(root / name / f"{index}.png")
 
