@@ -27,7 +27,7 @@ DATA = Path(__file__).parent / "data"
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", metavar="ID", help="run directory, saved model or repository (default: train one)")
-    parser.add_argument("--max-accuracy-drop", type=float, default=1.0, help="points below the plain network")
+    parser.add_argument("--max-accuracy-drop", type=float, default=2.0, help="points below the plain network")
     parser.add_argument("--output", default="output/early_exit", help="folder for the calibrated model")
     add_measuring_flags(parser)
     args = parser.parse_args()
