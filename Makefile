@@ -31,7 +31,7 @@ test-min: .venv-min/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,test-trackers]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,test-trackers,test-quantization]"
 	touch $@
 
 .venv-min/.installed: pyproject.toml

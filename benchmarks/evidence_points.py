@@ -45,7 +45,7 @@ def _describe(setting: str, method: str) -> Row:
 
 
 def _best(groups: list[list[Row]], complete: Complete) -> list[Row]:
-    """The run of each group whose deepest exit has the highest top-1."""
+    """The run of each group whose deepest exit has the highest top-1, before all that diverged."""
     rows = iter(complete([run for group in groups for run in group]))
-    top1 = [[row["top1"][-1] for row in islice(rows, len(group))] for group in groups]
-    return [group[values.index(max(values))] for group, values in zip(groups, top1)]
+    merits = [[("diverged" not in row, row["top1"][-1]) for row in islice(rows, len(group))] for group in groups]
+    return [group[values.index(max(values))] for group, values in zip(groups, merits)]

@@ -31,8 +31,8 @@ def command(environment, hub_programs, tmp_path) -> Callable[..., subprocess.Com
 def client(command, tmp_path) -> Callable[..., str]:
     """Runs Python code in a process of its own; what it prints."""
     def run(code: str, **more) -> str:
-        (tmp_path / "code.py").write_text(code)
-        return command(sys.executable, tmp_path / "code.py", **more).stdout.strip()
+        (tmp_path / "client.py").write_text(code)
+        return command(sys.executable, tmp_path / "client.py", **more).stdout.strip()
 
     return run
 
