@@ -120,7 +120,8 @@ class Programs:
 
     def start(self, *command: object, cwd: Path = ROOT, processes: int = 1, limit: int = HANGS, **environment: str,
               ) -> Program:
-        """A script of Python with its arguments, "python" before it or not; its name alone is looked for in PATH.
+        """A script of Python with its arguments, or after "-m" a package of the repository; "python" may stand before
+        it. Its name alone is looked for in PATH.
 
         Args:
             processes: that find one another as torchrun's do.
@@ -128,6 +129,8 @@ class Programs:
             environment: set in addition.
         """
         script, *arguments = map(str, command[1:] if command[0] in ("python", sys.executable) else command)
+        if script == "-m":
+            script, *arguments = str(ROOT / arguments[0] / "__main__.py"), *arguments[1:]
         if not script.endswith(".py"):
             script = shutil.which(script, path=self.environment["PATH"])
         if self.server is None or self.server.poll() is not None:

@@ -37,7 +37,7 @@ def workplace(tmp_path):
     """A folder that looks like the repository, with few images in examples/data."""
     folder = tmp_path / "repository"
     folder.mkdir()
-    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "timm_selfdistill", "recipes"):
+    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "timm_selfdistill"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "examples" / "data").mkdir(parents=True)
     for name in ("train.py", "predict.py", "early_exit.py", "onnx_early_exit.py", "efficientnet_lite0.py",

@@ -12,10 +12,11 @@ from PIL import Image
 from timm_selfdistill import SelfDistillLoss, wrap_self_distill
 from timm_selfdistill.cli import parse_args, train_config, train_parser
 from timm_selfdistill.cli.methods import exit_loss
+from timm_selfdistill.cli.recipes import FOLDER
 
-from .conftest import ROOT, run_python
+from .conftest import run_python
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 PAPER = {
     "cifar100": {"resnet18", "resnet50", "resnet101", "resnet152", "vgg19_bn", "resnext29_8x64d", "wide_resnet20_8",
                  "wide_resnet44_8", "wide_resnet28_12", "pyramidnet101_240"},
@@ -61,7 +62,7 @@ def test_the_recipes_for_imagenet_are_the_baseline_of_90_epochs():
         "decay-epochs": 30, "decay-rate": 0.1, "warmup-epochs": 0,
     }
     for name, lr in (("resnet18", 0.1), ("resnet50", 0.1), ("vgg19_bn", 0.01)):
-        recipe = yaml.safe_load((ROOT / f"recipes/imagenet_{name}.yaml").read_text())
+        recipe = yaml.safe_load((FOLDER / f"imagenet_{name}.yaml").read_text())
         assert {key: recipe[key] for key in expected} == expected
         assert (recipe["model"], recipe["lr"]) == (name, lr)
 

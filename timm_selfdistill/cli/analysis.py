@@ -40,9 +40,9 @@ from .opening import (
     load_checkpoints,
     open_data,
     read_data,
-    saved_model,
 )
 from .record import Record, read_record
+from .saved import saved_model
 
 NUMBER, NONE = (int, float), type(None)
 SETTINGS = {

@@ -23,7 +23,7 @@ def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collectio
         ValueError: it is no YAML of flags and values, holds an unknown flag or one twice, or a value does not fit.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; --config takes a YAML file, e.g. one of recipes/")
+        raise FileNotFoundError(f"{path} does not exist; --config takes a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -23,9 +23,10 @@ from ..training.report import print_exits, write_json
 from ..training.summary import exit_costs, find_speedups, merge_rows, model_name, with_speedups
 from .data_flags import PREPROCESSING_FLAGS
 from .export_timm import export_timm, without_accuracy
-from .opening import add_measuring_flags, add_model_flags, load_any_model, load_model, open_data, read_data, saved_model
+from .opening import add_measuring_flags, add_model_flags, load_any_model, load_model, open_data, read_data
 from .program import parse_exit
 from .record import read_record
+from .saved import saved_model
 
 BUDGET_NOT_MET = 1
 """Exit code of a calibration that could not keep what was asked for."""

@@ -1,5 +1,6 @@
 """timm-selfdistill: what to do with a saved model."""
 import argparse
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -9,9 +10,14 @@ from rich.text import Text
 from .. import hub
 from ..training.config import check_repo_id
 from ..truncated import saved_class
+from ..version import __version__
 from . import analysis, inference
-from .opening import add_model_flags, saved_model
+from .opening import MODEL_HELP, add_model_flags
+from .predict import add_predict_flags, predict
 from .program import Parser, printable, run
+from .recipes import print_recipes
+from .saved import saved_model
+from .train import DESCRIPTION, train
 
 COLUMNS = {"exit": "{}", "module": "{}", "top1": "{:.2f}", "top5": "{:.2f}", "macs": "{:,.1f}", "share": "{:.1%}",
            "speedup": "{:.2f}x"}
@@ -19,12 +25,22 @@ COLUMNS = {"exit": "{}", "module": "{}", "top1": "{:.2f}", "top5": "{:.2f}", "ma
 
 def main() -> None:
     """Entry point of the command."""
-    run(lambda: _main(_parser().parse_args()))
+    argv = sys.argv[1:]
+    if argv[:1] == ["train"]:  # whose flags may come from a file, too
+        run(lambda: train(argv[1:], prog="timm-selfdistill train"))
+    run(lambda: _main(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="timm-selfdistill", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands.add_parser("train", help=DESCRIPTION, add_help=False)
+    commands.add_parser("recipes", help="list the recipes that train --config NAME takes")
+    predicting = commands.add_parser("predict", help="the classes that a model sees in pictures")
+    predicting.add_argument("model", help=MODEL_HELP)
+    predicting.add_argument("image", nargs="+", help="a picture in any format that Pillow reads")
+    add_predict_flags(predicting)
     push = commands.add_parser("push", help="upload a saved model to the Hub")
     push.add_argument("folder", help="saved model, or a run directory, whose best/ is taken")
     push.add_argument("repo_id", help="user/name, or name")
@@ -43,6 +59,11 @@ def _main(args: argparse.Namespace) -> int:
     if args.command == "push":
         _push(args)
         return 0
+    if args.command == "recipes":
+        print_recipes()
+        return 0
+    if args.command == "predict":
+        return predict(args)
     if args.command in analysis.COMMANDS:
         return analysis.COMMANDS[args.command](args)
     args.model = saved_model(args.model)
@@ -89,7 +110,7 @@ def _info(model: str, revision: str | None) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("exit", "module")
+    table = Table("exit", "stage")
     for name in ("top-1 %", "top-5 %", "MACs (M)", "share", "speed-up"):
         table.add_column(name, justify="right")
     for row in rows:

@@ -26,6 +26,7 @@ from .data_flags import PREPROCESSING_FLAGS, add_image_flags, add_preprocessing_
 from .measured import as_text, find_images
 from .program import printable
 from .record import Record, record_in
+from .saved import saved_model
 
 MODEL_HELP = "saved model, run directory, or id of a repository on the Hub"
 
@@ -50,13 +51,6 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-j", "--workers", type=_whole_number(0), default=0, help="data-loading processes")
     parser.add_argument("--device", type=_usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, cuda:1, ... (default: the GPU, where there is one)")
-
-
-def saved_model(model: str) -> str:
-    """A run directory's best/; anything else as it is, without timm's prefixes local-dir: and hf-hub:."""
-    model = model.removeprefix("local-dir:").removeprefix("hf-hub:")
-    best = Path(model) / "best"
-    return str(best) if best.is_dir() else model
 
 
 def starting_record(args: argparse.Namespace) -> Record | None:

@@ -8,9 +8,10 @@ from ..model import SelfDistillModel
 from ..training import open_image
 from .data_flags import add_preprocessing_flags
 from .measured import as_range
-from .opening import load_any_model, preprocessing, saved_model
-from .program import parse_exit
+from .opening import load_any_model, preprocessing
+from .program import parse_exit, printable
 from .record import read_record
+from .saved import saved_model
 
 
 def add_predict_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def add_predict_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Print the likeliest classes of one picture.
+    """Print the likeliest classes of each picture.
 
     Raises:
         ValueError: there is no such exit, or the picture cannot be read.
@@ -38,12 +39,14 @@ def predict(args: argparse.Namespace) -> int:
     if not whole and args.exit != "-1":
         raise ValueError(f"{args.model} has one exit only; leave out --exit")
     config = preprocessing(model, record, args)
-    image = open_image(args.image, config["input_size"][0], as_range(args.value_range) or record.value_range)
-    with torch.no_grad():
-        x = create_transform(**config)(image)[None]
-        logits = model.predict(x, parse_exit(args.exit)) if whole else model(x)
-        probabilities = logits[0].softmax(0)
+    transform, value_range = create_transform(**config), as_range(args.value_range) or record.value_range
     names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
-    for probability, index in zip(*probabilities.topk(min(args.topk, model.num_classes))):
-        print(f"{probability:7.2%}  {names[index]}")
+    for path in args.image:
+        with torch.no_grad():
+            x = transform(open_image(path, config["input_size"][0], value_range))[None]
+            logits = model.predict(x, parse_exit(args.exit)) if whole else model(x)
+        if len(args.image) > 1:
+            print(printable(f"{path}:"))
+        for probability, index in zip(*logits[0].softmax(0).topk(min(args.topk, model.num_classes))):
+            print(printable(f"{probability:7.2%}  {names[index]}"))
     return 0

@@ -41,7 +41,8 @@ def run(main: Callable[[], int | None]) -> None:
             sys.exit(2)
         line = error_line(error)
         more = "" if expected else f" ({DEBUG_VARIABLE}=1 shows where)"
-        print(f"{os.path.basename(sys.argv[0])}: error: {printable(line[:LONGEST_LINE])}{more}", file=sys.stderr)
+        name = os.path.basename(sys.argv[0]).replace("__main__.py", "timm-selfdistill")
+        print(f"{name}: error: {printable(line[:LONGEST_LINE])}{more}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -25,16 +25,25 @@ from .methods import (
     loss_settings,
 )
 from .program import Parser
+from .recipes import find_recipe
+from .saved import timm_name
 
 _BOOLEAN = argparse.BooleanOptionalAction
 SOURCE_FLAGS = ("data_dir", "dataset", "dataset_config", "train_split", "val_split", "input_key", "target_key",
                 "num_classes", "streaming")
 
 
-def train_parser(description: str, default_data: str) -> argparse.ArgumentParser:
-    """Flags of a training run."""
-    parser = Parser(description=description, formatter_class=_HelpFormatter)
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML with any of the flags below; flags given here win")
+def train_parser(
+        description: str, default_data: str | Path | None = None, prog: str | None = None) -> argparse.ArgumentParser:
+    """Flags of a training run.
+
+    Args:
+        default_data: folder of images where none are named.
+        prog: the program's name in messages.
+    """
+    parser = Parser(prog=prog, description=description, formatter_class=_HelpFormatter)
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML with any of the flags below, or the name of a"
+                        " recipe (timm-selfdistill recipes); flags given here win")
     _add_data(parser.add_argument_group("data"), default_data)
     _add_augmentation(parser.add_argument_group("augmentation"))
     _add_model(parser.add_argument_group("model"))
@@ -44,8 +53,9 @@ def train_parser(description: str, default_data: str) -> argparse.ArgumentParser
     return parser
 
 
-def _add_data(group: Any, default_data: str) -> None:
-    add_image_flags(group, {"data_dir": default_data, "train_split": "train", "val_fraction": ValFraction.share})
+def _add_data(group: Any, default_data: str | Path | None) -> None:
+    add_image_flags(group, {"data_dir": None if default_data is None else str(default_data), "train_split": "train",
+                            "val_fraction": ValFraction.share})
     group.add_argument("--num-classes", type=int,
                        help="of the model (default: those of the data, or without labels the model's own)")
     group.add_argument("--streaming", action=_BOOLEAN, default=False,
@@ -162,11 +172,16 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     if by_hand.config is not None:
         leave_out = {*(SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()),
                      *(PAPER_FLAGS if by_hand.paper else ())}
-        argv = [*read_flags(parser, Path(by_hand.config), leave_out), *argv]
+        argv = [*read_flags(parser, find_recipe(by_hand.config), leave_out), *argv]
     args = parser.parse_args(argv)
     if args.freeze_backbone or args.paper:
         args = parser.parse_args(argv, argparse.Namespace(**loss_settings(SelfDistillLoss.paper())))
     check_typed_flags(by_hand, args.method)
+    if not (args.data_dir or args.dataset):
+        raise ValueError("there are no images to train on: give --data-dir FOLDER or --dataset NAME; in a clone of the"
+                         " repository make demo trains on those in examples/data")
+    args.model = timm_name(args.model)
+    args.kd_model_name = args.kd_model_name and timm_name(args.kd_model_name)
     return args
 
 

@@ -1,0 +1,33 @@
+"""recipes: the flags of published trainings, by name."""
+import difflib
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """The file that --config names: a YAML file, or a recipe of this package by its name.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    path, recipe = Path(name), FOLDER / f"{name}.yaml"
+    if path.is_file():
+        return path
+    if recipe.parent == FOLDER and recipe.is_file():
+        return recipe
+    names = [path.stem for path in FOLDER.glob("*.yaml")]
+    close = difflib.get_close_matches(path.stem, names, 1)
+    hint = f"; did you mean the recipe {close[0]}?" if close else "; timm-selfdistill recipes lists the names"
+    raise FileNotFoundError(f"{name} does not exist; --config takes a YAML file or the name of a recipe{hint}")
+
+
+def print_recipes() -> None:
+    """A table of the names, and what each is of."""
+    table = Table("recipe", "what it trains", box=None, pad_edge=False)
+    for path in sorted(FOLDER.glob("*.yaml")):
+        table.add_row(path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
+    Console(soft_wrap=True).print(table)

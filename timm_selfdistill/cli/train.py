@@ -1,0 +1,153 @@
+"""train: a self-distilled timm model, or with --method the plain one or one by another kind of distillation."""
+import os
+import shlex
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..cost import default_input_size
+from ..training import (
+    ImageSplits,
+    Trainer,
+    TrainResult,
+    load_images,
+    model_data_config,
+    own_class_names,
+    print_exits,
+    summary_title,
+)
+from ..training.data.class_order import fit_classes
+from ..training.preprocessing import create_backbone
+from ..training.trained_exits import find_saved_weights
+from .found import found_lines, found_settings
+from .methods import EXIT_METHODS, check_method_flags, create_task, take_over_exits
+from .program import NOT_UPLOADED, run, say
+from .train_flags import check_frozen_flags, parse_args, train_config, train_parser
+from .upload_lines import upload_lines
+
+DESCRIPTION = "train a self-distilled timm model, or with --method the plain one or one by another kind of distillation"
+
+
+def train_command(default_data: str | Path | None = None) -> None:
+    """A program: train what the command line says, and end the process. See `train`."""
+    run(lambda: train(default_data=default_data))
+
+
+def train(argv: list[str] | None = None, default_data: str | Path | None = None, prog: str | None = None) -> int:
+    """Train what a command line says; the exit code.
+
+    Args:
+        argv: the command line; None is that of this process.
+        default_data: folder of images where the command line names none; None is an error then.
+        prog: the program's name in messages.
+
+    Raises:
+        ValueError: a flag is wrong, or images and model do not fit.
+        FileNotFoundError: there are no images, or weights, where the flags say.
+    """
+    args = parse_args(train_parser(DESCRIPTION, default_data, prog), argv)
+    config = train_config(args)
+    check_frozen_flags(args)
+    check_method_flags(args)
+    images = _load_images(args)
+    saved = find_saved_weights(args.model, args.pretrained, args.initial_checkpoint, args.pretrained_path)
+    config.settings |= take_over_exits(args, saved)
+    torch.manual_seed(config.seed)
+    create = partial(
+        create_backbone, args.model, args.img_size, pretrained=args.pretrained,
+        in_chans=args.in_chans, num_classes=args.num_classes or (None if args.unlabelled else images.num_classes),
+        drop_rate=args.drop, drop_path_rate=args.drop_path, initial_checkpoint=args.initial_checkpoint,
+        pretrained_path=args.pretrained_path)
+    backbone = create()
+    if args.grad_checkpointing:
+        backbone.set_grad_checkpointing()
+    images, data_config, lines = _fit(images, backbone, args)
+    config.settings |= found_settings(images, lines)
+    say(*lines)
+    data = images.transformed(data_config, interpolation=args.train_interpolation, **_augmentation(args))
+    trainer = Trainer(create_task(args, backbone, create, saved), *data, config)
+    result = trainer.fit()
+    _report(result, args, Console(quiet=not trainer.accelerator.is_main_process, soft_wrap=True))
+    if result.interrupted_by:  # torchrun starts again what ends with another code than 0
+        return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else 128 + result.interrupted_by
+    return NOT_UPLOADED if result.upload and result.upload.failure else 0
+
+
+def _load_images(args: Namespace) -> ImageSplits:
+    return load_images(
+        args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
+        val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
+        num_classes=args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled,
+        value_range=args.value_range and tuple(args.value_range), seed=args.seed)
+
+
+def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[ImageSplits, dict, list[str]]:
+    """Images and network made ready for each other: the images with its classes, its preprocessing, and lines of what
+    was found."""
+    frozen = args.freeze_backbone and (args.pretrained or args.initial_checkpoint)  # keeps its own classes and size
+    if args.unlabelled:
+        images = images.fitting_labels(backbone.num_classes, own_class_names(backbone))
+    elif args.pretrained or args.initial_checkpoint:
+        images = fit_classes(images, backbone, frozen)
+    class_names = images.class_names or (own_class_names(backbone) if frozen else None)
+    img_size = args.img_size
+    if img_size is None and not (args.pretrained or frozen):
+        img_size = images.fitting_size(backbone)
+    lines = found_lines(images, backbone, img_size, args)
+    data_config = model_data_config(
+        backbone, img_size, default_input_size(backbone)[0], class_names=class_names, mean=args.mean, std=args.std,
+        interpolation=args.interpolation, crop_pct=args.crop_pct)
+    return images, data_config, lines
+
+
+def _augmentation(args: Namespace) -> dict:
+    """Arguments of `create_train_transform`."""
+    if args.no_aug:
+        return {"no_aug": True}
+    return {"train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,
+            "vflip": args.vflip, "color_jitter": args.color_jitter, "auto_augment": args.aa, "re_prob": args.reprob,
+            "cutout": args.cutout}
+
+
+def _report(result: TrainResult, args: Namespace, console: Console) -> None:
+    """Print what the run came to, and what comes next."""
+    if result.interrupted_by:
+        console.print(f"stopped by {result.interrupted_by.name}; go on with the same command and --resume:")
+        console.print(f"  {same_command('--resume', str(result.output))}", markup=False, highlight=False)
+    else:
+        print_exits(console, summary_title(result.summary), result.summary["exits"])
+        console.print(next_lines(result.output, args), markup=False, highlight=False)
+    if result.upload:
+        console.print(upload_lines(result.upload, args.hub_private), markup=False, highlight=False)
+
+
+def next_lines(output: Path, args: Namespace) -> str:
+    lines = [f"run directory: {output}  (summary.json, exits.png, curves.png, best/, last/)", "next, in Python:"]
+    lines += [f"  timm.create_model('local-dir:{output}/best', pretrained=True)   # plain timm"]
+    if args.method in EXIT_METHODS:
+        lines += [f"  SelfDistillModel.from_pretrained('{output}/best')               # all exits"]
+        if args.method == "self-distill" and "--resume" not in sys.argv and not args.freeze_backbone:
+            no_push = ["--no-push-to-hub"] if args.push_to_hub else []  # it would take the model's place
+            lines += ["or train the plain network, to compare:",
+                      f"  {same_command('--baseline', '--output', f'{output}-baseline', *no_push)}"]
+    return "\n".join(lines)
+
+
+def same_command(*more: str) -> str:
+    """This run's command line with flags added; the last --output counts."""
+    return shlex.join([*_program(), *sys.argv[1:], *more])
+
+
+def _program() -> list[str]:
+    """How this process was started, but for its arguments."""
+    script, processes = sys.argv[0], os.environ.get("LOCAL_WORLD_SIZE")
+    is_module = os.path.basename(script) in ("__main__.py", "timm-selfdistill")
+    program = ["-m", "timm_selfdistill"] if is_module else [script]
+    if processes:
+        return ["torchrun", "--nproc_per_node", processes, *program]
+    return [script] if os.path.basename(script) == "timm-selfdistill" else ["python", *program]
