@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.utils import ParseKwargs
 
 RECORDED = ("found", "value_ranges")
 """What a run's config.yaml holds beside its flags, see `found_settings`."""
@@ -57,7 +58,7 @@ def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collectio
 
 def _as_flag(action: argparse.Action, value: Any, where: str) -> list[str]:
     """What one would type for a value of the file."""
-    if value is None or value == []:
+    if value is None or value == [] or value == {}:
         if action.default:
             raise ValueError(f"{where} must have a value, got {value!r}; leave it out for its default {action.default}")
         return []
@@ -65,6 +66,8 @@ def _as_flag(action: argparse.Action, value: Any, where: str) -> list[str]:
         if not isinstance(value, bool):
             raise ValueError(f"{where} must be true or false, got {value!r}")
         return action.option_strings[:1] if value else action.option_strings[1:]
+    if isinstance(action, ParseKwargs) and isinstance(value, dict):
+        return [action.option_strings[-1], *(f"{key}={entry!r}" for key, entry in value.items())]
     single = action.nargs in (None, "?")
     if isinstance(value, (bool, dict)) or (isinstance(value, list) and single):
         raise ValueError(f"{where} takes {'one value' if single else 'values'}, got {value!r}")

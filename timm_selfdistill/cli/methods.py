@@ -189,11 +189,18 @@ def _wrap(args: argparse.Namespace, backbone: nn.Module, saved: SavedWeights | N
     head = args.head or HEAD
     head_args = saved.head_args if saved and saved.head == head else None
     model = wrap_self_distill(
-        backbone, exits=exits, head=head, head_args=head_args, freeze_backbone=args.freeze_backbone)
+        backbone, exits=exits, head=head, head_args=head_args, model_args=network_args(args),
+        freeze_backbone=args.freeze_backbone)
     if saved and saved.has_exits:
         other_classes = saved.config.get("num_classes", model.num_classes) != model.num_classes
         say(*load_exits(model, saved, new_classifiers=bool(args.pretrained_path) or other_classes))
     return model
+
+
+def network_args(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given to `create_model` that cannot be read back from a model."""
+    own = {"bn_momentum": args.bn_momentum, "bn_eps": args.bn_eps}
+    return {name: value for name, value in own.items() if value is not None} | args.model_kwargs
 
 
 def create_teacher(name: str, student: nn.Module) -> nn.Module:

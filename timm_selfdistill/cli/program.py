@@ -1,5 +1,6 @@
 """What every program of the package does: errors in one line, and exit codes."""
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -66,4 +67,7 @@ class Parser(argparse.ArgumentParser):
     """Raises instead of printing forty lines of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists the flags")
+        unknown = re.search(r"unrecognized arguments: .*?(--[^\s=]+)", message)
+        known = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[1], known, 1) if unknown else []
+        raise ValueError(f"{message}; {f'did you mean {close[0]}?' if close else '--help lists the flags'}")

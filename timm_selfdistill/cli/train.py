@@ -22,10 +22,11 @@ from ..training import (
     summary_title,
 )
 from ..training.data.class_order import fit_classes
+from ..training.initial_weights import init_classifier
 from ..training.preprocessing import create_backbone
 from ..training.trained_exits import find_saved_weights
 from .found import found_lines, found_settings
-from .methods import EXIT_METHODS, check_method_flags, create_task, take_over_exits
+from .methods import EXIT_METHODS, check_method_flags, create_task, network_args, take_over_exits
 from .program import NOT_UPLOADED, run, say
 from .train_flags import check_frozen_flags, parse_args, train_config, train_parser
 from .upload_lines import upload_lines
@@ -58,14 +59,8 @@ def train(argv: list[str] | None = None, default_data: str | Path | None = None,
     saved = find_saved_weights(args.model, args.pretrained, args.initial_checkpoint, args.pretrained_path)
     config.settings |= take_over_exits(args, saved)
     torch.manual_seed(config.seed)
-    create = partial(
-        create_backbone, args.model, args.img_size, pretrained=args.pretrained,
-        in_chans=args.in_chans, num_classes=args.num_classes or (None if args.unlabelled else images.num_classes),
-        drop_rate=args.drop, drop_path_rate=args.drop_path, initial_checkpoint=args.initial_checkpoint,
-        pretrained_path=args.pretrained_path)
+    create = partial(_create_backbone, args, images)
     backbone = create()
-    if args.grad_checkpointing:
-        backbone.set_grad_checkpointing()
     images, data_config, lines = _fit(images, backbone, args)
     config.settings |= found_settings(images, lines)
     say(*lines)
@@ -84,6 +79,29 @@ def _load_images(args: Namespace) -> ImageSplits:
         val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
         num_classes=args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled,
         value_range=args.value_range and tuple(args.value_range), seed=args.seed)
+
+
+def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
+    """The timm model of the flags, with as many classes as the images have.
+
+    Raises:
+        ValueError: it does not take one of the --model-kwargs.
+    """
+    try:
+        backbone = create_backbone(
+            args.model, args.img_size, pretrained=args.pretrained,
+            in_chans=args.in_chans, num_classes=args.num_classes or (None if args.unlabelled else images.num_classes),
+            drop_rate=args.drop, drop_path_rate=args.drop_path, drop_block_rate=args.drop_block, global_pool=args.gp,
+            initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path, **network_args(args))
+    except TypeError as error:
+        if not network_args(args):
+            raise
+        raise ValueError(f"{args.model} does not take all of --model-kwargs, --bn-momentum and --bn-eps: {error}"
+                         ) from error
+    init_classifier(backbone, args.head_init_scale, args.head_init_bias)
+    if args.grad_checkpointing:
+        backbone.set_grad_checkpointing()
+    return backbone
 
 
 def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[ImageSplits, dict, list[str]]:
@@ -110,7 +128,9 @@ def _augmentation(args: Namespace) -> dict:
     if args.no_aug:
         return {"no_aug": True}
     return {"train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,
-            "vflip": args.vflip, "color_jitter": args.color_jitter, "auto_augment": args.aa, "re_prob": args.reprob,
+            "vflip": args.vflip, "color_jitter": args.color_jitter, "color_jitter_prob": args.color_jitter_prob,
+            "grayscale_prob": args.grayscale_prob, "gaussian_blur_prob": args.gaussian_blur_prob,
+            "auto_augment": args.aa, "re_prob": args.reprob, "re_mode": args.remode, "re_count": args.recount,
             "cutout": args.cutout}
 
 

@@ -7,12 +7,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from timm.utils import ParseKwargs
+
 from ..heads import HEADS
 from ..loss import SelfDistillLoss
 from ..training import TrainConfig
 from ..training.augmentation import CROP_MODES
 from ..training.config import CHOICES, SCHEDULES
 from ..training.data.fraction import ValFraction
+from ..training.run_directory import OWN_FOLDER
 from .config_file import read_flags
 from .data_flags import add_image_flags, add_preprocessing_flags
 from .methods import (
@@ -27,6 +30,7 @@ from .methods import (
 from .program import Parser
 from .recipes import find_recipe
 from .saved import timm_name
+from .timm_flags import add_timm_flags
 
 _BOOLEAN = argparse.BooleanOptionalAction
 SOURCE_FLAGS = ("data_dir", "dataset", "dataset_config", "train_split", "val_split", "input_key", "target_key",
@@ -42,6 +46,7 @@ def train_parser(
         prog: the program's name in messages.
     """
     parser = Parser(prog=prog, description=description, formatter_class=_HelpFormatter)
+    parser.add_argument("data", nargs="?", metavar="DIR", help="--data-dir")
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML with any of the flags below, or the name of a"
                         " recipe (timm-selfdistill recipes); flags given here win")
     _add_data(parser.add_argument_group("data"), default_data)
@@ -50,6 +55,7 @@ def train_parser(
     add_method_flags(parser.add_argument_group("method"))
     _add_distillation(parser.add_argument_group("self distillation"))
     _add_config(parser.add_argument_group("training"))
+    add_timm_flags(parser)
     return parser
 
 
@@ -62,6 +68,7 @@ def _add_data(group: Any, default_data: str | Path | None) -> None:
                        help="read the images while training instead of downloading and converting them first")
     add_preprocessing_flags(group)
     group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the model's, mostly 3)")
+    group.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="--in-chans C --img-size H")
 
 
 def _add_augmentation(group: Any) -> None:
@@ -75,9 +82,15 @@ def _add_augmentation(group: Any) -> None:
     group.add_argument("--hflip", type=float, default=0.5, help="probability")
     group.add_argument("--vflip", type=float, default=0.0, help="probability")
     group.add_argument("--color-jitter", type=float, default=0.4, help="strength")
+    group.add_argument("--color-jitter-prob", type=float, help="of colour jitter (default: always, without --aa)")
+    group.add_argument("--grayscale-prob", type=float, help="of a grey image")
+    group.add_argument("--gaussian-blur-prob", type=float, help="of a blurred image")
     group.add_argument("--aa", help='AutoAugment policy, e.g. "rand-m9-mstd0.5", "original", "cifar10"')
     group.add_argument("--cutout", type=int, default=0, help="side of a square set to zero, pixels")
     group.add_argument("--reprob", type=float, default=0.0, help="random erasing probability")
+    group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel",
+                       help="what erases: zeros, a random colour, or noise")
+    group.add_argument("--recount", type=int, default=1, help="rectangles that random erasing draws at most")
     group.add_argument("--train-interpolation", default="random", help="random, bilinear, bicubic, ...")
 
 
@@ -90,6 +103,14 @@ def _add_model(group: Any) -> None:
     group.add_argument("--initial-checkpoint", metavar="FILE",
                        help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it, exits"
                             " included; or of a run the directory, a checkpoint or a saved model")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
+                       help="further arguments of the model, as in timm.create_model")
+    group.add_argument("--gp", metavar="POOL", help="global pooling: avg, max, avgmax, ... (default: the model's)")
+    group.add_argument("--bn-momentum", type=float, help="of batch norm (default: the model's)")
+    group.add_argument("--bn-eps", type=float, help="of batch norm (default: the model's)")
+    group.add_argument("--head-init-scale", type=float, help="factor of the network's new classifier")
+    group.add_argument("--head-init-bias", type=float, help="bias of the network's new classifier")
+    group.add_argument("--drop-block", type=float, help="DropBlock rate (default: the model's)")
     group.add_argument("--drop", type=float, help="dropout rate (default: the model's)")
     group.add_argument("--drop-path", type=float, help="stochastic depth rate (default: the model's)")
     group.add_argument("--grad-checkpointing", action=_BOOLEAN, default=False,
@@ -150,8 +171,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
     names = {field.name for field in fields(TrainConfig)} - {"settings"}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
-    # The values that --paper stands for are recorded, not the flag.
-    settings = {key: value for key, value in values.items() if key not in {*names, "config", "paper"}}
+    replaced = {"config", "paper", "data", "input_size", "experiment"}  # by the flags for which they stand
+    settings = {key: value for key, value in values.items() if key not in {*names, *replaced}}
     if values["data_dir"]:  # later commands may be given in another folder
         settings["data_dir"] = os.path.abspath(values["data_dir"])
     return TrainConfig(**{name: values[name] for name in names}, settings=settings)
@@ -169,20 +190,64 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     """
     argv = sys.argv[1:] if argv is None else argv
     by_hand = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(["data_dir", *METHODS["self-distill"]])))
+    named = [name for name in (by_hand.data, by_hand.data_dir, by_hand.dataset) if name]
+    if len(named) > 1:
+        raise ValueError(f"the images are named twice, {' and '.join(named)}; give a folder or --dataset")
     if by_hand.config is not None:
-        leave_out = {*(SOURCE_FLAGS if by_hand.data_dir or by_hand.dataset else ()),
+        leave_out = {*(SOURCE_FLAGS if named else ()),
                      *(PAPER_FLAGS if by_hand.paper else ())}
-        argv = [*read_flags(parser, find_recipe(by_hand.config), leave_out), *argv]
+        flags = read_flags(parser, find_recipe(by_hand.config), leave_out)
+        argv = [*flags, "--config", by_hand.config, *argv]  # so that no flag before it takes the folder for a value
     args = parser.parse_args(argv)
     if args.freeze_backbone or args.paper:
         args = parser.parse_args(argv, argparse.Namespace(**loss_settings(SelfDistillLoss.paper())))
     check_typed_flags(by_hand, args.method)
+    args.data_dir = by_hand.data or args.data_dir
+    _take_timms_data_set(args)
+    if args.experiment:
+        args.output = os.path.join(args.output or OWN_FOLDER, args.experiment)
     if not (args.data_dir or args.dataset):
         raise ValueError("there are no images to train on: give --data-dir FOLDER or --dataset NAME; in a clone of the"
                          " repository make demo trains on those in examples/data")
+    _take_input_size(args)
+    args.lr, args.lr_base = (TrainConfig.lr, args.lr_base) if args.lr is None else (args.lr, None)
     args.model = timm_name(args.model)
     args.kd_model_name = args.kd_model_name and timm_name(args.kd_model_name)
     return args
+
+
+def _take_timms_data_set(args: argparse.Namespace) -> None:
+    """Let a data set as timm names it, its kind before its name, be one on the Hub.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    kind, _, name = (args.dataset or "").partition("/")
+    if kind in ("hfds", "hfids"):
+        args.dataset, args.streaming = name, args.streaming or kind == "hfids"
+    elif kind in ("torch", "tfds", "wds"):
+        raise ValueError(f"--dataset {args.dataset}: timm's data sets of the kind {kind} are not read; give --data-dir"
+                         " with a folder of images, parquet files or WebDataset shards, or --dataset with an id on the"
+                         " Hub")
+
+
+def _take_input_size(args: argparse.Namespace) -> None:
+    """Let --input-size be --in-chans and --img-size.
+
+    Raises:
+        ValueError: it contradicts them, or is not square.
+    """
+    if args.input_size is None:
+        return
+    channels, height, width = args.input_size
+    if height != width:
+        raise ValueError(f"--input-size {channels} {height} {width}: images are read as squares; give the same height"
+                         " and width")
+    for name, value in (("in_chans", channels), ("img_size", height)):
+        if getattr(args, name) not in (None, value):
+            raise ValueError(f"--input-size {channels} {height} {width} and --{name.replace('_', '-')}"
+                             f" {getattr(args, name)} contradict; leave one out")
+        setattr(args, name, value)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -199,9 +264,29 @@ def int_or_auto(value: str) -> int | str:
 
 
 _TYPES = {"batch_size": int_or_auto, "validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float,
-          "layer_decay": float, "hub_model_id": str, "hub_license": str}
-_SHORT = {"batch_size": "-b", "workers": "-j"}
+          "layer_decay": float, "layer_decay_no_opt_scale": float, "opt_eps": float, "lr_base": float,
+          "hub_model_id": str, "hub_license": str}
+_SEVERAL = {"decay_milestones": int, "opt_betas": float, "lr_noise": float, "report_to": str}
+"""Types of flags that take several values."""
+_MORE_NAMES = {"batch_size": ["-b"], "validation_batch_size": ["-vb"], "workers": ["-j"], "decay_rate": ["--dr"]}
 _HELP = {
+    "lr": f"highest learning rate (default: {TrainConfig.lr}, or by --lr-base)",
+    "lr_base": "learning rate of an update of --lr-base-size images, from which that of the run follows",
+    "lr_base_size": "see --lr-base",
+    "lr_base_scale": "linear in the number of images, or in its root, sqrt (default: sqrt for Adam's and LAMB's kind)",
+    "opt_eps": "epsilon of the optimizer (default: its own)",
+    "opt_betas": "betas of the optimizer (default: its own)",
+    "opt_kwargs": "further arguments of the optimizer",
+    "clip_mode": "what --clip-grad limits: the norm of all gradients, each value, or the ratio to the weights (agc)",
+    "layer_decay_min_scale": "the least that --layer-decay comes to",
+    "layer_decay_no_opt_scale": "layers for which --layer-decay comes to less are not trained",
+    "lr_noise": "share of the run from which, or between which, the learning rate is noisy",
+    "lr_noise_pct": "highest noise, as a share of the learning rate",
+    "lr_noise_std": "standard deviation of the noise",
+    "lr_cycle_mul": "length of a cycle over that of the one before",
+    "lr_cycle_decay": "learning rate of a cycle over that of the one before",
+    "lr_cycle_limit": "cycles of the learning rate",
+    "lr_k_decay": "exponent of the time in cosine and poly",
     "layer_decay": "factor of the learning rate from each group of layers to the one below it",
     "head_lr_scale": "factor of the learning rate of the shallow classifiers",
     "head_warmup_epochs": "epochs at the beginning in which the classifiers learn alone",
@@ -253,23 +338,25 @@ _HELP = {
 
 def _add_config(group: Any) -> None:
     """A flag for every field of TrainConfig."""
+    group.add_argument("--experiment", default="", metavar="NAME", help="run directory below --output")
     group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",
                        help="go on from a checkpoint or run directory; without a path, from the newest in --output;"
                             " auto: likewise, but a new run where there is none")
     for field in fields(TrainConfig):
         if field.name in ("resume", "settings"):
             continue
-        flags = [f"--{field.name.replace('_', '-')}"]
-        if field.name in _SHORT:
-            flags.insert(0, _SHORT[field.name])
-        options: dict[str, Any] = {"default": field.default}
+        names = [*_MORE_NAMES.get(field.name, ()), f"--{field.name.replace('_', '-')}"]
+        default = {"opt_kwargs": {}, "lr": None}.get(field.name, field.default)
+        options: dict[str, Any] = {"dest": field.name, "default": default}
         options["help"] = _HELP.get(field.name, field.name.replace("_", " "))
         if isinstance(field.default, bool):
             options["action"] = _BOOLEAN
         elif field.name in CHOICES:
             options["choices"] = CHOICES[field.name]
-        elif isinstance(field.default, tuple):
-            options |= {"nargs": "+", "type": int if field.name == "decay_milestones" else str}
+        elif field.name in _SEVERAL:
+            options |= {"nargs": "+", "type": _SEVERAL[field.name]}
+        elif field.name == "opt_kwargs":
+            options |= {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"}
         else:
             options["type"] = _TYPES.get(field.name, type(field.default))
-        group.add_argument(*flags, **options)
+        group.add_argument(*names, **options)

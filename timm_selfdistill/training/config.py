@@ -17,13 +17,16 @@ from .interval import Interval
 CHOICES = {
     "mixup_mode": ("batch", "pair", "elem"),
     "amp_dtype": ("float16", "bfloat16"),
+    "clip_mode": ("norm", "value", "agc"),
+    "lr_base_scale": ("", "linear", "sqrt"),
     "on_bad_sample": ("raise", "skip"),
     "on_nan": ("raise", "skip"),
     "dist_bn": ("reduce", "broadcast"),
     "hub_strategy": ("end", "best", "epoch"),
 }
 WHOLE = ("seed", "epochs", "batch_size", "validation_batch_size", "steps_per_epoch", "shuffle_buffer",
-         "head_warmup_epochs", "mixup_off_epoch", "grad_accum_steps", "workers", "log_interval", "checkpoint_hist")
+         "head_warmup_epochs", "mixup_off_epoch", "grad_accum_steps", "workers", "log_interval", "checkpoint_hist",
+         "lr_cycle_limit", "lr_base_size")
 """Fields that count something."""
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
 
@@ -43,9 +46,14 @@ class TrainConfig:
         validation_batch_size: None is `batch_size`.
         steps_per_epoch: updates of an epoch of streamed images; None is all of them, where their number is known.
         shuffle_buffer: rows of a stream that each loading process shuffles together.
-        lr: highest learning rate.
+        opt: name of one of timm's optimizers. opt_eps, opt_betas: its epsilon and betas; None are its own. opt_kwargs:
+            any other of its arguments.
+        lr: highest learning rate. lr_base, where it is given, takes its place: the learning rate of lr_base_size images
+            an update, which by lr_base_scale grows with their number ("linear"), or with its root ("sqrt"); "" is
+            "sqrt" for optimizers of the kind of Adam and LAMB, else "linear".
         layer_decay: factor of the learning rate from each group of layers to the one below it (arXiv:2106.08254); None
-            is 1 for all.
+            is 1 for all. layer_decay_min_scale: the least that it comes to. layer_decay_no_opt_scale: layers for which
+            it comes to less are not trained; None is all are.
         head_lr_scale: factor of the learning rate of the shallow classifiers.
         head_warmup_epochs: epochs at the beginning in which all classifiers learn alone, the deepest included, while
             the backbone's features stay as they are.
@@ -54,14 +62,18 @@ class TrainConfig:
         cache_features: let a frozen backbone see each image once and keep what it gives, in files in the run directory
             while the run goes on. Images must not be augmented.
         sched: learning-rate schedule, stepped every update; decay_epochs, decay_milestones and decay_rate belong to
-            "step" and "multistep".
+            "step" and "multistep". lr_cycle_limit: cycles of "cosine", "tanh" and "poly", of which each is lr_cycle_mul
+            times as long as the one before and begins at lr_cycle_decay of its learning rate. lr_k_decay: exponent of
+            the time in "cosine" and "poly" (arXiv:2004.05909). lr_noise: share of the run from which, or between which,
+            noise is multiplied to the learning rate, of the standard deviation lr_noise_std, below lr_noise_pct.
         smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
         mixup, cutmix: their alpha; 0 is off. mixup_off_epoch: epoch from which both are off; 0 is never.
         model_ema: keep an average of the weights; it is what is evaluated and saved. model_ema_warmup: a faster
             average at the beginning, for short runs.
         amp: mixed precision, in amp_dtype "float16" or "bfloat16"; False leaves it to `accelerate launch`.
         grad_accum_steps: forward passes per update.
-        clip_grad: highest gradient norm; None is off.
+        clip_grad: None is off; by clip_mode "norm" the highest norm of all gradients, "value" the highest value, "agc"
+            the highest ratio of the norms of gradient and weights, of each unit (arXiv:2102.06171).
         workers: data-loading processes per training process.
         log_interval: updates between two looks at the loss.
         checkpoint_interval: besides the end of every epoch, a checkpoint every so many updates ("500") or so often
@@ -98,10 +110,18 @@ class TrainConfig:
     steps_per_epoch: int | None = None
     shuffle_buffer: int = 1000
     opt: str = "sgd"
+    opt_eps: float | None = None
+    opt_betas: tuple[float, ...] | None = None
+    opt_kwargs: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.05
+    lr_base: float | None = None
+    lr_base_size: int = 256
+    lr_base_scale: str = ""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     layer_decay: float | None = None
+    layer_decay_min_scale: float = 0.0
+    layer_decay_no_opt_scale: float | None = None
     head_lr_scale: float = 1.0
     head_warmup_epochs: int = 0
     unlabelled: bool = False
@@ -110,6 +130,13 @@ class TrainConfig:
     warmup_epochs: float = 1.0
     warmup_lr: float = 1e-5
     min_lr: float = 0.0
+    lr_noise: tuple[float, ...] | None = None
+    lr_noise_pct: float = 0.67
+    lr_noise_std: float = 1.0
+    lr_cycle_mul: float = 1.0
+    lr_cycle_decay: float = 0.5
+    lr_cycle_limit: int = 1
+    lr_k_decay: float = 1.0
     decay_epochs: float = 30.0
     decay_milestones: tuple[int, ...] = (90, 180, 270)
     decay_rate: float = 0.1
@@ -127,6 +154,7 @@ class TrainConfig:
     amp_dtype: str = "float16"
     grad_accum_steps: int = 1
     clip_grad: float | None = None
+    clip_mode: str = "norm"
     channels_last: bool = False
     torchcompile: bool = False
     workers: int = 2
@@ -151,7 +179,9 @@ class TrainConfig:
         for entry in fields(self):
             setattr(self, entry.name, plain_value(getattr(self, entry.name), entry.name))
         self._check_settings()
-        self.report_to, self.decay_milestones = _as_tuple(self.report_to), _as_tuple(self.decay_milestones)
+        for name in ("report_to", "decay_milestones", "opt_betas", "lr_noise"):
+            if getattr(self, name) is not None:
+                setattr(self, name, _as_tuple(getattr(self, name)))
         self.checkpoint_interval = str(self.checkpoint_interval or "")
         if isinstance(self.profile, bool) or not isinstance(self.profile, int):
             raise ValueError(f"profile must be a number of updates, got {self.profile!r}")
@@ -165,12 +195,14 @@ class TrainConfig:
         if isinstance(self.validation_batch_size, str):
             raise ValueError(f"validation_batch_size must be a number, got {self.validation_batch_size!r}")
         for name in ("epochs", "batch_size", "validation_batch_size", "steps_per_epoch", "shuffle_buffer",
-                     "grad_accum_steps", "log_interval", "checkpoint_hist"):
+                     "grad_accum_steps", "log_interval", "checkpoint_hist", "lr_base_size"):
             value = getattr(self, name)
             if value is not None and (name, value) != ("batch_size", "auto") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",
-                     "head_lr_scale", "head_warmup_epochs", "mixup", "cutmix", "mixup_off_epoch", "workers", "profile"):
+                     "head_lr_scale", "head_warmup_epochs", "layer_decay_min_scale", "lr_noise_pct", "lr_noise_std",
+                     "lr_cycle_mul", "lr_cycle_decay", "lr_cycle_limit", "lr_k_decay", "mixup", "cutmix",
+                     "mixup_off_epoch", "workers", "profile"):
             if not (is_number(value := getattr(self, name)) and 0 <= value < float("inf")):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}")
         for name in ("mixup_prob", "mixup_switch_prob", "model_ema_decay"):

@@ -2,6 +2,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
@@ -37,6 +38,26 @@ def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = F
     if not new_classifier:
         names = saved.config.get("label_names")
         model.pretrained_cfg.update(num_classes=model.num_classes, **({"label_names": names} if names else {}))
+
+
+def init_classifier(model: nn.Module, scale: float | None, bias: float | None) -> None:
+    """Scale the initial weights and bias of a timm model's classifier, and set its bias; None leaves them as they are.
+
+    Raises:
+        ValueError: the classifier is no layer with a weight and a bias.
+    """
+    if scale is None and bias is None:
+        return
+    layer = model.get_classifier()
+    if not isinstance(getattr(layer, "bias", None), Tensor):
+        raise ValueError(f"head_init_scale and head_init_bias are for a classifier with a bias, and"
+                         f" {type(model).__name__} has {type(layer).__name__}")
+    with torch.no_grad():
+        if scale is not None:
+            layer.weight.mul_(scale)
+            layer.bias.mul_(scale)
+        if bias is not None:
+            layer.bias.fill_(bias)
 
 
 def check_task(task: Any) -> None:

@@ -2,12 +2,29 @@
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    optimizer_kwargs,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
 from ..model import SelfDistillModel
 from .config import TrainConfig
 from .frozen import is_frozen, trained_part
+
+
+def base_lr(config: TrainConfig, images: int) -> float:
+    """The learning rate that follows from `lr_base`, as timm's train.py has it.
+
+    Args:
+        images: of an update, over all processes and forward passes.
+    """
+    adaptive = any(name in config.opt.lower() for name in ("ada", "lamb"))
+    scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return config.lr_base * (images / config.lr_base_size) ** (0.5 if scale == "sqrt" else 1)
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -21,18 +38,34 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
         raise ValueError("head_lr_scale is for shallow classifiers, which a network without exits does not have")
     if config.layer_decay is not None and is_frozen(model):
         raise ValueError("layer_decay is for a backbone that learns, and this one is frozen; leave one of them out")
-    settings = {"opt": config.opt, "lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    known = get_optimizer_info(config.opt)
+    for name, has in (("eps", known.has_eps), ("betas", known.has_betas)):
+        if getattr(config, f"opt_{name}") is not None and not has:
+            raise ValueError(f"the optimizer {config.opt} has no {name}; leave opt_{name} out")
+    settings = optimizer_kwargs(config) | config.opt_kwargs
+    by_layer = {name: settings.pop(name, None)
+                for name in ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale")}
     trained = trained_part(model)
     if config.layer_decay is None and config.head_lr_scale == 1:
-        return create_optimizer_v2(trained, **settings)
+        return _create(trained, settings)
     exempt = getattr(trained, "no_weight_decay", set)()
     if config.layer_decay is None:
         groups = param_groups_weight_decay(trained, config.weight_decay, no_weight_decay_list=exempt)
     else:
-        groups = param_groups_layer_decay(trained, config.weight_decay, exempt, layer_decay=config.layer_decay)
+        groups = param_groups_layer_decay(
+            trained, config.weight_decay, exempt, layer_decay=config.layer_decay,
+            min_scale=by_layer["layer_decay_min_scale"], no_opt_scale=by_layer["layer_decay_no_opt_scale"])
     if config.head_lr_scale != 1:
         groups = _scale(groups, list(model.heads.parameters()), config.head_lr_scale)
-    return create_optimizer_v2(groups, **settings)
+    return _create(groups, settings)
+
+
+def _create(parameters: nn.Module | list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(parameters, **settings)
+    except TypeError as error:
+        raise ValueError(f"the optimizer {settings['opt']} does not take one of its settings: {error}; see opt_eps,"
+                         " opt_betas and opt_kwargs") from error
 
 
 def _scale(groups: list[dict[str, Any]], chosen: list[nn.Parameter], scale: float) -> list[dict[str, Any]]:

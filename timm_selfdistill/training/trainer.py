@@ -2,6 +2,7 @@
 import math
 import time
 import warnings
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .labels import check_classes, check_first_labels, check_indices, name_class
 from .loading import ValBatches, check_counts, image_count, image_shape, train_batches
 from .metrics import ExitMetrics, count_logits, deciding_top1, measure_exits
 from .mixing import TargetMixer
+from .optimizer import base_lr
 from .profiling import UpdateProfiler
 from .progress import ProgressReporter
 from .run_directory import check_run, find_resumed, mark_launch, open_run, release_run, report_history, write_config
@@ -75,8 +77,12 @@ class Trainer:
         mixer = TargetMixer(config, classes or count_logits(task.get_eval_model(), self.input_size))
         check_first_labels(mixer.num_classes, mixer.mixes, train_data, val_data)
         self.checkpoint = find_resumed(config, self.accelerator)
-        self.config = config = find_batch_size(
+        config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
+        if config.lr_base is not None:
+            images = config.batch_size * config.grad_accum_steps * self.accelerator.num_processes
+            config = replace(config, lr=base_lr(config, images))
+        self.config = config
         self.caches = []
         if config.cache_features:
             self.caches = [FeatureCache(train_data), FeatureCache(val_data, full_precision=True)]

@@ -5,9 +5,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from timm.layers import convert_sync_batchnorm
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
@@ -140,8 +141,13 @@ class Updater:
         if self.config.clip_grad is None and not watch:
             return True
         limit = float("inf") if self.config.clip_grad is None else self.config.clip_grad
-        norm = self.accelerator.clip_grad_norm_(self.task.parameters(), limit)
-        return not watch or bool(gather(norm).isfinite())
+        if self.config.clip_mode == "norm" or self.config.clip_grad is None:
+            norm = self.accelerator.clip_grad_norm_(self.task.parameters(), limit)
+            return not watch or bool(gather(norm).isfinite())
+        self.accelerator.unscale_gradients()
+        parameters = list(self.plain_task.get_clip_parameters(exclude_head=self.config.clip_mode == "agc"))
+        dispatch_clip_grad(parameters, limit, mode=self.config.clip_mode)
+        return not watch or all(bool(p.grad.isfinite().all()) for p in self.task.parameters() if p.grad is not None)
 
     def _copy_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Batch norm's statistics, which a forward pass has changed before anyone sees its loss."""
@@ -187,14 +193,14 @@ def create_updater(
     whole = prepare_to_shard(accelerator, task, config) if accelerator.is_fsdp2 else None
     if config.channels_last and whole is None:
         task.to(memory_format=torch.channels_last)  # a teacher, too
+    if whole is not None and config.clip_grad is not None and config.clip_mode != "norm":
+        raise ValueError(f"clip_mode {config.clip_mode} looks at gradients of whole tensors, and FSDP shards them; take"
+                         " clip_mode norm")
     if config.torchcompile:
         model.compile()
     optimizer = create_optimizer(model, config)
     schedule, _ = create_scheduler_v2(
-        optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr, min_lr=config.min_lr, decay_epochs=config.decay_epochs,
-        decay_milestones=list(config.decay_milestones), decay_rate=config.decay_rate,
-        step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+        optimizer, updates_per_epoch=updates_per_epoch, **{**scheduler_kwargs(config), "step_on_epochs": False})
     if schedule is None:
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)

@@ -1,0 +1,222 @@
+"""The flags of timm's train.py mean here what they mean there."""
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import dispatch_clip_grad
+from torch import nn
+
+from timm_selfdistill import SelfDistillModel, SelfDistillTask, TrainConfig, Trainer
+from timm_selfdistill.cli import parse_args, train_config, train_parser
+from timm_selfdistill.cli.methods import _wrap
+from timm_selfdistill.cli.timm_flags import PASSED_OVER, REFUSED
+from timm_selfdistill.cli.train import _augmentation, _create_backbone
+from timm_selfdistill.training.augmentation import create_train_transform
+from timm_selfdistill.training.optimizer import base_lr, create_optimizer
+
+from .conftest import small_backbone, small_model
+
+IMAGES = SimpleNamespace(num_classes=7)
+
+
+def parse(*flags: object):
+    return parse_args(train_parser("", "images"), list(map(str, flags)))
+
+
+def described(optimizer: torch.optim.Optimizer) -> list[dict]:
+    return [{key: [p.shape for p in value] if key == "params" else value for key, value in group.items()}
+            for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--opt", "lamb", "--lr", 5e-3, "--weight-decay", 0.02, "--opt-eps", 1e-6],
+    ["--opt", "adamw", "--opt-betas", 0.9, 0.95, "--opt-eps", 1e-7],
+    ["--opt", "adamw", "--layer-decay", 0.6, "--layer-decay-min-scale", 0.2],
+    ["--opt", "rmsproptf", "--momentum", 0.9, "--opt-kwargs", "alpha=0.95"],
+    ["--opt", "sgd", "--opt-kwargs", "nesterov=False"],
+])
+def test_the_optimizer(flags):
+    args, model = parse(*flags), small_backbone("test_vit")
+    expected = create_optimizer_v2(copy.deepcopy(model), **optimizer_kwargs(args), **args.opt_kwargs)
+    optimizer = create_optimizer(model, train_config(args))
+    assert type(optimizer) is type(expected)
+    assert described(optimizer) == described(expected)
+
+
+def test_layers_that_are_not_trained():
+    model = small_backbone("test_vit")
+    optimizer = create_optimizer(model, TrainConfig(opt="adamw", layer_decay=0.5, layer_decay_no_opt_scale=0.2))
+    assert any(not p.requires_grad for p in model.parameters())
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == sum(
+        p.requires_grad for p in model.parameters())
+
+
+def test_a_setting_that_the_optimizer_does_not_take():
+    for config, message in ((TrainConfig(opt_betas=(0.9, 0.99)), "sgd has no betas; leave opt_betas out"),
+                            (TrainConfig(opt_eps=1e-3), "sgd has no eps; leave opt_eps out"),
+                            (TrainConfig(opt_kwargs={"size": 3}), "sgd does not take one of its settings: .*'size'")):
+        with pytest.raises(ValueError, match=f"the optimizer {message}"):
+            create_optimizer(small_backbone(), config)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--sched", "cosine", "--lr-cycle-limit", 3, "--lr-cycle-mul", 1.5, "--lr-cycle-decay", 0.3],
+    ["--sched", "poly", "--lr-k-decay", 0.7], ["--sched", "cosine", "--lr-k-decay", 1.5],
+    ["--sched", "cosine", "--lr-noise", 0.4, 0.9, "--lr-noise-pct", 0.5, "--lr-noise-std", 0.8],
+    ["--sched", "step", "--decay-epochs", 2, "--dr", 0.3], ["--sched", "cosine", "--lr-noise", 0.5],
+])
+def test_the_schedule(flags, tmp_path):
+    """Of every update of a run, against timm's own with the same flags, stepped by update."""
+    args = parse("--lr", 0.4, "--epochs", 6, "-b", 8, "-j", 0, "--output", tmp_path, *flags)
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.lr)
+    args.sched_on_updates = True
+    expected, _ = create_scheduler_v2(reference, **scheduler_kwargs(args), updates_per_epoch=4)
+    data = [(torch.zeros(3, 32, 32), index % 10) for index in range(32)]
+    trainer = Trainer(SelfDistillTask(small_model()), data, data, train_config(args))
+    for position in range(24):
+        expected.step_update(position)
+        trainer.update.set_schedule(position)
+        assert trainer.update.optimizer.param_groups[0]["lr"] == reference.param_groups[0]["lr"], position
+
+
+@pytest.mark.parametrize("flags", [
+    ["--reprob", 0.3, "--remode", "rand", "--recount", 3], ["--reprob", 0.2],
+    ["--color-jitter", 0.3, "--color-jitter-prob", 0.8, "--grayscale-prob", 0.2, "--gaussian-blur-prob", 0.1],
+    ["--aa", "rand-m9-mstd0.5", "--scale", 0.08, 1.0], ["--aa", "3a"], ["--no-aug"],
+])
+def test_the_transform(flags):
+    args = parse(*flags)
+    config = {**resolve_model_data_config(small_backbone()), "interpolation": "random"}
+    own = create_train_transform(config, **_augmentation(args))
+    rest = {"no_aug": True} if args.no_aug else {
+        "train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,
+        "vflip": args.vflip, "color_jitter": args.color_jitter, "color_jitter_prob": args.color_jitter_prob,
+        "grayscale_prob": args.grayscale_prob, "gaussian_blur_prob": args.gaussian_blur_prob,
+        "auto_augment": args.aa, "re_prob": args.reprob, "re_mode": args.remode, "re_count": args.recount}
+    expected = create_transform(**config, is_training=True, **rest)
+    assert str(own) == str(expected)
+    if args.reprob:
+        assert vars(own.transforms[-1]) == vars(expected.transforms[-1])
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_clipping(mode, tmp_path):
+    torch.manual_seed(0)
+    task = SelfDistillTask(small_model())
+    data = [(torch.randn(3, 32, 32), index % 10) for index in range(8)]
+    trainer = Trainer(task, data, data, TrainConfig(
+        output=str(tmp_path / "run"), batch_size=4, workers=0, clip_grad=1e-3, clip_mode=mode))
+    model = trainer.update.plain_task.get_trainable_module()
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    twin = SelfDistillTask(copy.deepcopy(model))
+    for p, own in zip(twin.trainable_module.parameters(), model.parameters()):
+        p.grad = own.grad.clone()
+    dispatch_clip_grad(list(twin.get_clip_parameters(exclude_head=mode == "agc")), 1e-3, mode=mode)
+    trainer.update._clip()
+    for p, own in zip(twin.trainable_module.parameters(), model.parameters()):
+        torch.testing.assert_close(own.grad, p.grad)
+
+
+@pytest.mark.parametrize(("flags", "images", "expected"), [
+    (["--lr-base", 0.1], 512, 0.2), (["--lr-base", 0.1, "--opt", "adamw"], 1024, 0.2),
+    (["--lr-base", 0.1, "--opt", "lamb", "--lr-base-scale", "linear"], 1024, 0.4),
+    (["--lr-base", 0.1, "--lr-base-size", 64], 128, 0.2),
+    (["--lr-base", 0.1, "--lr-base-scale", "sqrt"], 1024, 0.2),
+])
+def test_the_learning_rate_by_the_size_of_the_batch(flags, images, expected):
+    assert math.isclose(base_lr(train_config(parse(*flags)), images), expected)
+
+
+def test_a_learning_rate_of_its_own_comes_first(tmp_path):
+    assert train_config(parse("--lr-base", 0.1, "--lr", 0.3)).lr_base is None
+    assert train_config(parse()).lr == 0.05
+    data = [(torch.zeros(3, 32, 32), 0)] * 32
+    config = train_config(parse("--lr-base", 0.1, "-b", 16, "--grad-accum-steps", 2, "-j", 0, "--output", tmp_path))
+    assert Trainer(SelfDistillTask(small_model()), data, data, config).config.lr == pytest.approx(0.1 * 32 / 256)
+
+
+def test_the_network(tmp_path):
+    args = parse("--model", "test_efficientnet", "--bn-eps", 0.01, "--bn-momentum", 0.3, "--gp", "max",
+                 "--model-kwargs", "act_layer=gelu", "--input-size", 1, 64, 64, "--head-init-scale", 0.0,
+                 "--head-init-bias", -2)
+    model = _create_backbone(args, IMAGES)
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(0.01, 0.3)}
+    assert (args.in_chans, args.img_size, model.num_classes) == (1, 64, 7)
+    assert any("GELU" in type(part).__name__ for part in model.modules())
+    assert (model.classifier.weight == 0).all()
+    assert (model.classifier.bias == -2).all()
+    assert "max" in str(model.global_pool).lower()
+    args.exits = args.head = None
+    whole = _wrap(args, model, None).eval()
+    whole.save_pretrained(tmp_path)
+    x = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(SelfDistillModel.from_pretrained(tmp_path)(x), whole(x))
+        assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), whole(x))
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--input-size", 3, 64, 32], "--input-size 3 64 32: images are read as squares"),
+    (["--input-size", 3, 64, 64, "--img-size", 32], "--input-size 3 64 64 and --img-size 32 contradict"),
+    (["--input-size", 3, 64, 64, "--in-chans", 1], "--input-size 3 64 64 and --in-chans 1 contradict"),
+    (["--weight-decey", 0.1], "unrecognized arguments: --weight-decey; did you mean --weight-decay"),
+    (["--opt-beta", "x"], "--opt-betas"),
+    (["--clip-mode", "all"], "--clip-mode: invalid choice: 'all'"),
+    (["--lr-base-scale", "cubic"], "--lr-base-scale: invalid choice: 'cubic'"),
+])
+def test_flags_that_are_wrong(flags, message):
+    with pytest.raises(ValueError, match=message):
+        train_config(parse(*flags))
+
+
+def test_a_model_that_does_not_take_its_arguments():
+    args = parse("--model", "test_resnet", "--model-kwargs", "depth=99")
+    with pytest.raises(ValueError, match="test_resnet does not take all of --model-kwargs, .*'depth'"):
+        _create_backbone(args, IMAGES)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_is_refused_with_the_reason(name):
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"{flag}, a flag of timm's train.py, is not supported: ") as refused:
+        parse(flag)
+    assert str(refused.value).endswith(REFUSED[name])
+
+
+@pytest.mark.parametrize("name", PASSED_OVER)
+def test_what_changes_nothing_is_passed_over(name):
+    with pytest.warns(UserWarning, match=f"--{name.replace('_', '-')} changes nothing here"):
+        parse(f"--{name.replace('_', '-')}")
+
+
+def test_the_folder_of_images_alone(tmp_path):
+    assert parse("photos", "--epochs", 3).data_dir == "photos"
+    (tmp_path / "flags.yaml").write_text("data-dir: others\ntrain-split: part\nreport-to: [tensorboard]")
+    args = parse("--config", tmp_path / "flags.yaml", "photos")
+    assert (args.data_dir, args.train_split, args.report_to) == ("photos", "train", ["tensorboard"])
+    assert parse("--config", tmp_path / "flags.yaml").data_dir == "others"
+    for more in (["--data-dir", "others"], ["--dataset", "user/images"]):
+        with pytest.raises(ValueError, match=f"named twice, photos and {more[1]}; give"):
+            parse("photos", *more)
+
+
+def test_a_data_set_under_timms_name():
+    args = parse("--dataset", "hfds/user/images")
+    assert (args.dataset, args.streaming) == ("user/images", False)
+    assert parse("--dataset", "hfids/user/images").streaming
+    with pytest.raises(ValueError, match="torch/cifar10: timm's data sets of the kind torch are not read; give"):
+        parse("--dataset", "torch/cifar10")
+
+
+def test_an_experiment_is_a_folder_below_the_output():
+    assert parse("--output", "runs", "--experiment", "first").output == "runs/first"
+    assert parse("--experiment", "first").output == "output/train/first"
+    assert "experiment" not in train_config(parse("--experiment", "first")).to_dict()
