@@ -17,7 +17,7 @@ from .programs import HANGS, ROOT
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page != "docs/models.md"]  # which is a table of results
 LOOPS = "docs/own_loop.md"
-QUICK = ["README.md", "docs/hub.md", "docs/inference.md"]
+QUICK = ["README.md", "docs/hub.md"]
 """Pages whose commands run in every test run; those of the others take long."""
 OTHERS = [page for page in GUIDES if page != LOOPS]
 SMALL = "--epochs 1 --data-dir {images} -b 32 -j 0 --img-size 32"
@@ -112,7 +112,7 @@ def test_commands(page, workplace, environment, hub_programs):
             arguments.append("--dry-run")  # the demo is trained in test_examples.py, and the tests are these
         elif program == "pip":
             arguments += ["--no-deps", "--no-build-isolation", "--dry-run", "--no-index"]
-        elif "examples/train.py" in arguments:
+        elif "examples/train.py" in arguments or arguments[0] == "train":
             arguments += shlex.split(SMALL.format(images=workplace / "examples/data"))
             if not {"--pretrained", "--initial-checkpoint"} & set(arguments):
                 arguments += ["--model", "test_resnet"]

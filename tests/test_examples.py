@@ -84,6 +84,7 @@ def test_accelerate_launch(few_images, tmp_path):
     assert "epoch 1, the best of 1" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(few_images, tmp_path):
     flags = fast(few_images, tmp_path / "two", "--amp", "--amp-dtype", "bfloat16", "--grad-accum-steps", 2, "-b", 16)
     done = run_python(*flags, launcher=TWO_PROCESSES)

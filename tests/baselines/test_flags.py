@@ -246,7 +246,8 @@ def test_a_teacher_for_images_of_another_size_is_warned_of(teacher):
     assert task.teacher.model.pretrained_cfg["input_size"] == (1, 64, 64)
 
 
-@pytest.mark.parametrize("method", [pytest.param("kd", marks=pytest.mark.slow), "fitnet"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kd", "fitnet"])
 def test_a_command_on_two_processes_and_a_word_where_the_teacher_is_missing(method, teacher, tmp_path):
     images = load_images(EMBEDDED)
     images.train.select(range(133)).to_parquet(tmp_path / "train.parquet")

@@ -36,6 +36,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 def test_whatever_fails_is_said_in_one_line_and_there_is_no_commit(hub, client, saved):
     for name, (failure, waits, arguments, message, attempts) in FAILURES.items():
         hub.repositories.clear()

@@ -124,6 +124,7 @@ def test_a_refusal_is_one_clear_error_until_the_model_is_in_the_cache(hub, clien
     assert "layer1" in client(LOAD.format(arguments=""))
 
 
+@pytest.mark.slow
 def test_what_gets_lost_on_the_way_is_one_clear_error(hub, client, pushed):
     impatient = """
 import time

@@ -89,6 +89,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_that_was_saved(few_images, tmp_path):
     """On a file system that holds the models and the first checkpoints, but not all of them."""
     namespace = ["unshare", "--map-root-user", "--mount"] if os.getuid() else ["unshare", "--mount"]

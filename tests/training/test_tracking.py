@@ -96,6 +96,7 @@ def test_wandb(few, tmp_path, monkeypatch, elsewhere):
     assert sorted(read_wandb(second)[2]) == [5, 6]
 
 
+@pytest.mark.slow
 def test_mlflow(few, tmp_path, monkeypatch, elsewhere):
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
