@@ -18,6 +18,7 @@ from timm_selfdistill.cli.methods import _wrap
 from timm_selfdistill.cli.timm_flags import PASSED_OVER, REFUSED
 from timm_selfdistill.cli.train import _augmentation, _create_backbone
 from timm_selfdistill.training.augmentation import create_train_transform
+from timm_selfdistill.training.mixing import TargetMixer
 from timm_selfdistill.training.optimizer import base_lr, create_optimizer
 
 from .conftest import small_backbone, small_model
@@ -220,3 +221,47 @@ def test_an_experiment_is_a_folder_below_the_output():
     assert parse("--output", "runs", "--experiment", "first").output == "runs/first"
     assert parse("--experiment", "first").output == "output/train/first"
     assert "experiment" not in train_config(parse("--experiment", "first")).to_dict()
+
+
+def test_compiling():
+    assert parse("--torchcompile").torchcompile == "inductor"
+    assert parse("--torchcompile", "aot_eager").torchcompile == "aot_eager"
+    assert parse("--torchcompile", "--no-torchcompile").torchcompile is False
+    config = train_config(parse("--torchcompile", "--torchcompile-mode", "max-autotune"))
+    assert config.torchcompile_mode == "max-autotune"
+
+
+@pytest.mark.parametrize(("value", "expected"), [("true", "inductor"), ("false", False), ("aot_eager", "aot_eager")])
+def test_compiling_by_a_file(value, expected, tmp_path):
+    (tmp_path / "flags.yaml").write_text(f"torchcompile: {value}")
+    assert parse("--config", tmp_path / "flags.yaml").torchcompile == expected
+
+
+def test_a_backend_compiles_the_model(tmp_path):
+    data = [(torch.randn(3, 32, 32), index % 10) for index in range(8)]
+    config = TrainConfig(output=str(tmp_path / "run"), epochs=1, batch_size=4, workers=0, torchcompile="eager")
+    assert Trainer(SelfDistillTask(small_model()), data, data, config).fit().summary
+    with pytest.raises(RuntimeError, match="no_such_backend"):
+        Trainer(SelfDistillTask(small_model()), data, data, TrainConfig(
+            output=str(tmp_path / "other"), batch_size=4, workers=0, torchcompile="no_such_backend"))
+
+
+def test_cutmix_between_two_sizes():
+    config = train_config(parse("--cutmix-minmax", 0.2, 0.8))
+    mixer = TargetMixer(config, 10)
+    assert mixer.mixup.cutmix_minmax == (0.2, 0.8)
+    assert mixer.mixes
+    for given in ([0.8, 0.2], [0.5], [0.2, 1.5]):
+        with pytest.raises(ValueError, match="cutmix_minmax must be two shares"):
+            train_config(parse("--cutmix-minmax", *given))
+
+
+def test_weights_and_biases():
+    args = parse("--log-wandb", "--wandb-project", "shoes", "--wandb-tags", "a", "b", "--report-to", "tensorboard")
+    config = train_config(args)
+    assert (config.report_to, config.wandb_project, config.wandb_tags) == (
+        ("tensorboard", "wandb"), "shoes", ("a", "b"))
+    assert "log_wandb" not in config.to_dict()
+    for flags in (["--wandb-project", "shoes"], ["--wandb-tags", "a"]):
+        with pytest.raises(ValueError, match="are for the tracker wandb; add it to report_to"):
+            train_config(parse(*flags))

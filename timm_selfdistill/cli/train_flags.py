@@ -171,7 +171,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
     names = {field.name for field in fields(TrainConfig)} - {"settings"}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
-    replaced = {"config", "paper", "data", "input_size", "experiment"}  # by the flags for which they stand
+    replaced = {"config", "paper", "data", "input_size", "experiment", "log_wandb"}  # by the flags for which they stand
     settings = {key: value for key, value in values.items() if key not in {*names, *replaced}}
     if values["data_dir"]:  # later commands may be given in another folder
         settings["data_dir"] = os.path.abspath(values["data_dir"])
@@ -204,6 +204,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     check_typed_flags(by_hand, args.method)
     args.data_dir = by_hand.data or args.data_dir
     _take_timms_data_set(args)
+    if args.log_wandb:
+        args.report_to = [*dict.fromkeys([*args.report_to, "wandb"])]
     if args.experiment:
         args.output = os.path.join(args.output or OWN_FOLDER, args.experiment)
     if not (args.data_dir or args.dataset):
@@ -265,8 +267,9 @@ def int_or_auto(value: str) -> int | str:
 
 _TYPES = {"batch_size": int_or_auto, "validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float,
           "layer_decay": float, "layer_decay_no_opt_scale": float, "opt_eps": float, "lr_base": float,
-          "hub_model_id": str, "hub_license": str}
-_SEVERAL = {"decay_milestones": int, "opt_betas": float, "lr_noise": float, "report_to": str}
+          "hub_model_id": str, "hub_license": str, "wandb_project": str, "torchcompile_mode": str}
+_SEVERAL = {"decay_milestones": int, "opt_betas": float, "lr_noise": float, "cutmix_minmax": float, "report_to": str,
+            "wandb_tags": str}
 """Types of flags that take several values."""
 _MORE_NAMES = {"batch_size": ["-b"], "validation_batch_size": ["-vb"], "workers": ["-j"], "decay_rate": ["--dr"]}
 _HELP = {
@@ -301,7 +304,11 @@ _HELP = {
     "mixup_off_epoch": "epoch from which both are off, 0 is never",
     "model_ema_warmup": "a faster average at the beginning",
     "channels_last": "memory format of images and weights",
-    "torchcompile": "compile the model",
+    "torchcompile": "compile the model (BACKEND: inductor)",
+    "torchcompile_mode": "of torch.compile, e.g. max-autotune",
+    "cutmix_minmax": "the least and the most of each side that cutmix takes, in the place of --cutmix",
+    "wandb_project": "of --report-to wandb (default: timm-selfdistill)",
+    "wandb_tags": "of --report-to wandb",
     "validation_batch_size": "(default: the batch size)",
     "steps_per_epoch": "updates of an epoch of a stream (default: all images, where their number is known)",
     "shuffle_buffer": "rows of a stream that each loading process shuffles together",
@@ -338,6 +345,7 @@ _HELP = {
 
 def _add_config(group: Any) -> None:
     """A flag for every field of TrainConfig."""
+    group.add_argument("--log-wandb", action="store_true", help="--report-to wandb, beside others")
     group.add_argument("--experiment", default="", metavar="NAME", help="run directory below --output")
     group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",
                        help="go on from a checkpoint or run directory; without a path, from the newest in --output;"
@@ -349,7 +357,11 @@ def _add_config(group: Any) -> None:
         default = {"opt_kwargs": {}, "lr": None}.get(field.name, field.default)
         options: dict[str, Any] = {"dest": field.name, "default": default}
         options["help"] = _HELP.get(field.name, field.name.replace("_", " "))
-        if isinstance(field.default, bool):
+        if field.name == "torchcompile":
+            options |= {"nargs": "?", "const": "inductor", "metavar": "BACKEND"}
+            group.add_argument("--no-torchcompile", dest="torchcompile", action="store_false",
+                               default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        elif isinstance(field.default, bool):
             options["action"] = _BOOLEAN
         elif field.name in CHOICES:
             options["choices"] = CHOICES[field.name]

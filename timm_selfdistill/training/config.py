@@ -67,10 +67,13 @@ class TrainConfig:
             the time in "cosine" and "poly" (arXiv:2004.05909). lr_noise: share of the run from which, or between which,
             noise is multiplied to the learning rate, of the standard deviation lr_noise_std, below lr_noise_pct.
         smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
-        mixup, cutmix: their alpha; 0 is off. mixup_off_epoch: epoch from which both are off; 0 is never.
+        mixup, cutmix: their alpha; 0 is off. cutmix_minmax: the least and the most of each side that cutmix takes,
+            instead of its alpha. mixup_off_epoch: epoch from which both are off; 0 is never.
         model_ema: keep an average of the weights; it is what is evaluated and saved. model_ema_warmup: a faster
             average at the beginning, for short runs.
         amp: mixed precision, in amp_dtype "float16" or "bfloat16"; False leaves it to `accelerate launch`.
+        torchcompile: compile the model with torch.compile; True with the backend "inductor", or the name of another.
+            torchcompile_mode: its mode, e.g. "max-autotune".
         grad_accum_steps: forward passes per update.
         clip_grad: None is off; by clip_mode "norm" the highest norm of all gradients, "value" the highest value, "agc"
             the highest ratio of the norms of gradient and weights, of each unit (arXiv:2102.06171).
@@ -86,6 +89,7 @@ class TrainConfig:
             takes those of the main one.
         profile: updates whose trace goes to profile/ in the run directory; 0 is none.
         report_to: names of Accelerate's trackers, e.g. ("tensorboard", "wandb"), or one name.
+        wandb_project, wandb_tags: of the run in Weights & Biases; None is "timm-selfdistill".
         push_to_hub: upload the best model at the end of the run, and with the hub_strategy "best" every new best
             one, with "epoch" the last one after every epoch, too, in the background.
         hub_model_id: repository, "user/name" or "name"; None is the name of the run directory.
@@ -143,6 +147,7 @@ class TrainConfig:
     smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    cutmix_minmax: tuple[float, ...] | None = None
     mixup_prob: float = 1.0
     mixup_switch_prob: float = 0.5
     mixup_mode: str = "batch"
@@ -156,7 +161,8 @@ class TrainConfig:
     clip_grad: float | None = None
     clip_mode: str = "norm"
     channels_last: bool = False
-    torchcompile: bool = False
+    torchcompile: bool | str = False
+    torchcompile_mode: str | None = None
     workers: int = 2
     log_interval: int = 50
     checkpoint_interval: str = ""
@@ -167,6 +173,8 @@ class TrainConfig:
     dist_bn: str = "reduce"
     profile: int = 0
     report_to: tuple[str, ...] = ()
+    wandb_project: str | None = None
+    wandb_tags: tuple[str, ...] = ()
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private: bool = False
@@ -179,7 +187,7 @@ class TrainConfig:
         for entry in fields(self):
             setattr(self, entry.name, plain_value(getattr(self, entry.name), entry.name))
         self._check_settings()
-        for name in ("report_to", "decay_milestones", "opt_betas", "lr_noise"):
+        for name in ("report_to", "decay_milestones", "opt_betas", "lr_noise", "cutmix_minmax", "wandb_tags"):
             if getattr(self, name) is not None:
                 setattr(self, name, _as_tuple(getattr(self, name)))
         self.checkpoint_interval = str(self.checkpoint_interval or "")
@@ -222,11 +230,19 @@ class TrainConfig:
             raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be > 0, got {self.clip_grad}")
-        if (self.mixup or self.cutmix) and self.batch_size != "auto" and self.batch_size % 2:
+        if self.cutmix_minmax is not None and (
+                len(self.cutmix_minmax) != 2 or not 0 <= self.cutmix_minmax[0] <= self.cutmix_minmax[1] <= 1):
+            raise ValueError(f"cutmix_minmax must be two shares, the least and the most, got {self.cutmix_minmax}")
+        if self.torchcompile_mode and not self.torchcompile:
+            raise ValueError(f"torchcompile_mode {self.torchcompile_mode} is of torchcompile, which is off")
+        if (self.wandb_project or self.wandb_tags) and "wandb" not in self.report_to:
+            raise ValueError("wandb_project and wandb_tags are for the tracker wandb; add it to report_to"
+                             " (--log-wandb)")
+        if (self.mixup or self.cutmix or self.cutmix_minmax) and self.batch_size != "auto" and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {self.batch_size}")
         if self.unlabelled and self.smoothing:
             raise ValueError("smoothing is of labels, which unlabelled images do not have; leave one of them out")
-        for name in ("mixup", "cutmix") if self.cache_features else ():
+        for name in ("mixup", "cutmix", "cutmix_minmax") if self.cache_features else ():
             if getattr(self, name):
                 raise ValueError(f"cache_features keeps what the backbone says of each image, and {name} (--{name})"
                                  " changes them in every epoch; leave one of them out")

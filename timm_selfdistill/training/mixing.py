@@ -20,9 +20,10 @@ class TargetMixer:
     def __init__(self, config: TrainConfig, num_classes: int):
         self.config, self.num_classes = config, num_classes
         self.mixup = Mixup(
-            config.mixup, config.cutmix, prob=config.mixup_prob, switch_prob=config.mixup_switch_prob,
-            mode=config.mixup_mode, label_smoothing=config.smoothing, num_classes=num_classes,
-        ) if config.mixup or config.cutmix else None
+            config.mixup, config.cutmix, cutmix_minmax=config.cutmix_minmax, prob=config.mixup_prob,
+            switch_prob=config.mixup_switch_prob, mode=config.mixup_mode, label_smoothing=config.smoothing,
+            num_classes=num_classes,
+        ) if config.mixup or config.cutmix or config.cutmix_minmax else None
 
     def check(self, y: Any) -> Tensor:
         """The labels of a batch, see `check_targets`; without labels as they are."""

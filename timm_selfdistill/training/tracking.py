@@ -58,7 +58,8 @@ class RunTrackers:
             accelerator.project_configuration.set_directories(str(output))
             accelerator.log_with = filter_trackers([name], accelerator.logging_dir)
             accelerator.trackers = []  # which Accelerate would start again
-            accelerator.init_trackers(PROJECT, settings, {name: self._arguments(name, output, run)})
+            project = (config.wandb_project if name == "wandb" else None) or PROJECT
+            accelerator.init_trackers(project, settings, {name: self._arguments(name, config, output, run)})
             if accelerator.is_main_process:
                 self.trackers += accelerator.trackers
                 _write_run(output, self.trackers[-1])
@@ -68,7 +69,7 @@ class RunTrackers:
                 raise RuntimeError(f"the tracker {name} does not start: {_first_line(error)}") from error
             _warn(name, error)
 
-    def _arguments(self, name: str, output: Path, run: str | None) -> dict[str, Any]:
+    def _arguments(self, name: str, config: TrainConfig, output: Path, run: str | None) -> dict[str, Any]:
         """Of a tracker's client.
 
         Args:
@@ -76,7 +77,8 @@ class RunTrackers:
         """
         if name == "wandb":
             folder = {} if "WANDB_DIR" in os.environ else {"dir": str(output)}
-            return {**folder, "name": output.name, "id": run, "resume": "allow" if run else None}
+            return {**folder, "name": output.name, "id": run, "resume": "allow" if run else None,
+                    "tags": list(config.wandb_tags) or None}
         if name == "mlflow":
             folder = (output.resolve() / "mlartifacts").as_uri() if self.own_store else None
             return {"logging_dir": folder, "run_name": output.name, "run_id": run}

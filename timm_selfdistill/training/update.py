@@ -197,7 +197,8 @@ def create_updater(
         raise ValueError(f"clip_mode {config.clip_mode} looks at gradients of whole tensors, and FSDP shards them; take"
                          " clip_mode norm")
     if config.torchcompile:
-        model.compile()
+        backend = "inductor" if config.torchcompile is True else config.torchcompile
+        model.compile(backend=backend, mode=config.torchcompile_mode)
     optimizer = create_optimizer(model, config)
     schedule, _ = create_scheduler_v2(
         optimizer, updates_per_epoch=updates_per_epoch, **{**scheduler_kwargs(config), "step_on_epochs": False})
