@@ -7,21 +7,24 @@ import pytest
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
+from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import dispatch_clip_grad
 from torch import nn
+from torch.distributions import Bernoulli, kl_divergence
 
-from timm_selfdistill import SelfDistillModel, SelfDistillTask, TrainConfig, Trainer
+from timm_selfdistill import SelfDistillModel, SelfDistillOutput, SelfDistillTask, TrainConfig, Trainer
 from timm_selfdistill.cli import parse_args, train_config, train_parser
-from timm_selfdistill.cli.methods import _wrap
+from timm_selfdistill.cli.methods import _wrap, check_method_flags, exit_loss
 from timm_selfdistill.cli.timm_flags import PASSED_OVER, REFUSED
 from timm_selfdistill.cli.train import _augmentation, _create_backbone
+from timm_selfdistill.hub import read_metrics
 from timm_selfdistill.training.augmentation import create_train_transform
 from timm_selfdistill.training.mixing import TargetMixer
 from timm_selfdistill.training.optimizer import base_lr, create_optimizer
 
-from .conftest import small_backbone, small_model
+from .conftest import run_python, small_backbone, small_model
 
 IMAGES = SimpleNamespace(num_classes=7)
 
@@ -265,3 +268,57 @@ def test_weights_and_biases():
     for flags in (["--wandb-project", "shoes"], ["--wandb-tags", "a"]):
         with pytest.raises(ValueError, match="are for the tracker wandb; add it to report_to"):
             train_config(parse(*flags))
+
+
+@pytest.mark.parametrize("flags", [[], ["--bce-sum"], ["--bce-target-thresh", 0.2], ["--bce-pos-weight", 2.0]])
+@pytest.mark.parametrize("teacher", ["ensemble", "deepest"])
+def test_binary_cross_entropy_and_what_distills_with_it(flags, teacher):
+    """Against timm's loss for the labels, and torch's KL divergence between Bernoulli distributions."""
+    args = parse("--bce-loss", "--teacher", teacher, "--temperature", 2, "--alpha", 0.4, *flags)
+    loss = exit_loss(vars(args))
+    logits = torch.randn(3, 5, 7, dtype=torch.double)
+    target = torch.rand(5, 7, dtype=torch.double)
+    label_loss = BinaryCrossEntropy(
+        smoothing=0.0, target_threshold=args.bce_target_thresh, sum_classes=args.bce_sum,
+        pos_weight=args.bce_pos_weight)
+    terms = loss.terms(SelfDistillOutput(tuple(logits), tuple(logits)), target)
+    labels = torch.stack([label_loss(z, target) for z in logits])
+    weights = torch.tensor([0.6, 0.6, 0.6 if teacher == "ensemble" else 1.0])
+    torch.testing.assert_close(terms["label"], (weights * labels).sum())
+    known = logits.mean(0) if teacher == "ensemble" else logits[-1]
+    divergences = kl_divergence(Bernoulli(logits=(known / 2).expand(3, 5, 7)), Bernoulli(logits=logits / 2))  # (3, 5, 7)
+    divergences = divergences.sum(-1) if args.bce_sum else divergences.mean(-1)
+    torch.testing.assert_close(terms["distill"], 4 * divergences.mean(1).sum())
+    torch.testing.assert_close(terms["loss"], terms["label"] + 0.4 * terms["distill"])
+
+
+def test_the_binary_loss_is_finite_for_any_logits():
+    loss = exit_loss(vars(parse("--bce-loss")))
+    for scale in (1e4, 1e30, -1e30):
+        logits = tuple((scale * torch.randn(4, 7)).requires_grad_() for _ in range(3))
+        value = loss.terms(SelfDistillOutput(logits, logits), torch.eye(7)[:4])["distill"]
+        value.backward()
+        assert value.isfinite()
+        assert all(z.grad.isfinite().all() for z in logits)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--bce-loss", "--method", "kd", "--kd-model-name", "resnet18"], "--bce-loss .*--method kd compares the softm"),
+    (["--bce-loss", "--method", "dml"], "--method dml compares the softmaxes"),
+    (["--bce-sum"], "--bce-sum belongs to --bce-loss, which is off"),
+    (["--bce-pos-weight", 2], "--bce-pos-weight belongs to --bce-loss"),
+])
+def test_binary_flags_that_do_not_fit(flags, message):
+    with pytest.raises(ValueError, match=message):
+        check_method_flags(parse(*flags))
+
+
+@pytest.mark.parametrize("more", [
+    [], ["--mixup", 0.2], ["--smoothing", 0.1, "--bce-sum"], ["--method", "plain"], ["--method", "dsn"]])
+def test_a_run_with_binary_cross_entropy(more, few_images, tmp_path):
+    run_python("examples/train.py", few_images, "--model", "test_resnet", "--img-size", 32, "-b", 32, "-j", 0,
+               "--epochs", 1, "--bce-loss", "--output", tmp_path / "run", *more)
+    settings = read_metrics(tmp_path / "run/best")["settings"]
+    assert settings["bce_loss"]
+    if settings["method"] == "self-distill":
+        assert exit_loss(settings).distill == "sigmoid"

@@ -42,6 +42,12 @@ class SelfDistillLoss(nn.Module):
             classifier teaches the others. The hint's teacher is the deepest feature in both.
         t_squared: multiply the distillation term by temperature^2, so that its gradients do not shrink with the
             temperature (arXiv:1503.02531, section 2.1).
+        distill: "softmax" as above; "sigmoid", for a binary label loss such as `timm.loss.BinaryCrossEntropy`, takes
+            each class k on its own, with p_k = sigmoid(z_k / T) in the place of the softmax::
+
+                KL(p || q) = mean_k  p_k log(p_k / q_k) + (1 - p_k) log((1 - p_k) / (1 - q_k))
+
+            or the sum over the classes, where the label loss sums over them (its `sum_classes` is True).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -57,6 +63,7 @@ class SelfDistillLoss(nn.Module):
             hint: str | None = None,
             teacher: str = "ensemble",
             t_squared: bool = True,
+            distill: str = "softmax",
     ):
         super().__init__()
         if not 0 < temperature < float("inf"):
@@ -77,7 +84,10 @@ class SelfDistillLoss(nn.Module):
         self.label_loss = label_loss
         self.hint = hint
         self.teacher = teacher
+        if distill not in ("softmax", "sigmoid"):
+            raise ValueError(f"distill must be 'softmax' or 'sigmoid', got {distill!r}")
         self.t_squared = t_squared
+        self.distill = distill
 
     @classmethod
     def paper(cls, **overrides: Any) -> "SelfDistillLoss":
@@ -145,7 +155,10 @@ class SelfDistillLoss(nn.Module):
         else:
             teacher, students = logits[-1], logits[:-1]
         factor = self.temperature**2 if self.t_squared else 1.0
-        return factor * divergence(teacher, students, self.temperature)
+        if self.distill == "softmax":
+            return factor * divergence(teacher, students, self.temperature)
+        classes = 1 if getattr(self.label_loss, "sum_classes", False) else logits.shape[-1]
+        return factor / classes * binary_divergence(teacher, students, self.temperature)
 
     def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
         if self.hint is None or not self.beta:
@@ -158,7 +171,8 @@ class SelfDistillLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}, hint={self.hint!r},"
-                f" teacher={self.teacher!r}, t_squared={self.t_squared}")
+                f" teacher={self.teacher!r}, t_squared={self.t_squared}"
+                + (f", distill={self.distill!r}" if self.distill != "softmax" else ""))
 
 
 def divergence(teacher: Tensor, students: Tensor, temperature: float = 1.0) -> Tensor:
@@ -171,6 +185,19 @@ def divergence(teacher: Tensor, students: Tensor, temperature: float = 1.0) -> T
     log_p = F.log_softmax(_shifted(teacher.detach()) / temperature, dim=-1)
     log_q = F.log_softmax(_shifted(students) / temperature, dim=-1)
     return F.kl_div(log_q, log_p.expand_as(log_q), reduction="sum", log_target=True) / log_p.shape[0]
+
+
+def binary_divergence(teacher: Tensor, students: Tensor, temperature: float = 1.0) -> Tensor:
+    """The KL divergence of each class on its own, between sigmoids at a temperature: the mean over the batch, and the
+    sum over classes and students.
+
+    Args:
+        teacher, students: as of `divergence`.
+    """
+    p, q = (logits.clamp(-1e30, 1e30) / temperature for logits in (teacher.detach(), students))
+    yes = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
+    no = (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
+    return (yes + no).sum() / p.shape[0]
 
 
 def full_precision(x: Tensor) -> Tensor:

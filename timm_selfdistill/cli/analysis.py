@@ -47,7 +47,8 @@ from .saved import saved_model
 NUMBER, NONE = (int, float), type(None)
 SETTINGS = {
     "method": (str,), "temperature": NUMBER, "alpha": NUMBER, "beta": NUMBER, "hint": (str, NONE), "teacher": (str,),
-    "t_squared": (bool,), "distill_loss_weight": (*NUMBER, NONE), "freeze_backbone": (bool,)}
+    "t_squared": (bool,), "distill_loss_weight": (*NUMBER, NONE), "freeze_backbone": (bool,), "bce_loss": (bool,),
+    "bce_sum": (bool,), "bce_target_thresh": (*NUMBER, NONE), "bce_pos_weight": (*NUMBER, NONE)}
 """Settings of a run that its gradients hang on, and their types in config.json."""
 
 

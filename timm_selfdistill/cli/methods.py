@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import timm
+from timm.loss import BinaryCrossEntropy
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
@@ -44,6 +45,8 @@ METHODS = {
 """And the flags that go with them."""
 EXIT_METHODS = ("dsn", "self-distill", "dks")
 """Those whose network has shallow classifiers."""
+SOFTMAX_METHODS = ("kd", "dml", "dks")
+"""Those whose loss compares softmaxes."""
 KD_TEMPERATURE = 4.0
 
 
@@ -92,6 +95,12 @@ def check_method_flags(args: argparse.Namespace) -> None:
     if args.method == "self-distill" and args.hint == "none" and args.beta not in (0, SelfDistillLoss().beta):
         raise ValueError(f"--beta {args.beta:g} is the weight of the hint, and --hint is none; add --hint map or --hint"
                          " pooled, or leave --beta out")
+    if args.bce_loss and args.method in SOFTMAX_METHODS:
+        raise ValueError(f"--bce-loss takes each class on its own, and --method {args.method} compares the softmaxes of"
+                         " two classifiers; leave one out")
+    for name in ("bce_sum", "bce_target_thresh", "bce_pos_weight"):
+        if getattr(args, name) and not args.bce_loss:
+            raise ValueError(f"{_flag(name)} belongs to --bce-loss, which is off; add it")
     weights = args.task_loss_weight, args.distill_loss_weight
     if args.method == "kd" and weights[1] is None and (weights[0] or 0) > 1:
         raise ValueError("--task-loss-weight, given alone, must lie in [0, 1], since the distillation has the rest to"
@@ -169,8 +178,9 @@ def create_task(
     if saved and saved.has_exits:
         say(f"the trained exits of {saved.source} are left out: --method {args.method} trains the plain network")
     weights = _given(vars(args), "distill_loss_weight", "task_loss_weight")
+    criterion = label_criterion(vars(args))
     if args.method == "plain":
-        return ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)
+        return ClassificationTask(backbone, criterion or nn.CrossEntropyLoss(), verbose=False)
     if args.method == "dml":
         peer = _alike(create_peer(), backbone)
         if args.grad_checkpointing:
@@ -181,7 +191,8 @@ def create_task(
         temperature = KD_TEMPERATURE if args.kd_temperature is None else args.kd_temperature
         return LogitDistillationTask(
             backbone, teacher, nn.CrossEntropyLoss(), temperature=temperature, verbose=False, **weights)
-    return {"fitnet": FitNetTask, "at": AttentionTransferTask}[args.method](backbone, teacher, **weights)
+    return {"fitnet": FitNetTask, "at": AttentionTransferTask}[args.method](
+        backbone, teacher, criterion=criterion, **weights)
 
 
 def _wrap(args: argparse.Namespace, backbone: nn.Module, saved: SavedWeights | None) -> SelfDistillModel:
@@ -254,14 +265,30 @@ def exit_loss(settings: Mapping[str, Any]) -> SelfDistillLoss:
     method = settings.get("method", "self-distill")
     if method not in EXIT_METHODS:
         raise ValueError(f"method must be {', '.join(EXIT_METHODS)}, got {method!r}")
+    label_loss = label_criterion(settings)
     if method == "dsn":
-        return deep_supervision_loss()
+        return deep_supervision_loss(label_loss)
     if method == "dks":
         return KnowledgeSynergyLoss(**_given(settings, "distill_loss_weight"))
     own = {name: settings[name] for name in LOSS_FLAGS if name in settings}
     if own.get("hint") == "none":
         own["hint"] = None
+    if label_loss is not None:
+        own |= {"label_loss": label_loss, "distill": "sigmoid"}
     return SelfDistillLoss(**own)
+
+
+def label_criterion(settings: Mapping[str, Any]) -> nn.Module | None:
+    """The loss of the labels; None is cross entropy. Mixup and smoothing make the labels soft before.
+
+    Args:
+        settings: flags by their names, see `exit_loss`.
+    """
+    if not settings.get("bce_loss"):
+        return None
+    return BinaryCrossEntropy(
+        smoothing=0.0, target_threshold=settings.get("bce_target_thresh"), sum_classes=bool(settings.get("bce_sum")),
+        pos_weight=settings.get("bce_pos_weight"))
 
 
 def loss_settings(loss: SelfDistillLoss) -> dict[str, Any]:

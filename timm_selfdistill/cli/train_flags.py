@@ -130,6 +130,11 @@ def _add_distillation(group: Any) -> None:
     group.add_argument("--beta", type=float, help="weight of the hint")
     group.add_argument("--hint", choices=["map", "pooled", "none"], help="feature maps, pooled ones or none")
     group.add_argument("--teacher", choices=["deepest", "ensemble"], help="classifier, or the mean of all logits")
+    group.add_argument("--bce-loss", action=_BOOLEAN, default=False,
+                       help="binary cross entropy: labels and distillation take each class on its own")
+    group.add_argument("--bce-sum", action=_BOOLEAN, default=False, help="sum of --bce-loss over the classes, not mean")
+    group.add_argument("--bce-target-thresh", type=float, help="soft labels above it are 1 for --bce-loss, others 0")
+    group.add_argument("--bce-pos-weight", type=float, help="weight of the classes that an image has, in --bce-loss")
     group.add_argument("--freeze-backbone", action=_BOOLEAN, default=False,
                        help="only the shallow classifiers learn, from the deepest and its feature maps"
                             " (with the loss of --paper)")
@@ -359,8 +364,6 @@ def _add_config(group: Any) -> None:
         options["help"] = _HELP.get(field.name, field.name.replace("_", " "))
         if field.name == "torchcompile":
             options |= {"nargs": "?", "const": "inductor", "metavar": "BACKEND"}
-            group.add_argument("--no-torchcompile", dest="torchcompile", action="store_false",
-                               default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         elif isinstance(field.default, bool):
             options["action"] = _BOOLEAN
         elif field.name in CHOICES:
@@ -372,3 +375,5 @@ def _add_config(group: Any) -> None:
         else:
             options["type"] = _TYPES.get(field.name, type(field.default))
         group.add_argument(*names, **options)
+    group.add_argument("--no-torchcompile", dest="torchcompile", action="store_false", default=argparse.SUPPRESS,
+                       help=argparse.SUPPRESS)

@@ -21,7 +21,8 @@ from .state import TrainState
 FIXED_SETTINGS = (
     "seed", "opt", "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "layer_decay",
     "layer_decay_min_scale", "layer_decay_no_opt_scale", "head_lr_scale", "head_warmup_epochs", "model_ema",
-    "model", "exits", "head", "teacher", "hint", "t_squared", "freeze_backbone", "unlabelled", "method", "in_chans",
+    "model", "exits", "head", "teacher", "hint", "t_squared", "bce_loss", "bce_sum",
+    "bce_target_thresh", "bce_pos_weight", "freeze_backbone", "unlabelled", "method", "in_chans",
     "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key", "target_key",
     "streaming", "num_classes")
 """A run that is resumed with others would be another run."""
