@@ -286,7 +286,7 @@ def test_binary_cross_entropy_and_what_distills_with_it(flags, teacher):
     weights = torch.tensor([0.6, 0.6, 0.6 if teacher == "ensemble" else 1.0])
     torch.testing.assert_close(terms["label"], (weights * labels).sum())
     known = logits.mean(0) if teacher == "ensemble" else logits[-1]
-    divergences = kl_divergence(Bernoulli(logits=(known / 2).expand(3, 5, 7)), Bernoulli(logits=logits / 2))  # (3, 5, 7)
+    divergences = kl_divergence(Bernoulli(logits=(known / 2).expand(3, 5, 7)), Bernoulli(logits=logits / 2))
     divergences = divergences.sum(-1) if args.bce_sum else divergences.mean(-1)
     torch.testing.assert_close(terms["distill"], 4 * divergences.mean(1).sum())
     torch.testing.assert_close(terms["loss"], terms["label"] + 0.4 * terms["distill"])
