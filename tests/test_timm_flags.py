@@ -1,11 +1,13 @@
 """The flags of timm's train.py mean here what they mean there."""
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+import yaml
 from timm.data import create_transform, resolve_model_data_config
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -322,3 +324,96 @@ def test_a_run_with_binary_cross_entropy(more, few_images, tmp_path):
     assert settings["bce_loss"]
     if settings["method"] == "self-distill":
         assert exit_loss(settings).distill == "sigmoid"
+
+
+ARGS = Path(__file__).parent / "data/timm_args.yaml"
+"""As timm's train.py writes it without any flag."""
+
+
+def timm_file(folder, **changes: object) -> Path:
+    (folder / "args.yaml").write_text(yaml.safe_dump({**yaml.safe_load(ARGS.read_text()), **changes}))
+    return folder / "args.yaml"
+
+
+def test_every_flag_of_timms_script_is_known():
+    options = {action.dest: action for action in train_parser("")._actions}
+    assert yaml.safe_load(ARGS.read_text()).keys() <= options.keys()
+    assert len(yaml.safe_load(ARGS.read_text())) == 172  # and --config
+
+
+@pytest.mark.parametrize("changes", [
+    {"bce_loss": True, "opt": "lamb", "lr_base": 5e-3, "mixup": 0.1, "cutmix": 1.0, "aa": "rand-m6-mstd0.5"},
+    {"model": "test_vit", "img_size": 160, "opt": "adamw", "layer_decay": 0.7, "opt_betas": [0.9, 0.98], "lr": 1e-3,
+     "model_kwargs": {"qkv_bias": False}, "drop_path": 0.1},
+    {"opt": "rmsproptf", "lr": 0.02, "lr_noise": [0.42, 0.9], "model_ema": True, "sched": "step", "decay_rate": 0.97,
+     "decay_epochs": 2.4, "opt_eps": 0.001, "warmup_lr": 1e-6},
+])
+def test_an_args_file_trains_as_it_is(changes, few_images, tmp_path):
+    """An epoch; optimizer and schedule are those that timm's own factories build of the same arguments."""
+    file = timm_file(tmp_path, **{
+        "model": "test_resnet", "epochs": 1, "batch_size": 16, "workers": 0, "num_classes": 10, "img_size": 32,
+        "data_dir": str(few_images), "warmup_epochs": 0, "output": str(tmp_path), "experiment": "run", "pin_mem": True,
+        **changes})
+    done = run_python("-m", "timm_selfdistill", "train", "--config", file, cwd=tmp_path)
+    assert f"{file}: passed over, since they change nothing here: pin_mem\n" in done.stdout
+    assert (tmp_path / "run/best/config.json").is_file()
+    args, wanted = parse("--config", file), SimpleNamespace(**yaml.safe_load(file.read_text()))
+    config = train_config(args)
+    assert config.sched_on_updates is False
+    model = _create_backbone(args, IMAGES)
+    if wanted.lr is None:
+        wanted.lr = config.lr = base_lr(config, 16)
+    optimizer, expected = create_optimizer(model, config), create_optimizer_v2(
+        copy.deepcopy(model), **optimizer_kwargs(wanted), **wanted.opt_kwargs)
+    assert described(optimizer) == described(expected)
+    schedules = [create_scheduler_v2(which, **scheduler_kwargs(settings))[0]
+                 for which, settings in ((optimizer, config), (expected, wanted))]
+    for epoch in range(3):
+        for schedule in schedules:
+            schedule.step(epoch)
+        assert described(optimizer) == described(expected)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"aug_splits": 3}, "args.yaml: aug_splits 3 cannot be done: augmentation splits are not supported"),
+    ({"naflex_loader": True}, "args.yaml: naflex_loader True cannot be done: NaFlex models"),
+    ({"torchscript": True}, "args.yaml: torchscript True cannot be done: torch.jit"),
+    ({"muon_lr": 0.1, "zeta": 1}, "args.yaml: unknown here, .* of another version of timm may be: muon_lr, zeta;"),
+    ({"clip_mode": "all"}, "args.yaml: .*--clip-mode: invalid choice: 'all'"),
+])
+def test_an_args_file_that_cannot_be_done(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse("--config", timm_file(tmp_path, **changes))
+
+
+def test_flags_by_hand_win_over_the_file(tmp_path):
+    args = parse("--config", timm_file(tmp_path, lr=0.3, data_dir="photos"), "--lr", 0.1, "--epochs", 2)
+    assert (args.lr, args.epochs, args.data_dir, args.smoothing, args.model) == (0.1, 2, "photos", 0.1, "resnet50")
+    assert parse("--config", timm_file(tmp_path, data="old"), "--img-size", 64).data_dir == "old"
+
+
+def test_timms_defaults(tmp_path):
+    ours, timms = parse("--timm-defaults"), SimpleNamespace(**yaml.safe_load(ARGS.read_text()))
+    for name in ("model", "smoothing", "weight_decay", "epochs", "batch_size", "warmup_epochs", "lr_base",
+                 "decay_epochs", "workers", "checkpoint_hist", "sched_on_updates", "opt", "momentum", "sched",
+                 "warmup_lr", "min_lr", "decay_rate", "hflip", "vflip", "color_jitter", "reprob", "remode", "recount",
+                 "mixup", "cutmix",
+                 "clip_mode", "lr_noise_pct", "lr_cycle_decay", "model_ema_decay", "seed", "train_interpolation"):
+        assert getattr(ours, name) == getattr(timms, name), name
+    assert list(ours.scale) == timms.scale
+    assert parse("--timm-defaults", "--epochs", 5).epochs == 5
+    assert "timm_defaults" not in train_config(ours).to_dict()
+
+
+def test_a_schedule_by_epoch(tmp_path):
+    args = parse("--no-sched-on-updates", "--lr", 0.4, "--epochs", 4, "--warmup-epochs", 2, "-b", 8, "-j", 0,
+                 "--output", tmp_path)
+    data = [(torch.zeros(3, 32, 32), index % 10) for index in range(32)]
+    trainer = Trainer(SelfDistillTask(small_model()), data, data, train_config(args))
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.lr)
+    expected, _ = create_scheduler_v2(reference, **scheduler_kwargs(args))
+    for position in range(16):
+        if position % 4 == 0 and position:
+            expected.step(position // 4)
+        trainer.update.set_schedule(position)
+        assert trainer.update.optimizer.param_groups[0]["lr"] == reference.param_groups[0]["lr"], position

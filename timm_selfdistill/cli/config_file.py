@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from timm.utils import ParseKwargs
 
+from .timm_file import is_timm_file, translate
+
 RECORDED = ("found", "value_ranges")
 """What a run's config.yaml holds beside its flags, see `found_settings`."""
 
@@ -35,6 +37,8 @@ def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collectio
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # a switch's own flag comes before the one that turns it off
     known = actions.keys() - {"help", "config"}
+    if is_timm_file(values):
+        values = translate(values, path, known - {"data"})
     flags, seen = [], set()
     for key, value in values.items():
         name = str(key).replace("-", "_")

@@ -33,6 +33,11 @@ from .saved import timm_name
 from .timm_flags import add_timm_flags
 
 _BOOLEAN = argparse.BooleanOptionalAction
+TIMM_DEFAULTS = {
+    "model": "resnet50", "smoothing": 0.1, "weight_decay": 2e-5, "epochs": 300, "batch_size": 128, "warmup_epochs": 5.0,
+    "scale": (0.08, 1.0), "lr_base": 0.1, "sched_on_updates": False, "decay_epochs": 90.0, "workers": 4,
+    "checkpoint_hist": 10}
+"""Of timm's train.py, where they are others than here."""
 SOURCE_FLAGS = ("data_dir", "dataset", "dataset_config", "train_split", "val_split", "input_key", "target_key",
                 "num_classes", "streaming")
 
@@ -55,6 +60,8 @@ def train_parser(
     add_method_flags(parser.add_argument_group("method"))
     _add_distillation(parser.add_argument_group("self distillation"))
     _add_config(parser.add_argument_group("training"))
+    parser.add_argument("--timm-defaults", action="store_true",
+                        help="the defaults of timm's train.py where they are others than here")
     add_timm_flags(parser)
     return parser
 
@@ -176,7 +183,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
     names = {field.name for field in fields(TrainConfig)} - {"settings"}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
-    replaced = {"config", "paper", "data", "input_size", "experiment", "log_wandb"}  # by the flags for which they stand
+    replaced = {"config", "paper", "data", "input_size", "experiment", "log_wandb",
+                "timm_defaults"}  # by the flags for which they stand
     settings = {key: value for key, value in values.items() if key not in {*names, *replaced}}
     if values["data_dir"]:  # later commands may be given in another folder
         settings["data_dir"] = os.path.abspath(values["data_dir"])
@@ -204,6 +212,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         flags = read_flags(parser, find_recipe(by_hand.config), leave_out)
         argv = [*flags, "--config", by_hand.config, *argv]  # so that no flag before it takes the folder for a value
     args = parser.parse_args(argv)
+    if args.timm_defaults:
+        parser.set_defaults(**TIMM_DEFAULTS)
+        args = parser.parse_args(argv)
     if args.freeze_backbone or args.paper:
         args = parser.parse_args(argv, argparse.Namespace(**loss_settings(SelfDistillLoss.paper())))
     check_typed_flags(by_hand, args.method)
@@ -288,6 +299,7 @@ _HELP = {
     "clip_mode": "what --clip-grad limits: the norm of all gradients, each value, or the ratio to the weights (agc)",
     "layer_decay_min_scale": "the least that --layer-decay comes to",
     "layer_decay_no_opt_scale": "layers for which --layer-decay comes to less are not trained",
+    "sched_on_updates": "step the schedule at every update, or with --no-sched-on-updates at every epoch",
     "lr_noise": "share of the run from which, or between which, the learning rate is noisy",
     "lr_noise_pct": "highest noise, as a share of the learning rate",
     "lr_noise_std": "standard deviation of the noise",

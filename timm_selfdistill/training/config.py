@@ -61,11 +61,12 @@ class TrainConfig:
             the deepest classifier alone.
         cache_features: let a frozen backbone see each image once and keep what it gives, in files in the run directory
             while the run goes on. Images must not be augmented.
-        sched: learning-rate schedule, stepped every update; decay_epochs, decay_milestones and decay_rate belong to
-            "step" and "multistep". lr_cycle_limit: cycles of "cosine", "tanh" and "poly", of which each is lr_cycle_mul
-            times as long as the one before and begins at lr_cycle_decay of its learning rate. lr_k_decay: exponent of
-            the time in "cosine" and "poly" (arXiv:2004.05909). lr_noise: share of the run from which, or between which,
-            noise is multiplied to the learning rate, of the standard deviation lr_noise_std, below lr_noise_pct.
+        sched: learning-rate schedule, stepped every update, or without sched_on_updates every epoch. decay_epochs,
+            decay_milestones and decay_rate belong to "step" and "multistep". lr_cycle_limit: cycles of "cosine", "tanh"
+            and "poly", of which each is lr_cycle_mul times as long as the one before and begins at lr_cycle_decay of
+            its learning rate. lr_k_decay: exponent of the time in "cosine" and "poly" (arXiv:2004.05909). lr_noise:
+            share of the run from which, or between which, noise is multiplied to the learning rate, of the standard
+            deviation lr_noise_std, below lr_noise_pct.
         smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
         mixup, cutmix: their alpha; 0 is off. cutmix_minmax: the least and the most of each side that cutmix takes,
             instead of its alpha. mixup_off_epoch: epoch from which both are off; 0 is never.
@@ -131,6 +132,7 @@ class TrainConfig:
     unlabelled: bool = False
     cache_features: bool = False
     sched: str = "cosine"
+    sched_on_updates: bool = True
     warmup_epochs: float = 1.0
     warmup_lr: float = 1e-5
     min_lr: float = 0.0

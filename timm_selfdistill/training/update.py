@@ -37,12 +37,15 @@ class Updater:
     Args:
         task: as Accelerate prepared it.
         schedule: of the learning rate; None is constant.
+        updates_per_epoch: at full length.
         whole: a copy of the model, where the task's is sharded.
     """
 
     def __init__(
             self, accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer,
-            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig, whole: nn.Module | None = None):
+            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig, updates_per_epoch: int,
+            whole: nn.Module | None = None):
+        self.updates_per_epoch = updates_per_epoch
         self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
         self.schedule, self.mixer, self.config = schedule, mixer, config
         self.plain_task: TrainingTask = plain(accelerator, task)
@@ -100,8 +103,12 @@ class Updater:
 
     def set_schedule(self, position: int) -> None:
         """The learning rate for the update after this one."""
-        if self.schedule is not None:
+        if self.schedule is None:
+            return
+        if self.config.sched_on_updates:
             self.schedule.step_update(position)
+        elif epoch := position // self.updates_per_epoch:  # the first begins as the schedule does
+            self.schedule.step(epoch)
 
     def settle(self, input_size: tuple[int, int, int]) -> None:
         """Two passes that leave no trace but in DistributedDataParallel, which puts its gradients in another order
@@ -200,12 +207,12 @@ def create_updater(
         backend = "inductor" if config.torchcompile is True else config.torchcompile
         model.compile(backend=backend, mode=config.torchcompile_mode)
     optimizer = create_optimizer(model, config)
-    schedule, _ = create_scheduler_v2(
-        optimizer, updates_per_epoch=updates_per_epoch, **{**scheduler_kwargs(config), "step_on_epochs": False})
+    schedule, _ = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **scheduler_kwargs(config))
     if schedule is None:
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
-    updater = Updater(accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, whole)
+    updater = Updater(
+        accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, updates_per_epoch, whole)
     if config.model_ema:
         updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     return updater
