@@ -36,8 +36,8 @@ def parse(*flags: object):
 
 
 def described(optimizer: torch.optim.Optimizer) -> list[dict]:
-    return [{key: [p.shape for p in value] if key == "params" else value for key, value in group.items()}
-            for group in optimizer.param_groups]
+    return [{key: [p.shape for p in value] if key == "params" else tuple(value) if isinstance(value, list) else value
+             for key, value in group.items()} for group in optimizer.param_groups]
 
 
 @pytest.mark.parametrize("flags", [
