@@ -60,7 +60,8 @@ def find_images(
     for other in others:
         owns = other.source is not None and _is_same(choice.source, other.source)
         notes += trained_on(replace(choice, owns=owns), other, images.source["split"])
-    notes += _trained_before(record)
+    if choice.owns and (choice.fraction, choice.split) == (record.fraction, record.val_split):
+        notes = _trained_before(record) + notes
     if choice.owns:
         notes += _check_counts(choice, images, record) + _say_changed(args, record)
     return images, [*notes, images.lines()[-1]]

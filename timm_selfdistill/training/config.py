@@ -195,6 +195,19 @@ class TrainConfig:
         self.checkpoint_interval = str(self.checkpoint_interval or "")
         if isinstance(self.profile, bool) or not isinstance(self.profile, int):
             raise ValueError(f"profile must be a number of updates, got {self.profile!r}")
+        self._check_counts()
+        self._check_ranges()
+        self._check_combinations()
+        known = list_optimizers()
+        if self.opt.lower().removeprefix("lookahead_") not in known:
+            raise ValueError(f"unknown optimizer {self.opt!r}; timm has {', '.join(known)}")
+        if self.sched not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.sched!r}; choose from {', '.join(SCHEDULES)}")
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "hub_model_id")
+
+    def _check_counts(self) -> None:
+        """Make whole numbers of those that count something."""
         for name in WHOLE:
             value = getattr(self, name)
             if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
@@ -209,6 +222,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (name, value) != ("batch_size", "auto") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def _check_ranges(self) -> None:
         for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",
                      "head_lr_scale", "head_warmup_epochs", "layer_decay_min_scale", "lr_noise_pct", "lr_noise_std",
                      "lr_cycle_mul", "lr_cycle_decay", "lr_cycle_limit", "lr_k_decay", "mixup", "cutmix",
@@ -224,10 +239,6 @@ class TrainConfig:
         Interval(self.checkpoint_interval)
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
-        if self.head_warmup_epochs >= self.epochs and self.head_warmup_epochs:
-            raise ValueError(
-                f"head_warmup_epochs must be less than epochs ({self.epochs}), got {self.head_warmup_epochs}; to train"
-                " the heads alone, freeze the backbone")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
         if self.clip_grad is not None and not self.clip_grad > 0:
@@ -235,6 +246,13 @@ class TrainConfig:
         if self.cutmix_minmax is not None and (
                 len(self.cutmix_minmax) != 2 or not 0 <= self.cutmix_minmax[0] <= self.cutmix_minmax[1] <= 1):
             raise ValueError(f"cutmix_minmax must be two shares, the least and the most, got {self.cutmix_minmax}")
+
+    def _check_combinations(self) -> None:
+        """Settings that are right alone, but not together."""
+        if self.head_warmup_epochs >= self.epochs and self.head_warmup_epochs:
+            raise ValueError(
+                f"head_warmup_epochs must be less than epochs ({self.epochs}), got {self.head_warmup_epochs}; to train"
+                " the heads alone, freeze the backbone")
         if self.torchcompile_mode and not self.torchcompile:
             raise ValueError(f"torchcompile_mode {self.torchcompile_mode} is of torchcompile, which is off")
         if (self.wandb_project or self.wandb_tags) and "wandb" not in self.report_to:
@@ -250,13 +268,6 @@ class TrainConfig:
                                  " changes them in every epoch; leave one of them out")
         if self.cache_features and self.on_bad_sample != "raise":
             raise ValueError("cache_features needs every image; on_bad_sample must be 'raise'")
-        known = list_optimizers()
-        if self.opt.lower().removeprefix("lookahead_") not in known:
-            raise ValueError(f"unknown optimizer {self.opt!r}; timm has {', '.join(known)}")
-        if self.sched not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.sched!r}; choose from {', '.join(SCHEDULES)}")
-        if self.hub_model_id is not None:
-            check_repo_id(self.hub_model_id, "hub_model_id")
 
     @property
     def mixed_precision(self) -> str | None:

@@ -271,6 +271,7 @@ def test_renamed_images_are_not_drawn_from_again(run, renamed, command):
 
 def test_weights_that_were_trained_on_what_is_measured(run, command):
     """Of a run that goes on with another draw, its first and every later measurement says so."""
+    make(Path("others"), "test/{cat,dog}/{1..2}.jpg")
     more = ("--seed", 4, "--val-fraction", 0.2, "--output", Path("tuned").resolve())
     said = re.compile("^warning: .*run/best was trained on about 80% of these images, drawn by .*--seed 4; the run"
                       " measured the 0.2 of train, drawn by seed 3$", re.MULTILINE)
@@ -279,6 +280,7 @@ def test_weights_that_were_trained_on_what_is_measured(run, command):
         shutil.rmtree("tuned", ignore_errors=True)
         assert said.search(train(*begin, *more).stdout)
         assert said.match(command("evaluate", "tuned")[1])
+        assert not said.search(command("evaluate", "tuned", "--data-dir", "others")[1])  # none of these
     shutil.rmtree("tuned")
     same = train("--model", f"local-dir:{run.resolve()}/best", "--pretrained", "--seed", 3, "--val-fraction", 0.2,
                  "--output", Path("tuned").resolve())
