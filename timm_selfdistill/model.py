@@ -214,7 +214,8 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         """Remember the size of a training batch; thresholds for early exit are of the weights as they were."""
         if isinstance(x, Proxy) or not torch.is_grad_enabled():
             return
-        if self.training or self._trained_size.known is None:  # batch norm may be frozen, in eval mode
+        exporting = torch.compiler.is_compiling()
+        if self.training or (self._trained_size.known is None and not exporting):  # in eval mode batch norm is frozen
             self._trained_size.own = tuple(x.shape[2:])
         if self.training and self.early_exit is not None:
             self.early_exit = None
