@@ -8,21 +8,31 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 from timm.utils import dispatch_clip_grad
 from torch import nn
 from torch.distributions import Bernoulli, kl_divergence
 
-from timm_selfdistill import SelfDistillModel, SelfDistillOutput, SelfDistillTask, TrainConfig, Trainer
+from timm_selfdistill import (
+    SelfDistillModel,
+    SelfDistillOutput,
+    SelfDistillTask,
+    TrainConfig,
+    Trainer,
+    load_images,
+)
 from timm_selfdistill.cli import parse_args, train_config, train_parser
-from timm_selfdistill.cli.methods import _wrap, check_method_flags, exit_loss
+from timm_selfdistill.cli.methods import _wrap, check_method_flags, create_task, exit_loss
 from timm_selfdistill.cli.timm_flags import PASSED_OVER, REFUSED
 from timm_selfdistill.cli.train import _augmentation, _create_backbone
 from timm_selfdistill.hub import read_metrics
 from timm_selfdistill.training.augmentation import create_train_transform
+from timm_selfdistill.training.data.class_order import in_mapped_order
 from timm_selfdistill.training.mixing import TargetMixer
 from timm_selfdistill.training.optimizer import base_lr, create_optimizer
 
@@ -222,6 +232,90 @@ def test_a_data_set_under_timms_name():
         parse("--dataset", "torch/cifar10")
 
 
+def test_a_recovery_interval_is_one_of_checkpoints():
+    assert parse("--recovery-interval", 50).checkpoint_interval == "50"
+    assert "recovery_interval" not in train_config(parse("--recovery-interval", 50)).to_dict()
+    with pytest.raises(ValueError, match="--recovery-interval 50 and --checkpoint-interval 10m contradict"):
+        parse("--recovery-interval", 50, "--checkpoint-interval", "10m")
+
+
+@pytest.fixture
+def three_classes(tmp_path):
+    for name in ("ant", "bee", "cat"):
+        for index in range(8):
+            path = tmp_path / "images" / name / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (30 * index, 90, 10)).save(path)
+    return tmp_path / "images"
+
+
+def test_the_order_of_classes_by_a_file(three_classes, tmp_path):
+    """The file lies in the folder of the images; later commands know the order."""
+    (three_classes / "map.txt").write_text("cat\nelk\nant\nbee\n")
+    run_python("-m", "timm_selfdistill", "train", three_classes, "--class-map", "map.txt", "--model", "test_resnet",
+               "-b", 4, "-j", 0, "--epochs", 1, "--output", tmp_path / "run")
+    model = SelfDistillModel.from_pretrained(tmp_path / "run/best")
+    assert (model.pretrained_cfg["label_names"], model.num_classes) == (["cat", "elk", "ant", "bee"], 4)
+    images = in_mapped_order(load_images(three_classes), three_classes / "map.txt", None)
+    train, _ = images.transformed(resolve_model_data_config(model.backbone))
+    assert {Path(row["image"]["path"]).parent.name: train[index][1] for index, row in enumerate(train.rows)} == {
+        "cat": 0, "ant": 2, "bee": 3}
+    assert "found: " not in run_python("-m", "timm_selfdistill", "evaluate", tmp_path / "run/best").stderr
+
+
+@pytest.mark.parametrize(("name", "text", "error", "message"), [
+    ("nowhere.txt", None, FileNotFoundError, "class map nowhere.txt does not exist"),
+    ("map.txt", "ant\nbee\n", ValueError, "map.txt has 2 classes .*it lacks 'cat'; add"),
+    ("map.txt", "ant\nbee\ncat\nant\n", ValueError, "map.txt names 'ant' twice"),
+    ("map.pkl", "ant", ValueError, "map.pkl must be a text file .*pickled"),
+])
+def test_class_maps_that_cannot_be(name, text, error, message, three_classes):
+    if text:
+        (three_classes / name).write_text(text)
+    with pytest.raises(error, match=message):
+        in_mapped_order(load_images(three_classes), name, three_classes)
+
+
+def kd_args(*flags: object):
+    return parse("--method", "kd", "--kd-model-name", "teacher", *flags)
+
+
+def test_kinds_of_distillation_of_timm(monkeypatch):
+    teacher = small_backbone("test_vit", num_classes=7, img_size=32)
+    monkeypatch.setattr("timm_selfdistill.cli.methods.create_teacher", lambda name, student: teacher)
+    student = small_backbone("test_resnet", num_classes=7)
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(7, (4,))
+    args = kd_args("--kd-distill-type", "feature", "--distill-loss-weight", 2)
+    check_method_flags(args)
+    task = create_task(args, student, lambda: None)
+    assert type(task) is FeatureDistillationTask
+    assert task.distill_loss_weight == 2
+    assert task.train()(x, y)["loss"].isfinite()
+    args = kd_args("--kd-distill-type", "token", "--kd-token-distill-type", "hard", "--kd-temperature", 2)
+    check_method_flags(args)
+    student = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=7)
+    task = create_task(args, student, lambda: None)
+    assert (type(task), task.distill_type, task.temperature) == (TokenDistillationTask, "hard", 2)
+    assert task.train()(x, y)["loss"].isfinite()
+    assert type(create_task(kd_args(), student, lambda: None)) is LogitDistillationTask
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--kd-distill-type", "feature", "--kd-temperature", 2], "--kd-temperature belongs to --kd-distill-type logit"),
+    (["--kd-token-distill-type", "hard"], "--kd-token-distill-type belongs to --kd-distill-type token, which is logit"),
+    (["--kd-student-feature-dim", 64], "--kd-student-feature-dim belongs to --kd-distill-type feature"),
+])
+def test_flags_of_other_kinds_of_distillation(flags, message):
+    with pytest.raises(ValueError, match=message):
+        check_method_flags(kd_args(*flags))
+
+
+def test_a_student_without_a_distillation_token(monkeypatch):
+    monkeypatch.setattr("timm_selfdistill.cli.methods.create_teacher", lambda name, student: small_backbone())
+    with pytest.raises(ValueError, match="--kd-distill-type token .*which test_resnet does"):
+        create_task(kd_args("--kd-distill-type", "token", "--model", "test_resnet"), small_backbone(), lambda: None)
+
+
 def test_an_experiment_is_a_folder_below_the_output():
     assert parse("--output", "runs", "--experiment", "first").output == "runs/first"
     assert parse("--experiment", "first").output == "output/train/first"
@@ -375,7 +469,7 @@ def test_an_args_file_trains_as_it_is(changes, few_images, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"aug_splits": 3}, "args.yaml: aug_splits 3 cannot be done: augmentation splits are not supported"),
+    ({"tta": 3}, "args.yaml: tta 3 cannot be done: validation looks at each image once"),
     ({"naflex_loader": True}, "args.yaml: naflex_loader True cannot be done: NaFlex models"),
     ({"torchscript": True}, "args.yaml: torchscript True cannot be done: torch.jit"),
     ({"muon_lr": 0.1, "zeta": 1}, "args.yaml: unknown here, .* of another version of timm may be: muon_lr, zeta;"),

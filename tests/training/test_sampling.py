@@ -1,4 +1,6 @@
 import pytest
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from timm_selfdistill.training.sampling import EpochSampler, mixed_seed
 
@@ -31,6 +33,28 @@ def test_epochs_differ_and_repeat():
 
 def test_it_goes_on_in_the_middle():
     assert global_batches(2, start=16) == global_batches(1)[2:]
+
+
+@pytest.mark.parametrize("repeats", [3, 2.5, 1.0])
+@pytest.mark.parametrize(("size", "world", "batch"), [(700, 1, 16), (700, 4, 8), (256, 2, 8), (1000, 3, 10)])
+def test_repeated_augmentation_is_timms(repeats, size, world, batch, monkeypatch):
+    """The images of each process, of the batches that its DataLoader does not drop; each time augmented by another
+    seed."""
+    order = torch.randperm(size)
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: order)
+    data, seeds = range(size), set()
+    for rank in range(world):
+        sampler = EpochSampler(size, batch * world, rank, world, seed=1, repeats=repeats)
+        draws = list(sampler)
+        expected = list(RepeatAugSampler(data, world, rank, num_repeats=repeats))
+        assert [draw.index for draw in draws] == expected[:len(expected) // batch * batch]
+        seeds |= {draw.seed for draw in draws}
+    assert len(seeds) == sampler.usable
+
+
+def test_repeated_augmentation_of_few_images():
+    sampler = EpochSampler(25, 8, 0, 1, seed=1, repeats=3)
+    assert [[draw.index for draw in sampler].count(index) for index in {draw.index for draw in sampler}] == [3] * 8
 
 
 def test_too_few_images_for_a_batch():

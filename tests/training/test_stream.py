@@ -88,6 +88,18 @@ def first_pass(batches: StreamedBatches) -> list[int]:
         found += x[:, 0, 1, 1].long().tolist()
 
 
+def test_the_length_of_an_epoch(parquet):
+    """The stream does not tell it."""
+    for repeats, images in ((0.0, 8), (2.5, 24), (0.5, 8)):  # at least once, as in timm
+        batches = streamed(parquet, steps_per_epoch=None, train_num_samples=10, epoch_repeats=repeats)
+        assert batches.epoch_images == images
+    for name in ("epoch_repeats", "train_num_samples"):
+        with pytest.raises(ValueError, match="steps_per_epoch is the length of an epoch, and so are"):
+            streamed(parquet, **{name: 2})
+    with pytest.raises(ValueError, match="aug_repeats needs images that can be drawn twice"):
+        streamed(parquet, aug_repeats=3)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])
 def test_every_image_once(form, workers, request):

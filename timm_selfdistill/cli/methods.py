@@ -5,8 +5,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import timm
-from timm.loss import BinaryCrossEntropy
-from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
+from timm.layers import convert_splitbn_model
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
 from torch import nn
 
 from ..baselines import (
@@ -32,11 +39,19 @@ LOSS_FLAGS = ("temperature", "t_squared", "alpha", "beta", "hint", "teacher")
 PAPER_FLAGS = ("t_squared", "hint", "teacher")
 """Those for which --paper stands."""
 HEAD = "bottleneck"
+KD_FLAGS = {
+    "kd_temperature": ("logit", "token"),
+    "kd_student_feature_dim": ("feature",),
+    "kd_teacher_feature_dim": ("feature",),
+    "kd_token_distill_type": ("token",),
+}
+"""And the kinds of --kd-distill-type that they go with."""
+KD_TASKS = {"logit": LogitDistillationTask, "feature": FeatureDistillationTask, "token": TokenDistillationTask}
 METHODS = {
     "plain": (),
     "dsn": NETWORK_FLAGS,
     "self-distill": (*NETWORK_FLAGS, *LOSS_FLAGS, "paper"),
-    "kd": ("kd_model_name", "kd_temperature", "distill_loss_weight", "task_loss_weight"),
+    "kd": ("kd_model_name", "distill_loss_weight", "task_loss_weight", "kd_distill_type", *KD_FLAGS),
     "fitnet": ("kd_model_name", "distill_loss_weight", "task_loss_weight"),
     "at": ("kd_model_name", "distill_loss_weight", "task_loss_weight"),
     "dml": ("distill_loss_weight",),
@@ -71,7 +86,15 @@ def add_method_flags(group: Any) -> None:
     group.add_argument("--kd-model-name", metavar="NAME",
                        help="teacher of kd, fitnet and at: a timm model with pretrained weights, local-dir:FOLDER or"
                             " hf-hub:ID")
+    group.add_argument("--kd-distill-type", choices=KD_TASKS,
+                       help="what kd compares: logits, pooled features, or the teacher and the distillation token of a"
+                            " model that has one (default: logit)")
     group.add_argument("--kd-temperature", type=float, help=f"of both softmaxes in kd (default: {KD_TEMPERATURE:g})")
+    group.add_argument("--kd-student-feature-dim", type=int, help="of pooled features in kd (default: found)")
+    group.add_argument("--kd-teacher-feature-dim", type=int, help="of pooled features in kd (default: found)")
+    group.add_argument("--kd-token-distill-type", choices=["soft", "hard"],
+                       help="what the token learns in kd: the teacher's softmax or its most likely class (default:"
+                            " soft)")
     group.add_argument("--distill-loss-weight", type=float,
                        help="of what kd, fitnet, at, dml and dks add to the labels (default: 100 for fitnet, 1000 for"
                             " at, else 1)")
@@ -92,6 +115,13 @@ def check_method_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise ValueError(f"{_flag(name)} must be a number >= 0, got {value}")
+    if args.method == "kd":
+        kind = args.kd_distill_type or "logit"
+        for name, kinds in KD_FLAGS.items():
+            if getattr(args, name) is not None and kind not in kinds:
+                raise ValueError(f"{_flag(name)} belongs to --kd-distill-type {', '.join(kinds)}, which is {kind};"
+                                 " leave one out")
+    _check_splits(args)
     if args.method == "self-distill" and args.hint == "none" and args.beta not in (0, SelfDistillLoss().beta):
         raise ValueError(f"--beta {args.beta:g} is the weight of the hint, and --hint is none; add --hint map or --hint"
                          " pooled, or leave --beta out")
@@ -119,6 +149,36 @@ def check_method_flags(args: argparse.Namespace) -> None:
     if "kd_model_name" in METHODS[args.method] and not args.kd_model_name:
         raise ValueError(f"--method {args.method} needs a teacher; give --kd-model-name, a timm model with pretrained"
                          " weights for these classes, local-dir:FOLDER (best/ of another run) or hf-hub:ID")
+
+
+def _check_splits(args: argparse.Namespace) -> None:
+    """Look at the flags that go with several views of an image.
+
+    Raises:
+        ValueError: one of them is alone, or they do not go with another.
+    """
+    if args.aug_splits == 1 or args.aug_splits < 0:
+        raise ValueError(f"--aug-splits must be 0 (off) or at least 2, got {args.aug_splits}")
+    users = [name for name in ("jsd_loss", "split_bn", "resplit") if getattr(args, name)]
+    if not args.aug_splits:
+        if users:
+            raise ValueError(f"{_flag(users[0])} is for several views of an image; give --aug-splits, e.g. 3")
+        return
+    if not (args.jsd_loss or args.split_bn):
+        raise ValueError(f"--aug-splits {args.aug_splits} makes views of each image, for which there is no loss; give"
+                         " --jsd-loss, or --split-bn")
+    for name in ("mixup", "cutmix", "cutmix_minmax", "no_aug", "unlabelled", "freeze_backbone"):
+        if getattr(args, name):
+            raise ValueError(f"--aug-splits compares views of one image, which does not go with {_flag(name)}; leave"
+                             " one out")
+    if args.split_bn and args.sync_bn:
+        raise ValueError("--split-bn and --sync-bn are two kinds of batch norm; leave one out")
+    if args.batch_size == "auto":
+        raise ValueError("--batch-size auto does not go with --aug-splits; give a number")
+    if args.jsd_loss and args.bce_loss:
+        raise ValueError("--jsd-loss and --bce-loss are two losses of the labels; leave one out")
+    if args.jsd_loss and args.method in ("dml", "dks"):
+        raise ValueError(f"--method {args.method} has a label loss of its own; leave --jsd-loss out")
 
 
 def check_typed_flags(typed: argparse.Namespace, method: str) -> None:
@@ -188,11 +248,27 @@ def create_task(
         return MutualLearningTask(backbone, peer, **weights)
     teacher = create_teacher(args.kd_model_name, backbone)
     if args.method == "kd":
-        temperature = KD_TEMPERATURE if args.kd_temperature is None else args.kd_temperature
-        return LogitDistillationTask(
-            backbone, teacher, nn.CrossEntropyLoss(), temperature=temperature, verbose=False, **weights)
+        return _distillation_task(args, backbone, teacher, criterion or nn.CrossEntropyLoss(), weights)
     return {"fitnet": FitNetTask, "at": AttentionTransferTask}[args.method](
         backbone, teacher, criterion=criterion, **weights)
+
+
+def _distillation_task(
+        args: argparse.Namespace, backbone: nn.Module, teacher: nn.Module, criterion: nn.Module,
+        weights: dict[str, float]) -> TrainingTask:
+    """timm's task for --kd-distill-type.
+
+    Raises:
+        ValueError: the models do not have what it compares.
+    """
+    kind = args.kd_distill_type or "logit"
+    settings = {"temperature": KD_TEMPERATURE} if kind in KD_FLAGS["kd_temperature"] else {}
+    settings |= {{"kd_token_distill_type": "distill_type"}.get(name, name.removeprefix("kd_")): value
+                 for name in KD_FLAGS if (value := getattr(args, name)) is not None}
+    if kind == "token" and not hasattr(backbone, "set_distilled_training"):
+        raise ValueError(f"--kd-distill-type token teaches a distillation token, which {args.model} does not have; take"
+                         " a distilled model, such as deit_tiny_distilled_patch16_224, or --kd-distill-type logit")
+    return KD_TASKS[kind](backbone, teacher, criterion, verbose=False, **weights, **settings)
 
 
 def _wrap(args: argparse.Namespace, backbone: nn.Module, saved: SavedWeights | None) -> SelfDistillModel:
@@ -202,6 +278,8 @@ def _wrap(args: argparse.Namespace, backbone: nn.Module, saved: SavedWeights | N
     model = wrap_self_distill(
         backbone, exits=exits, head=head, head_args=head_args, model_args=network_args(args),
         freeze_backbone=args.freeze_backbone)
+    if args.split_bn:
+        convert_splitbn_model(model.heads, args.aug_splits)
     if saved and saved.has_exits:
         other_classes = saved.config.get("num_classes", model.num_classes) != model.num_classes
         say(*load_exits(model, saved, new_classifiers=bool(args.pretrained_path) or other_classes))
@@ -274,7 +352,7 @@ def exit_loss(settings: Mapping[str, Any]) -> SelfDistillLoss:
     if own.get("hint") == "none":
         own["hint"] = None
     if label_loss is not None:
-        own |= {"label_loss": label_loss, "distill": "sigmoid"}
+        own |= {"label_loss": label_loss, "distill": "sigmoid" if settings.get("bce_loss") else "softmax"}
     return SelfDistillLoss(**own)
 
 
@@ -284,6 +362,8 @@ def label_criterion(settings: Mapping[str, Any]) -> nn.Module | None:
     Args:
         settings: flags by their names, see `exit_loss`.
     """
+    if settings.get("jsd_loss"):
+        return JsdCrossEntropy(settings["aug_splits"], smoothing=settings["smoothing"])
     if not settings.get("bce_loss"):
         return None
     return BinaryCrossEntropy(

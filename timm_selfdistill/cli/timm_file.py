@@ -2,6 +2,8 @@
 from pathlib import Path
 from typing import Any
 
+from ..training.config import CYCLIC
+from .methods import KD_FLAGS
 from .program import say
 from .timm_flags import PASSED_OVER, REFUSED
 
@@ -9,14 +11,11 @@ MARKS = {"worker_seeding", "no_prefetcher", "pin_mem", "use_multi_epochs_loader"
 """Keys of every args.yaml, and of no other file of flags."""
 DEFAULTS = {
     "dataset_download": False, "dataset_trust_remote_code": False, "torchscript": False, "fast_norm": False,
-    "no_ddp_bb": False, "model_ema_force_cpu": False, "no_resume_opt": False, "recovery_interval": 0,
-    "save_images": False, "tta": 0, "train_size_schedule": "constant", "train_size_schedule_spread": 0.65,
+    "no_ddp_bb": False, "model_ema_force_cpu": False, "save_images": False, "tta": 0,
+    "train_size_schedule": "constant", "train_size_schedule_spread": 0.65,
     "train_size_random_mix": 0.1, "variable_batch_loss_scale": "none", "naflex_loader": False,
     "naflex_train_seq_lens": [128, 256, 576, 784, 1024], "naflex_max_seq_len": 576, "naflex_loss_scale": "linear",
-    "naflex_patchify_channels_first": False, "kd_distill_type": "logit", "kd_loss_type": "kl",
-    "kd_token_distill_type": "soft", "device": "cuda", "epoch_repeats": 0.0, "warmup_prefix": False,
-    "cooldown_epochs": 0, "patience_epochs": 10, "aug_repeats": 0, "aug_splits": 0, "jsd_loss": False,
-    "resplit": False, "split_bn": False, "val_interval": 1, "eval_metric": "top1"}
+    "naflex_patchify_channels_first": False, "model_dtype": "float32"}
 """Of timm, for the flags that are refused; the others have none."""
 UNSET = (None, "", [], {})
 
@@ -43,15 +42,31 @@ def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, 
     if unknown := sorted(given.keys() - known - defaults.keys() - PASSED_OVER.keys() - {"data"}):
         raise ValueError(f"{path}: unknown here, as flags of another version of timm may be: {', '.join(unknown)};"
                          " remove them, or give flags that do the same")
-    if passed := sorted(name for name in PASSED_OVER.keys() & given.keys() if given[name] not in (False, 0, "all")):
-        say(f"{path}: passed over, since they change nothing here: {', '.join(passed)}")
+    passed = [name for name in PASSED_OVER.keys() & given.keys() if given[name] not in (False, 0, "all", "kl")]
+    passed += [name for name, changes in _idle(given).items() if changes]
+    if passed:
+        say(f"{path}: passed over, since they change nothing here: {', '.join(sorted(passed))}")
     flags = {name: value for name, value in given.items() if name in known and name not in PASSED_OVER | defaults}
     if flags.get("val_split") == "validation":  # timm's default; here the first validation split that there is
         del flags["val_split"]
+    for name in _idle(given):
+        flags.pop(name, None)
     if "data" in given:
         flags.setdefault("data_dir", given["data"])
     if "kd_model_name" in flags:
         flags["method"] = "kd"
-    else:
-        flags.pop("kd_temperature", None)
     return flags
+
+
+def _idle(given: dict[str, Any]) -> dict[str, bool]:
+    """What changes nothing in timm either, beside the others that are given; and whether it says something at all."""
+    idle = {}
+    if given.get("device") == "cuda":  # timm's default; here what there is
+        idle["device"] = False
+    if given.get("sched") not in CYCLIC:
+        idle["cooldown_epochs"] = bool(given.get("cooldown_epochs"))
+    kind = given.get("kd_distill_type", "logit") if "kd_model_name" in given else None
+    for name, kinds in {**KD_FLAGS, "kd_distill_type": ("logit", "feature", "token")}.items():
+        if kind not in kinds:
+            idle[name] = False
+    return {name: says for name, says in idle.items() if name in given}

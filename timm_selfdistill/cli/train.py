@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from timm.layers import convert_splitbn_model
 from torch import nn
 
 from ..cost import default_input_size
@@ -21,7 +22,7 @@ from ..training import (
     print_exits,
     summary_title,
 )
-from ..training.data.class_order import fit_classes
+from ..training.data.class_order import fit_classes, in_mapped_order
 from ..training.initial_weights import init_classifier
 from ..training.preprocessing import create_backbone
 from ..training.trained_exits import find_saved_weights
@@ -74,11 +75,12 @@ def train(argv: list[str] | None = None, default_data: str | Path | None = None,
 
 
 def _load_images(args: Namespace) -> ImageSplits:
-    return load_images(
+    images = load_images(
         args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
         val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
         num_classes=args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled,
         value_range=args.value_range and tuple(args.value_range), seed=args.seed)
+    return in_mapped_order(images, args.class_map, args.data_dir) if args.class_map else images
 
 
 def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
@@ -99,6 +101,8 @@ def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
         raise ValueError(f"{args.model} does not take all of --model-kwargs, --bn-momentum and --bn-eps: {error}"
                          ) from error
     init_classifier(backbone, args.head_init_scale, args.head_init_bias)
+    if args.split_bn:
+        backbone = convert_splitbn_model(backbone, args.aug_splits)
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
     return backbone
@@ -131,7 +135,7 @@ def _augmentation(args: Namespace) -> dict:
             "vflip": args.vflip, "color_jitter": args.color_jitter, "color_jitter_prob": args.color_jitter_prob,
             "grayscale_prob": args.grayscale_prob, "gaussian_blur_prob": args.gaussian_blur_prob,
             "auto_augment": args.aa, "re_prob": args.reprob, "re_mode": args.remode, "re_count": args.recount,
-            "cutout": args.cutout}
+            "cutout": args.cutout, "aug_splits": args.aug_splits, "resplit": args.resplit}
 
 
 def _report(result: TrainResult, args: Namespace, console: Console) -> None:

@@ -76,6 +76,8 @@ def _add_data(group: Any, default_data: str | Path | None) -> None:
     add_preprocessing_flags(group)
     group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the model's, mostly 3)")
     group.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="--in-chans C --img-size H")
+    group.add_argument("--class-map", metavar="FILE", help="text file with the name of a class in each line, in the"
+                       " order of the class indices (default: natural order)")
 
 
 def _add_augmentation(group: Any) -> None:
@@ -98,6 +100,9 @@ def _add_augmentation(group: Any) -> None:
     group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel",
                        help="what erases: zeros, a random colour, or noise")
     group.add_argument("--recount", type=int, default=1, help="rectangles that random erasing draws at most")
+    group.add_argument("--aug-splits", type=int, default=0,
+                       help="views of each image, the first not augmented, 0 is off; for --jsd-loss or --split-bn")
+    group.add_argument("--resplit", action="store_true", help="no random erasing in the first of --aug-splits")
     group.add_argument("--train-interpolation", default="random", help="random, bilinear, bicubic, ...")
 
 
@@ -113,6 +118,8 @@ def _add_model(group: Any) -> None:
     group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
                        help="further arguments of the model, as in timm.create_model")
     group.add_argument("--gp", metavar="POOL", help="global pooling: avg, max, avgmax, ... (default: the model's)")
+    group.add_argument("--split-bn", action=_BOOLEAN, default=False,
+                       help="batch norms of its own for each of --aug-splits, while training")
     group.add_argument("--bn-momentum", type=float, help="of batch norm (default: the model's)")
     group.add_argument("--bn-eps", type=float, help="of batch norm (default: the model's)")
     group.add_argument("--head-init-scale", type=float, help="factor of the network's new classifier")
@@ -137,6 +144,8 @@ def _add_distillation(group: Any) -> None:
     group.add_argument("--beta", type=float, help="weight of the hint")
     group.add_argument("--hint", choices=["map", "pooled", "none"], help="feature maps, pooled ones or none")
     group.add_argument("--teacher", choices=["deepest", "ensemble"], help="classifier, or the mean of all logits")
+    group.add_argument("--jsd-loss", action=_BOOLEAN, default=False,
+                       help="cross entropy of the first of --aug-splits and Jensen-Shannon divergence between all")
     group.add_argument("--bce-loss", action=_BOOLEAN, default=False,
                        help="binary cross entropy: labels and distillation take each class on its own")
     group.add_argument("--bce-sum", action=_BOOLEAN, default=False, help="sum of --bce-loss over the classes, not mean")
@@ -183,7 +192,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
     names = {field.name for field in fields(TrainConfig)} - {"settings"}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
-    replaced = {"config", "paper", "data", "input_size", "experiment", "log_wandb",
+    replaced = {"config", "paper", "data", "input_size", "experiment", "log_wandb", "recovery_interval",
                 "timm_defaults"}  # by the flags for which they stand
     settings = {key: value for key, value in values.items() if key not in {*names, *replaced}}
     if values["data_dir"]:  # later commands may be given in another folder
@@ -228,6 +237,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         raise ValueError("there are no images to train on: give --data-dir FOLDER or --dataset NAME; in a clone of the"
                          " repository make demo trains on those in examples/data")
     _take_input_size(args)
+    _take_recovery_interval(args)
     args.lr, args.lr_base = (TrainConfig.lr, args.lr_base) if args.lr is None else (args.lr, None)
     args.model = timm_name(args.model)
     args.kd_model_name = args.kd_model_name and timm_name(args.kd_model_name)
@@ -268,6 +278,20 @@ def _take_input_size(args: argparse.Namespace) -> None:
         setattr(args, name, value)
 
 
+def _take_recovery_interval(args: argparse.Namespace) -> None:
+    """Let --recovery-interval be --checkpoint-interval.
+
+    Raises:
+        ValueError: they contradict.
+    """
+    if not args.recovery_interval:
+        return
+    if args.checkpoint_interval not in ("", str(args.recovery_interval)):
+        raise ValueError(f"--recovery-interval {args.recovery_interval} and --checkpoint-interval"
+                         f" {args.checkpoint_interval} contradict; leave one out")
+    args.checkpoint_interval = str(args.recovery_interval)
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
@@ -283,12 +307,27 @@ def int_or_auto(value: str) -> int | str:
 
 _TYPES = {"batch_size": int_or_auto, "validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float,
           "layer_decay": float, "layer_decay_no_opt_scale": float, "opt_eps": float, "lr_base": float,
-          "hub_model_id": str, "hub_license": str, "wandb_project": str, "torchcompile_mode": str}
+          "hub_model_id": str, "hub_license": str, "wandb_project": str, "torchcompile_mode": str, "device": str,
+          "decay_epochs": float, "lr_decay_fn": str, "lr_stable_timescale": float, "train_num_samples": int}
 _SEVERAL = {"decay_milestones": int, "opt_betas": float, "lr_noise": float, "cutmix_minmax": float, "report_to": str,
             "wandb_tags": str}
 """Types of flags that take several values."""
 _MORE_NAMES = {"batch_size": ["-b"], "validation_batch_size": ["-vb"], "workers": ["-j"], "decay_rate": ["--dr"]}
 _HELP = {
+    "no_resume_opt": "resume without the state of the optimizer",
+    "device": "cpu, cuda, cuda:1, ... (default: the GPU of the process, or the CPU)",
+    "epochs": "of the schedule",
+    "start_epoch": "begin with this epoch, from 0",
+    "train_num_samples": "rows of a stream that does not tell their number",
+    "epoch_repeats": "how often an epoch reads a stream",
+    "aug_repeats": "as often an image comes in a row, augmented in different ways, 0 is off",
+    "warmup_prefix": "warm up before --epochs",
+    "cooldown_epochs": "epochs at --min-lr after --epochs, of cosine, tanh and poly",
+    "patience_epochs": "of plateau, without a better --eval-metric before a step",
+    "lr_decay_fn": "shape of the decay of wsd and rsqrt",
+    "lr_stable_timescale": "epochs that scale rsqrt (default: the warm-up's)",
+    "val_interval": "epochs between two validations, each with a checkpoint",
+    "eval_metric": "of the deepest exit, by which the best model is chosen",
     "lr": f"highest learning rate (default: {TrainConfig.lr}, or by --lr-base)",
     "lr_base": "learning rate of an update of --lr-base-size images, from which that of the run follows",
     "lr_base_size": "see --lr-base",
@@ -312,9 +351,10 @@ _HELP = {
     "head_warmup_epochs": "epochs at the beginning in which the classifiers learn alone",
     "unlabelled": "training images need no labels: the exits of a frozen backbone learn from the deepest alone",
     "cache_features": "run a frozen backbone once and keep what it gives in files; needs --no-aug",
-    "decay_epochs": "between two steps of the step schedule",
+    "decay_epochs": "between two steps of the step schedule (default: 30), or of the decay of wsd and rsqrt, below 1 a"
+                    " share (default: 0.2)",
     "decay_milestones": "epochs of the steps of the multistep schedule",
-    "decay_rate": "factor of a step",
+    "decay_rate": "factor of a step, or power of poly",
     "mixup_prob": "of mixup or cutmix on a batch",
     "mixup_switch_prob": "of cutmix where both are on",
     "mixup_mode": "for each batch, pair or image",
@@ -367,6 +407,7 @@ def _add_config(group: Any) -> None:
     group.add_argument("--resume", nargs="?", const="latest", metavar="PATH",
                        help="go on from a checkpoint or run directory; without a path, from the newest in --output;"
                             " auto: likewise, but a new run where there is none")
+    group.add_argument("--recovery-interval", type=int, default=0, metavar="N", help="--checkpoint-interval N")
     for field in fields(TrainConfig):
         if field.name in ("resume", "settings"):
             continue
@@ -377,7 +418,7 @@ def _add_config(group: Any) -> None:
         if field.name == "torchcompile":
             options |= {"nargs": "?", "const": "inductor", "metavar": "BACKEND"}
         elif isinstance(field.default, bool):
-            options["action"] = _BOOLEAN
+            options["action"] = "store_true" if field.name.startswith("no_") else _BOOLEAN
         elif field.name in CHOICES:
             options["choices"] = CHOICES[field.name]
         elif field.name in _SEVERAL:

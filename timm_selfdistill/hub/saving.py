@@ -14,6 +14,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
+from timm.layers import SplitBatchNorm2d
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -195,10 +196,14 @@ def save_weights(module: nn.Module, folder: str | PathLike) -> None:
 def unshared_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """All tensors of a module, contiguous, those that it holds under several names (as CoaT does) copied for each.
 
-    safetensors refuses to write a tensor under two names, and timm reads only files with every name.
+    safetensors refuses to write a tensor under two names, and timm reads only files with every name. The batch norms
+    of augmentation splits but for the first, which training alone needs (arXiv:1911.09665, section 4.2), are left out.
     """
     tensors, storages = {}, set()
+    auxiliary = tuple(f"{name}.aux_bn." for name, part in module.named_modules() if isinstance(part, SplitBatchNorm2d))
     for key, value in module.state_dict().items():
+        if key.startswith(auxiliary):
+            continue
         value = value.contiguous()
         if value.untyped_storage().data_ptr() in storages:
             value = value.clone()

@@ -41,6 +41,7 @@ def create_accelerator(config: TrainConfig, find_unused: bool = False) -> Accele
     _check_launcher(config)
     # Accelerate joins the processes that torchrun starts on CPUs only where it is told that there is nothing else.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    cpu = not _choose_device(config.device, cpu) if config.device else cpu
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision == "fp16" and cpu:
         raise ValueError("fp16 needs a GPU (here it would train in fp32); use amp_dtype bfloat16 or no mixed precision")
@@ -57,6 +58,30 @@ def create_accelerator(config: TrainConfig, find_unused: bool = False) -> Accele
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("FSDP needs GPUs, and processes that accelerate launch starts; see configs/fsdp2.yaml")
     return accelerator
+
+
+def _choose_device(name: str, cpu: bool) -> bool:
+    """Whether a run is on an accelerator, by the name of its device; its number is that of a process alone.
+
+    Args:
+        cpu: whether there is nothing else.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda, cuda:1, ..., got {name!r}") from error
+    if device.type == "cpu":
+        return False
+    found = "cpu" if cpu else torch.accelerator.current_accelerator().type
+    if device.type != found or (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(f"there is no device {name} here, but {'the CPU alone' if found == 'cpu' else found}; give"
+                         " another, or none, which takes what there is")
+    if device.index is not None and "LOCAL_RANK" not in os.environ:  # else each process has its own
+        torch.accelerator.set_device_index(device.index)
+    return True
 
 
 def ask_main_process(accelerator: Accelerator, call: Callable[[], Answer]) -> Answer:

@@ -18,6 +18,7 @@ CHOICES = {
     "mixup_mode": ("batch", "pair", "elem"),
     "amp_dtype": ("float16", "bfloat16"),
     "clip_mode": ("norm", "value", "agc"),
+    "eval_metric": ("top1", "top5", "loss"),
     "lr_base_scale": ("", "linear", "sqrt"),
     "on_bad_sample": ("raise", "skip"),
     "on_nan": ("raise", "skip"),
@@ -26,9 +27,12 @@ CHOICES = {
 }
 WHOLE = ("seed", "epochs", "batch_size", "validation_batch_size", "steps_per_epoch", "shuffle_buffer",
          "head_warmup_epochs", "mixup_off_epoch", "grad_accum_steps", "workers", "log_interval", "checkpoint_hist",
-         "lr_cycle_limit", "lr_base_size")
+         "lr_cycle_limit", "lr_base_size", "cooldown_epochs", "patience_epochs", "val_interval", "start_epoch",
+         "train_num_samples")
 """Fields that count something."""
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none")
+CYCLIC = ("cosine", "tanh", "poly")
+"""Schedules that have cycles, and a cooldown after them."""
 
 
 @dataclass
@@ -40,12 +44,20 @@ class TrainConfig:
     Args:
         output: run directory; "" makes one under output/train, named after the time.
         resume: checkpoint folder or run directory to go on from; "latest" is the newest whole checkpoint in `output`,
-            "auto" likewise, and a new run where there is none.
+            "auto" likewise, and a new run where there is none. no_resume_opt: without the optimizer's state.
+        device: "cpu", "cuda", "cuda:1", ...; None is the GPU of the process, and the CPU where there is none.
+        epochs: of the schedule; the run is longer where warmup_prefix, cooldown_epochs or lr_cycle_limit say so.
+        start_epoch: begin with the schedule and the images of this epoch, from 0; for weights that were trained
+            elsewhere.
         batch_size: images per process and forward pass; "auto" is the largest power of two that the GPU's memory
             holds, or that of the checkpoint that is resumed. The learning rate does not follow it.
         validation_batch_size: None is `batch_size`.
         steps_per_epoch: updates of an epoch of streamed images; None is all of them, where their number is known.
+        train_num_samples: rows of a stream that does not tell their number. epoch_repeats: how often an epoch reads
+            them; at least once.
         shuffle_buffer: rows of a stream that each loading process shuffles together.
+        aug_repeats: repeated augmentation (arXiv:1901.09335): each image comes so many times in a row, each time
+            augmented in another way, and an epoch is of as many fewer images; 0 is off.
         opt: name of one of timm's optimizers. opt_eps, opt_betas: its epsilon and betas; None are its own. opt_kwargs:
             any other of its arguments.
         lr: highest learning rate. lr_base, where it is given, takes its place: the learning rate of lr_base_size images
@@ -61,12 +73,17 @@ class TrainConfig:
             the deepest classifier alone.
         cache_features: let a frozen backbone see each image once and keep what it gives, in files in the run directory
             while the run goes on. Images must not be augmented.
-        sched: learning-rate schedule, stepped every update, or without sched_on_updates every epoch. decay_epochs,
-            decay_milestones and decay_rate belong to "step" and "multistep". lr_cycle_limit: cycles of "cosine", "tanh"
-            and "poly", of which each is lr_cycle_mul times as long as the one before and begins at lr_cycle_decay of
-            its learning rate. lr_k_decay: exponent of the time in "cosine" and "poly" (arXiv:2004.05909). lr_noise:
-            share of the run from which, or between which, noise is multiplied to the learning rate, of the standard
-            deviation lr_noise_std, below lr_noise_pct.
+        sched: learning-rate schedule, stepped every update, or without sched_on_updates every epoch, as "plateau"
+            always is. warmup_epochs: of the warm-up from warmup_lr, with warmup_prefix before the `epochs`.
+            cooldown_epochs: at min_lr, after the `epochs` of "cosine", "tanh" and "poly". decay_epochs: of a step of
+            "step" (None is 30), or the length of the decay of "wsd" and "rsqrt", below 1 as a share (None is 0.2).
+            decay_milestones: epochs of the steps of "multistep". decay_rate: factor of a step, or the power of "poly".
+            patience_epochs: of "plateau", without a better eval_metric before a step. lr_cycle_limit: cycles of
+            "cosine", "tanh" and "poly", of which each is lr_cycle_mul times as long as the one before, the first
+            `epochs` long, and begins at lr_cycle_decay of its learning rate. lr_k_decay: exponent of the time in
+            "cosine" and "poly" (arXiv:2004.05909). lr_decay_fn, lr_stable_timescale: shape of the decay of "wsd" and
+            "rsqrt", and the epochs that scale the latter. lr_noise: share of the run from which, or between which,
+            noise is multiplied to the learning rate, of the standard deviation lr_noise_std, below lr_noise_pct.
         smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
         mixup, cutmix: their alpha; 0 is off. cutmix_minmax: the least and the most of each side that cutmix takes,
             instead of its alpha. mixup_off_epoch: epoch from which both are off; 0 is never.
@@ -83,6 +100,9 @@ class TrainConfig:
         checkpoint_interval: besides the end of every epoch, a checkpoint every so many updates ("500") or so often
             ("90s", "10m", "1h"); "" is at the end of an epoch only.
         checkpoint_hist: checkpoints kept.
+        val_interval: epochs between two validations; model and checkpoint of the epoch are saved after each.
+        eval_metric: by which one model is better than another: "top1", "top5" or "loss" of the deepest exit on the
+            validation images, where it is frozen the mean of the others.
         on_bad_sample: "raise", or "skip": a training image that cannot be read gives its place to another; counted.
         on_nan: "raise" at a loss that is not finite, or "skip" an update whose gradients are not; counted.
         sync_bn: batch norm over all processes (GPUs only).
@@ -108,12 +128,18 @@ class TrainConfig:
 
     output: str = ""
     resume: str | None = None
+    no_resume_opt: bool = False
+    device: str | None = None
     seed: int = 42
     epochs: int = 6
+    start_epoch: int = 0
     batch_size: int | str = 64
     validation_batch_size: int | None = None
     steps_per_epoch: int | None = None
+    train_num_samples: int | None = None
+    epoch_repeats: float = 0.0
     shuffle_buffer: int = 1000
+    aug_repeats: float = 0.0
     opt: str = "sgd"
     opt_eps: float | None = None
     opt_betas: tuple[float, ...] | None = None
@@ -134,8 +160,10 @@ class TrainConfig:
     sched: str = "cosine"
     sched_on_updates: bool = True
     warmup_epochs: float = 1.0
+    warmup_prefix: bool = False
     warmup_lr: float = 1e-5
     min_lr: float = 0.0
+    cooldown_epochs: int = 0
     lr_noise: tuple[float, ...] | None = None
     lr_noise_pct: float = 0.67
     lr_noise_std: float = 1.0
@@ -143,9 +171,12 @@ class TrainConfig:
     lr_cycle_decay: float = 0.5
     lr_cycle_limit: int = 1
     lr_k_decay: float = 1.0
-    decay_epochs: float = 30.0
+    lr_decay_fn: str | None = None
+    lr_stable_timescale: float | None = None
+    decay_epochs: float | None = None
     decay_milestones: tuple[int, ...] = (90, 180, 270)
     decay_rate: float = 0.1
+    patience_epochs: int = 10
     smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -169,6 +200,8 @@ class TrainConfig:
     log_interval: int = 50
     checkpoint_interval: str = ""
     checkpoint_hist: int = 3
+    val_interval: int = 1
+    eval_metric: str = "top1"
     on_bad_sample: str = "raise"
     on_nan: str = "raise"
     sync_bn: bool = False
@@ -218,7 +251,8 @@ class TrainConfig:
         if isinstance(self.validation_batch_size, str):
             raise ValueError(f"validation_batch_size must be a number, got {self.validation_batch_size!r}")
         for name in ("epochs", "batch_size", "validation_batch_size", "steps_per_epoch", "shuffle_buffer",
-                     "grad_accum_steps", "log_interval", "checkpoint_hist", "lr_base_size"):
+                     "grad_accum_steps", "log_interval", "checkpoint_hist", "lr_base_size", "val_interval",
+                     "train_num_samples"):
             value = getattr(self, name)
             if value is not None and (name, value) != ("batch_size", "auto") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -227,7 +261,8 @@ class TrainConfig:
         for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",
                      "head_lr_scale", "head_warmup_epochs", "layer_decay_min_scale", "lr_noise_pct", "lr_noise_std",
                      "lr_cycle_mul", "lr_cycle_decay", "lr_cycle_limit", "lr_k_decay", "mixup", "cutmix",
-                     "mixup_off_epoch", "workers", "profile"):
+                     "mixup_off_epoch", "workers", "profile", "start_epoch", "cooldown_epochs", "patience_epochs",
+                     "epoch_repeats", "aug_repeats"):
             if not (is_number(value := getattr(self, name)) and 0 <= value < float("inf")):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}")
         for name in ("mixup_prob", "mixup_switch_prob", "model_ema_decay"):
@@ -253,6 +288,15 @@ class TrainConfig:
             raise ValueError(
                 f"head_warmup_epochs must be less than epochs ({self.epochs}), got {self.head_warmup_epochs}; to train"
                 " the heads alone, freeze the backbone")
+        if self.sched == "plateau" and self.warmup_prefix:
+            raise ValueError("warmup_prefix is of schedules that know their end, and plateau does not; leave it out")
+        if self.cooldown_epochs and self.sched not in CYCLIC:
+            raise ValueError(f"cooldown_epochs is of the schedules {', '.join(CYCLIC)}, and sched is {self.sched};"
+                             " leave it out")
+        if self.no_resume_opt and self.resume is None:
+            raise ValueError("no_resume_opt leaves a part of a checkpoint out, and none is resumed; give resume, too")
+        if 0 < self.aug_repeats < 1:
+            raise ValueError(f"aug_repeats must be 0 (off) or at least 1, got {self.aug_repeats}")
         if self.torchcompile_mode and not self.torchcompile:
             raise ValueError(f"torchcompile_mode {self.torchcompile_mode} is of torchcompile, which is off")
         if (self.wandb_project or self.wandb_tags) and "wandb" not in self.report_to:
@@ -266,6 +310,9 @@ class TrainConfig:
             if getattr(self, name):
                 raise ValueError(f"cache_features keeps what the backbone says of each image, and {name} (--{name})"
                                  " changes them in every epoch; leave one of them out")
+        if self.cache_features and self.aug_repeats:
+            raise ValueError("cache_features keeps what the backbone says of each image, and aug_repeats augments each"
+                             " several times; leave one of them out")
         if self.cache_features and self.on_bad_sample != "raise":
             raise ValueError("cache_features needs every image; on_bad_sample must be 'raise'")
 

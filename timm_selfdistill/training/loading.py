@@ -30,10 +30,12 @@ class IndexedBatches:
     """
 
     def __init__(self, data: Dataset, config: TrainConfig, accelerator: Accelerator, common: dict[str, Any]):
-        if config.steps_per_epoch is not None:
-            raise ValueError("steps_per_epoch is for streamed images; these have an end, which is that of the epoch")
+        for name in ("steps_per_epoch", "train_num_samples", "epoch_repeats"):
+            if getattr(config, name):
+                raise ValueError(f"{name} is for streamed images; these have an end, which is that of the epoch")
         world, rank = accelerator.num_processes, accelerator.process_index
-        self.sampler = EpochSampler(len(data), config.batch_size * world, rank, world, config.seed)
+        self.sampler = EpochSampler(
+            len(data), config.batch_size * world, rank, world, config.seed, config.aug_repeats)
         self.global_batch, self.epoch_images = self.sampler.global_batch, self.sampler.usable
         self.loader = DataLoader(
             TrainImages(data, config.on_bad_sample), config.batch_size, sampler=self.sampler, drop_last=True, **common)
@@ -80,14 +82,22 @@ class StreamedBatches:
     def __init__(self, data: StreamedImages, config: TrainConfig, accelerator: Accelerator, common: dict[str, Any]):
         world, rank = self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
         self.global_batch = config.batch_size * world
+        if config.aug_repeats:
+            raise ValueError("aug_repeats needs images that can be drawn twice, and streamed ones come once; leave out"
+                             " streaming or aug_repeats")
+        length = config.train_num_samples or data.length
         if config.steps_per_epoch is not None:
+            if config.epoch_repeats or config.train_num_samples:
+                raise ValueError("steps_per_epoch is the length of an epoch, and so are epoch_repeats and"
+                                 " train_num_samples; leave one out")
             batches = config.steps_per_epoch * config.grad_accum_steps
-        elif data.length is None:
-            raise ValueError("the stream does not tell its length; give steps_per_epoch (--steps-per-epoch)")
+        elif length is None:
+            raise ValueError("the stream does not tell its length; give steps_per_epoch (--steps-per-epoch) or"
+                             " train_num_samples")
         else:
-            batches = data.length // self.global_batch
+            batches = int(length * max(1, config.epoch_repeats)) // self.global_batch
             if not batches:
-                raise ValueError(f"{data.length} training images do not fill a batch of {self.global_batch}; use a"
+                raise ValueError(f"{length} training images do not fill a batch of {self.global_batch}; use a"
                                  " smaller batch_size")
         self.epoch_images = batches * self.global_batch
         part = data.split_by_node(rank, world, config.workers)
@@ -173,10 +183,10 @@ def image_count(data: Dataset) -> int | None:
 
 
 def image_shape(data: Dataset, config: TrainConfig) -> tuple[int, int, int]:
-    """(C, H, W) of training images."""
+    """(C, H, W) of training images, which may come as several views."""
     if isinstance(data, StreamedImages):
-        return tuple(next(iter(data))[0].shape)
-    return tuple(TrainImages(data, config.on_bad_sample)[Draw(0, 0)][0].shape)
+        return tuple(next(iter(data))[0].shape[-3:])
+    return tuple(TrainImages(data, config.on_bad_sample)[Draw(0, 0)][0].shape[-3:])
 
 
 TrainBatches = IndexedBatches | StreamedBatches

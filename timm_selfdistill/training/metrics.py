@@ -109,10 +109,14 @@ def measure_exits(
     return meter.compute(totals), int(totals[0, 3])
 
 
-def deciding_top1(metrics: list[ExitMetrics], frozen: bool) -> float:
-    """By which one model is better than another, in per cent: that of the deepest exit, or where it is frozen the mean
-    of the others."""
-    *shallow, deepest = [metric.top1 for metric in metrics if metric.exit != "ensemble"]
+def deciding_metric(metrics: list[ExitMetrics], frozen: bool, name: str = "top1") -> float:
+    """By which one model is better than another: that of the deepest exit, or where it is frozen the mean of the
+    others.
+
+    Args:
+        name: "top1", "top5" or "loss".
+    """
+    *shallow, deepest = [getattr(metric, name) for metric in metrics if metric.exit != "ensemble"]
     return sum(shallow) / len(shallow) if frozen else deepest
 
 

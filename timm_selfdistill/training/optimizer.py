@@ -1,4 +1,6 @@
-"""timm's optimizers, with learning rates by layer and for the shallow classifiers."""
+"""timm's optimizers, with learning rates by layer and for the shallow classifiers, and timm's schedules."""
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from timm.optim import (
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..model import SelfDistillModel
@@ -58,6 +62,27 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     if config.head_lr_scale != 1:
         groups = _scale(groups, list(model.heads.parameters()), config.head_lr_scale)
     return _create(groups, settings)
+
+
+def create_schedule(
+        optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> tuple[Scheduler | None, int]:
+    """timm's schedule of the learning rate, None where it is constant, and the epochs of the run: those of the schedule
+    with all of its cycles, the warm-up before it and the cooldown after it.
+
+    Raises:
+        ValueError: the parts of the schedule do not fit into its epochs.
+    """
+    settings = scheduler_kwargs(config)
+    if config.sched == "plateau":
+        settings["step_on_epochs"] = True
+    if config.decay_epochs is None and config.sched == "step":
+        settings["decay_epochs"] = 30
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # plateau, whose state a resumed run has
+        schedule, epochs = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **settings)
+    if schedule is None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+    return schedule, math.ceil(epochs)
 
 
 def _create(parameters: nn.Module | list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:

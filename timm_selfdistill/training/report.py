@@ -61,18 +61,21 @@ def plot_curves(path: Path, history: list[dict[str, Any]], labelled: bool = True
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
+    measured = [row for row in history if any(key.startswith("top1_") for key in row)]
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [row["train_loss"] for row in history], marker=".", color="black")
     loss.set(xlabel="epoch", ylabel="training loss", title="training loss")
-    keys = [key for key in history[0] if key.startswith("top1_")]
+    keys = [key for key in measured[0] if key.startswith("top1_")] if measured else []
     for index, key in enumerate(keys):
         name = key.removeprefix("top1_").replace("_", " ")
         style = exit_style(index, len(keys), name)
-        accuracy.plot(epochs, [row[key] for row in history], marker=".", label=name, **style)
+        accuracy.plot([row["epoch"] for row in measured], [row[key] for row in measured], marker=".", label=name,
+                      **style)
     accuracy.set(xlabel="epoch", ylabel="top-1 %",
                  title="validation accuracy" if labelled else "agreement with the deepest exit")
-    accuracy.legend()
+    if keys:
+        accuracy.legend()
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

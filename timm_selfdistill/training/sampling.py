@@ -23,6 +23,10 @@ class Draw(NamedTuple):
     """In the data set."""
 
 
+REPEATED_ROUND = 256
+"""To a multiple of it timm rounds the images of an epoch with repeated augmentation, unless they are fewer."""
+
+
 def mixed_seed(*parts: int) -> int:
     """A seed of 32 bits that is another for every seed, epoch, process, ..., also where their sums are equal."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
@@ -38,13 +42,18 @@ class EpochSampler(Sampler[Draw]):
     Args:
         size: images in the data set.
         global_batch: images per forward pass, all processes together.
+        repeats: as often each image comes in a row, in as many other processes as there are; an epoch is then as long,
+            of as many fewer images, as that of `timm.data.distributed_sampler.RepeatAugSampler`. 0 is off.
     """
 
-    def __init__(self, size: int, global_batch: int, rank: int, world_size: int, seed: int):
-        if size < global_batch:
+    def __init__(
+            self, size: int, global_batch: int, rank: int, world_size: int, seed: int, repeats: float = 0.0):
+        self.repeats = repeats
+        length = size // REPEATED_ROUND * REPEATED_ROUND or size if repeats else size
+        if length < global_batch:
             raise ValueError(f"{size} training images do not fill a batch of {global_batch}; use a smaller batch_size")
         self.global_batch = global_batch
-        self.usable = size // global_batch * global_batch
+        self.usable = length // global_batch * global_batch
         self.size, self.rank, self.world_size, self.seed = size, rank, world_size, seed
         self.epoch = self.start = 0
 
@@ -55,6 +64,8 @@ class EpochSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator)
+        if self.repeats:
+            order = order[(torch.arange(self.size) / self.repeats).long()]
         seeds = torch.randint(2**63 - 1, (self.size,), generator=generator)
         mine = slice(self.start + self.rank, self.usable, self.world_size)
         return map(Draw, seeds[mine].tolist(), order[mine].tolist())

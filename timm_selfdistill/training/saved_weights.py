@@ -127,7 +127,9 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def _unwrap_task(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """The weights of the trained network in a checkpoint of a run, and whether they are its moving average."""
+    """The weights of the trained network in a checkpoint of a run, without those that only training needs (see
+    `unshared_state_dict`), and whether they are its moving average."""
+    state = {name: value for name, value in state.items() if ".aux_bn." not in name}
     own = _part(state, TASK)
     if not own:
         return state, False

@@ -1,6 +1,7 @@
 """The state of a run: copied to memory, and put back."""
 import random
 import warnings
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +25,15 @@ FIXED_SETTINGS = (
     "model", "exits", "head", "teacher", "hint", "t_squared", "bce_loss", "bce_sum",
     "bce_target_thresh", "bce_pos_weight", "freeze_backbone", "unlabelled", "method", "in_chans",
     "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key", "target_key",
-    "streaming", "num_classes")
+    "streaming", "num_classes", "start_epoch", "aug_splits", "jsd_loss", "split_bn")
 """A run that is resumed with others would be another run."""
+OPTIMIZER_SETTINGS = (
+    "opt", "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "layer_decay", "layer_decay_min_scale",
+    "layer_decay_no_opt_scale", "head_lr_scale", "lr")
+"""Those that may be others where the optimizer's state is left out."""
 FREE_SETTINGS = {
-    "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to", "profile",
+    "device", "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to",
+    "profile",
     "push_to_hub", "hub_model_id", "hub_private", "hub_license", "hub_strategy"}
 """Those that change nothing in the weights, and need no word."""
 
@@ -77,14 +83,16 @@ def restore(
         ValueError: it is that of another run: of other settings, another model or other batches.
     """
     _check_settings(
-        snapshot.rest["settings"], _describe(accelerator, state, config), warn=accelerator.is_main_process)
+        snapshot.rest["settings"], _describe(accelerator, state, config), warn=accelerator.is_main_process,
+        free=OPTIMIZER_SETTINGS if config.no_resume_opt else ())
     batches.load_state_dicts(snapshot.rest["batches"])
     _load_weights(plain(accelerator, task), snapshot.weights)
     state.load_state_dict(snapshot.rest["state"])
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer.load_state_dict(spread_optimizer(snapshot.rest["optimizer"], parameters))
-    if accelerator.scaler and snapshot.rest["scaler"]:
-        accelerator.scaler.load_state_dict(snapshot.rest["scaler"])
+    if not config.no_resume_opt:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.load_state_dict(spread_optimizer(snapshot.rest["optimizer"], parameters))
+        if accelerator.scaler and snapshot.rest["scaler"]:
+            accelerator.scaler.load_state_dict(snapshot.rest["scaler"])
     if accelerator.process_index < len(snapshot.rest["random"]):
         set_random_states(snapshot.rest["random"][accelerator.process_index])
 
@@ -98,8 +106,11 @@ def _describe(accelerator: Accelerator, state: TrainState, config: TrainConfig) 
     return {key: str(value) for key, value in {**settings, **facts}.items()}
 
 
-def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool) -> None:
+def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool, free: Collection[str] = ()) -> None:
     """Compare a run's settings with those of its checkpoint.
+
+    Args:
+        free: settings that may be others.
 
     Raises:
         ValueError: they differ in what makes it another run.
@@ -108,7 +119,7 @@ def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool) -> N
                  if key in saved and saved[key] != own[key] and key not in FREE_SETTINGS}
     said = {key: f"{key} {before} instead of {now}" for key, (now, before) in differing.items()}
     fixed = {*FIXED_SETTINGS, "lr"} if own["sched"] == "none" else FIXED_SETTINGS
-    if refused := [said[key] for key in said if key in fixed]:
+    if refused := [said[key] for key in said if key in fixed and key not in free]:
         raise ValueError(
             f"the checkpoint is of another run, which this one cannot go on with: {', '.join(refused)};"
             " resume with the same settings, or start a new run")

@@ -54,7 +54,8 @@ class TrainState:
     """Images that could not be read and gave their place to others."""
     skipped_updates: int = 0
     """Updates that were left out because their gradients were not finite."""
-    best_top1: float = -1.0
+    best_metric: float = float("-inf")
+    """By which the best model so far was chosen; of a loss the negative."""
     best_epoch: int = 0
     """From 1, of the best model; 0 where there is none yet."""
     draws: str = DRAWS
@@ -83,6 +84,7 @@ class TrainState:
 
         Args:
             lr: of its last update.
+            metrics: empty where it was not measured.
 
         Raises:
             FloatingPointError: all of its updates were left out.

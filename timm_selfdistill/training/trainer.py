@@ -27,8 +27,8 @@ from .interrupt import InterruptRequest
 from .interval import Interval
 from .labels import check_classes, check_first_labels, check_indices, name_classes, paired
 from .loading import ValBatches, check_counts, image_count, image_shape, train_batches
-from .metrics import ExitMetrics, count_logits, deciding_top1, measure_exits
-from .mixing import TargetMixer
+from .metrics import ExitMetrics, count_logits, deciding_metric, measure_exits
+from .mixing import TargetMixer, smooths_labels
 from .optimizer import base_lr
 from .profiling import UpdateProfiler
 from .progress import ProgressReporter
@@ -74,7 +74,8 @@ class Trainer:
         self.accelerator = create_accelerator(config, find_unused=learns_in_parts(task, config))
         self.input_size = image_shape(train_data, config)
         classes = check_classes(task.get_eval_model(), val_data if config.unlabelled else train_data)
-        mixer = TargetMixer(config, classes or count_logits(task.get_eval_model(), self.input_size))
+        mixer = TargetMixer(
+            config, classes or count_logits(task.get_eval_model(), self.input_size), smooths=not smooths_labels(task))
         check_first_labels(mixer.num_classes, mixer.mixes, train_data, val_data)
         self.checkpoint = find_resumed(config, self.accelerator)
         config = find_batch_size(
@@ -97,6 +98,8 @@ class Trainer:
             name_classes(task.get_eval_model(), train_data, val_data),
             (getattr(val_data, "source", None) or {}).get("drawn_from") or "")
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
+        self.epochs = self.update.epochs
+        self._check_start()
         check_pushable(config, self.eval_model)
         self.output = check_run(config, self.accelerator, self.checkpoint)
         self.interval = Interval(config.checkpoint_interval)
@@ -141,10 +144,10 @@ class Trainer:
         if self.checkpoints is None:
             self.output = self.saved.output = open_run(self.config, self.accelerator, self.checkpoint)
             self.checkpoints = Checkpoints(self.output / "checkpoints", self.config.checkpoint_hist)
-        self.uploader = create_uploader(self.config, self.output, self.accelerator)
+        self.uploader = create_uploader(self.config, self.output, self.accelerator, self.epochs)
         self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
         self.progress = ProgressReporter(
-            self.updates_per_epoch * self.config.epochs, self.state.updates, self.accelerator.is_main_process)
+            self.updates_per_epoch * self.epochs, self.state.updates, self.accelerator.is_main_process)
         self.trackers: RunTrackers | None = None
 
     def _start(self) -> None:
@@ -186,12 +189,12 @@ class Trainer:
         with self.progress, self.interrupt.listening():
             if self.checkpoint:
                 self.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
-            if state.epoch < config.epochs:
+            if state.epoch < self.epochs:
                 fill_caches(self.caches, self.update, self.output, config, self.progress, self.interrupt)
-            while state.epoch < config.epochs and not self.interrupt.agreed:
+            while state.epoch < self.epochs and not self.interrupt.agreed:
                 if self._train_epoch():
                     self._finish_epoch()
-            if state.epoch < config.epochs:
+            if state.epoch < self.epochs:
                 self._save_checkpoint()
                 self.checkpoints.wait()
                 self._draw_missing()
@@ -200,7 +203,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.trackers.log_pictures(self.output, state.updates)
         if self.uploader:
-            self.uploader.push("best", f"Best model of {config.epochs} epochs")
+            self.uploader.push("best", f"Best model of {self.epochs} epochs")
         return summary
 
     def _resume(self, checkpoint: Path) -> None:
@@ -213,10 +216,12 @@ class Trainer:
                 if self.saved.take_over(checkpoint.parent.parent, self.state.epoch):
                     self.state.best_epoch = self.saved.best_epoch or self.state.best_epoch
                 else:
-                    self.state.best_top1, self.state.best_epoch = -1.0, 0
+                    self.state.best_metric, self.state.best_epoch = float("-inf"), 0
             except OSError as error:
                 warn_unwritten(self.output, error)
         self.update.set_schedule(self._position())
+        self.update.repeat_epochs({row["epoch"]: self._deciding(self.state.metrics_of(row["epoch"]))
+                                   for row in self.state.history})
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> list[ExitMetrics]:
@@ -285,7 +290,7 @@ class Trainer:
             for name, value in present.items():
                 found[name].append(value)
         means = {name: sum(column) / len(column) for name, column in found.items()}
-        self.progress.note(state.epoch, self.config.epochs, means["loss"], self.rate)
+        self.progress.note(state.epoch, self.epochs, means["loss"], self.rate)
         self._track({f"train_{name}": value for name, value in means.items()})
 
     def _sum(self, number: int) -> int:
@@ -306,26 +311,31 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Evaluate, record and save, while the images of the next epoch are being loaded."""
         state, accelerator = self.state, self.accelerator
-        if state.epoch + 1 < self.config.epochs:
+        is_last = state.epoch + 1 == self.epochs
+        if not is_last:
             self.batches.start(state.epoch + 1)
         if accelerator.num_processes > 1:
             distribute_bn(trained_part(self.update.trained_model), accelerator.num_processes,
                           reduce=self.config.dist_bn == "reduce")
+        if (state.epoch + 1) % self.config.val_interval and not is_last:
+            self._pass_epoch()
+            return
         self.metrics = metrics = self.evaluate()
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
         row = state.end_epoch(self.lr, metrics)
+        self.update.end_epoch(state.epoch, self._deciding(metrics))
         self.progress.say(
-            f"epoch {state.epoch}/{self.config.epochs}  loss {row['train_loss']:.3f}  "
+            f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  "
             f"{'top-1' if self.saved.val_labelled else 'agreement with the deepest'} "
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
             + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
         self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
-        top1 = deciding_top1(metrics, is_frozen(self.eval_model))
+        metric = self._deciding(metrics) * (-1 if self.config.eval_metric == "loss" else 1)
         self._save_model("last", metrics)
-        is_best = top1 > state.best_top1 or not (self.output / "best").exists()  # as when resumed elsewhere
+        is_best = metric > state.best_metric or not (self.output / "best").exists()  # as when resumed elsewhere
         is_best = is_best and self._save_model("best", metrics)
         if is_best:
-            state.best_top1, state.best_epoch = top1, state.epoch
+            state.best_metric, state.best_epoch = metric, state.epoch
         if accelerator.is_main_process:
             report_history(self.output, state.history, self.saved.val_labelled, picture=False)
             if self.pictures.is_overdue() or (self.uploader and self.uploader.pushes(state.epoch, is_best)):
@@ -333,6 +343,32 @@ class Trainer:
         self._save_checkpoint()
         if self.uploader:
             self.uploader.finish_epoch(state.epoch, is_best, self.progress)
+
+    def _pass_epoch(self) -> None:
+        """Go to the next epoch without a look at this one."""
+        state = self.state
+        row = state.end_epoch(self.lr, [])
+        self.update.end_epoch(state.epoch, None)
+        self.progress.say(f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  {self.rate:,.0f} images/s"
+                          f"  left {self.progress.time_left()}" + state.troubles())
+
+    def _deciding(self, metrics: list[ExitMetrics]) -> float | None:
+        """The eval_metric of an epoch; None where it was not measured."""
+        return deciding_metric(metrics, is_frozen(self.eval_model), self.config.eval_metric) if metrics else None
+
+    def _check_start(self) -> None:
+        """Let a run begin with the epoch that it was told.
+
+        Raises:
+            ValueError: there is no such epoch.
+        """
+        if self.config.start_epoch >= self.epochs:
+            raise ValueError(f"start_epoch must be less than the run's {self.epochs} epochs, got"
+                             f" {self.config.start_epoch}")
+        self.state.epoch = self.config.start_epoch
+        self.state.updates = self.state.epoch * self.updates_per_epoch
+        if self.state.epoch:
+            self.update.set_schedule(self._position())
 
     def _summarize(self) -> dict[str, Any]:
         """Write summary.json and exits.png; the same answer on every process, one of which measures the speed-ups."""

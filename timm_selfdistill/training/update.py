@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from timm.layers import convert_sync_batchnorm
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
@@ -17,8 +17,8 @@ from ..model import SelfDistillModel
 from ..output import BackboneOutput
 from .config import TrainConfig
 from .frozen import freeze_teacher, trained_part
-from .mixing import TargetMixer
-from .optimizer import create_optimizer
+from .mixing import TargetMixer, view_by_view
+from .optimizer import create_optimizer, create_schedule
 from .sampling import Batch, mixed_seed
 from .sharding import gather, gather_into, prepare_to_shard, share_statistics
 from .snapshot import get_random_states, plain, set_random_states
@@ -37,15 +37,16 @@ class Updater:
     Args:
         task: as Accelerate prepared it.
         schedule: of the learning rate; None is constant.
+        epochs: of the run.
         updates_per_epoch: at full length.
         whole: a copy of the model, where the task's is sharded.
     """
 
     def __init__(
             self, accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer,
-            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig, updates_per_epoch: int,
+            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig, epochs: int, updates_per_epoch: int,
             whole: nn.Module | None = None):
-        self.updates_per_epoch = updates_per_epoch
+        self.epochs, self.updates_per_epoch = epochs, updates_per_epoch
         self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
         self.schedule, self.mixer, self.config = schedule, mixer, config
         self.plain_task: TrainingTask = plain(accelerator, task)
@@ -103,12 +104,29 @@ class Updater:
 
     def set_schedule(self, position: int) -> None:
         """The learning rate for the update after this one."""
-        if self.schedule is None:
+        if self.schedule is None or isinstance(self.schedule, PlateauLRScheduler):
             return
         if self.config.sched_on_updates:
             self.schedule.step_update(position)
         elif epoch := position // self.updates_per_epoch:  # the first begins as the schedule does
             self.schedule.step(epoch)
+
+    def end_epoch(self, epoch: int, metric: float | None) -> None:
+        """Let the schedule "plateau" see what an epoch came to.
+
+        Args:
+            epoch: from 1.
+            metric: None was not measured.
+        """
+        if isinstance(self.schedule, PlateauLRScheduler):
+            self.schedule.step(epoch, metric)
+
+    def repeat_epochs(self, metrics: dict[int, float]) -> None:
+        """Likewise of all epochs of a run that is resumed, from the beginning."""
+        if isinstance(self.schedule, PlateauLRScheduler):
+            self.schedule.update_groups(self.schedule.base_values)
+            for epoch, metric in metrics.items():
+                self.schedule.step(epoch, metric)
 
     def settle(self, input_size: tuple[int, int, int]) -> None:
         """Two passes that leave no trace but in DistributedDataParallel, which puts its gradients in another order
@@ -132,7 +150,7 @@ class Updater:
         if self.whole is not None:
             share_statistics(self.plain_task)
         for index, (x, y, _) in enumerate(group):
-            x, y = self.mixer(*self.to_device(x, self.mixer.check(y)), epoch)
+            x, y = self.mixer(*self.to_device(*view_by_view(x, self.mixer.check(y))), epoch)
             with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.task):
                 with self.accelerator.autocast():  # which Accelerate's own forward pass has but with FSDP
                     result = self.task(x, y)
@@ -207,12 +225,9 @@ def create_updater(
         backend = "inductor" if config.torchcompile is True else config.torchcompile
         model.compile(backend=backend, mode=config.torchcompile_mode)
     optimizer = create_optimizer(model, config)
-    schedule, _ = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **scheduler_kwargs(config))
-    if schedule is None:
-        for group in optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)
+    schedule, epochs = create_schedule(optimizer, config, updates_per_epoch)
     updater = Updater(
-        accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, updates_per_epoch, whole)
+        accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, epochs, updates_per_epoch, whole)
     if config.model_ema:
         updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     return updater

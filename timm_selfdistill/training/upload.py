@@ -48,8 +48,12 @@ def check_pushable(config: TrainConfig, model: nn.Module) -> None:
         raise ValueError(f"push_to_hub takes timm models, got {type(model).__name__}")
 
 
-def create_uploader(config: TrainConfig, output: Path, accelerator: Accelerator) -> "HubUploader | None":
+def create_uploader(
+        config: TrainConfig, output: Path, accelerator: Accelerator, epochs: int) -> "HubUploader | None":
     """The uploader of a run that pushes, on its main process; else None.
+
+    Args:
+        epochs: of the run.
 
     Raises:
         ValueError: the name of the run directory cannot be a repository's.
@@ -61,7 +65,7 @@ def create_uploader(config: TrainConfig, output: Path, accelerator: Accelerator)
     if not accelerator.is_main_process:
         return None
     return HubUploader(
-        repo_id, output, private=config.hub_private or None, strategy=config.hub_strategy, epochs=config.epochs)
+        repo_id, output, private=config.hub_private or None, strategy=config.hub_strategy, epochs=epochs)
 
 
 class HubUploader:

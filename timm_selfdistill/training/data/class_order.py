@@ -1,8 +1,11 @@
 """Images for a network that has classes already."""
 import warnings
+from os import PathLike
+from pathlib import Path
 
 from torch import nn
 
+from ..class_names import listed, some_names
 from ..preprocessing import own_class_names
 from .splits import ImageSplits
 
@@ -28,6 +31,34 @@ def fit_classes(images: ImageSplits, backbone: nn.Module, frozen: bool) -> Image
         return images
     return match_classes(images, names, "give images of its classes, or --unlabelled" if frozen else
                          "to train a new classifier on its weights give --pretrained-path FILE")
+
+
+def in_mapped_order(images: ImageSplits, class_map: str | PathLike, folder: str | PathLike | None) -> ImageSplits:
+    """Give images the class indices of a file, as `timm.data.readers.class_map` reads it.
+
+    Args:
+        class_map: a text file with the name of a class in each line, itself or in `folder`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no text file, names a class twice, or lacks one of the images'.
+    """
+    places = [Path(class_map), *([Path(folder) / class_map] if folder else [])]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"class map {class_map} does not exist; expected a text file with a class in each line")
+    if path.suffix.lower() != ".txt":
+        raise ValueError(f"class map {path} must be a text file (.txt) with the name of a class in each line; pickled"
+                         " ones are not read")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"class map {path} names {next(name for name in names if names.count(name) > 1)!r} twice")
+    if not images.class_names:
+        raise ValueError(f"class map {path} orders classes, and the images have none with names; leave it out")
+    if unknown := [name for name in images.class_names if name not in set(names)]:
+        raise ValueError(f"class map {path} has {listed(names)}, and the images have {listed(images.class_names)}: it"
+                         f" lacks {some_names(unknown)}; add them, or leave their images out")
+    return images.in_order(names)
 
 
 def has_new_classifier(backbone: nn.Module) -> bool:
