@@ -2,9 +2,6 @@
 import difflib
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 FOLDER = Path(__file__).parents[1] / "recipes"
 
 
@@ -27,7 +24,9 @@ def find_recipe(name: str) -> Path:
 
 def print_recipes() -> None:
     """A table of the names, and what each is of."""
-    table = Table("recipe", "what it trains", box=None, pad_edge=False)
+    rows = [("recipe", "what it trains")]
     for path in sorted(FOLDER.glob("*.yaml")):
-        table.add_row(path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
-    Console(soft_wrap=True).print(table)
+        rows.append((path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")))
+    width = max(len(name) for name, _ in rows)
+    for name, what in rows:  # not a rich table, which cuts names where the terminal is narrow
+        print(f"{name:{width}}  {what}")
