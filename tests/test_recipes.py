@@ -1,7 +1,6 @@
 """Every recipe is built, and trains two steps on images of the size, columns and number of classes of its data set."""
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -16,7 +15,6 @@ from timm_selfdistill import SelfDistillLoss, model_data_config
 from timm_selfdistill.cli import parse_args, train_config, train_parser
 from timm_selfdistill.cli.methods import check_method_flags, create_task
 from timm_selfdistill.cli.recipes import FOLDER, print_recipes
-from timm_selfdistill.cli.timm_flags import REFUSED
 from timm_selfdistill.cli.train import _augmentation, _create_backbone
 from timm_selfdistill.training.augmentation import create_train_transform
 from timm_selfdistill.training.optimizer import base_lr, create_optimizer
@@ -38,16 +36,6 @@ PUBLISHED = {
 OWN_IMAGES = "own images"
 SHAPES = {"uoft-cs/cifar100": ("img", "fine_label", 100, 32), "ILSVRC/imagenet-1k": ("image", "label", 1000, 300),
           OWN_IMAGES: ("image", "label", 5, 300)}
-
-
-def without_refused_flags(path: Path, folder: Path) -> Path:
-    """The recipe, or while flags of it are refused (repeated augmentation, warmup-prefix) a copy without those."""
-    recipe = yaml.safe_load(path.read_text())
-    taken = {key: value for key, value in recipe.items() if key.replace("-", "_") not in REFUSED}
-    if taken == recipe:
-        return path
-    (folder / path.name).write_text(yaml.safe_dump(taken))
-    return folder / path.name
 
 
 def images_like(name: str, count: int) -> datasets.Dataset:
@@ -99,10 +87,9 @@ SMALL = ["--img-size", 64, "--warmup-epochs", 0, "--grad-accum-steps", 1, "--no-
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_built(path, tmp_path):
+def test_a_recipe_is_built(path):
     """Network, loss, optimizer, schedule and transform, without memory for the weights."""
-    file = without_refused_flags(path, tmp_path)
-    args = parse_args(train_parser("", "images"), ["--config", str(file), "--no-pretrained"])
+    args = parse_args(train_parser("", "images"), ["--config", str(path), "--no-pretrained"])
     check_method_flags(args)
     config = train_config(args)
     with torch.device("meta"):
@@ -127,11 +114,10 @@ def test_a_recipe_is_built(path, tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_recipe_has_the_batch_and_the_learning_rate_of_its_source(name, tmp_path):
+def test_a_published_recipe_has_the_batch_and_the_learning_rate_of_its_source(name):
     path = FOLDER / f"{name}.yaml"
     text = path.read_text()
     images, lr = PUBLISHED[name]
-    path = without_refused_flags(path, tmp_path)
     config = train_config(parse_args(train_parser("", "images"), ["--config", str(path)]))
     update = config.batch_size * config.grad_accum_steps
     assert images % update == 0
@@ -141,8 +127,8 @@ def test_a_published_recipe_has_the_batch_and_the_learning_rate_of_its_source(na
     assert "# Self distillation: " in text
 
 
-def test_layer_decay_leaves_new_classifiers_at_the_full_learning_rate(tmp_path):
-    path = without_refused_flags(FOLDER / "finetune_vit_base_mae.yaml", tmp_path)
+def test_layer_decay_leaves_new_classifiers_at_the_full_learning_rate():
+    path = FOLDER / "finetune_vit_base_mae.yaml"
     args = parse_args(train_parser("", "images"), ["--config", str(path), "--no-pretrained"])
     with torch.device("meta"):
         task = create_task(args, _create_backbone(args, SimpleNamespace(num_classes=5)), lambda: None)
@@ -170,7 +156,7 @@ def test_a_recipe_trains_two_steps(path, tmp_path):
     images_like(data, 2).to_parquet(tmp_path / "test.parquet")
     columns = [flag for key in ("input-key", "target-key") if key in recipe for flag in (f"--{key}", recipe[key])]
     smaller = SMALL if path.stem in PUBLISHED else ()
-    run_python("examples/train.py", "--config", without_refused_flags(path, tmp_path), "--data-dir", tmp_path, *columns,
+    run_python("examples/train.py", "--config", path, "--data-dir", tmp_path, *columns,
                "--output", tmp_path / "run", "--epochs", 1, "-b", 2, "-j", 0, *smaller)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert [row["exit"] for row in summary["exits"]] == [0, 1, 2, 3, "ensemble"]

@@ -436,14 +436,16 @@ def test_every_flag_of_timms_script_is_known():
 
 
 @pytest.mark.parametrize("changes", [
-    {"bce_loss": True, "opt": "lamb", "lr_base": 5e-3, "mixup": 0.1, "cutmix": 1.0, "aa": "rand-m6-mstd0.5"},
+    {"bce_loss": True, "opt": "lamb", "lr_base": 5e-3, "mixup": 0.1, "cutmix": 1.0, "aa": "rand-m6-mstd0.5",
+     "aug_repeats": 3, "bce_target_thresh": 0.2, "cooldown_epochs": 1},
     {"model": "test_vit", "img_size": 160, "opt": "adamw", "layer_decay": 0.7, "opt_betas": [0.9, 0.98], "lr": 1e-3,
      "model_kwargs": {"qkv_bias": False}, "drop_path": 0.1},
     {"opt": "rmsproptf", "lr": 0.02, "lr_noise": [0.42, 0.9], "model_ema": True, "sched": "step", "decay_rate": 0.97,
      "decay_epochs": 2.4, "opt_eps": 0.001, "warmup_lr": 1e-6},
 ])
 def test_an_args_file_trains_as_it_is(changes, few_images, tmp_path):
-    """An epoch; optimizer and schedule are those that timm's own factories build of the same arguments."""
+    """An epoch; optimizer, schedule, loss and transforms are those that timm's own factories build of the same
+    arguments."""
     file = timm_file(tmp_path, **{
         "model": "test_resnet", "epochs": 1, "batch_size": 16, "workers": 0, "num_classes": 10, "img_size": 32,
         "data_dir": str(few_images), "warmup_epochs": 0, "output": str(tmp_path), "experiment": "run", "pin_mem": True,
@@ -462,6 +464,16 @@ def test_an_args_file_trains_as_it_is(changes, few_images, tmp_path):
     assert described(optimizer) == described(expected)
     schedules = [create_scheduler_v2(which, **scheduler_kwargs(settings))[0]
                  for which, settings in ((optimizer, config), (expected, wanted))]
+    assert len((tmp_path / "run/history.csv").read_text().splitlines()) == 2 + wanted.cooldown_epochs
+    assert str(create_train_transform(data_config := resolve_model_data_config(model), **_augmentation(args))) == str(
+        create_transform(**data_config, is_training=True, scale=wanted.scale, ratio=wanted.ratio,
+                         color_jitter=wanted.color_jitter, auto_augment=wanted.aa))
+    label_loss = exit_loss(vars(args)).label_loss
+    assert (label_loss is None) == (not wanted.bce_loss)
+    if label_loss:
+        timms = BinaryCrossEntropy(target_threshold=wanted.bce_target_thresh)
+        logits, target = torch.randn(4, 10), torch.rand(4, 10)
+        assert torch.equal(label_loss(logits, target), timms(logits, target))
     for epoch in range(3):
         for schedule in schedules:
             schedule.step(epoch)
