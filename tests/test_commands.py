@@ -1,13 +1,18 @@
 """`timm-selfdistill` and `examples/predict.py`, called as programs with right and wrong arguments."""
+import io
 import json
+import os
 import re
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from PIL import Image
 
+from timm_selfdistill.cli import run
 from timm_selfdistill.cli.main import main
 from timm_selfdistill.heads import LinearHead
 from timm_selfdistill.hub import save_timm_model
@@ -133,6 +138,40 @@ def test_a_picture_too_large_and_a_model_for_other_channels(picture, monkeypatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="cannot read image .*noise.png: .*decompression bomb"):
         open_image(picture, 3)
+
+
+@contextmanager
+def nobody_reads(monkeypatch, unbuffered: bool) -> Iterator[None]:
+    """The output is a pipe whose other end is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    before = os.dup(1)
+    os.dup2(writer, 1)
+    os.close(writer)
+    with os.fdopen(1, "wb", 0 if unbuffered else -1, closefd=False) as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(output, write_through=unbuffered))
+        yield
+        sys.stdout.flush()  # nothing is left that would fail when Python ends
+    os.dup2(before, 1)
+    os.close(before)
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("arguments", [["recipes"], ["info", "{saved}"], ["evaluate", "--help"]])
+def test_it_ends_silently_where_nobody_reads_on(arguments, unbuffered, saved, monkeypatch, capsys):
+    with nobody_reads(monkeypatch, unbuffered):
+        code = call(main, monkeypatch, *(argument.format(saved=saved) for argument in arguments))
+    ignored = unbuffered and "--help" in arguments  # by argparse
+    assert code == (0 if ignored else 141)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_that_broke_elsewhere_is_an_error(monkeypatch, capsys):
+    def send() -> None:
+        raise BrokenPipeError("the Hub has gone")
+
+    assert call(lambda: run(send), monkeypatch) == 2
+    assert capsys.readouterr().err == "program: error: the Hub has gone\n"
 
 
 def test_a_model_without_class_names_prints_numbers(picture, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from .programs import HANGS, ROOT
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if page != "docs/models.md"]  # which is a table of results
 LOOPS = "docs/own_loop.md"
-QUICK = ["README.md", "docs/hub.md"]
+QUICK = ["README.md", "docs/hub.md", "docs/install.md"]
 """Pages whose commands run in every test run; those of the others take long."""
 OTHERS = [page for page in GUIDES if page != LOOPS]
 SMALL = "--epochs 1 --data-dir {images} -b 32 -j 0 --img-size 32"
@@ -37,7 +37,7 @@ def workplace(tmp_path):
     """A folder that looks like the repository, with few images in examples/data."""
     folder = tmp_path / "repository"
     folder.mkdir()
-    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "timm_selfdistill"):
+    for name in ("Makefile", "pyproject.toml", "setup.py", "README.md", "LICENSE", "timm_selfdistill"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "examples" / "data").mkdir(parents=True)
     for name in ("train.py", "predict.py", "early_exit.py", "onnx_early_exit.py", "efficientnet_lite0.py",

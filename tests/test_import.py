@@ -54,3 +54,11 @@ def test_the_benchmark_runs(tmp_path):
     run_python("benchmarks/import_time.py", "--rounds", 1, "--output", tmp_path / "a.json")
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["ratio"] > 0
+
+
+@pytest.mark.benchmark
+def test_the_benchmark_of_help_runs(tmp_path):
+    run_python("benchmarks/help.py", "--rounds", 1, "--commands", "recipes", "--output", tmp_path / "a.json")
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["command"] for row in rows] == ["", "recipes"]
+    assert all(row["ratio"] > 0 for row in rows)

@@ -3,6 +3,7 @@ import argparse
 import difflib
 import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,12 +18,15 @@ DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, AssertionError, ImportError)
 NOT_UPLOADED = 3
 """Exit code of a run that trained to its end, but whose model is not on the Hub."""
+CLOSED_PIPE = 141
+"""Exit code where nobody reads the output any more: 128 + SIGPIPE, as of other programs in front of `head`."""
 LONGEST_LINE = 2000
 """Characters of an error."""
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback.
+    It ends without a word where the program behind a pipe no longer reads.
 
     Of several processes on a machine the first one speaks for all."""
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
@@ -33,9 +37,11 @@ def run(main: Callable[[], int | None]) -> None:
         warnings.simplefilter("ignore")
     warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     try:
-        sys.exit(main())
-    except USER_ERRORS as error:
-        if os.environ.get(DEBUG_VARIABLE):
+        sys.exit(_flushed(main))
+    except (*USER_ERRORS, SystemExit) as error:
+        if _is_closed_pipe(error):
+            sys.exit(CLOSED_PIPE)
+        if isinstance(error, SystemExit) or os.environ.get(DEBUG_VARIABLE):
             raise
         expected = isinstance(error, (ValueError, OSError, FloatingPointError, PeerError))
         if expected and alike:  # the main process says the same, or that this one failed
@@ -45,6 +51,33 @@ def run(main: Callable[[], int | None]) -> None:
         name = os.path.basename(sys.argv[0]).replace("__main__.py", "timm-selfdistill")
         print(f"{name}: error: {printable(line[:LONGEST_LINE])}{more}", file=sys.stderr)
         sys.exit(2)
+
+
+def _flushed(main: Callable[[], int | None]) -> int | None:
+    """Run it, and write what it printed: an error of that at Python's own end could not be caught."""
+    try:
+        return main()
+    finally:
+        if sys.stdout:
+            sys.stdout.flush()
+
+
+def _is_closed_pipe(error: BaseException) -> bool:
+    """Whether a program ended since its output is a pipe that nobody reads; what is left to write is dropped then.
+
+    A connection or a pipe to a DataLoader worker may break, too, so the outputs themselves are asked.
+    """
+    if isinstance(error, SystemExit):
+        return isinstance(error.__context__, BrokenPipeError)  # from rich, which has dropped the rest
+    if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):  # which Windows does not have
+        return False
+    outputs = select.poll()
+    for output in (1, 2):
+        outputs.register(output, 0)
+    closed = [output for output, event in outputs.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for output in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return bool(closed)
 
 
 def say(*lines: str) -> None:
