@@ -410,7 +410,8 @@ def test_binary_flags_that_do_not_fit(flags, message):
 
 
 @pytest.mark.parametrize("more", [
-    [], ["--mixup", 0.2], ["--smoothing", 0.1, "--bce-sum"], ["--method", "plain"], ["--method", "dsn"]])
+    [], ["--mixup", 0.2], ["--smoothing", 0.1, "--bce-sum"], ["--method", "plain", "--model-kwargs", "act_layer=gelu"],
+    ["--method", "dsn"]])
 def test_a_run_with_binary_cross_entropy(more, few_images, tmp_path):
     run_python("examples/train.py", few_images, "--model", "test_resnet", "--img-size", 32, "-b", 32, "-j", 0,
                "--epochs", 1, "--bce-loss", "--output", tmp_path / "run", *more)

@@ -50,7 +50,7 @@ class Summary(tuple[ExitSummary, ...]):
 
     def __rich__(self) -> Table:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in ("exit", "module"):
+        for name in ("exit", "stage"):
             table.add_column(name, overflow="fold")
         for name in ("feature", "head params", "head MACs", "params", "MACs", "share"):
             table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)

@@ -41,8 +41,8 @@ class GradientReport:
     def __rich__(self) -> Table:
         table = Table(
             title=f"loss {self.loss:.4f}, {self.batches} batches of {self.batch_size} images", title_justify="left")
-        for name in ("section", "weights", "mean |gradient|"):
-            table.add_column(name, justify="left" if name == "section" else "right")
+        for name in ("stage", "weights", "mean |gradient|"):
+            table.add_column(name, justify="left" if name == "stage" else "right")
         for name, count, value in zip(self.sections, self.weights, self.gradients):
             table.add_row(f"to {name}", f"{count:,}", "-" if value is None else f"{value:.3e}")
         return table

@@ -59,6 +59,9 @@ class SavedModels:
         """In the place of labels: then accuracies tell how often an exit agrees with the deepest."""
         self.license = config.hub_license
         told = config.settings
+        self.model_args = {name: told[name] for name in ("bn_momentum", "bn_eps") if told.get(name) is not None}
+        self.model_args |= told.get("model_kwargs") or {}
+        """Of a plain network, which `create_model` was given and cannot be read back from it."""
         if told.get("initial_checkpoint") or told.get("pretrained_path"):
             self.known_license = "unknown"
         else:
@@ -140,7 +143,7 @@ class SavedModels:
                 folder, metrics=record, check=first, picture=False, data_config=self.data_config)
         elif hasattr(model, "pretrained_cfg"):
             hub.save_timm_model(model, folder, metrics=record, rows=record["exits"], check=first, picture=False,
-                                data_config=self.data_config)
+                                data_config=self.data_config, model_args=self.model_args)
         else:
             hub.save_weights(model, folder)
 
