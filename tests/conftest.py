@@ -39,6 +39,22 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _torch_as_before():
+    """A test that left gradients off or autocast on would make others fail, and has found a fault."""
+    before = torch_modes()
+    yield
+    assert torch_modes() == before
+
+
+def torch_modes() -> dict[str, object]:
+    """What torch does in this thread until it is told otherwise."""
+    return {
+        "gradients": torch.is_grad_enabled(), "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"), "autocast on a GPU": torch.is_autocast_enabled("cuda"),
+        "default dtype": torch.get_default_dtype()}
+
+
 @pytest.fixture
 def unrendered(monkeypatch):
     """Pictures of runs are made, but not rendered; test_examples.py looks at real ones."""

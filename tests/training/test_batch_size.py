@@ -82,6 +82,7 @@ def test_nothing_is_left_of_the_search(changes):
     np.random.seed(3)
     numpy_before = np.random.get_state()[1].copy()
     assert search(attempt_on(task, **changes), 64) == 16
+    assert not torch.is_autocast_enabled("cpu")
     assert random.random() == before[1]
     assert torch.equal(torch.rand(1), before[3])
     assert (np.random.get_state()[1] == numpy_before).all()
