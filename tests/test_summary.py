@@ -37,7 +37,7 @@ def test_it_prints_as_a_table_that_fits_80_columns():
     lines = str(wrap_self_distill(timm.create_model("cifar_resnet18")).summary()).splitlines()
     assert max(map(len, lines)) <= 80
     text = [line.split() for line in lines if line.strip()]
-    assert " ".join(text[0] + text[1]) == "head head exit module feature params MACs params MACs share"
+    assert " ".join(text[0] + text[1]) == "head head exit stage feature params MACs params MACs share"
     assert " ".join(text[3]) == "0 layer1 64x32x32 0.17 M 4.25 M 0.32 M 157.01 M 28.3%"
     assert " ".join(text[6]) == "3 layer4 512x4x4 - - 11.22 M 555.47 M 100.0%"
     assert " ".join(text[7]) == "ensemble layer4 512x4x4 0.60 M 11.16 M 11.82 M 566.63 M 102.0%"

@@ -23,7 +23,7 @@ from ..conftest import small_backbone
     ({"clip_grad": 0.0}, r"^clip_grad .*> 0, got 0\.0"),
     ({"mixup": 0.2, "batch_size": 15}, r"mixup .*batch_size .*even, got 15"),
     ({"opt": "sgdd"}, r"optimizer 'sgdd'; timm .*\bsgd\b"),
-    ({"sched": "plateau"}, r"schedule 'plateau'; .*cosine, tanh"),
+    ({"sched": "cubic"}, r"schedule 'cubic'; .*cosine, tanh"),
     ({"mixup_mode": "foo"}, r"^mixup_mode .*batch, pair, elem, got 'foo'"),
     ({"mixup_prob": 7}, r"^mixup_prob .*\[0, 1\], got 7"),
     ({"model_ema_decay": 5}, r"^model_ema_decay .*\[0, 1\], got 5"),

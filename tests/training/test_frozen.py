@@ -22,7 +22,7 @@ from timm_selfdistill import (
 )
 from timm_selfdistill.hub import read_metrics
 from timm_selfdistill.training.feature_cache import FOLDER
-from timm_selfdistill.training.metrics import ExitMetrics, deciding_top1
+from timm_selfdistill.training.metrics import ExitMetrics, deciding_metric
 
 from ..conftest import EMBEDDED, ROOT, run_python, small_backbone, small_model
 from .frozen_runs import equal, fit, frozen_model
@@ -148,9 +148,9 @@ def test_two_processes_train_frozen_exits_and_share_the_cache(few_images, tmp_pa
 def test_the_best_exits_are_those_of_the_best_mean():
     metrics = [ExitMetrics(0, 40.0, 90, 1), ExitMetrics(1, 60.0, 90, 1), ExitMetrics(2, 80.0, 90, 1),
                ExitMetrics("ensemble", 70.0, 90, 1)]
-    assert deciding_top1(metrics, frozen=True) == 50
-    assert deciding_top1(metrics, frozen=False) == 80
-    assert deciding_top1([ExitMetrics(0, 30.0, 90, 1)], frozen=False) == 30
+    assert deciding_metric(metrics, frozen=True) == 50
+    assert deciding_metric(metrics, frozen=False) == 80
+    assert deciding_metric([ExitMetrics(0, 30.0, 90, 1)], frozen=False) == 30
 
 
 @pytest.mark.parametrize(("settings", "message"), [
