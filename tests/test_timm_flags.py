@@ -185,6 +185,17 @@ def test_the_network(tmp_path):
     (["--input-size", 3, 64, 64, "--in-chans", 1], "--input-size 3 64 64 and --in-chans 1 contradict"),
     (["--weight-decey", 0.1], "unrecognized arguments: --weight-decey; did you mean --weight-decay"),
     (["--opt-beta", "x"], "--opt-betas"),
+    (["--model-kwargs", "foo"], "--model-kwargs: expected NAME=VALUE, got 'foo'"),
+    (["-b", "many"], "invalid batch_size value: 'many'"), (["--opt", "adma"], "'adma'; did you mean .*adam"),
+    (["--kd-loss-type", "mse"], "--kd-loss-type: invalid choice: 'mse'"),
+    (["--hflip", 7], "--hflip is a probability, in .0, 1., got 7"), (["--drop-path", 3], "--drop-path is a rate"),
+    (["--scale", 2, 1], "--scale is the least and the most, got 2.0 1.0"), (["--scale", 0.08], "--scale is the least"),
+    (["--recount", 0], "--recount must be at least 1"), (["--bce-pos-weight", -1], "--bce-pos-weight must be > 0"),
+    (["--lr-noise", 0.9, 0.2], "lr_noise must be one share of the run, or two that increase"),
+    (["--decay-milestones", 3, 2], "decay_milestones must increase"),
+    (["--decay-epochs", 0], "decay_epochs must be > 0"),
+    (["--lr-base-size", 8], "lr_base_size and lr_base_scale are of lr_base, which is not given"),
+    (["--sched", "plateau", "--start-epoch", 2], "plateau goes by the metrics of all epochs"),
     (["--clip-mode", "all"], "--clip-mode: invalid choice: 'all'"),
     (["--lr-base-scale", "cubic"], "--lr-base-scale: invalid choice: 'cubic'"),
 ])
@@ -193,10 +204,22 @@ def test_flags_that_are_wrong(flags, message):
         train_config(parse(*flags))
 
 
-def test_a_model_that_does_not_take_its_arguments():
-    args = parse("--model", "test_resnet", "--model-kwargs", "depth=99")
-    with pytest.raises(ValueError, match="test_resnet does not take all of --model-kwargs, .*'depth'"):
-        _create_backbone(args, IMAGES)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--model-kwargs", "depth=99"], "test_resnet does not take all of --model-kwargs: .*'depth'; leave out"),
+    (["--model-kwargs", "block=1"], "test_resnet does not take all of --model-kwargs: "),
+    (["--model-kwargs", "num_classes=4"], "--model-kwargs num_classes has a flag of its own; give --num-classes"),
+    (["--model", "test_vit", "--drop-block", 0.1], "test_vit does not take all of --drop-block: "),
+    (["--model", "test_vit", "--aug-splits", 2, "--split-bn"], "--split-bn is of batch norm, which test_vit does not"),
+    (["--model", "resnet180"], "timm has no model resnet180; did you mean .*resnet18"),
+])
+def test_a_model_that_does_not_take_its_arguments(flags, message):
+    with pytest.raises(ValueError, match=message):
+        _create_backbone(parse("--model", "test_resnet", *flags), IMAGES)
+
+
+def test_betas_that_are_not_enough():
+    with pytest.raises(ValueError, match="the optimizer adamw does not take one of its settings"):
+        create_optimizer(small_backbone(), TrainConfig(opt="adamw", opt_betas=(0.9,)))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -209,8 +232,11 @@ def test_what_cannot_be_done_is_refused_with_the_reason(name):
 
 @pytest.mark.parametrize("name", PASSED_OVER)
 def test_what_changes_nothing_is_passed_over(name):
+    """With its value, if it has one, and the folder behind it."""
+    values = [] if yaml.safe_load(FLAGS.read_text())[name]["nargs"] == 0 else ["kl" if "kd" in name else 1]
     with pytest.warns(UserWarning, match=f"--{name.replace('_', '-')} changes nothing here"):
-        parse(f"--{name.replace('_', '-')}")
+        args = parse_args(train_parser(""), [f"--{name.replace('_', '-')}", *map(str, values), "photos"])
+    assert args.data_dir == "photos"
 
 
 def test_the_folder_of_images_alone(tmp_path):
@@ -274,6 +300,14 @@ def test_class_maps_that_cannot_be(name, text, error, message, three_classes):
         (three_classes / name).write_text(text)
     with pytest.raises(error, match=message):
         in_mapped_order(load_images(three_classes), name, three_classes)
+
+
+def test_a_class_map_with_more_classes(three_classes):
+    (three_classes / "map.txt").write_text("cat\nant\nbee\nelk\n")
+    assert in_mapped_order(load_images(three_classes), "map.txt", three_classes, 5).class_names == [
+        "cat", "ant", "bee", "elk", "4"]
+    with pytest.raises(ValueError, match="map.txt has 4 classes, and num_classes is 3"):
+        in_mapped_order(load_images(three_classes), "map.txt", three_classes, 3)
 
 
 def kd_args(*flags: object):
@@ -430,10 +464,27 @@ def timm_file(folder, **changes: object) -> Path:
     return folder / "args.yaml"
 
 
-def test_every_flag_of_timms_script_is_known():
-    options = {action.dest: action for action in train_parser("")._actions}
-    assert yaml.safe_load(ARGS.read_text()).keys() <= options.keys()
-    assert len(yaml.safe_load(ARGS.read_text())) == 172  # and --config
+FLAGS = Path(__file__).parent / "data/timm_flags.yaml"
+"""Options, number of values and type of the flags of timm's train.py, 1.0.29.dev0, but for --config."""
+
+
+def test_every_flag_of_timms_script_is_known_with_its_names_values_and_type():
+    """Where ours differs, it takes more."""
+    own, timms = {}, yaml.safe_load(FLAGS.read_text())
+    for action in train_parser("")._actions:
+        known = own.setdefault(action.dest, SimpleNamespace(options=[], nargs=action.nargs, type=action.type))
+        known.options += action.option_strings
+    assert timms.keys() == yaml.safe_load(ARGS.read_text()).keys() <= own.keys()
+    assert len(timms) == 172
+    for name, flag in timms.items():
+        assert set(flag["options"]) <= set(own[name].options), name
+        if name in REFUSED:
+            continue
+        assert {None: 1}.get(own[name].nargs, own[name].nargs) == flag["nargs"] or name == "resume", name
+        found = getattr(own[name].type, "__name__", None)
+        wanted = {"warmup_epochs": "float", "batch_size": "batch_size", "worker_seeding": None, "fuser": None}
+        assert found in (wanted.get(name, flag["type"]), flag["type"] and (None if flag["type"] == "str" else ...)) or (
+            name in PASSED_OVER), name
 
 
 @pytest.mark.parametrize("changes", [
@@ -487,10 +538,54 @@ def test_an_args_file_trains_as_it_is(changes, few_images, tmp_path):
     ({"torchscript": True}, "args.yaml: torchscript True cannot be done: torch.jit"),
     ({"muon_lr": 0.1, "zeta": 1}, "args.yaml: unknown here, .* of another version of timm may be: muon_lr, zeta;"),
     ({"clip_mode": "all"}, "args.yaml: .*--clip-mode: invalid choice: 'all'"),
+    ({"val_split": ""}, "args.yaml: an empty val_split cannot be done: a run is always measured"),
+    ({"dist_bn": ""}, "args.yaml: an empty dist_bn cannot be done"),
+    ({"sched": ""}, "unknown schedule ''"), ({"input_img_mode": "L"}, "input_img_mode L cannot be done"),
+    ({"kd_model_name": "resnet18", "kd_loss_type": "mse"}, "kd_loss_type mse cannot be done: timm has kl alone"),
 ])
 def test_an_args_file_that_cannot_be_done(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        parse("--config", timm_file(tmp_path, **changes))
+        train_config(parse("--config", timm_file(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize("changes", [
+    {"bce_target_thresh": 0.2}, {"bce_loss": True, "smoothing": 0.0}, {"wandb_project": "shoes"}, {"apex_amp": False},
+    {"torchcompile_mode": "max-autotune"}, {"opt_eps": 1e-3, "opt_betas": [0.9, 0.99]}, {"epoch_repeats": 2.0},
+    {"train_num_samples": 100}, {"drop_connect": 0.2}, {"sched": "step", "cooldown_epochs": 10}])
+def test_what_timm_ignores_is_passed_over(changes, tmp_path, capsys):
+    args = parse("--config", timm_file(tmp_path, **changes))
+    train_config(args)
+    assert not args.bce_loss
+    said = capsys.readouterr().out
+    for name, value in changes.items():
+        assert (name in said) == (name == "apex_amp" or (bool(value) and name != "sched"))
+
+
+def test_empty_and_missing_values_of_an_args_file(tmp_path):
+    args = parse("--config", timm_file(tmp_path, train_interpolation="", input_img_mode="RGB", lr=0.0))
+    assert (args.train_interpolation, args.lr, args.lr_base, args.fit_img_size) == ("", 0.05, 0.1, False)
+    short = {key: value for key, value in yaml.safe_load(ARGS.read_text()).items() if key != "pin_mem"}
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(short))
+    assert parse("--config", tmp_path / "args.yaml").model == "resnet50"
+
+
+def test_flags_by_hand_take_the_place_of_those_that_go_with_them(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("lr: 0.3\nopt: adamw\nopt-betas: [0.9, 0.95]\nbce-loss: true\nbce-sum: true")
+    assert (parse("--config", file).lr, parse("--config", file).lr_base) == (0.3, None)
+    args = parse("--config", file, "--lr-base", 0.6, "--opt", "sgd", "--no-bce-loss")
+    check_method_flags(args)
+    assert (args.lr_base, args.opt_betas, args.bce_sum) == (0.6, None, False)
+    file.write_text("lr: 0.01\nlr_base: 0.1\nfound: {}")  # a run's own
+    assert parse("--config", file).lr_base == 0.1
+    assert parse("--config", file, "--lr", 0.2).lr_base is None
+
+
+def test_a_teacher_alone_makes_the_method():
+    assert parse("--kd-model-name", "resnet34").method == "kd"
+    assert parse("--kd-model-name", "resnet34", "--method", "at").method == "at"
+    assert parse("--baseline").method == "plain"
+    assert parse("--baseline", "--no-baseline").method == "self-distill"
 
 
 def test_flags_by_hand_win_over_the_file(tmp_path):

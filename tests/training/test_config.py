@@ -22,7 +22,7 @@ from ..conftest import small_backbone
     ({"smoothing": 1.0}, r"^smoothing .*\[0, 1\), got 1\.0"),
     ({"clip_grad": 0.0}, r"^clip_grad .*> 0, got 0\.0"),
     ({"mixup": 0.2, "batch_size": 15}, r"mixup .*batch_size .*even, got 15"),
-    ({"opt": "sgdd"}, r"optimizer 'sgdd'; timm .*\bsgd\b"),
+    ({"opt": "sgdd"}, r"optimizer 'sgdd'; did you mean sgd, "),
     ({"sched": "cubic"}, r"schedule 'cubic'; .*cosine, tanh"),
     ({"mixup_mode": "foo"}, r"^mixup_mode .*batch, pair, elem, got 'foo'"),
     ({"mixup_prob": 7}, r"^mixup_prob .*\[0, 1\], got 7"),

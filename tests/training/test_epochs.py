@@ -80,6 +80,11 @@ def test_the_plateau_schedule_and_its_resumption(few, tmp_path, monkeypatch):
     monkeypatch.undo()
     resumed, _ = fit(tmp_path / "run", few, resume="latest", **changes)
     assert [row["lr"] for row in resumed.history] == [row["lr"] for row in whole.history]
+    interrupt_after(monkeypatch, 1)
+    fit(tmp_path / "early", few, **changes)
+    monkeypatch.undo()
+    early, _ = fit(tmp_path / "early", few, resume="latest", **changes)
+    assert [row["lr"] for row in early.history] == [row["lr"] for row in whole.history]
 
 
 def test_measured_every_second_epoch(few, tmp_path):

@@ -78,10 +78,10 @@ class _Baseline(argparse.BooleanOptionalAction):
 
 def add_method_flags(group: Any) -> None:
     """timm's names, but for --method and --baseline."""
-    group.add_argument("--method", choices=METHODS, default="self-distill",
+    group.add_argument("--method", choices=METHODS,
                        help="plain network; labels at every classifier (dsn); self distillation; with a teacher network"
                             " Hinton's kd, fitnet or attention transfer (at); two networks that learn from each other"
-                            " (dml); classifiers that do (dks)")
+                            " (dml); classifiers that do (dks) (default: self-distill, or with --kd-model-name kd)")
     group.add_argument("--baseline", action=_Baseline, default=argparse.SUPPRESS, help="--method plain")
     group.add_argument("--kd-model-name", metavar="NAME",
                        help="teacher of kd, fitnet and at: a timm model with pretrained weights, local-dir:FOLDER or"

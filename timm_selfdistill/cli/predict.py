@@ -1,5 +1,6 @@
 """The classes that a model sees in a picture, a self-distilled one at any exit."""
 import argparse
+import os
 
 import torch
 from timm.data import create_transform
@@ -41,6 +42,8 @@ def predict(args: argparse.Namespace) -> int:
     config = preprocessing(model, record, args)
     transform, value_range = create_transform(**config), as_range(args.value_range) or record.value_range
     names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
+    if missing := next((path for path in args.image if not os.path.isfile(path)), None):
+        raise FileNotFoundError(f"{missing} does not exist; expected an image file")
     for path in args.image:
         with torch.no_grad():
             x = transform(open_image(path, config["input_size"][0], value_range))[None]

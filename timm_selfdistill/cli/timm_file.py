@@ -2,6 +2,8 @@
 from pathlib import Path
 from typing import Any
 
+from timm.optim import get_optimizer_info, list_optimizers
+
 from ..training.config import CYCLIC
 from .methods import KD_FLAGS
 from .program import say
@@ -17,12 +19,20 @@ DEFAULTS = {
     "naflex_train_seq_lens": [128, 256, 576, 784, 1024], "naflex_max_seq_len": 576, "naflex_loss_scale": "linear",
     "naflex_patchify_channels_first": False, "model_dtype": "float32"}
 """Of timm, for the flags that are refused; the others have none."""
-UNSET = (None, "", [], {})
+UNSET = (None, [], {})
+EMPTY = {"dataset", "class_map", "initial_checkpoint", "resume", "interpolation", "fuser", "output", "experiment",
+         "wandb_resume_id", "lr_base_scale", "data_dir"}
+"""Those of which timm takes an empty text for not given."""
+CANNOT_BE_EMPTY = {
+    "dist_bn": "batch norm's statistics of several processes are brought together; give reduce or broadcast",
+    "val_split": "a run is always measured; name a split, or leave it out",
+}
+BCE = ("bce_loss", "bce_sum", "bce_target_thresh", "bce_pos_weight")
 
 
 def is_timm_file(values: dict[str, Any]) -> bool:
     """Whether timm's train.py wrote it."""
-    return values.keys() >= MARKS
+    return len(values.keys() & MARKS) > 1
 
 
 def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, Any]:
@@ -34,16 +44,23 @@ def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, 
     Raises:
         ValueError: a value would change the result and cannot be done, or a key is not known.
     """
-    given = {name: value for name, value in values.items() if value not in UNSET}
+    given = {name: value for name, value in values.items()
+             if value not in UNSET and not (value == "" and name in EMPTY)}
     defaults = {**dict.fromkeys(REFUSED), **DEFAULTS}
     for name, value in given.items():
-        if name in defaults and value != defaults[name]:
+        if name in defaults and value != defaults[name] and name not in _idle(given):
             raise ValueError(f"{path}: {name} {value} cannot be done: {REFUSED[name]}")
-    if unknown := sorted(given.keys() - known - defaults.keys() - PASSED_OVER.keys() - {"data"}):
+    if given.get("kd_loss_type", "kl") != "kl" and "kd_model_name" in given:
+        raise ValueError(f"{path}: kd_loss_type {given['kd_loss_type']} cannot be done: timm has kl alone")
+    for name, reason in CANNOT_BE_EMPTY.items():
+        if given.get(name) == "":
+            raise ValueError(f"{path}: an empty {name} cannot be done: {reason}")
+    odd = given.keys() - known - defaults.keys() - PASSED_OVER.keys() - {"data"}
+    if unknown := sorted(name for name in odd if given[name] is not False):
         raise ValueError(f"{path}: unknown here, as flags of another version of timm may be: {', '.join(unknown)};"
                          " remove them, or give flags that do the same")
     passed = [name for name in PASSED_OVER.keys() & given.keys() if given[name] not in (False, 0, "all", "kl")]
-    passed += [name for name, changes in _idle(given).items() if changes]
+    passed += [name for name, changes in _idle(given).items() if changes] + list(odd)
     if passed:
         say(f"{path}: passed over, since they change nothing here: {', '.join(sorted(passed))}")
     flags = {name: value for name, value in given.items() if name in known and name not in PASSED_OVER | defaults}
@@ -53,9 +70,9 @@ def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, 
         flags.pop(name, None)
     if "data" in given:
         flags.setdefault("data_dir", given["data"])
-    if "kd_model_name" in flags:
-        flags["method"] = "kd"
-    return flags
+    if not flags.get("lr"):
+        flags.pop("lr", None)  # 0 is timm's word for lr_base
+    return {"fit_img_size": False, **flags}
 
 
 def _idle(given: dict[str, Any]) -> dict[str, bool]:
@@ -65,8 +82,23 @@ def _idle(given: dict[str, Any]) -> dict[str, bool]:
         idle["device"] = False
     if given.get("sched") not in CYCLIC:
         idle["cooldown_epochs"] = bool(given.get("cooldown_epochs"))
+    mixes = given.get("mixup") or given.get("cutmix") or "cutmix_minmax" in given
+    if not given.get("bce_loss") or not (mixes or given.get("smoothing")):  # timm takes cross entropy then
+        idle |= dict.fromkeys(BCE, True)
+    info = get_optimizer_info(given["opt"]) if given.get("opt") in list_optimizers() else None
+    for name, condition in (
+            ("wandb_project", given.get("log_wandb")), ("wandb_tags", given.get("log_wandb")),
+            ("torchcompile_mode", given.get("torchcompile")), ("no_resume_opt", given.get("resume")),
+            ("opt_eps", info is None or info.has_eps), ("opt_betas", info is None or info.has_betas),
+            ("epoch_repeats", str(given.get("dataset", "")).startswith("hfids/")),
+            ("train_num_samples", str(given.get("dataset", "")).startswith("hfids/")),
+            ("drop_connect", False)):
+        if not condition:
+            idle[name] = bool(given.get(name))
+    if given.get("input_img_mode") == {1: "L", 3: "RGB"}.get(given.get("in_chans", 3)):
+        idle["input_img_mode"] = False
     kind = given.get("kd_distill_type", "logit") if "kd_model_name" in given else None
     for name, kinds in {**KD_FLAGS, "kd_distill_type": ("logit", "feature", "token")}.items():
         if kind not in kinds:
             idle[name] = False
-    return {name: says for name, says in idle.items() if name in given}
+    return {name: says and bool(given[name]) for name, says in idle.items() if name in given}

@@ -49,6 +49,8 @@ REFUSED = {
                    " bfloat16",
 }
 """By their names, why they cannot be done and what to do."""
+SWITCHES = {"pin_mem", "no_prefetcher", "use_multi_epochs_loader", "synchronize_step"}
+"""Those of the flags that change nothing that have no value."""
 MORE_NAMES = {"train_batches_per_epoch": ["--train-steps-per-epoch"], "local_rank": ["--local_rank"]}
 
 
@@ -71,5 +73,6 @@ def add_timm_flags(parser: argparse.ArgumentParser) -> None:
     for table, action in ((PASSED_OVER, _PassOver), (REFUSED, _Refuse)):
         for name in table:
             options = {f"--{name.replace('_', '-')}": None, **dict.fromkeys(MORE_NAMES.get(name, ()))}
-            parser.add_argument(*options, dest=name, nargs="*", action=action, default=argparse.SUPPRESS,
-                                help=argparse.SUPPRESS)
+            values = "*" if table is REFUSED else 0 if name in SWITCHES else None
+            parser.add_argument(*options, dest=name, nargs=values, action=action, default=argparse.SUPPRESS,
+                                choices=["kl"] if name == "kd_loss_type" else None, help=argparse.SUPPRESS)

@@ -1,4 +1,5 @@
 """train: a self-distilled timm model, or with --method the plain one or one by another kind of distillation."""
+import difflib
 import os
 import shlex
 import sys
@@ -6,10 +7,12 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import timm
 import torch
 from rich.console import Console
 from timm.layers import convert_splitbn_model
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..cost import default_input_size
 from ..training import (
@@ -32,6 +35,14 @@ from .program import NOT_UPLOADED, run, say
 from .train_flags import check_frozen_flags, parse_args, train_config, train_parser
 from .upload_lines import upload_lines
 
+NETWORK_FLAGS = ("model_kwargs", "bn_momentum", "bn_eps", "drop", "drop_path", "drop_block", "gp")
+"""What a model may not take."""
+OWN_FLAGS = {
+    "num_classes": "--num-classes", "in_chans": "--in-chans", "img_size": "--img-size", "global_pool": "--gp",
+    "drop_rate": "--drop", "drop_path_rate": "--drop-path", "drop_block_rate": "--drop-block",
+    "bn_momentum": "--bn-momentum", "bn_eps": "--bn-eps", "pretrained": "--pretrained",
+    "checkpoint_path": "--initial-checkpoint"}
+"""Of arguments of `timm.create_model`."""
 DESCRIPTION = "train a self-distilled timm model, or with --method the plain one or one by another kind of distillation"
 
 
@@ -65,7 +76,9 @@ def train(argv: list[str] | None = None, default_data: str | Path | None = None,
     images, data_config, lines = _fit(images, backbone, args)
     config.settings |= found_settings(images, lines)
     say(*lines)
-    data = images.transformed(data_config, interpolation=args.train_interpolation, **_augmentation(args))
+    interpolation = data_config["interpolation"] if args.no_aug else args.train_interpolation
+    data = images.transformed(
+        data_config, interpolation=interpolation or data_config["interpolation"], **_augmentation(args))
     trainer = Trainer(create_task(args, backbone, create, saved), *data, config)
     result = trainer.fit()
     _report(result, args, Console(quiet=not trainer.accelerator.is_main_process, soft_wrap=True))
@@ -78,34 +91,52 @@ def _load_images(args: Namespace) -> ImageSplits:
     images = load_images(
         args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
         val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
-        num_classes=args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled,
+        num_classes=None if args.class_map else args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled,
         value_range=args.value_range and tuple(args.value_range), seed=args.seed)
-    return in_mapped_order(images, args.class_map, args.data_dir) if args.class_map else images
+    if not args.class_map:
+        return images
+    return in_mapped_order(images, args.class_map, args.data_dir, args.num_classes)
 
 
 def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
     """The timm model of the flags, with as many classes as the images have.
 
     Raises:
-        ValueError: it does not take one of the --model-kwargs.
+        ValueError: it does not exist, or does not take one of its arguments.
     """
+    _check_model_name(args.model)
+    if taken := sorted(OWN_FLAGS.keys() & args.model_kwargs.keys()):
+        raise ValueError(f"--model-kwargs {taken[0]} has a flag of its own; give {OWN_FLAGS[taken[0]]}")
     try:
         backbone = create_backbone(
             args.model, args.img_size, pretrained=args.pretrained,
             in_chans=args.in_chans, num_classes=args.num_classes or (None if args.unlabelled else images.num_classes),
             drop_rate=args.drop, drop_path_rate=args.drop_path, drop_block_rate=args.drop_block, global_pool=args.gp,
             initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path, **network_args(args))
-    except TypeError as error:
-        if not network_args(args):
+    except (TypeError, AttributeError, LookupError, AssertionError) as error:
+        given = [f"--{name.replace('_', '-')}" for name in NETWORK_FLAGS if getattr(args, name) not in (None, {})]
+        if not given:
             raise
-        raise ValueError(f"{args.model} does not take all of --model-kwargs, --bn-momentum and --bn-eps: {error}"
-                         ) from error
+        raise ValueError(f"{args.model} does not take all of {', '.join(given)}: {' '.join(str(error).split())}; leave"
+                         " out what it does not know") from error
     init_classifier(backbone, args.head_init_scale, args.head_init_bias)
     if args.split_bn:
+        if not any(isinstance(part, _BatchNorm) for part in backbone.modules()):
+            raise ValueError(f"--split-bn is of batch norm, which {args.model} does not have; leave it out")
         backbone = convert_splitbn_model(backbone, args.aug_splits)
     if args.grad_checkpointing:
         backbone.set_grad_checkpointing()
     return backbone
+
+
+def _check_model_name(name: str) -> None:
+    """Raise ValueError for a name that is none of timm's, with the nearest ones."""
+    architecture = name.split(".")[0]
+    if ":" in name or "/" in name or timm.is_model(architecture):
+        return
+    close = difflib.get_close_matches(architecture, timm.list_models(), 3)
+    raise ValueError(f"timm has no model {name}; " + (f"did you mean {', '.join(close)}?" if close else
+                     "timm.list_models() names all"))
 
 
 def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[ImageSplits, dict, list[str]]:
@@ -118,7 +149,7 @@ def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[Ima
         images = fit_classes(images, backbone, frozen)
     class_names = images.class_names or (own_class_names(backbone) if frozen else None)
     img_size = args.img_size
-    if img_size is None and not (args.pretrained or frozen):
+    if img_size is None and args.fit_img_size and not (args.pretrained or frozen):
         img_size = images.fitting_size(backbone)
     lines = found_lines(images, backbone, img_size, args)
     data_config = model_data_config(

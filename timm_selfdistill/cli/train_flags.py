@@ -36,7 +36,7 @@ _BOOLEAN = argparse.BooleanOptionalAction
 TIMM_DEFAULTS = {
     "model": "resnet50", "smoothing": 0.1, "weight_decay": 2e-5, "epochs": 300, "batch_size": 128, "warmup_epochs": 5.0,
     "scale": (0.08, 1.0), "lr_base": 0.1, "sched_on_updates": False, "decay_epochs": 90.0, "workers": 4,
-    "checkpoint_hist": 10}
+    "checkpoint_hist": 10, "drop": 0.0, "fit_img_size": False}
 """Of timm's train.py, where they are others than here."""
 SOURCE_FLAGS = ("data_dir", "dataset", "dataset_config", "train_split", "val_split", "input_key", "target_key",
                 "num_classes", "streaming")
@@ -74,6 +74,8 @@ def _add_data(group: Any, default_data: str | Path | None) -> None:
     group.add_argument("--streaming", action=_BOOLEAN, default=False,
                        help="read the images while training instead of downloading and converting them first")
     add_preprocessing_flags(group)
+    group.add_argument("--fit-img-size", action=_BOOLEAN, default=True,
+                       help="train a new network at less than its size where the images are smaller")
     group.add_argument("--in-chans", type=int, help="image channels, 1 or 3 (default: the model's, mostly 3)")
     group.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="--in-chans C --img-size H")
     group.add_argument("--class-map", metavar="FILE", help="text file with the name of a class in each line, in the"
@@ -86,8 +88,8 @@ def _add_augmentation(group: Any) -> None:
     group.add_argument("--train-crop-mode", choices=CROP_MODES, default="rrc",
                        help="random resized crop; resize keeping the ratio and crop in the centre or anywhere; pad and"
                             " crop anywhere")
-    group.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.0), help="random resized crop, area")
-    group.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="random resized crop, aspect")
+    group.add_argument("--scale", type=float, nargs="+", default=(0.5, 1.0), help="random resized crop, area")
+    group.add_argument("--ratio", type=float, nargs="+", default=(3 / 4, 4 / 3), help="random resized crop, aspect")
     group.add_argument("--hflip", type=float, default=0.5, help="probability")
     group.add_argument("--vflip", type=float, default=0.0, help="probability")
     group.add_argument("--color-jitter", type=float, default=0.4, help="strength")
@@ -115,7 +117,7 @@ def _add_model(group: Any) -> None:
     group.add_argument("--initial-checkpoint", metavar="FILE",
                        help="load this checkpoint, .safetensors or weights-only .pth, into the model, all of it, exits"
                             " included; or of a run the directory, a checkpoint or a saved model")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE",
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=NamedValues, metavar="NAME=VALUE",
                        help="further arguments of the model, as in timm.create_model")
     group.add_argument("--gp", metavar="POOL", help="global pooling: avg, max, avgmax, ... (default: the model's)")
     group.add_argument("--split-bn", action=_BOOLEAN, default=False,
@@ -217,7 +219,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         raise ValueError(f"the images are named twice, {' and '.join(named)}; give a folder or --dataset")
     if by_hand.config is not None:
         leave_out = {*(SOURCE_FLAGS if named else ()),
-                     *(PAPER_FLAGS if by_hand.paper else ())}
+                     *(PAPER_FLAGS if by_hand.paper else ()),
+                     *_replaced(argv, by_hand)}
         flags = read_flags(parser, find_recipe(by_hand.config), leave_out)
         argv = [*flags, "--config", by_hand.config, *argv]  # so that no flag before it takes the folder for a value
     args = parser.parse_args(argv)
@@ -226,7 +229,6 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         args = parser.parse_args(argv)
     if args.freeze_backbone or args.paper:
         args = parser.parse_args(argv, argparse.Namespace(**loss_settings(SelfDistillLoss.paper())))
-    check_typed_flags(by_hand, args.method)
     args.data_dir = by_hand.data or args.data_dir
     _take_timms_data_set(args)
     if args.log_wandb:
@@ -238,10 +240,55 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
                          " repository make demo trains on those in examples/data")
     _take_input_size(args)
     _take_recovery_interval(args)
-    args.lr, args.lr_base = (TrainConfig.lr, args.lr_base) if args.lr is None else (args.lr, None)
+    _settle_lr(args)
+    args.method = args.method or ("kd" if args.kd_model_name else "self-distill")
+    check_typed_flags(by_hand, args.method)
+    _check_augmentation(args)
     args.model = timm_name(args.model)
     args.kd_model_name = args.kd_model_name and timm_name(args.kd_model_name)
     return args
+
+
+def _replaced(argv: list[str], by_hand: argparse.Namespace) -> set[str]:
+    """Flags of a file that go with others of it, in the place of which some were typed."""
+    replaced: set[str] = set()
+    if by_hand.lr is not None:
+        replaced |= {"lr_base", "lr_base_size", "lr_base_scale"}
+    elif by_hand.lr_base is not None:
+        replaced.add("lr")
+    if any(flag == "--opt" or flag.startswith("--opt=") for flag in argv):
+        replaced |= {"opt_eps", "opt_betas", "opt_kwargs"}
+    if "--no-bce-loss" in argv:
+        replaced |= {"bce_sum", "bce_target_thresh", "bce_pos_weight"}
+    return replaced
+
+
+def _settle_lr(args: argparse.Namespace) -> None:
+    """Let --lr come before --lr-base."""
+    if args.lr is None:
+        args.lr = TrainConfig.lr
+    else:
+        args.lr_base, args.lr_base_size, args.lr_base_scale = None, TrainConfig.lr_base_size, TrainConfig.lr_base_scale
+
+
+def _check_augmentation(args: argparse.Namespace) -> None:
+    """Raise ValueError for a value that is out of its range."""
+    for name in ("hflip", "vflip", "reprob", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is a probability, in [0, 1], got {value}")
+    for name in ("drop", "drop_path", "drop_block"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is a rate, in [0, 1), got {value}")
+    for name in ("scale", "ratio"):
+        value = getattr(args, name)
+        if len(value) != 2 or not 0 < value[0] <= value[1]:
+            raise ValueError(f"--{name} is the least and the most, got {' '.join(map(str, value))}")
+    if args.recount < 1:
+        raise ValueError(f"--recount must be at least 1, got {args.recount}")
+    if args.bce_pos_weight is not None and not args.bce_pos_weight > 0:
+        raise ValueError(f"--bce-pos-weight must be > 0, got {args.bce_pos_weight}")
 
 
 def _take_timms_data_set(args: argparse.Namespace) -> None:
@@ -301,11 +348,20 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def int_or_auto(value: str) -> int | str:
+class NamedValues(ParseKwargs):
+    """timm's NAME=VALUE, with an error that names the flag."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if wrong := next((value for value in values if "=" not in value), None):
+            raise argparse.ArgumentError(self, f"expected NAME=VALUE, got {wrong!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def batch_size(value: str) -> int | str:
     return value if value == "auto" else int(value)
 
 
-_TYPES = {"batch_size": int_or_auto, "validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float,
+_TYPES = {"batch_size": batch_size, "validation_batch_size": int, "steps_per_epoch": int, "clip_grad": float,
           "layer_decay": float, "layer_decay_no_opt_scale": float, "opt_eps": float, "lr_base": float,
           "hub_model_id": str, "hub_license": str, "wandb_project": str, "torchcompile_mode": str, "device": str,
           "decay_epochs": float, "lr_decay_fn": str, "lr_stable_timescale": float, "train_num_samples": int}
@@ -424,7 +480,7 @@ def _add_config(group: Any) -> None:
         elif field.name in _SEVERAL:
             options |= {"nargs": "+", "type": _SEVERAL[field.name]}
         elif field.name == "opt_kwargs":
-            options |= {"nargs": "*", "action": ParseKwargs, "metavar": "NAME=VALUE"}
+            options |= {"nargs": "*", "action": NamedValues, "metavar": "NAME=VALUE"}
         else:
             options["type"] = _TYPES.get(field.name, type(field.default))
         group.add_argument(*names, **options)

@@ -1,5 +1,6 @@
 """Everything a run can be told, under timm's names."""
 import datetime
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -233,7 +234,9 @@ class TrainConfig:
         self._check_combinations()
         known = list_optimizers()
         if self.opt.lower().removeprefix("lookahead_") not in known:
-            raise ValueError(f"unknown optimizer {self.opt!r}; timm has {', '.join(known)}")
+            close = difflib.get_close_matches(self.opt.lower(), known, 3)
+            raise ValueError(f"unknown optimizer {self.opt!r}; "
+                             + (f"did you mean {', '.join(close)}?" if close else f"timm has {', '.join(known)}"))
         if self.sched not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.sched!r}; choose from {', '.join(SCHEDULES)}")
         if self.hub_model_id is not None:
@@ -276,6 +279,13 @@ class TrainConfig:
             raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
+        if self.decay_epochs is not None and not self.decay_epochs > 0:
+            raise ValueError(f"decay_epochs must be > 0, got {self.decay_epochs}")
+        if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
+            raise ValueError(f"decay_milestones must increase, got {self.decay_milestones}")
+        if self.lr_noise is not None and (len(self.lr_noise) > 2 or list(self.lr_noise) != sorted(self.lr_noise)
+                                          or not all(0 <= share <= 1 for share in self.lr_noise)):
+            raise ValueError(f"lr_noise must be one share of the run, or two that increase, got {self.lr_noise}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be > 0, got {self.clip_grad}")
         if self.cutmix_minmax is not None and (
@@ -290,6 +300,11 @@ class TrainConfig:
                 " the heads alone, freeze the backbone")
         if self.sched == "plateau" and self.warmup_prefix:
             raise ValueError("warmup_prefix is of schedules that know their end, and plateau does not; leave it out")
+        if self.sched == "plateau" and self.start_epoch:
+            raise ValueError("plateau goes by the metrics of all epochs, so that start_epoch must be 0")
+        if self.lr_base is None and (self.lr_base_size != 256 or self.lr_base_scale):
+            raise ValueError("lr_base_size and lr_base_scale are of lr_base, which is not given; give it, or leave them"
+                             " out")
         if self.cooldown_epochs and self.sched not in CYCLIC:
             raise ValueError(f"cooldown_epochs is of the schedules {', '.join(CYCLIC)}, and sched is {self.sched};"
                              " leave it out")

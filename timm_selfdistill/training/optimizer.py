@@ -88,7 +88,7 @@ def create_schedule(
 def _create(parameters: nn.Module | list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
     try:
         return create_optimizer_v2(parameters, **settings)
-    except TypeError as error:
+    except (TypeError, LookupError) as error:
         raise ValueError(f"the optimizer {settings['opt']} does not take one of its settings: {error}; see opt_eps,"
                          " opt_betas and opt_kwargs") from error
 

@@ -123,7 +123,7 @@ class Updater:
 
     def repeat_epochs(self, metrics: dict[int, float]) -> None:
         """Likewise of all epochs of a run that is resumed, from the beginning."""
-        if isinstance(self.schedule, PlateauLRScheduler):
+        if isinstance(self.schedule, PlateauLRScheduler) and metrics:
             self.schedule.update_groups(self.schedule.base_values)
             for epoch, metric in metrics.items():
                 self.schedule.step(epoch, metric)

@@ -33,11 +33,14 @@ def fit_classes(images: ImageSplits, backbone: nn.Module, frozen: bool) -> Image
                          "to train a new classifier on its weights give --pretrained-path FILE")
 
 
-def in_mapped_order(images: ImageSplits, class_map: str | PathLike, folder: str | PathLike | None) -> ImageSplits:
+def in_mapped_order(
+        images: ImageSplits, class_map: str | PathLike, folder: str | PathLike | None,
+        num_classes: int | None = None) -> ImageSplits:
     """Give images the class indices of a file, as `timm.data.readers.class_map` reads it.
 
     Args:
         class_map: a text file with the name of a class in each line, itself or in `folder`.
+        num_classes: of the network, where they are more than the names; None are as many.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,7 +61,9 @@ def in_mapped_order(images: ImageSplits, class_map: str | PathLike, folder: str 
     if unknown := [name for name in images.class_names if name not in set(names)]:
         raise ValueError(f"class map {path} has {listed(names)}, and the images have {listed(images.class_names)}: it"
                          f" lacks {some_names(unknown)}; add them, or leave their images out")
-    return images.in_order(names)
+    if num_classes is not None and num_classes < len(names):
+        raise ValueError(f"class map {path} has {len(names)} classes, and num_classes is {num_classes}")
+    return images.in_order([*names, *map(str, range(len(names), num_classes or 0))])
 
 
 def has_new_classifier(backbone: nn.Module) -> bool:
