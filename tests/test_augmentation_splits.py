@@ -106,6 +106,7 @@ def test_labels_that_the_loss_smooths_stay_as_they_are(fashion, tmp_path):
     assert losses["loss"].item() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_run_and_what_it_saves(few_images, tmp_path):
     """The saved network has no auxiliary batch norms, and is what was measured; its run is resumed with them."""
     flags = ["--data-dir", few_images, "--model", "test_resnet", "--img-size", 32, "-b", 32, "-j", 0, "--aug-splits", 3,
@@ -127,12 +128,16 @@ def test_a_run_and_what_it_saves(few_images, tmp_path):
     assert "all exits" in again.stdout
 
 
-def test_batch_norms_of_their_own():
+def test_batch_norms_of_their_own_train_and_are_not_saved(tmp_path):
     model = small_model("test_efficientnet")
     convert_splitbn_model(model, 2)
     assert any(isinstance(part, SplitBatchNorm2d) for part in model.modules())
     x = torch.randn(4, 3, 64, 64)
     assert all(z.shape == (4, 10) for z in model.train().forward_exits(x).logits)
+    model.eval().save_pretrained(tmp_path)
+    loaded = SelfDistillModel.from_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == loaded.backbone.state_dict().keys()
+    assert torch.equal(loaded(x), model(x))
 
 
 @pytest.mark.parametrize(("flags", "message"), [

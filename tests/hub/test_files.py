@@ -31,7 +31,7 @@ def edit_config(folder, **settings):
     ("test_vit", {}, {}),
     ("test_vit", {"img_size": 64}, {}),
     ("test_convnext", {}, {"exits": [0, 2]}),
-    ("swin_tiny_patch4_window7_224", {}, {}),  # makes buffers that are not saved
+    pytest.param("swin_tiny_patch4_window7_224", {}, {}, marks=pytest.mark.slow),  # makes buffers that are not saved
 ])
 def test_two_readers_get_the_same_logits(name, create, wrap, tmp_path):
     backbone = small_backbone(name, **create)

@@ -125,6 +125,7 @@ def test_mlflow(few, tmp_path, monkeypatch, elsewhere):
     assert len(list(run.glob("mlartifacts/*/artifacts/*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_mlflow_writes_where_it_was_told(few, tmp_path, monkeypatch, elsewhere):
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient

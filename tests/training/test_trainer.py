@@ -157,7 +157,8 @@ def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(fashion_
     assert resumed.history == undisturbed.history
 
 
-@pytest.mark.parametrize("resume", ["", "checkpoints", "checkpoints/step-00000008"])
+@pytest.mark.parametrize("resume", [
+    "", pytest.param("checkpoints", marks=pytest.mark.slow), "checkpoints/step-00000008"])
 def test_resume_from_a_run_directory_or_one_checkpoint(resume, fashion_tensors, tmp_path):
     fit(tmp_path, fashion_tensors)
     task = make_task()
@@ -359,7 +360,7 @@ def test_checkpoints_that_were_set_aside_go_when_the_run_overtakes_them(fashion_
     assert names == ["left-step-00000024", "step-00000008", "step-00000016"]
 
 
-@pytest.mark.parametrize("epochs", [5, 6])
+@pytest.mark.parametrize("epochs", [pytest.param(5, marks=pytest.mark.slow), 6])
 def test_the_best_model_goes_along_to_another_directory(epochs, fashion_tensors, tmp_path):
     """With an lr that spoils the model after its fourth epoch; the run is over, or goes on."""
     fit(tmp_path / "a", fashion_tensors, epochs=4)
