@@ -21,7 +21,7 @@ from timm.utils import unwrap_model
 from torch.utils.data import DataLoader, Subset
 
 from timm_selfdistill import TrainConfig, Trainer
-from timm_selfdistill.training.metrics import measure_exits
+from timm_selfdistill.training.outputs.metrics import measure_exits
 
 BATCH_SIZE = 64
 PASSES = 5

@@ -50,7 +50,7 @@ from timm_selfdistill import (
     model_data_config,
     wrap_self_distill,
 )
-from timm_selfdistill.training.metrics import measure_exits
+from timm_selfdistill.training.outputs.metrics import measure_exits
 
 ROOT = Path(__file__).parents[1]
 LOSSES = {

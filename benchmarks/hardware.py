@@ -11,7 +11,7 @@ import timm
 import torch
 
 import timm_selfdistill
-from timm_selfdistill.training.hardware import device_name
+from timm_selfdistill.training.runtime.accelerator import device_name
 
 
 def describe(device: str) -> dict[str, Any]:

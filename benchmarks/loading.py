@@ -20,7 +20,7 @@ from timing import interleaved, median_ratio
 from timm.data import create_dataset, create_loader
 
 from timm_selfdistill import TrainConfig, load_images
-from timm_selfdistill.training.loading import train_batches
+from timm_selfdistill.training.data.loaders import train_batches
 
 CONFIG = {"input_size": (3, 224, 224), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
           "interpolation": "bicubic", "crop_pct": 0.95}

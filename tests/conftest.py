@@ -64,8 +64,8 @@ def unrendered(monkeypatch):
 @pytest.fixture(autouse=True)
 def _few_timings(monkeypatch):
     """At the end of a run each exit is timed once, not for 2 seconds."""
-    monkeypatch.setattr("timm_selfdistill.training.summary.ROUNDS", 1)
-    monkeypatch.setattr("timm_selfdistill.training.summary.TIMED_SECONDS", 0.0)
+    monkeypatch.setattr("timm_selfdistill.training.outputs.metrics.ROUNDS", 1)
+    monkeypatch.setattr("timm_selfdistill.training.outputs.metrics.TIMED_SECONDS", 0.0)
 
 
 def small_backbone(name: str = "test_resnet", num_classes: int = 10, in_chans: int = 3, **kwargs) -> nn.Module:

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from timm_selfdistill.training import summary
+from timm_selfdistill.training.outputs import metrics as summary
 
 ROOT = Path(__file__).parents[1]
 HANGS = 240

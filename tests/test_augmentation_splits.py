@@ -19,9 +19,8 @@ from timm_selfdistill import (
 from timm_selfdistill.cli import parse_args, train_parser
 from timm_selfdistill.cli.methods import check_method_flags, exit_loss
 from timm_selfdistill.hub import read_metrics
-from timm_selfdistill.training.augmentation import create_train_transform
-from timm_selfdistill.training.mixing import view_by_view
-from timm_selfdistill.training.sampling import seeded
+from timm_selfdistill.training.data.sampling import seeded
+from timm_selfdistill.training.data.transforms import create_train_transform, view_by_view
 
 from .conftest import run_python, small_backbone, small_model
 

@@ -16,7 +16,7 @@ from timm_selfdistill.cli import run
 from timm_selfdistill.cli.main import main
 from timm_selfdistill.heads import LinearHead
 from timm_selfdistill.hub import save_timm_model
-from timm_selfdistill.training.images import open_image
+from timm_selfdistill.training.data.images import open_image
 
 from .conftest import ROOT, small_backbone, small_model
 

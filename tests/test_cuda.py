@@ -17,7 +17,7 @@ from timm_selfdistill import (
     Trainer,
     TruncatedModel,
 )
-from timm_selfdistill.training.update import Updater
+from timm_selfdistill.training.loop.update import Updater
 
 from .conftest import run_python, small_model
 

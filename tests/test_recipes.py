@@ -16,8 +16,8 @@ from timm_selfdistill.cli import parse_args, train_config, train_parser
 from timm_selfdistill.cli.methods import check_method_flags, create_task
 from timm_selfdistill.cli.recipes import FOLDER, print_recipes
 from timm_selfdistill.cli.train import _augmentation, _create_backbone
-from timm_selfdistill.training.augmentation import create_train_transform
-from timm_selfdistill.training.optimizer import base_lr, create_optimizer
+from timm_selfdistill.training.data.transforms import create_train_transform
+from timm_selfdistill.training.loop.optimizer import base_lr, create_optimizer
 
 from .conftest import run_python
 

@@ -31,10 +31,9 @@ from timm_selfdistill.cli.methods import _wrap, check_method_flags, create_task,
 from timm_selfdistill.cli.timm_flags import PASSED_OVER, REFUSED
 from timm_selfdistill.cli.train import _augmentation, _create_backbone
 from timm_selfdistill.hub import read_metrics
-from timm_selfdistill.training.augmentation import create_train_transform
-from timm_selfdistill.training.data.class_order import in_mapped_order
-from timm_selfdistill.training.mixing import TargetMixer
-from timm_selfdistill.training.optimizer import base_lr, create_optimizer
+from timm_selfdistill.training.data.splits import in_mapped_order
+from timm_selfdistill.training.data.transforms import TargetMixer, create_train_transform
+from timm_selfdistill.training.loop.optimizer import base_lr, create_optimizer
 
 from .conftest import run_python, small_backbone, small_model
 

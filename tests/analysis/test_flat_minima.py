@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from timm_selfdistill.analysis import FlatMinimaReport, measure_flatness, plot_flatness, sweep_noise
 from timm_selfdistill.analysis.flat_minima import draw_noise, shaken
-from timm_selfdistill.training.metrics import ExitMetrics
+from timm_selfdistill.training.outputs.metrics import ExitMetrics
 
 from ..conftest import small_backbone, small_model
 

@@ -15,7 +15,7 @@ from timm_selfdistill.baselines import (
     MutualLearningTask,
 )
 from timm_selfdistill.cli import check_method_flags, create_task, parse_args, train_config, train_parser
-from timm_selfdistill.training.preprocessing import model_data_config
+from timm_selfdistill.training.data.transforms import model_data_config
 
 from ..conftest import EMBEDDED, run_python, small_backbone
 

@@ -18,8 +18,8 @@ from timm_selfdistill.baselines import (
     MutualLearningTask,
     deep_supervision_loss,
 )
-from timm_selfdistill.training.checkpoint import list_checkpoints
-from timm_selfdistill.training.optimizer import create_optimizer
+from timm_selfdistill.training.loop.optimizer import create_optimizer
+from timm_selfdistill.training.state.checkpoint import list_checkpoints
 
 from ..conftest import small_backbone, small_model
 from ..training.test_trainer import fit, interrupt_after, same_weights, settings

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from timm_selfdistill import load_images
-from timm_selfdistill.training import upload
-from timm_selfdistill.training.progress import ProgressReporter
+from timm_selfdistill.training.outputs import upload
+from timm_selfdistill.training.runtime.progress import ProgressReporter
 
 from ..conftest import EMBEDDED, small_model, wait_for
 from ..programs import HANGS, ROOT

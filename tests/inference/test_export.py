@@ -15,7 +15,7 @@ from timm_selfdistill.heads import LinearHead
 from timm_selfdistill.inference import export
 from timm_selfdistill.inference.export import export_onnx, export_program, export_stages
 from timm_selfdistill.inference.policy import POLICIES
-from timm_selfdistill.training.images import open_image
+from timm_selfdistill.training.data.images import open_image
 
 from ..conftest import ROOT, small_backbone, small_model
 

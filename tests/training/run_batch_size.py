@@ -5,7 +5,7 @@
 import torch
 from accelerate import Accelerator
 
-from timm_selfdistill.training.batch_size import agree, search
+from timm_selfdistill.training.loop.update import agree, search
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, wrap_self_distill
-from timm_selfdistill.training import failures
-from timm_selfdistill.training.saved_models import SavedModels
+from timm_selfdistill.training.outputs.saved_models import SavedModels
+from timm_selfdistill.training.runtime import accelerator as failures
 
 
 class Images(Dataset):

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import TensorDataset
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, wrap_self_distill
-from timm_selfdistill.training import trainer as trainer_module
+from timm_selfdistill.training.loop import trainer as trainer_module
 
 create_accelerator = trainer_module.create_accelerator
 

@@ -14,10 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import TensorDataset
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, wrap_self_distill
-from timm_selfdistill.training.loading import train_batches
-from timm_selfdistill.training.sharding import gather
-from timm_selfdistill.training.snapshot import restore, take_snapshot
-from timm_selfdistill.training.state import TrainState
+from timm_selfdistill.training.data.loaders import train_batches
+from timm_selfdistill.training.loop.sharding import gather
+from timm_selfdistill.training.state.snapshot import TrainState, restore, take_snapshot
 
 STEPS = 5
 AVERAGES = torch.__version__ >= "2.9"

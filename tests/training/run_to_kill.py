@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, load_images, model_data_config, wrap_self_distill
-from timm_selfdistill.training import checkpoint
-from timm_selfdistill.training.metrics import ExitMeter
-from timm_selfdistill.training.preprocessing import create_backbone
-from timm_selfdistill.training.update import Updater
+from timm_selfdistill.training.data.transforms import create_backbone
+from timm_selfdistill.training.loop.update import Updater
+from timm_selfdistill.training.outputs.metrics import ExitMeter
+from timm_selfdistill.training.state import checkpoint
 
 GLOBAL_BATCH, IMAGES, EPOCHS = 24, 205, 3
 MOMENTS = {"update": (Updater, "_clip"), "evaluation": (ExitMeter, "update"), "checkpoint": (torch, "save"),

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import AutoAugment, RandomCrop, RandomHorizontalFlip
 
-from timm_selfdistill.training.augmentation import Cutout, create_train_transform
+from timm_selfdistill.training.data.transforms import Cutout, create_train_transform
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear",
           "crop_pct": 1.0}

@@ -8,10 +8,10 @@ import yaml
 from torch import nn
 
 from timm_selfdistill import TrainConfig, Trainer
-from timm_selfdistill.training.accelerator import create_accelerator
-from timm_selfdistill.training.batch_size import search, try_updates
-from timm_selfdistill.training.mixing import TargetMixer
-from timm_selfdistill.training.snapshot import get_random_states
+from timm_selfdistill.training.data.transforms import TargetMixer
+from timm_selfdistill.training.loop.update import search, try_updates
+from timm_selfdistill.training.runtime.accelerator import create_accelerator
+from timm_selfdistill.training.state.snapshot import get_random_states
 
 from ..conftest import run_python
 from .test_trainer import fit, make_task, same_weights, settings

@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_selfdistill import TrainConfig, Trainer
 from timm_selfdistill.hub import read_metrics
-from timm_selfdistill.training.checkpoint import list_checkpoints
+from timm_selfdistill.training.state.checkpoint import list_checkpoints
 
 from . import test_trainer
 from .test_trainer import interrupt_after, make_task

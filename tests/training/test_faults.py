@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from timm_selfdistill import SelfDistillModel, SelfDistillTask, Trainer
-from timm_selfdistill.training.checkpoint import WEIGHTS_FILE, Checkpoints, find_damage, list_checkpoints
-from timm_selfdistill.training.metrics import ExitMeter
-from timm_selfdistill.training.saved_models import SavedModels
-from timm_selfdistill.training.sharding import prepare_to_shard
-from timm_selfdistill.training.update import MOST_SKIPPED, Updater
+from timm_selfdistill.training.loop.sharding import prepare_to_shard
+from timm_selfdistill.training.loop.update import MOST_SKIPPED, Updater
+from timm_selfdistill.training.outputs.metrics import ExitMeter
+from timm_selfdistill.training.outputs.saved_models import SavedModels
+from timm_selfdistill.training.state.checkpoint import WEIGHTS_FILE, Checkpoints, find_damage, list_checkpoints
 
 from ..conftest import ENVIRONMENT, ROOT, small_model, wait_for
 from .test_trainer import RUN_FILES, fit, interrupt_after, make_task, same_weights, settings
@@ -237,7 +237,7 @@ def test_checkpoints_every_so_many_updates_or_seconds(fashion_tensors, tmp_path,
     names = [int(path.name[5:]) for path in list_checkpoints(tmp_path / "a/checkpoints")]
     assert names == [3, 6, 8, 9, 12, 15, 16]
     clock = iter(range(10**6))
-    monkeypatch.setattr("timm_selfdistill.training.interval.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("timm_selfdistill.training.runtime.progress.time.monotonic", lambda: next(clock))
     fit(tmp_path / "b", fashion_tensors, checkpoint_interval="5s", checkpoint_hist=9)
     names = [int(path.name[5:]) for path in list_checkpoints(tmp_path / "b/checkpoints")]
     assert len(names) > 2
@@ -356,7 +356,7 @@ def test_settings_that_make_it_another_run_are_refused_and_others_are_listed(few
 
 def test_a_checkpoint_of_a_newer_format(few, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("timm_selfdistill.training.checkpoint.FORMAT", 2)
+        patch.setattr("timm_selfdistill.training.state.checkpoint.FORMAT", 2)
         fit(tmp_path, few, epochs=1)
     with pytest.raises(ValueError, match="checkpoints/step-.* format 2, .*timm-selfdistill reads 1; .*newer"):
         fit(tmp_path, few, resume="latest")

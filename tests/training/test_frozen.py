@@ -21,8 +21,8 @@ from timm_selfdistill import (
     wrap_self_distill,
 )
 from timm_selfdistill.hub import read_metrics
-from timm_selfdistill.training.feature_cache import FOLDER
-from timm_selfdistill.training.metrics import ExitMetrics, deciding_metric
+from timm_selfdistill.training.loop.frozen import FOLDER
+from timm_selfdistill.training.outputs.metrics import ExitMetrics, deciding_metric
 
 from ..conftest import EMBEDDED, ROOT, run_python, small_backbone, small_model
 from .frozen_runs import equal, fit, frozen_model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from timm_selfdistill.training.images import open_image, read_image
+from timm_selfdistill.training.data.images import open_image, read_image
 
 FORMATS = {"PNG": {}, "JPEG": {}, "WEBP": {}, "TIFF": {"compression": "tiff_lzw"}, "GIF": {}, "BMP": {}, "AVIF": {},
            "DDS": {}, "JPEG2000": {}}
@@ -199,7 +199,7 @@ def test_pages_that_are_not_read_are_said(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV"])
 def test_every_mode_becomes_grey_or_colour(mode):
-    from timm_selfdistill.training.images import to_mode
+    from timm_selfdistill.training.data.images import to_mode
 
     image = Image.new(mode, (3, 2)) if mode in ("PA", "RGBa") else PICTURE.convert(mode)
     assert to_mode(image, "RGB").mode == "RGB"

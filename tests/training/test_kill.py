@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_flatten
 
-from timm_selfdistill.training.checkpoint import REST_FILE, WEIGHTS_FILE, list_checkpoints
+from timm_selfdistill.training.state.checkpoint import REST_FILE, WEIGHTS_FILE, list_checkpoints
 
 from ..conftest import ENVIRONMENT, TWO_PROCESSES, run_python, wait_for
 from ..programs import HANGS, ROOT, free_port

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from timm_selfdistill import TrainConfig, load_images, model_data_config
-from timm_selfdistill.training.loading import train_batches
+from timm_selfdistill.training.data.loaders import train_batches
 
 from ..conftest import small_backbone
 

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from timm_selfdistill.training.metrics import ExitMeter, exit_logits
+from timm_selfdistill.training.outputs.metrics import ExitMeter, exit_logits
 
 from ..conftest import small_model
 

@@ -1,7 +1,7 @@
 import torch
 
 from timm_selfdistill import TrainConfig
-from timm_selfdistill.training.mixing import TargetMixer
+from timm_selfdistill.training.data.transforms import TargetMixer
 
 X, Y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, wrap_self_distill
-from timm_selfdistill.training.optimizer import create_optimizer
+from timm_selfdistill.training.loop.optimizer import create_optimizer
 
 from ..conftest import ROOT, run_python, small_backbone, small_model
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from timm_selfdistill.training import progress
-from timm_selfdistill.training.progress import ProgressReporter
+from timm_selfdistill.training.runtime import progress
+from timm_selfdistill.training.runtime.progress import ProgressReporter
 
 
 def report(terminal: bool, monkeypatch) -> str:

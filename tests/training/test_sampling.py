@@ -2,7 +2,7 @@ import pytest
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from timm_selfdistill.training.sampling import EpochSampler, mixed_seed
+from timm_selfdistill.training.data.sampling import EpochSampler, mixed_seed
 
 
 def global_batches(world: int, epoch: int = 0, start: int = 0) -> list[set[int]]:

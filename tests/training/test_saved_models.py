@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from timm_selfdistill import TrainConfig, hub
-from timm_selfdistill.training import summary
-from timm_selfdistill.training.metrics import ExitMetrics
-from timm_selfdistill.training.saved_models import SavedModels
+from timm_selfdistill.training.outputs import metrics as summary
+from timm_selfdistill.training.outputs.metrics import ExitMetrics
+from timm_selfdistill.training.outputs.saved_models import SavedModels
 
 from ..conftest import small_model
 

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from timm_selfdistill import SelfDistillModel, Trainer
-from timm_selfdistill.training.sharding import block_classes
+from timm_selfdistill.training.loop.sharding import block_classes
 
 from ..conftest import run_python
 from .run_fsdp import RUNS, images, make_task, settings

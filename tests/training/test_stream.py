@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, load_images, model_data_config, wrap_self_distill
-from timm_selfdistill.training.images import read_image
-from timm_selfdistill.training.loading import StreamedBatches, ValBatches, train_batches
+from timm_selfdistill.training.data.images import read_image
+from timm_selfdistill.training.data.loaders import StreamedBatches, ValBatches, train_batches
 
 from ..conftest import EMBEDDED, ROOT, TWO_PROCESSES, run_python, small_backbone, small_model
 

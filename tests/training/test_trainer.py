@@ -22,8 +22,8 @@ from timm_selfdistill import (
     Trainer,
     wrap_self_distill,
 )
-from timm_selfdistill.training.checkpoint import list_checkpoints
-from timm_selfdistill.training.update import Updater
+from timm_selfdistill.training.loop.update import Updater
+from timm_selfdistill.training.state.checkpoint import list_checkpoints
 
 from ..conftest import small_backbone, small_model
 
@@ -91,8 +91,8 @@ def test_pictures_are_drawn_at_the_end_and_every_30_seconds_at_most(
         seconds, times, fashion_tensors, tmp_path, monkeypatch):
     """Three epochs of so many seconds, by a clock of the test's own."""
     now, drawn = [0.0], []
-    monkeypatch.setattr("timm_selfdistill.training.interval.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr("timm_selfdistill.training.run_directory.plot_curves", lambda *_: drawn.append(
+    monkeypatch.setattr("timm_selfdistill.training.runtime.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("timm_selfdistill.training.outputs.run_directory.plot_curves", lambda *_: drawn.append(
         [(tmp_path / name / "exits.png").exists() for name in ("best", "last")]))
     evaluate = Trainer.evaluate
     monkeypatch.setattr(Trainer, "evaluate", lambda self: (now.append(now.pop() + seconds), evaluate(self))[1])
@@ -451,7 +451,7 @@ def test_a_constructor_writes_nothing(few, tmp_path, monkeypatch):
 
 def test_two_runs_begun_in_one_second(few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("timm_selfdistill.training.run_directory.datetime",
+    monkeypatch.setattr("timm_selfdistill.training.outputs.run_directory.datetime",
                         SimpleNamespace(now=lambda: datetime(2020, 1, 2)))
     trainers = [Trainer(make_task(), *few, settings("", epochs=1)) for _ in range(2)]
     assert [trainer.output for trainer in trainers] == [None, None]

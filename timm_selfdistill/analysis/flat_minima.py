@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..cost import evaluating
 from ..inference.labelled import all_finite, check_finite, labelled_batches
 from ..model import SelfDistillModel
-from ..training.metrics import ExitMeter, ExitMetrics, exit_logits
+from ..training.outputs.metrics import ExitMeter, ExitMetrics, exit_logits
 
 SCALED_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
 """Of a tensor's root mean square."""

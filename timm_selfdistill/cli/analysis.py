@@ -27,9 +27,9 @@ from ..hub.files import CONFIG
 from ..hub.trust import short
 from ..model import SelfDistillModel
 from ..task import SelfDistillTask
-from ..training.hardware import device_name
-from ..training.loading import MeasuredImages
-from ..training.report import write_json
+from ..training.data.loaders import MeasuredImages
+from ..training.outputs.run_directory import write_json
+from ..training.runtime.accelerator import device_name
 from ..version import __version__
 from .methods import exit_loss
 from .opening import (

@@ -10,9 +10,7 @@ from .. import hub
 from ..hub.building import build_backbone
 from ..hub.files import CONFIG
 from ..model import SelfDistillModel, wrap_self_distill
-from ..training.initial_weights import check_fits
-from ..training.saved_weights import SavedWeights, read_record, read_weights
-from ..training.trained_exits import load_exits
+from ..training.loop.initial_weights import SavedWeights, check_fits, load_exits, read_record, read_weights
 from .opening import load_any_model
 from .program import say
 

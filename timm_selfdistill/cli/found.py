@@ -6,7 +6,7 @@ from torch import nn
 
 from ..cost import default_input_size
 from ..training import ImageSplits
-from ..training.data.class_order import has_new_classifier
+from ..training.data.splits import has_new_classifier
 from .measured import trained_before
 from .opening import starting_record
 from .program import printable

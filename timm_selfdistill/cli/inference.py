@@ -16,11 +16,18 @@ from ..inference.export import STAGES_FILE, export_onnx, export_stages
 from ..inference.gallery import choose_images, plot_gallery
 from ..inference.policy import POLICIES
 from ..model import SelfDistillModel
-from ..training.images import value_ranges
-from ..training.loading import MeasuredImages
-from ..training.metrics import ExitMeter, exit_logits
-from ..training.report import print_exits, write_json
-from ..training.summary import exit_costs, find_speedups, merge_rows, model_name, with_speedups
+from ..training.data.images import value_ranges
+from ..training.data.loaders import MeasuredImages
+from ..training.outputs.metrics import (
+    ExitMeter,
+    exit_costs,
+    exit_logits,
+    find_speedups,
+    merge_rows,
+    model_name,
+    with_speedups,
+)
+from ..training.outputs.run_directory import print_exits, write_json
 from .data_flags import PREPROCESSING_FLAGS
 from .export_timm import export_timm, without_accuracy
 from .opening import add_measuring_flags, add_model_flags, load_any_model, load_model, open_data, read_data

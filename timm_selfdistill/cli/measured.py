@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..training import ImageSplits, load_images
-from ..training.data.fraction import ValFraction
-from ..training.data.layout import split_kind
-from ..training.data.load import load_split
+from ..training.data.finding import load_split
+from ..training.data.folder import split_kind
+from ..training.data.sources import ValFraction
 from .record import Record, as_range
 
 

@@ -28,10 +28,9 @@ from ..cost import default_input_size
 from ..loss import SelfDistillLoss
 from ..model import SelfDistillModel, wrap_self_distill
 from ..task import SelfDistillTask
-from ..training.class_names import listed
-from ..training.preprocessing import create_backbone, model_data_config, own_class_names
-from ..training.saved_weights import UNREADABLE, SavedWeights
-from ..training.trained_exits import load_exits
+from ..training.data.labels import listed
+from ..training.data.transforms import create_backbone, model_data_config, own_class_names
+from ..training.loop.initial_weights import UNREADABLE, SavedWeights, load_exits
 from .program import parse_exit, say
 
 NETWORK_FLAGS = ("exits", "head")

@@ -15,12 +15,11 @@ from .. import hub
 from ..hub.files import CONFIG
 from ..model import SelfDistillModel
 from ..training import ImageSplits, model_data_config
-from ..training.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
-from ..training.class_names import listed
-from ..training.data.class_order import match_classes
-from ..training.data.splits import REORDERED
-from ..training.loading import MeasuredImages
-from ..training.trained_exits import find_config
+from ..training.data.labels import listed
+from ..training.data.loaders import MeasuredImages
+from ..training.data.splits import REORDERED, match_classes
+from ..training.loop.initial_weights import find_config
+from ..training.state.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
 from ..truncated import load_pretrained
 from .data_flags import PREPROCESSING_FLAGS, add_image_flags, add_preprocessing_flags
 from .measured import as_text, find_images

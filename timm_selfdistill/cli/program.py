@@ -12,7 +12,7 @@ from typing import NoReturn
 import datasets
 from huggingface_hub.utils import disable_progress_bars
 
-from ..training.failures import PeerError, error_line
+from ..training.runtime.accelerator import PeerError, error_line
 
 DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, AssertionError, ImportError)

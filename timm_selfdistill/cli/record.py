@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 
 from .. import hub
-from ..training.data.fraction import ValFraction
-from ..training.images import FULL_RANGES, ValueRange, ValueRanges
-from ..training.run_directory import CONFIG_FILE
+from ..training.data.images import FULL_RANGES, ValueRange, ValueRanges
+from ..training.data.sources import ValFraction
+from ..training.outputs.run_directory import CONFIG_FILE
 
 
 @dataclass(frozen=True)

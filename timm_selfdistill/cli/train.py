@@ -25,10 +25,9 @@ from ..training import (
     print_exits,
     summary_title,
 )
-from ..training.data.class_order import fit_classes, in_mapped_order
-from ..training.initial_weights import init_classifier
-from ..training.preprocessing import create_backbone
-from ..training.trained_exits import find_saved_weights
+from ..training.data.splits import fit_classes, in_mapped_order
+from ..training.data.transforms import create_backbone
+from ..training.loop.initial_weights import find_saved_weights, init_classifier
 from .found import found_lines, found_settings
 from .methods import EXIT_METHODS, check_method_flags, create_task, network_args, take_over_exits
 from .program import NOT_UPLOADED, run, say

@@ -1,7 +1,7 @@
 """What a run says about its uploads at its end."""
 import shlex
 
-from ..training.upload import UploadResult
+from ..training.outputs.upload import UploadResult
 
 
 def upload_lines(upload: UploadResult, private: bool) -> str:

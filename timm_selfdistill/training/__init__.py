@@ -3,13 +3,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .config import TrainConfig
-from .preprocessing import model_data_config, own_class_names
-from .trainer import Trainer, TrainResult
+from .data.transforms import model_data_config, own_class_names
+from .loop.trainer import Trainer, TrainResult
 
 if TYPE_CHECKING:
     from .data import ImageDataset, ImageSplits, load_images
-    from .images import open_image
-    from .report import print_exits, summary_title
+    from .data.images import open_image
+    from .outputs.run_directory import print_exits, summary_title
 
 __all__ = [
     "ImageDataset",

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.optim import list_optimizers
 from torch import Tensor
 
-from .interval import Interval
+from .runtime.progress import Interval
 
 CHOICES = {
     "mixup_mode": ("batch", "pair", "elem"),

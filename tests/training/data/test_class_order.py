@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
 from timm_selfdistill import load_images, model_data_config, wrap_self_distill
-from timm_selfdistill.training.data.class_order import fit_classes
+from timm_selfdistill.training.data.splits import fit_classes
 
 from ...conftest import ROOT, run_python, small_backbone
 from .test_layouts import make

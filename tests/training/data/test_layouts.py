@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_dataset
 
 from timm_selfdistill import load_images
-from timm_selfdistill.training.data.load import load_split
+from timm_selfdistill.training.data.finding import load_split
 
 from ...conftest import run_python
 from ...programs import ROOT
@@ -200,7 +200,7 @@ def test_a_folder_that_may_not_be_read(link, open_place):
         (open_place / "photos/secret").symlink_to(secret / "deep")
     secret.chmod(0)
     script = open_place / "script.py"
-    script.write_text("import os, sys\nfrom timm_selfdistill.training.data.load import load_images\n"
+    script.write_text("import os, sys\nfrom timm_selfdistill.training.data.finding import load_images\n"
                       "if os.getuid() == 0: os.setuid(65534)  # who may read everything\n"
                       "try: load_images(sys.argv[1])\nexcept PermissionError as error: print(error)\n")
     done = run_python(script, open_place / "photos")

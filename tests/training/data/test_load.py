@@ -7,7 +7,7 @@ import timm
 from PIL import Image
 
 from timm_selfdistill import load_images, model_data_config
-from timm_selfdistill.training.data.load import load_split
+from timm_selfdistill.training.data.finding import load_split
 
 from ...conftest import EMBEDDED, small_backbone
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from timm_selfdistill import hub
 from timm_selfdistill.cli import read_record
-from timm_selfdistill.training.images import value_ranges
+from timm_selfdistill.training.data.images import value_ranges
 
 from ...conftest import ROOT, run_python
 from .test_bad_samples import train

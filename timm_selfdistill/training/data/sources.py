@@ -1,4 +1,9 @@
 """Where images come from: a folder of image files, what `datasets` reads, or its objects."""
+import csv
+import glob
+import hashlib
+import json
+import math
 import os
 import re
 from collections import Counter
@@ -8,12 +13,150 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+from datasets.utils.stratify import stratified_shuffle_split_generate_indices
 from timm.data.readers import get_img_extensions
 
-from .files import left_out_text
-from .layout import SPLIT_KINDS, find_splits, pick_split
-from .tables import find_metadata, image_paths, is_saved, read_metadata_folder, read_table
-from .tree import SHARD_ENDINGS, TABLE_ENDINGS, Tree, scan
+from .folder import (
+    METADATA_FILES,
+    SHARD_ENDINGS,
+    SPLIT_KINDS,
+    TABLE_ENDINGS,
+    ImageFiles,
+    Tree,
+    find_splits,
+    left_out_text,
+    names_text,
+    pick_split,
+    scan,
+    split_kind,
+)
+from .images import undecoded
+
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+"""Which part of `datasets` reads files of an ending."""
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` made a folder."""
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return True
+    file = folder / "dataset_dict.json"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError:  # a file of the user's
+        return False
+    return isinstance(saved, dict) and "splits" in saved
+
+
+def find_metadata(root: Tree, splits: Mapping[str, Tree]) -> list[str]:
+    """The files that say which image is which, as `datasets` has them: with a column for the names of files.
+
+    Args:
+        splits: of the folder, if it has any; what lies beside those with classes is left out, and so are its files.
+    """
+    read = [folder for split in splits.values() if split.has_classes for folder in split] or list(root)
+    return [path for folder in {id(folder): folder for folder in (root, *read)}.values() for path in folder.tables
+            if os.path.basename(path) in METADATA_FILES and _names_files(path)]
+
+
+def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Any]:
+    """Images in folders with metadata files: a split for each folder that has the name of one and a file of its own.
+
+    Raises:
+        ValueError: there are such folders, but one file for all of them.
+    """
+    splits = [folder for folder in root.folders if split_kind(folder.name) and folder.has_images]
+    own = [folder for folder in splits if find_metadata(folder, {})]
+    if splits and own != splits:
+        raise ValueError(f"{root.path} holds the splits {names_text(splits)}, but one metadata file for all of them;"
+                         " put one into each of them")
+    parts = {folder.name: folder for folder in own} or {"train": root}
+    files = {name: f"{glob.escape(folder.path)}/**" for name, folder in parts.items()}
+    return datasets.load_dataset("imagefolder", data_files=files, streaming=streaming)
+
+
+def image_paths(rows: datasets.Dataset) -> list[str]:
+    """The paths in the image columns of a table."""
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    return [row[column]["path"] for column in columns for row in undecoded(rows, column)]
+
+
+def read_table(source: str | Path, name: str | None, undivided: str, streaming: bool) -> Mapping[str, Any]:
+    """The splits of a folder or file of tables, or of a data set on the Hub.
+
+    Args:
+        undivided: name of the only split of what has none.
+    """
+    path = Path(source)
+    try:
+        if path.is_dir() and is_saved(path):
+            if streaming:
+                raise ValueError(f"{path} is read without loading it to memory as it is; leave out streaming")
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_file():
+            if path.suffix not in (".parquet", ".arrow"):
+                raise ValueError(f"{path} is no .parquet or .arrow file; expected one, a folder, or a Hub name")
+            loaded = datasets.load_dataset(
+                BUILDERS[path.suffix], data_files={undivided: glob.escape(str(path))}, streaming=streaming)
+        else:
+            loaded = _load(source, name, streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"{source} is no folder or file here, and no data set on the Hub: {error}") from error
+    return loaded if isinstance(loaded, Mapping) else {undivided: loaded}
+
+
+def _load(source: str | Path, name: str | None, streaming: bool) -> Any:
+    """`datasets.load_dataset`, which takes characters such as "[" in a path for a pattern."""
+    path = Path(source)
+    if not (path.is_dir() and glob.has_magic(str(path))):
+        return datasets.load_dataset(str(source), name, streaming=streaming)
+    kinds = {file.suffix for file in path.rglob("*") if file.suffix in BUILDERS}
+    if len(kinds) > 1:
+        raise ValueError(f"{path} holds files of several kinds ({', '.join(sorted(kinds))}); give a folder of one kind")
+    return datasets.load_dataset(BUILDERS[kinds.pop()], data_dir=glob.escape(str(path)), streaming=streaming)
+
+
+def _names_files(path: str) -> bool:
+    """Whether a metadata file has a column "file_name", or one that ends in it."""
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        line = file.readline()
+    try:
+        columns = next(csv.reader([line]), []) if path.endswith(".csv") else json.loads(line)
+    except (ValueError, csv.Error):
+        return False
+    return isinstance(columns, (list, dict)) and any(
+        isinstance(column, str) and column.endswith("file_name") for column in columns)
+
+
+Rows = ImageFiles | datasets.Dataset | datasets.IterableDataset
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `load_images` makes `ImageSplits` of.
+
+    Attributes:
+        sampled: the training images before a part of them was taken for validation.
+        val_name: of the validation split.
+        label_column: None without labels.
+        entries: of both splits, see `entry`.
+    """
+
+    train: Rows
+    val: Rows
+    sampled: Rows
+    val_name: str
+    image_column: str
+    label_column: str | None
+    class_names: list[str]
+    entries: list[dict[str, Any]]
+
+
+def entry(split: str, images: int | None, classes: int, place: str, left_out: Counter[str]) -> dict[str, Any]:
+    """What a run says of a split, and records."""
+    return {"split": split, "images": images, "classes": classes, "from": place, "left_out": left_out_text(left_out)}
+
 
 UNDIVIDED = "train"
 """The name of what has no splits."""
@@ -186,3 +329,72 @@ def _no_images(root: Tree) -> str:
     extensions = " ".join(sorted(get_img_extensions()))
     return (f"{root.path} holds no images ({extensions}){found}; expected one folder per class with images, parquet or"
             " arrow files, or WebDataset shards; other extensions of images are given as --input-key '.webp;.png'")
+
+
+@dataclass(frozen=True)
+class ValFraction:
+    """How large it is, and the seed by which it is drawn.
+
+    Raises:
+        ValueError: the share does not lie between 0 and 1.
+    """
+
+    share: float = 0.1
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {self.share}")
+
+    def draw(self, labels: np.ndarray | None, count: int, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of training and validation images, the same as those of `datasets.Dataset.train_test_split`.
+
+        Args:
+            labels: (N,), class indices, by which they are drawn class by class where there is room for each class;
+                None without.
+            count: N.
+
+        Raises:
+            ValueError: a class has one image only, or none is left to train on.
+        """
+        held_out, draw = math.ceil(self.share * count), np.random.default_rng(self.seed)
+        if held_out >= count:
+            raise ValueError(
+                f"val_fraction {self.share:g} of {count} images leaves none to train on; take less, or give a"
+                " validation split")
+        if labels is not None:
+            classes, counts = np.unique(labels, return_counts=True)
+            if counts.min() < 2:
+                raise ValueError(
+                    f"class {class_names[classes[counts.argmin()]]!r} has one image, which cannot be both trained on"
+                    " and measured: add images of it, or a validation split")
+            if min(count - held_out, held_out) >= len(classes):
+                return next(stratified_shuffle_split_generate_indices(labels, count - held_out, held_out, rng=draw))
+        order = draw.permutation(count)
+        if labels is not None and (lost := set(classes) - set(labels[order[held_out:]])):
+            raise ValueError(
+                f"val_fraction {self.share:g} of {count} images has no room for each of {len(classes)} classes, and"
+                f" takes all images of class {class_names[min(lost)]!r}; take more, or give a validation split")
+        return order[held_out:], order[:held_out]
+
+    def of(self, split: str) -> str:
+        """What the part is called."""
+        return f"{self.share:g} of {split}"
+
+
+def fingerprint(rows: Rows, label_column: str | None) -> str | None:
+    """A hash of the images from which a part is drawn: of files their names, below the folder that holds them all, and
+    classes; of a table its labels. None for a stream.
+
+    What is drawn depends on the order of the images, so that a renamed file changes it.
+    """
+    digest = hashlib.sha256()
+    if isinstance(rows, ImageFiles):
+        root = os.path.commonpath(rows.paths)
+        digest.update("\0".join(os.path.relpath(path, root) for path in rows.paths).encode(errors="surrogateescape"))
+    elif isinstance(rows, datasets.Dataset):
+        labels = rows.select_columns(label_column)[:][label_column] if label_column in rows.column_names else []
+        digest.update(repr((len(rows), labels)).encode())
+    else:
+        return None
+    return digest.hexdigest()[:16]

@@ -1,0 +1,282 @@
+"""Images as files hold them, and as networks take them: the same for training, evaluation and prediction."""
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+from PIL import ExifTags, Image
+
+from .folder import ImageFiles
+
+if TYPE_CHECKING:
+    import datasets
+
+MODES = {1: "L", 3: "RGB"}
+"""Of images with so many channels."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
+"""What makes an image upright, by its EXIF orientation."""
+
+ValueRange = tuple[float, float]
+"""The values of a pixel that are black and white."""
+
+ValueRanges = dict[str, ValueRange]
+"""Of images with more than 8 bits: integers ("I") and floating-point numbers ("F")."""
+
+FULL_RANGES: ValueRanges = {"I": (0, 65535), "F": (0.0, 255.0)}
+"""As Pillow reads 16-bit images, and converts to floating-point numbers."""
+
+SMALL_PART = 1 / 4
+"""Of a range: images whose values fill no more of it, such as those of a camera's 12 bits, are too dark."""
+
+
+def open_image(
+        path: str | Path, channels: int, value_range: ValueRange | ValueRanges | None = None) -> Image.Image:
+    """An image file, grey or in colours, upright.
+
+    Args:
+        channels: 1 or 3.
+        value_range: black and white of an image with more than 8 bits, perhaps by kind; None is the full range of its
+            type. A warning says where its values lie in a small part of that.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image that Pillow reads, or `channels` is neither 1 nor 3.
+    """
+    if channels not in MODES:
+        raise ValueError(f"this model takes images of {channels} channels; a file's are made into 1 or 3")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected an image file")
+    image = {"bytes": None, "path": str(path)}
+    with named_errors(image):
+        decoded = decode_image(image)
+        ranges = value_ranges(value_range)
+        kind = deep_kind(decoded)
+        if kind and kind not in ranges:
+            ranges = {kind: usual_range(kind, *extremes(decoded), str(path))}
+        warn_of_pages(decoded, str(path))
+        return to_mode(decoded, MODES[channels], ranges)
+
+
+def value_ranges(value_range: ValueRange | ValueRanges | None) -> ValueRanges:
+    """By kind of images; a single range is that of all kinds."""
+    if isinstance(value_range, dict):
+        return value_range
+    return {"I": tuple(value_range), "F": tuple(value_range)} if value_range else {}
+
+
+def read_image(image: dict[str, Any], mode: str, row: int | None = None,
+               ranges: ValueRanges | None = None) -> Image.Image:
+    """An image of `datasets`, which has bytes or a path, upright and converted.
+
+    Args:
+        mode: "L" or "RGB".
+        row: which one it is, for the error message.
+        ranges: None are the full ranges.
+
+    Raises:
+        ValueError: it is none that Pillow reads; the message has its path, or the row.
+    """
+    with named_errors(image, row, "; on_bad_sample='skip' (--on-bad-sample skip) leaves such images out"):
+        return to_mode(decode_image(image), mode, ranges)
+
+
+def undecoded(rows: Any, image_column: str, label_column: str | None = None) -> Any:
+    """The two columns of a table of `datasets`, images as bytes or paths."""
+    import datasets
+
+    rows = rows.select_columns(list(filter(None, (image_column, label_column))))
+    return rows.cast_column(image_column, datasets.Image(decode=False))
+
+
+@contextmanager
+def named_errors(image: dict[str, Any], row: int | None = None, way_out: str = "") -> Iterator[None]:
+    """Whatever Pillow raises at a damaged file becomes a ValueError that names it, and what to do."""
+    try:
+        yield
+    except Exception as error:  # OSError, SyntaxError, struct.error, RuntimeError, ...: there is no list of them
+        name = (image and image["path"]) or f"in row {row}"
+        reason = re.sub(r" image file (<_io\..*>|'.*')$", " it", str(error)) or type(error).__name__
+        raise ValueError(f"cannot read image {name}: {reason}{way_out}") from error
+
+
+def decode_image(image: dict[str, Any]) -> Image.Image:
+    """An image of `datasets` as it is, upright."""
+    decoded = load_header(image)
+    if decoded.format == "TIFF":  # which is turned while it is loaded, unless nothing says so
+        turn = _turn(decoded)
+        exif = decoded.getexif()
+        for tag in list(exif):
+            del exif[tag]
+        decoded.load()
+    else:
+        decoded.load()
+        turn = _turn(decoded)
+    return decoded if turn is None else decoded.transpose(turn)
+
+
+def load_header(image: dict[str, Any]) -> Image.Image:
+    """An image of `datasets` that knows its size and mode, but not yet its pixels."""
+    if image["bytes"] is not None:
+        return Image.open(BytesIO(image["bytes"]))
+    path = image["path"]
+    if "://" not in path:
+        return Image.open(path)
+    with fsspec.open(path, "rb") as file:  # streamed folders give an address, such as hf://datasets/user/name/a.png
+        return Image.open(BytesIO(file.read()))
+
+
+def deep_kind(image: Image.Image) -> str | None:
+    """ "I" or "F" for pixels of 16 or 32 bits, integers or floating-point numbers; None for 8 bits."""
+    return image.mode[0] if image.mode.startswith(("I", "F")) else None
+
+
+def extremes(image: Image.Image) -> ValueRange:
+    """The lowest and the highest value of the pixels; 0 and 0 where none is a number."""
+    values = np.asarray(image)
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+
+
+def warn_of_pages(image: Image.Image, name: str) -> None:
+    """Say where a TIFF file has more than one image in it."""
+    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+        warnings.warn(f"{name} holds {image.n_frames} pages, of which the first is read", stacklevel=3)
+
+
+def to_mode(image: Image.Image, mode: str, ranges: ValueRanges | None = None) -> Image.Image:
+    """Convert to "L" or "RGB"."""
+    if kind := deep_kind(image):  # which Pillow would clip to 0..255
+        image = Image.fromarray(_to_8_bits(np.asarray(image), {**FULL_RANGES, **(ranges or {})}[kind]))
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
+
+
+def usual_range(kind: str, low: float, high: float, name: str) -> ValueRange:
+    """Black and white of images of a kind whose values lie between these.
+
+    A warning says what is unusual: integers that fill a small part of their range, or more than it, are taken as they
+    are; floating-point numbers up to 1 are taken for a range from 0 to 1.
+    """
+    black, white = (0.0, 1.0) if kind == "F" and low >= 0 and high <= 1 else FULL_RANGES[kind]
+    if low < black or high > white or high <= SMALL_PART * FULL_RANGES[kind][1]:
+        numbers = "floating-point numbers" if kind == "F" else "integers of more than 8 bits"
+        warnings.warn(f"the values of {name} are {numbers} from {low:g} to {high:g}; {black:g} is taken for black and"
+                      f" {white:g} for white: if they are others, give value_range (--value-range LOW HIGH)",
+                      stacklevel=3)
+    return black, white
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes it upright; None where its EXIF data do not say, or cannot be read."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF data raise what the file makes Pillow raise; the pixels are what counts
+        return None
+
+
+def _to_8_bits(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
+    low, high = value_range
+    if np.issubdtype(values.dtype, np.integer) and low == int(low) and high == int(high):
+        scaled = (values.astype(np.int64) - int(low)) * 256 // (int(high) - int(low) + 1)
+    else:
+        scaled = np.nan_to_num((values.astype(np.float64) - low) / (high - low) * 255)
+    return scaled.clip(0, 255).astype(np.uint8)
+
+
+SAMPLE = 256
+"""Images, spread over the whole set; of a stream the first ones."""
+
+GREY_MODES = ("1", "L", "LA", "I", "F")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of the training images.
+
+    Attributes:
+        size: (height, width) of the median image, by the longer side.
+        grey: whether all are grey throughout.
+        ranges: black and white of images with more than 8 bits, by their kind.
+    """
+
+    size: tuple[int, int]
+    grey: bool
+    ranges: ValueRanges
+
+
+def take_sample(
+        rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset", image_column: str,
+        value_range: ValueRange | ValueRanges | None = None) -> Sample:
+    """Look at images; those that cannot be read are passed over.
+
+    Args:
+        value_range: black and white, where they are known.
+
+    Raises:
+        ValueError: there are none, or none that can be read.
+    """
+    sizes, grey, values, error, ranges = [], True, {}, None, value_ranges(value_range)
+    for number, image in _spread(rows, image_column):
+        try:
+            with named_errors(image, number):
+                header = load_header(image)
+                if grey and not _has_grey_mode(header):
+                    grey = _is_grey(decode_image(image))
+                name = image["path"] or f"row {number}"
+                if (kind := deep_kind(header)) and kind not in ranges:
+                    values.setdefault(kind, []).append((*extremes(decode_image(image)), name))
+                if not sizes:
+                    warn_of_pages(header, name)
+                sizes.append(header.size[::-1])
+        except ValueError as reason:  # `on_bad_sample` decides about it when the images are loaded
+            error = reason
+    if not sizes:
+        raise error or ValueError("there are no training images")
+    found = {kind: _range_of_all(kind, *zip(*files)) for kind, files in values.items()}
+    return Sample(sorted(sizes, key=max)[len(sizes) // 2], grey, {**ranges, **found})
+
+
+def _range_of_all(kind: str, lows: tuple[float, ...], highs: tuple[float, ...], names: tuple[str, ...]) -> ValueRange:
+    brightest = names[int(np.argmax(highs))]
+    name = brightest if len(names) == 1 else f"{len(names)} images ({brightest} among them)"
+    return usual_range(kind, min(lows), max(highs), name)
+
+
+def _spread(rows: Any, image_column: str) -> Any:
+    """Number and undecoded image of each row of the sample."""
+    if isinstance(rows, ImageFiles):
+        for index in _indices(len(rows)):
+            yield index, rows[index]["image"]
+        return
+    import datasets
+
+    rows = undecoded(rows, image_column)
+    if isinstance(rows, datasets.IterableDataset):
+        for index, row in enumerate(islice(rows, SAMPLE)):
+            yield index, row[image_column]
+    else:
+        for index in _indices(len(rows)):
+            yield index, rows[index][image_column]
+
+
+def _indices(count: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).round().astype(int)).tolist() if count else []
+
+
+def _has_grey_mode(image: Image.Image) -> bool:
+    return image.mode in GREY_MODES or image.mode.startswith("I;")
+
+
+def _is_grey(image: Image.Image) -> bool:
+    red, green, blue = image.convert("RGB").split()
+    return red.tobytes() == green.tobytes() == blue.tobytes()

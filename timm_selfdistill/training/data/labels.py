@@ -1,0 +1,215 @@
+"""Class indices of images, their names, and data sets that have none."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from .sampling import ATTEMPTS
+
+
+def some_names(names: list[str], count: int = 3) -> str:
+    return ", ".join(map(repr, names[:count])) + (", ..." if len(names) > count else "")
+
+
+def listed(names: list[str], other: list[str] | None = None) -> str:
+    """A list of class names for a message: all, or of a long list some.
+
+    Args:
+        other: a list that it differs from; of a long list, the names from the first difference on are given.
+    """
+    if len(names) <= 20:
+        return f"{len(names)} classes ({some_names(names, 20)})"
+    if other is None:
+        return f"{len(names)} classes ({some_names(names)})"
+    first = next((index for index, pair in enumerate(zip(names, other)) if len(set(pair)) > 1), len(other))
+    return f"{len(names)} classes (from index {first}: {some_names(names[first:])})"
+
+
+NO_LABEL = -1
+"""In the place of a class index, as `datasets` has it in splits whose labels are kept secret."""
+
+
+def check_range(low: int, high: int, num_classes: int, column: str) -> None:
+    if low < 0 or high >= num_classes:
+        hint = "; -1 marks a split without labels: choose another" if low == -1 else ""
+        if (low, high) == (1, num_classes):
+            hint = "; they begin at 1, and must begin at 0"
+        raise ValueError(
+            f"labels in column {column!r} must lie in 0..{num_classes - 1}, got {low if low < 0 else high}{hint}")
+
+
+def check_classes(model: nn.Module, data: Dataset) -> int:
+    """How many classes a model and its images have, as far as either knows.
+
+    Raises:
+        ValueError: they differ.
+    """
+    classes, in_data = getattr(model, "num_classes", None), getattr(data, "num_classes", None)
+    if classes is not None and in_data is not None and classes != in_data:
+        raise ValueError(
+            f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}, or for"
+            f" a model that stays as it is take the images without labels: load_images(..., unlabelled=True) and"
+            f" images.fitting_labels({classes})")
+    return classes or in_data
+
+
+def check_first_labels(num_classes: int, mixes: bool, train_data: Dataset, val_data: Dataset) -> None:
+    """Look at the label of the first sample of map-style data sets; see `check_targets` and `check_indices`."""
+    for data, check in ((train_data, partial(check_targets, mixes=mixes)), (val_data, check_indices)):
+        if not isinstance(data, IterableDataset) and is_labelled(data):
+            check(default_collate([_first(data)[1]]), num_classes)
+
+
+def check_targets(y: Any, num_classes: int, mixes: bool = False) -> Tensor:
+    """The labels of a training batch, as every loss takes them: class indices (B,), or soft labels (B, K).
+
+    Args:
+        y: as the DataLoader gives them; class indices may be (B, 1). Values are looked at on the CPU only.
+        num_classes: K.
+        mixes: whether the run makes soft labels of class indices (mixup, cutmix, smoothing).
+
+    Raises:
+        ValueError: they are others, such as several classes an image.
+    """
+    if not _are_soft(y, num_classes, "training"):
+        return _check_range(y, num_classes, "training")
+    y = y if y.is_floating_point() else y.float()
+    if mixes:
+        raise ValueError("mixup, cutmix and smoothing make soft labels of class indices, and the training images have"
+                         " soft labels already; leave them out, or give class indices")
+    return y
+
+
+def check_indices(y: Any, num_classes: int) -> Tensor:
+    """The class indices (B,) by which a validation batch is measured: of soft labels the most likely class.
+
+    Args:
+        y: class indices (B,) or (B, 1), or soft labels (B, K), one-hot for example.
+        num_classes: K.
+
+    Raises:
+        ValueError: they are others, such as several classes an image.
+    """
+    return y.argmax(1) if _are_soft(y, num_classes, "validation") else _check_range(y, num_classes, "validation")
+
+
+def _are_soft(y: Any, num_classes: int, which: str) -> bool:
+    """Whether labels are probabilities (B, K).
+
+    Raises:
+        ValueError: they are (B, K), but no probabilities.
+    """
+    if not (isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] == num_classes > 1):
+        return False
+    if y.device.type == "cpu" and not ((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-2):
+        raise _wrong_labels(y, num_classes, which, ", whose rows do not sum to 1; several classes an image are not"
+                                                   " supported")
+    return True
+
+
+def _check_range(y: Any, num_classes: int, which: str) -> Tensor:
+    """Class indices (B,)."""
+    whole = isinstance(y, Tensor) and not y.is_floating_point() and y.dtype != torch.bool
+    if not whole or y.shape not in ((len(y),), (len(y), 1)):
+        raise _wrong_labels(y, num_classes, which)
+    if y.device.type == "cpu" and len(y):
+        low, high = (int(value) for value in y.aminmax())
+        if low < 0 or high >= num_classes:
+            raise _wrong_labels(y, num_classes, which, f", with the class index {low if low < 0 else high}")
+    return y.flatten().long()
+
+
+def _wrong_labels(y: Any, num_classes: int, which: str, more: str = "") -> ValueError:
+    given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    return ValueError(f"{which} labels must be class indices (B,) from 0 to {num_classes - 1}, or soft labels (B,"
+                      f" {num_classes}) that sum to 1, got {given}{more}")
+
+
+def name_classes(model: nn.Module, *data: Dataset) -> list[str]:
+    """The names of the classes, in the order of their indices, as model and images know them; a timm model that does
+    not know them gets them.
+
+    Raises:
+        ValueError: they differ.
+    """
+    backbone = getattr(model, "backbone", model)
+    known = getattr(backbone, "pretrained_cfg", {})
+    names = list(known.get("label_names") or ())
+    own = names if len(names) == getattr(model, "num_classes", None) else []
+    for found in filter(None, (list(getattr(part, "class_names", ())) for part in data)):
+        if own and found != own:
+            raise ValueError(
+                f"the model has {listed(own, found)}, and the images have {listed(found, own)}; take the images in the"
+                " model's order, images.in_order(names), or name the model's classes anew,"
+                " model_data_config(backbone, class_names=images.class_names)")
+        own = found
+    if own and known:
+        known.update(label_names=own)
+    return own
+
+
+def is_labelled(data: Dataset) -> bool:
+    """Whether the images of a data set have labels, which its `label_column` tells, or its first sample."""
+    if hasattr(data, "label_column"):
+        return data.label_column is not None
+    label = next(iter(data))[1] if isinstance(data, IterableDataset) else _first(data)[1]
+    return not (np.ndim(label) == 0 and bool(label == NO_LABEL))
+
+
+class ImagesAlone(Dataset):
+    """A data set of images (C, H, W) with no labels, as (image, -1)."""
+
+    label_column = None
+
+    def __init__(self, images: Dataset):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], NO_LABEL
+
+
+def paired(data: Dataset, which: str) -> Dataset:
+    """A map-style data set of images alone with -1 for their labels; any other as it is.
+
+    Args:
+        which: "training" or "validation", for the message.
+
+    Raises:
+        TypeError: the data are none of images (C, H, W) as floating-point tensors, alone or with labels.
+    """
+    if isinstance(data, DataLoader):
+        raise TypeError(f"the {which} data must be a data set, from which Trainer makes its own loader, got a"
+                        f" DataLoader; give its dataset, {type(data.dataset).__name__}")
+    if hasattr(data, "label_column") or isinstance(data, IterableDataset):
+        return data
+    sample = _first(data)
+    image = sample[0] if isinstance(sample, (tuple, list)) and len(sample) == 2 else sample
+    if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
+        raise TypeError(f"expected {which} samples (image, label), the image a floating-point tensor (C, H, W), got"
+                        f" {_kind(sample)}; convert them in the data set's __getitem__ or transform")
+    return ImagesAlone(data) if sample is image else data
+
+
+def _kind(sample: Any) -> str:
+    if isinstance(sample, (tuple, list)):
+        return f"({', '.join(map(_kind, sample))})"
+    if isinstance(sample, Tensor):
+        return f"{str(sample.dtype).removeprefix('torch.')} tensor {tuple(sample.shape)}"
+    return f"a dict of {', '.join(map(str, sample))}" if isinstance(sample, dict) else type(sample).__name__
+
+
+def _first(data: Dataset) -> Any:
+    """The first sample that can be read."""
+    for index in range(min(ATTEMPTS, len(data))):
+        try:
+            return data[index]
+        except (OSError, ValueError) as error:  # `on_bad_sample` decides about it when the images are loaded
+            last = error
+    raise last

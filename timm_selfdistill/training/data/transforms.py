@@ -1,0 +1,287 @@
+"""From images to the input of a network: preprocessing, augmentation, and what is done to batches."""
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform, resolve_model_data_config
+from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybeToTensor, str_to_interp_mode
+from timm.loss import JsdCrossEntropy
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, Normalize, RandomCrop, Resize
+
+from ...cost import default_input_size
+from ...model import SelfDistillModel
+from ..config import TrainConfig
+from ..loop.initial_weights import load_checkpoint
+from .labels import check_targets
+
+
+def takes_other_sizes(backbone: nn.Module) -> bool:
+    """Whether a timm model can be moved to another image size than the one it was created with."""
+    return not backbone.pretrained_cfg.get("fixed_input_size") or hasattr(backbone, "set_input_size")
+
+
+def create_backbone(
+        name: str, img_size: int | None = None, initial_checkpoint: str | None = None,
+        pretrained_path: str | None = None, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
+
+    Args:
+        initial_checkpoint: checkpoint or saved model whose tensors to load, all of them; see `load_checkpoint`.
+        pretrained_path: likewise, but with a new classifier.
+        kwargs: further arguments of `timm.create_model`.
+    """
+    if initial_checkpoint and pretrained_path:
+        raise ValueError("initial_checkpoint and pretrained_path are two ways to load a checkpoint; give one of them")
+    model = _create(name, img_size, **kwargs)
+    if initial_checkpoint:
+        load_checkpoint(model, initial_checkpoint)
+    elif pretrained_path:
+        load_checkpoint(model, pretrained_path, new_classifier=True)
+    return model
+
+
+def own_class_names(backbone: nn.Module) -> list[str] | None:
+    """Those that came with a timm model's weights; None where there are none, or its classifier is for other ones."""
+    names = backbone.pretrained_cfg.get("label_names")
+    return list(names) if names and len(names) == backbone.num_classes else None
+
+
+def _create(name: str, img_size: int | None, **kwargs: Any) -> nn.Module:
+    model = timm.create_model(name, **kwargs)
+    channels, *size = model.pretrained_cfg["input_size"]
+    if img_size is None or size == [img_size, img_size] or takes_other_sizes(model):
+        return model
+    try:
+        model = timm.create_model(name, img_size=img_size, **kwargs)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return model  # `model_data_config` says that it takes no other size
+    model.pretrained_cfg["input_size"] = (channels, img_size, img_size)
+    return model
+
+
+def model_data_config(
+        backbone: nn.Module,
+        img_size: int | None = None,
+        in_chans: int | None = None,
+        class_names: list[str] | None = None,
+        **overrides: Any,
+) -> dict[str, Any]:
+    """The preprocessing of a timm model, with what a run changes of it.
+
+    It is written back to `backbone.pretrained_cfg`, with the class names, so that
+    `timm.data.resolve_model_data_config(backbone)` gives the same, also after saving and loading. A model that takes
+    one image size only is moved to `img_size` by its own `set_input_size`.
+
+    Args:
+        img_size: pixels; None is the model's own size.
+        in_chans: channels; None are the model's own.
+        overrides: mean, std, interpolation, crop_pct; None values are the model's own.
+
+    Raises:
+        ValueError: the model takes no other image size than its own, or a value does not fit.
+    """
+    if img_size is not None and img_size < 1:
+        raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
+    if overrides.get("crop_pct") is not None and not 0 < overrides["crop_pct"] <= 1:
+        raise ValueError(f"crop_pct must lie in (0, 1], got {overrides['crop_pct']}")
+    config = resolve_model_data_config(backbone)
+    size = (img_size, img_size) if img_size else tuple(config["input_size"][1:])
+    if size != tuple(config["input_size"][1:]) and backbone.pretrained_cfg.get("fixed_input_size"):
+        if not takes_other_sizes(backbone):
+            raise ValueError(
+                f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}")
+        backbone.set_input_size(img_size=size)
+    in_chans = default_input_size(backbone)[0] if in_chans is None else in_chans
+    config["input_size"] = (in_chans, *size)
+    config.update({key: value for key, value in overrides.items() if value is not None})
+    for key in ("mean", "std"):
+        values = tuple(config[key])
+        if overrides.get(key) is not None and len(values) not in (1, in_chans):
+            raise ValueError(f"{key} has {len(values)} values for images of {in_chans} channels: {values}")
+        if len(values) != in_chans:
+            config[key] = (sum(values) / len(values),) * in_chans
+    kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    backbone.pretrained_cfg.update({key: config[key] for key in kept if key in config}, test_input_size=None)
+    if img_size is not None and isinstance(backbone, SelfDistillModel):
+        backbone.set_input_size(img_size=size)
+    if class_names is not None:
+        backbone.pretrained_cfg.update(label_names=list(class_names), num_classes=len(class_names))
+    return config
+
+
+CROP_MODES = ("rrc", "rkrc", "rkrr", "pad")
+GREY = 128
+
+
+class Cutout(nn.Module):
+    """Sets a square of an image (C, H, W) to zero; its centre lies anywhere in the image, so that it is often cut off
+    by a border (arXiv:1708.04552).
+
+    Args:
+        length: side in pixels.
+    """
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image.clone()
+        rows, columns = (self._span(size) for size in image.shape[-2:])
+        image[..., rows, columns] = 0
+        return image
+
+    def _span(self, size: int) -> slice:
+        start = int(torch.randint(size, ())) - self.length // 2
+        return slice(max(start, 0), max(start + self.length, 0))
+
+
+class AugmentationSplits:
+    """Several views of an image, (S, C, H, W): the first as it is, the others augmented, as those of
+    `timm.data.AugMixDataset` (arXiv:1912.02781).
+
+    Args:
+        crop, augment, to_tensor: the three steps of timm's transform; the views share the first.
+        splits: S.
+        erases_first: whether random erasing takes the first view, too.
+    """
+
+    def __init__(self, crop: Compose, augment: Compose, to_tensor: Compose, splits: int, erases_first: bool):
+        self.crop, self.augment, self.to_tensor, self.splits = crop, augment, to_tensor, splits
+        self.clean = Compose([step for step in to_tensor.transforms
+                              if erases_first or not isinstance(step, RandomErasing)])
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        image = self.crop(image)
+        views = [self.clean(image)]
+        views += [self.to_tensor(self.augment(image)) for _ in range(self.splits - 1)]
+        return torch.stack(views)
+
+
+def create_train_transform(
+        data_config: dict[str, Any],
+        *,
+        no_aug: bool = False,
+        train_crop_mode: str = "rrc",
+        auto_augment: str | None = None,
+        cutout: int = 0,
+        aug_splits: int = 0,
+        resplit: bool = False,
+        **augmentation: Any,
+) -> Callable[[Image.Image], Tensor]:
+    """PIL image -> augmented tensor (C, H, W), normalised; with aug_splits several of it, (S, C, H, W).
+
+    Args:
+        data_config: as `timm.data.resolve_model_data_config` gives it.
+        no_aug: resize and normalise only.
+        train_crop_mode: timm's "rrc", "rkrc" and "rkrr"; "pad" resizes an image to the image size if it has another,
+            pads an eighth of it (4 pixels of 32) with grey on each side, and crops anywhere.
+        auto_augment: timm's policies, or "cifar10", the policy that AutoAugment found on CIFAR-10 (arXiv:1805.09501).
+        cutout: side in pixels, see `Cutout`; 0 is off.
+        aug_splits: S, see `AugmentationSplits`; 0 is off. resplit: no random erasing in the first of them.
+        augmentation: further arguments of `timm.data.create_transform`.
+
+    Raises:
+        ValueError: `train_crop_mode`, `cutout` or `aug_splits` is none of these.
+        AssertionError, KeyError: timm does not know a setting.
+    """
+    if train_crop_mode not in CROP_MODES:
+        raise ValueError(f"train_crop_mode must be one of {', '.join(CROP_MODES)}, got {train_crop_mode!r}")
+    if isinstance(cutout, bool) or not isinstance(cutout, int) or cutout < 0:
+        raise ValueError(f"cutout must be a number of pixels, at least 0, got {cutout!r}")
+    if aug_splits == 1 or aug_splits < 0 or (aug_splits and no_aug):
+        raise ValueError(f"aug_splits must be 0 (off), or at least 2 with augmentation, got {aug_splits}"
+                         + (" without augmentation" if no_aug else ""))
+    if no_aug:
+        return normalizing_in_place(create_transform(**data_config, is_training=True, no_aug=True))
+    pad, cifar_policy = train_crop_mode == "pad", auto_augment == "cifar10"
+    if cifar_policy:
+        auto_augment, augmentation = None, {**augmentation, "color_jitter": None}
+    crop, augment, to_tensor = create_transform(
+        **data_config, is_training=True, train_crop_mode=None if pad else train_crop_mode, auto_augment=auto_augment,
+        separate=True, **augmentation)
+    channels, *size = data_config["input_size"]
+    if cutout:
+        tensor = next(i for i, step in enumerate(to_tensor.transforms) if isinstance(step, MaybeToTensor))
+        to_tensor.transforms.insert(tensor + 1, Cutout(cutout))
+    if cifar_policy:
+        augment.transforms.append(AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[GREY] * channels))
+    if pad:
+        interpolation = data_config["interpolation"]
+        mode = str_to_interp_mode("bilinear" if interpolation == "random" else interpolation)
+        crop.transforms[:1] = [Resize(size, mode), RandomCrop(size, padding=(size[1] // 8, size[0] // 8), fill=GREY)]
+    normalizing_in_place(to_tensor)
+    if aug_splits:
+        return AugmentationSplits(crop, augment, to_tensor, aug_splits, erases_first=not resplit)
+    return Compose([*crop.transforms, *augment.transforms, *to_tensor.transforms])
+
+
+def normalizing_in_place(transform: Compose) -> Compose:
+    """The same, without a copy of each tensor, which nobody else holds."""
+    for step in transform.transforms:
+        if isinstance(step, Normalize):
+            step.inplace = True
+    return transform
+
+
+class TargetMixer:
+    """Applies timm's Mixup and label smoothing to a batch, or nothing.
+
+    Args:
+        num_classes: K.
+        smooths: False leaves the labels to a loss that smooths them itself.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int, smooths: bool = True):
+        self.config, self.num_classes = config, num_classes
+        self.smoothing = config.smoothing if smooths else 0.0
+        self.mixup = Mixup(
+            config.mixup, config.cutmix, cutmix_minmax=config.cutmix_minmax, prob=config.mixup_prob,
+            switch_prob=config.mixup_switch_prob, mode=config.mixup_mode, label_smoothing=config.smoothing,
+            num_classes=num_classes,
+        ) if config.mixup or config.cutmix or config.cutmix_minmax else None
+
+    def check(self, y: Any) -> Tensor:
+        """The labels of a batch, see `check_targets`; without labels as they are."""
+        return y if self.config.unlabelled else check_targets(y, self.num_classes, self.mixes)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether soft labels are made."""
+        return self.mixup is not None or bool(self.smoothing)
+
+    def __call__(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Images (B, C, H, W) and class indices (B,) to images and labels, soft (B, K) where anything is on; without
+        labels to images and None."""
+        off = self.config.mixup_off_epoch
+        mixing = self.mixup is not None and not (off and epoch >= off)
+        if self.config.unlabelled:
+            return (self.mixup(x, torch.zeros_like(y))[0] if mixing else x), None
+        if mixing:
+            return self.mixup(x, y)
+        if self.mixes:
+            return x, mixup_target(y, self.num_classes, smoothing=self.smoothing).to(torch.float32)
+        return x, y
+
+
+def smooths_labels(task: TrainingTask) -> bool:
+    """Whether the loss of a task takes class indices and smooths them itself."""
+    criterion = getattr(task, "criterion", None)
+    return isinstance(getattr(criterion, "label_loss", criterion), JsdCrossEntropy)
+
+
+def view_by_view(x: Any, y: Any) -> tuple[Any, Any]:
+    """A batch of S views of each image, (B, S, C, H, W), as (S * B, C, H, W): first one view of all images, then the
+    next, as timm's losses and batch norms of augmentation splits have them; the labels (B, ...) likewise. Any other
+    batch stays as it is."""
+    if not (isinstance(x, Tensor) and x.ndim == 5):
+        return x, y
+    return x.transpose(0, 1).flatten(0, 1), torch.cat([y] * x.shape[1])

@@ -1,0 +1,304 @@
+"""Runs in which a network is frozen, and features that it gave once."""
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from errno import ENOSPC
+from functools import partial
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from timm.task import TrainingTask
+from timm.task.distillation import DistillationTeacher
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+
+from ...model import SelfDistillModel
+from ...output import BackboneOutput
+from ...task import SelfDistillTask
+from ..config import TrainConfig
+from ..data.labels import is_labelled
+from ..data.loaders import end_workers, loader_settings
+from ..data.sampling import Draw, TrainImages
+from ..runtime.accelerator import ask_main_process
+from ..runtime.interrupt import InterruptRequest
+from ..runtime.progress import ProgressReporter
+from .update import Updater
+
+IMAGES_READ = 16
+"""Twice, to see whether they are the same."""
+
+
+def is_frozen(model: nn.Module) -> bool:
+    return isinstance(model, SelfDistillModel) and model.freeze_backbone
+
+
+def trained_part(model: nn.Module) -> nn.Module:
+    """The heads of a model with a frozen backbone, or else the whole model."""
+    return model.heads if is_frozen(model) else model
+
+
+def frozen_part(task: TrainingTask) -> nn.Module | None:
+    """The network that stays as it is: a frozen backbone, or the teacher of one of timm's distillation tasks, ours
+    included. What else a task may call its teacher perhaps learns."""
+    model = task.get_trainable_module()
+    return model.backbone if is_frozen(model) else _teacher(task)
+
+
+def freeze_teacher(task: TrainingTask) -> None:
+    """Freeze the teacher of timm's distillation tasks, which timm does only where it distributes them itself: else
+    DistributedDataParallel would wait for its gradients.
+
+    Raises:
+        ValueError: its weights hold NaN or infinity.
+    """
+    teacher = _teacher(task)
+    if teacher is None:
+        return
+    teacher.requires_grad_(False)
+    spoilt = [name for name, value in teacher.model.state_dict().items() if not bool(value.isfinite().all())]
+    if spoilt:
+        raise ValueError(f"the teacher's weights are not finite, {spoilt[0]} first; they come from a run that diverged"
+                         " or a damaged file, take another teacher")
+
+
+def trained_state(task: TrainingTask) -> dict[str, Tensor]:
+    """The state of a task, without that of its frozen network."""
+    state, network = task.state_dict(), frozen_part(task)
+    if network is None:
+        return state
+    frozen = tuple(f"{name}." for name, part in task.named_modules() if part is network)
+    return {key: value for key, value in state.items() if not key.startswith(frozen)}
+
+
+def frozen_digest(task: TrainingTask) -> str:
+    """SHA-256 of the frozen network, which a checkpoint holds in its place; "" where nothing is frozen."""
+    network = frozen_part(task)
+    if network is None:
+        return ""
+    digest = hashlib.sha256()
+    for key, value in network.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def learns_in_parts(task: TrainingTask, config: TrainConfig) -> bool:
+    """Whether parameters that learn at some time have no gradients at another, or never: classifiers learn alone first,
+    or without labels and alpha only features do."""
+    return config.head_warmup_epochs > 0 or (config.unlabelled and not task.criterion.alpha)
+
+
+def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: Dataset, val_data: Dataset) -> None:
+    """Raise where settings need a frozen backbone and there is none, or leave nothing to learn, or to learn from.
+
+    Raises:
+        ValueError, TypeError: it is so.
+    """
+    model = task.get_trainable_module()
+    for name, reason in (("unlabelled", "which alone can teach without labels"),
+                         ("cache_features", "whose features of an image alone are the same in every epoch")):
+        if getattr(config, name) and not is_frozen(model):
+            raise ValueError(
+                f"{name} (--{name.replace('_', '-')}) needs a model with a frozen backbone, {reason};"
+                " wrap_self_distill(model, freeze_backbone=True) makes one (--freeze-backbone)")
+    if is_frozen(model) and not config.head_lr_scale:
+        raise ValueError("the backbone is frozen and head_lr_scale is 0: nothing would learn; leave one of them out")
+    if config.cache_features:
+        _check_unchanging(train_data, val_data)
+    if config.unlabelled:
+        _check_teaching(task)
+    elif not is_labelled(train_data):
+        raise ValueError("the training images have no labels; give unlabelled=True (--unlabelled), which needs a model"
+                         " with a frozen backbone, or images with labels")
+
+
+def _teacher(task: TrainingTask) -> DistillationTeacher | None:
+    teacher = getattr(task, "teacher", None)
+    return teacher if isinstance(teacher, DistillationTeacher) else None
+
+
+def _check_teaching(task: TrainingTask) -> None:
+    if not isinstance(task, SelfDistillTask):
+        raise TypeError(f"unlabelled (--unlabelled) needs a SelfDistillTask, whose exits learn from the deepest;"
+                        f" {type(task).__name__} learns from labels")
+    loss = task.criterion
+    if loss.teacher != "deepest":
+        raise ValueError(f'teacher {loss.teacher!r} learns itself, from labels; unlabelled needs the teacher "deepest"')
+    if not loss.alpha and (not loss.beta or loss.hint is None):
+        raise ValueError("without labels alpha=0 and no hint leave nothing to learn from; give alpha, beta or hint")
+    if not loss.alpha:
+        warnings.warn("with alpha=0 and no labels only the features of the exits learn, their classifiers stay as they"
+                      " are", stacklevel=2)
+
+
+def _check_unchanging(train_data: Dataset, val_data: Dataset) -> None:
+    """Raise ValueError for images whose features cannot be kept: of a stream, or augmented, as the data set tells or
+    some of its images show."""
+    if any(isinstance(data, IterableDataset) for data in (train_data, val_data)):
+        raise ValueError("cache_features keeps the features of each image of a data set, which a stream is not; leave"
+                         " out streaming or cache_features")
+    augmented = getattr(train_data, "augmented", None)
+    if augmented is None:
+        step = -(-len(train_data) // IMAGES_READ)
+        augmented = not all(
+            torch.equal(*(TrainImages(train_data, "raise")[Draw(seed, index)][0] for seed in range(2)))
+            for index in range(0, len(train_data), step))
+    if augmented:
+        raise ValueError("cache_features keeps the features of each image, but the training images are augmented: not"
+                         " the same each time that they are read; make them with no_aug=True (--no-aug)")
+
+
+FOLDER = ".features"
+"""In the run directory."""
+
+
+class TensorFile(NamedTuple):
+    """A tensor (images, *shape) in a file that is mapped to memory."""
+
+    path: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.count * prod(self.shape) * self.dtype.itemsize
+
+    def open(self) -> Tensor:
+        size = self.count * prod(self.shape)
+        return torch.from_file(self.path, shared=True, size=size, dtype=self.dtype).view(self.count, *self.shape)
+
+
+class FeatureCache(Dataset):
+    """(BackboneOutput, label) of each image of a data set; where it is not filled, the images themselves.
+
+    Args:
+        data: map-style data set of (image (C, H, W), label).
+        full_precision: without mixed precision, as validation is.
+    """
+
+    def __init__(self, data: Dataset, full_precision: bool = False):
+        self.data, self.full_precision = data, full_precision
+        self.files: list[TensorFile] = []
+        self.tensors: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | BackboneOutput, Any]:
+        if not self.files:
+            return self.data[index]
+        if not self.tensors:
+            self.tensors = [file.open() for file in self.files]
+        *maps, logits, label = (tensor[index] for tensor in self.tensors)
+        return BackboneOutput(tuple(maps), logits), label
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a loading process, which maps the files itself."""
+        return {**vars(self), "tensors": []}
+
+    def plan(self, update: Updater, folder: Path) -> list[TensorFile]:
+        """The files that will be filled, whose shapes and types the first image tells."""
+        first = self._compute(update, *default_collate([self.data[0]]))
+        return [TensorFile(str(folder / f"{index}.bin"), len(self), tuple(value.shape[1:]), value.dtype)
+                for index, value in enumerate(first)]
+
+    def fill(
+            self, update: Updater, files: list[TensorFile], config: TrainConfig, progress: ProgressReporter,
+            interrupt: InterruptRequest,
+    ) -> None:
+        """Run the backbone over the images, unless all agree to stop; call it on every process, each does its part."""
+        rank, world = update.accelerator.process_index, update.accelerator.num_processes
+        settings = loader_settings(config, update.accelerator) | {"persistent_workers": False}
+        loader = DataLoader(Subset(self.data, range(rank, len(self), world)), config.batch_size, **settings)
+        tensors, begin, batches = [file.open() for file in files], rank, iter(loader)
+        try:
+            for step in range(-(-len(self) // (world * config.batch_size))):
+                batch = next(batches, None)  # none at the last step where other processes have one image more
+                if batch is not None:
+                    for tensor, value in zip(tensors, self._compute(update, *batch)):
+                        tensor[begin::world][:len(value)] = value
+                    begin += world * len(batch[0])
+                progress.count("features of", min(begin, len(self)), len(self))
+                interrupt.agree(step)
+                if interrupt.agreed:
+                    return
+        finally:
+            end_workers(batches)
+        update.accelerator.wait_for_everyone()
+        self.files, self.tensors = files, tensors
+
+    def empty(self) -> None:
+        self.files, self.tensors = [], []
+
+    @torch.no_grad()
+    def _compute(self, update: Updater, x: Tensor, label: Tensor) -> list[Tensor]:
+        x, _ = update.to_device(x, label)
+        with nullcontext() if self.full_precision else update.accelerator.autocast():
+            maps, logits = update.plain_task.get_trainable_module().forward_backbone(x)
+        return [*(value.cpu() for value in (*maps, logits)), label]
+
+
+def fill_caches(
+        caches: list[FeatureCache], update: Updater, output: Path, config: TrainConfig, progress: ProgressReporter,
+        interrupt: InterruptRequest,
+) -> None:
+    """Fill those of training and validation images, unless all processes agree to stop; the files lie in the run
+    directory, which every process must see.
+
+    Raises:
+        OSError: the disk is too small.
+    """
+    if not caches:
+        return
+    folder = output / FOLDER
+    plans = [cache.plan(update, folder / name) for cache, name in zip(caches, ("train", "val"))]
+    files = list(chain(*plans))
+    ask_main_process(update.accelerator, partial(_create, folder, files))
+    progress.say(f"the backbone looks at {sum(map(len, caches)):,} images; their features take"
+                 f" {sum(file.bytes for file in files) / 1e6:,.0f} MB in {folder} until the run ends")
+    for cache, plan in zip(caches, plans):
+        if not interrupt.agreed:
+            cache.fill(update, plan, config, progress, interrupt)
+    progress.restart_clock()
+
+
+def drop_caches(caches: list[FeatureCache], output: Path, accelerator: Accelerator) -> None:
+    """Remove the files, at the end of a run."""
+    for cache in caches:
+        cache.empty()
+    if caches and accelerator.is_main_process:
+        remove_features(output)
+
+
+def remove_features(output: Path) -> None:
+    """Also those that a killed run left."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+
+
+def _create(folder: Path, files: Sequence[TensorFile]) -> None:
+    """Make room: writing to a mapped file for which there is none would end the process without a word."""
+    shutil.rmtree(folder, ignore_errors=True)
+    needed, free = sum(file.bytes for file in files), shutil.disk_usage(folder.parent).free
+    try:
+        if needed > free:
+            raise OSError(ENOSPC, "no space left on device")
+        for file in files:
+            path = Path(file.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as opened:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(opened.fileno(), 0, file.bytes)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(
+            f"the features of the images take {needed / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB free"
+            f" ({error.strerror}); leave out cache_features, or choose another output, fewer images or a smaller image"
+            " size") from error

@@ -1,0 +1,105 @@
+"""timm's optimizers, with learning rates by layer and for the shallow classifiers, and timm's schedules."""
+import math
+import warnings
+from typing import Any
+
+import torch
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    optimizer_kwargs,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from ...model import SelfDistillModel
+from ..config import TrainConfig
+from .frozen import is_frozen, trained_part
+
+
+def base_lr(config: TrainConfig, images: int) -> float:
+    """The learning rate that follows from `lr_base`, as timm's train.py has it.
+
+    Args:
+        images: of an update, over all processes and forward passes.
+    """
+    adaptive = any(name in config.opt.lower() for name in ("ada", "lamb"))
+    scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return config.lr_base * (images / config.lr_base_size) ** (0.5 if scale == "sqrt" else 1)
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """An optimizer of what learns, whose groups of parameters have, where asked for, an `lr_scale`, which timm's
+    schedules heed.
+
+    Raises:
+        ValueError: the model has no groups of layers, no shallow classifiers, or a frozen backbone.
+    """
+    if config.head_lr_scale != 1 and not isinstance(model, SelfDistillModel):
+        raise ValueError("head_lr_scale is for shallow classifiers, which a network without exits does not have")
+    if config.layer_decay is not None and is_frozen(model):
+        raise ValueError("layer_decay is for a backbone that learns, and this one is frozen; leave one of them out")
+    known = get_optimizer_info(config.opt)
+    for name, has in (("eps", known.has_eps), ("betas", known.has_betas)):
+        if getattr(config, f"opt_{name}") is not None and not has:
+            raise ValueError(f"the optimizer {config.opt} has no {name}; leave opt_{name} out")
+    settings = optimizer_kwargs(config) | config.opt_kwargs
+    by_layer = {name: settings.pop(name, None)
+                for name in ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale")}
+    trained = trained_part(model)
+    if config.layer_decay is None and config.head_lr_scale == 1:
+        return _create(trained, settings)
+    exempt = getattr(trained, "no_weight_decay", set)()
+    if config.layer_decay is None:
+        groups = param_groups_weight_decay(trained, config.weight_decay, no_weight_decay_list=exempt)
+    else:
+        groups = param_groups_layer_decay(
+            trained, config.weight_decay, exempt, layer_decay=config.layer_decay,
+            min_scale=by_layer["layer_decay_min_scale"], no_opt_scale=by_layer["layer_decay_no_opt_scale"])
+    if config.head_lr_scale != 1:
+        groups = _scale(groups, list(model.heads.parameters()), config.head_lr_scale)
+    return _create(groups, settings)
+
+
+def create_schedule(
+        optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> tuple[Scheduler | None, int]:
+    """timm's schedule of the learning rate, None where it is constant, and the epochs of the run: those of the schedule
+    with all of its cycles, the warm-up before it and the cooldown after it.
+
+    Raises:
+        ValueError: the parts of the schedule do not fit into its epochs.
+    """
+    settings = scheduler_kwargs(config)
+    if config.sched == "plateau":
+        settings["step_on_epochs"] = True
+    if config.decay_epochs is None and config.sched == "step":
+        settings["decay_epochs"] = 30
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # plateau, whose state a resumed run has
+        schedule, epochs = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **settings)
+    if schedule is None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+    return schedule, math.ceil(epochs)
+
+
+def _create(parameters: nn.Module | list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(parameters, **settings)
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"the optimizer {settings['opt']} does not take one of its settings: {error}; see opt_eps,"
+                         " opt_betas and opt_kwargs") from error
+
+
+def _scale(groups: list[dict[str, Any]], chosen: list[nn.Parameter], scale: float) -> list[dict[str, Any]]:
+    """Groups in which the chosen parameters stand apart, with another learning rate."""
+    ids = set(map(id, chosen))
+    scaled = []
+    for group in groups:
+        own = group.get("lr_scale", 1.0)
+        for inside, lr_scale in ((False, own), (True, own * scale)):
+            if params := [param for param in group["params"] if (id(param) in ids) == inside]:
+                scaled.append({**group, "params": params, "lr_scale": lr_scale})
+    return scaled

@@ -1,0 +1,427 @@
+"""The training run around any `timm.task.TrainingTask`."""
+import math
+import time
+import warnings
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from timm.task import TrainingTask
+from timm.utils import distribute_bn
+from torch import nn
+from torch.utils.data import Dataset
+
+from ...model import SelfDistillModel
+from ..config import TrainConfig
+from ..data.labels import check_classes, check_first_labels, check_indices, name_classes, paired
+from ..data.loaders import ValBatches, check_counts, image_count, image_shape, train_batches
+from ..data.transforms import TargetMixer, smooths_labels
+from ..outputs.metrics import ExitMetrics, count_logits, deciding_metric, measure_exits
+from ..outputs.run_directory import (
+    check_run,
+    find_resumed,
+    mark_launch,
+    open_run,
+    release_run,
+    report_history,
+    write_config,
+)
+from ..outputs.saved_models import SavedModels
+from ..outputs.trackers import RunTrackers, memory_gib
+from ..outputs.upload import UploadResult, check_pushable, create_uploader
+from ..runtime.accelerator import create_accelerator, sharing_failures
+from ..runtime.interrupt import InterruptRequest
+from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
+from ..state.checkpoint import Checkpoints, read_checkpoint, warn_unwritten
+from ..state.snapshot import TrainResult, TrainState, diverged, restore, take_snapshot
+from .frozen import (
+    FeatureCache,
+    check_frozen_settings,
+    drop_caches,
+    fill_caches,
+    frozen_digest,
+    is_frozen,
+    learns_in_parts,
+    remove_features,
+    trained_part,
+)
+from .initial_weights import check_task
+from .optimizer import base_lr
+from .update import Losses, create_updater, find_batch_size
+
+PICTURE_INTERVAL = "30s"
+"""Between two drawings before the end of a run: they would take longer than the epochs of a small one."""
+
+
+class Trainer:
+    """Trains any `timm.task.TrainingTask` with Accelerate.
+
+    Under `torchrun` or `accelerate launch` it trains on all their processes. The run directory gets config.yaml,
+    history.csv, curves.png, exits.png, summary.json, checkpoints/, best/ and last/ (saved models). It is made by `fit`:
+    nothing is written before.
+
+    Args:
+        task: e.g. `SelfDistillTask`, or timm's `ClassificationTask`.
+        train_data: map-style data set of (image (C, H, W), class index), or the `StreamedImages` of `load_images`. In
+            the place of an index there may be soft labels (K,) that sum to 1.
+        val_data: likewise; every image counts once, soft labels by their most likely class.
+        config: see `TrainConfig`.
+
+    Raises:
+        TypeError: `task` is no TrainingTask.
+        ValueError: a setting cannot work: fp16 on a CPU, model and data differ in their classes, too few images, ...
+        FileExistsError: `config.output` holds another run.
+        FileNotFoundError: there is nothing to resume.
+    """
+
+    def __init__(self, task: TrainingTask, train_data: Dataset, val_data: Dataset, config: TrainConfig | None = None):
+        config = config or TrainConfig()
+        check_task(task)
+        check_counts(train_data, val_data)
+        train_data, val_data = paired(train_data, "training"), paired(val_data, "validation")
+        check_frozen_settings(task, config, train_data, val_data)
+        self.accelerator = create_accelerator(config, find_unused=learns_in_parts(task, config))
+        self.input_size = image_shape(train_data, config)
+        classes = check_classes(task.get_eval_model(), val_data if config.unlabelled else train_data)
+        mixer = TargetMixer(
+            config, classes or count_logits(task.get_eval_model(), self.input_size), smooths=not smooths_labels(task))
+        check_first_labels(mixer.num_classes, mixer.mixes, train_data, val_data)
+        self.checkpoint = find_resumed(config, self.accelerator)
+        config = find_batch_size(
+            self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
+        if config.lr_base is not None:
+            images = config.batch_size * config.grad_accum_steps * self.accelerator.num_processes
+            config = replace(config, lr=base_lr(config, images))
+        self.config = config
+        self.caches = []
+        if config.cache_features:
+            self.caches = [FeatureCache(train_data), FeatureCache(val_data, full_precision=True)]
+        data = self.caches or [train_data, val_data]
+        self.batches = train_batches(data[0], config, self.accelerator)
+        self.val_batches = ValBatches(data[1], config, self.accelerator)
+        self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
+        if isinstance(task.get_eval_model(), SelfDistillModel):
+            task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
+        self.state = TrainState(
+            self.batches.global_batch, self.batches.epoch_images, frozen_digest(task),
+            name_classes(task.get_eval_model(), train_data, val_data),
+            (getattr(val_data, "source", None) or {}).get("drawn_from") or "")
+        self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
+        self.epochs = self.update.epochs
+        self._check_start()
+        check_pushable(config, self.eval_model)
+        self.output = check_run(config, self.accelerator, self.checkpoint)
+        self.interval = Interval(config.checkpoint_interval)
+        self.pictures = Interval(PICTURE_INTERVAL)
+        self.interrupt = InterruptRequest(self.accelerator)
+        self.metrics: list[ExitMetrics] = []
+        self.saved = SavedModels(
+            self.output, config, self.accelerator, train_data, val_data, image_shape(val_data, config))
+        self.checkpoints: Checkpoints | None = None
+        self.lr = self._lr()
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """What is evaluated and saved: the model, or its moving average; with FSDP a whole copy, as of the last
+        `evaluate`."""
+        return self.update.trained_model if self.update.whole is None else self.update.whole
+
+    def fit(self) -> TrainResult:
+        """Train, evaluate and save. SIGINT and SIGTERM end it early, with a checkpoint.
+
+        Raises:
+            FloatingPointError: the loss became NaN or infinite; the last checkpoint stays.
+            ValueError: the model cannot be saved (found before the first step), or an image cannot be read.
+        """
+        with sharing_failures(self.accelerator):
+            self._open_run()
+            ended = False
+            try:
+                self._start()
+                summary = self._train()
+                ended = True
+            except Exception:
+                self._draw_missing()  # of a run that diverged, say
+                raise
+            finally:
+                upload = self._finish(ended)
+        return TrainResult(
+            self.output, self.state.history, summary, None if summary else self.interrupt.received, upload)
+
+    def _open_run(self) -> None:
+        """Make the run directory, to which nothing was written so far."""
+        if self.checkpoints is None:
+            self.output = self.saved.output = open_run(self.config, self.accelerator, self.checkpoint)
+            self.checkpoints = Checkpoints(self.output / "checkpoints", self.config.checkpoint_hist)
+        self.uploader = create_uploader(self.config, self.output, self.accelerator, self.epochs)
+        self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
+        self.progress = ProgressReporter(
+            self.updates_per_epoch * self.epochs, self.state.updates, self.accelerator.is_main_process)
+        self.trackers: RunTrackers | None = None
+
+    def _start(self) -> None:
+        """All that comes before the first update."""
+        if self.checkpoint:
+            self._resume(self.checkpoint)
+            self.progress.resume(self.state.updates)
+        if self.accelerator.is_main_process:
+            mark_launch(self.output)
+        self.trackers = RunTrackers(self.accelerator, self.config, self.output, resumed=self.checkpoint is not None)
+        if not self.checkpoint:
+            self._save_model("last", None)
+        if self.uploader:
+            self.uploader.start()
+        self.update.settle(self.input_size)
+
+    def _finish(self, ended: bool) -> UploadResult | None:
+        """End what runs beside the training.
+
+        Args:
+            ended: False where an error is the end.
+        """
+        self.batches.end_workers()
+        self.val_batches.end_workers()
+        self.checkpoints.wait()
+        drop_caches(self.caches, self.output, self.accelerator)
+        self.profiler.finish()
+        upload = self.uploader and self.uploader.finish(self.progress)
+        if self.trackers:
+            self.trackers.finish()
+        trained = self.checkpoint or self.checkpoints.newest or self.state.history
+        if not ended and not trained and self.accelerator.is_main_process:
+            release_run(self.output)
+        return upload
+
+    def _train(self) -> dict[str, Any] | None:
+        """Train to the end; the summary, or None where a request to stop came before."""
+        state, config = self.state, self.config
+        with self.progress, self.interrupt.listening():
+            if self.checkpoint:
+                self.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
+            if state.epoch < self.epochs:
+                fill_caches(self.caches, self.update, self.output, config, self.progress, self.interrupt)
+            while state.epoch < self.epochs and not self.interrupt.agreed:
+                if self._train_epoch():
+                    self._finish_epoch()
+            if state.epoch < self.epochs:
+                self._save_checkpoint()
+                self.checkpoints.wait()
+                self._draw_missing()
+                return None
+        summary = self._summarize()
+        if self.accelerator.is_main_process:
+            self.trackers.log_pictures(self.output, state.updates)
+        if self.uploader:
+            self.uploader.push("best", f"Best model of {self.epochs} epochs")
+        return summary
+
+    def _resume(self, checkpoint: Path) -> None:
+        restore(*self._run_parts(), read_checkpoint(checkpoint))
+        if self.accelerator.is_main_process:
+            remove_features(self.output)
+            self.checkpoints.set_newer_aside(checkpoint)
+            try:
+                write_config(self.config, self.output)
+                if self.saved.take_over(checkpoint.parent.parent, self.state.epoch):
+                    self.state.best_epoch = self.saved.best_epoch or self.state.best_epoch
+                else:
+                    self.state.best_metric, self.state.best_epoch = float("-inf"), 0
+            except OSError as error:
+                warn_unwritten(self.output, error)
+        self.update.set_schedule(self._position())
+        self.update.repeat_epochs({row["epoch"]: self._deciding(self.state.metrics_of(row["epoch"]))
+                                   for row in self.state.history})
+        self.accelerator.wait_for_everyone()
+
+    def evaluate(self) -> list[ExitMetrics]:
+        """Accuracy of every exit and of the ensemble on the validation data, or where these have no labels, how often
+        each agrees with the deepest; call it on every process."""
+        self.update.refresh_whole()
+        classes = self.update.mixer.num_classes
+        batches = (self.update.to_device(x, check_indices(y, classes) if self.saved.val_labelled else y)
+                   for x, y in self.val_batches)
+        metrics, self.saved.val_images = measure_exits(
+            self.eval_model, batches, self.accelerator, self.saved.val_labelled)
+        unreadable = self._sum(self.val_batches.unreadable)
+        if unreadable and self.accelerator.is_main_process:
+            warnings.warn(f"{unreadable} validation images cannot be read and are left out", stacklevel=2)
+        return metrics
+
+    def _train_epoch(self) -> bool:
+        """Train what is left of the epoch; False if a request to stop came before its end."""
+        state, config = self.state, self.config
+        self.update.train(state.epoch)
+        batches = self.batches.batches(state.epoch, state.images)
+        images_per_batch = config.batch_size * self.accelerator.num_processes
+        began, first_image, pending, replaced = time.perf_counter(), state.images, [], 0
+        while group := list(islice(batches, config.grad_accum_steps)):
+            state.updates += 1
+            state.images += len(group) * images_per_batch
+            self.lr = self._lr()
+            losses = self.update(group, state.epoch, state.updates, self._position())
+            replaced += sum(int(flags.sum()) for *_, flags in group)
+            if losses is None:
+                state.skipped_updates += 1
+            else:
+                pending.append((state.updates, losses))
+            self.rate = (state.images - first_image) / (time.perf_counter() - began)
+            self.progress.advance()
+            self.profiler.step()
+            overdue = self.interrupt.agree(state.updates, self.interval.is_overdue())
+            save = overdue or self.interval.is_due(state.updates)
+            if save or len(pending) == config.log_interval:
+                self._record_losses(pending)
+                pending = []
+            if self.interrupt.agreed:
+                break
+            if save and state.images < state.epoch_images:  # else after the evaluation, which belongs to the epoch
+                state.replaced_samples += self._sum(replaced)
+                replaced = 0
+                self._save_checkpoint()
+        self._record_losses(pending)
+        state.replaced_samples += self._sum(replaced)
+        return state.images == state.epoch_images
+
+    def _record_losses(self, pending: list[tuple[int, Losses]]) -> None:
+        """Bring the losses of the last updates from the device, average them over the processes, and look at them."""
+        if not pending:
+            return
+        state, names = self.state, list(dict.fromkeys(name for _, losses in pending for name in losses))
+        absent = torch.full((), float("nan"), device=self.accelerator.device)
+        values = torch.stack([torch.stack([losses.get(name, absent) for name in names]) for _, losses in pending])
+        gathered = self.accelerator.gather(values[None]).double().cpu()  # not reduced: the order of sums stays the same
+        rows = gathered.mean(0).tolist()
+        found: dict[str, list[float]] = {name: [] for name in names}
+        for (update, losses), row in zip(pending, rows):
+            self._check_finite([row[names.index("loss")]], update, "loss")
+            present = {name: value for name, value in zip(names, row) if name in losses}
+            state.add_losses(present)  # one by one, so that the sum is the same whenever it is looked at
+            for name, value in present.items():
+                found[name].append(value)
+        means = {name: sum(column) / len(column) for name, column in found.items()}
+        self.progress.note(state.epoch, self.epochs, means["loss"], self.rate)
+        self._track({f"train_{name}": value for name, value in means.items()})
+
+    def _sum(self, number: int) -> int:
+        """Over all processes."""
+        return int(self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), "sum"))
+
+    def _track(self, values: dict[str, float]) -> None:
+        more = {"lr": self.lr, "images_per_second": self.rate, "memory_gib": memory_gib(self.accelerator.device)}
+        self.trackers.log({**values, **more}, self.state.updates)
+
+    def _check_finite(self, losses: list[float], update: int, what: str) -> None:
+        for loss in losses:
+            if not math.isfinite(loss):
+                self.checkpoints.wait()
+                raise diverged(f"the {what} is {loss} at update {update} (epoch {self.state.epoch + 1})",
+                               self.checkpoints.newest)
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, record and save, while the images of the next epoch are being loaded."""
+        state, accelerator = self.state, self.accelerator
+        is_last = state.epoch + 1 == self.epochs
+        if not is_last:
+            self.batches.start(state.epoch + 1)
+        if accelerator.num_processes > 1:
+            distribute_bn(trained_part(self.update.trained_model), accelerator.num_processes,
+                          reduce=self.config.dist_bn == "reduce")
+        if (state.epoch + 1) % self.config.val_interval and not is_last:
+            self._pass_epoch()
+            return
+        self.metrics = metrics = self.evaluate()
+        self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
+        row = state.end_epoch(self.lr, metrics)
+        self.update.end_epoch(state.epoch, self._deciding(metrics))
+        self.progress.say(
+            f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  "
+            f"{'top-1' if self.saved.val_labelled else 'agreement with the deepest'} "
+            + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
+            + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
+        self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
+        metric = self._deciding(metrics) * (-1 if self.config.eval_metric == "loss" else 1)
+        self._save_model("last", metrics)
+        is_best = metric > state.best_metric or not (self.output / "best").exists()  # as when resumed elsewhere
+        is_best = is_best and self._save_model("best", metrics)
+        if is_best:
+            state.best_metric, state.best_epoch = metric, state.epoch
+        if accelerator.is_main_process:
+            report_history(self.output, state.history, self.saved.val_labelled, picture=False)
+            if self.pictures.is_overdue() or (self.uploader and self.uploader.pushes(state.epoch, is_best)):
+                self._draw_missing()
+        self._save_checkpoint()
+        if self.uploader:
+            self.uploader.finish_epoch(state.epoch, is_best, self.progress)
+
+    def _pass_epoch(self) -> None:
+        """Go to the next epoch without a look at this one."""
+        state = self.state
+        row = state.end_epoch(self.lr, [])
+        self.update.end_epoch(state.epoch, None)
+        self.progress.say(f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  {self.rate:,.0f} images/s"
+                          f"  left {self.progress.time_left()}" + state.troubles())
+
+    def _deciding(self, metrics: list[ExitMetrics]) -> float | None:
+        """The eval_metric of an epoch; None where it was not measured."""
+        return deciding_metric(metrics, is_frozen(self.eval_model), self.config.eval_metric) if metrics else None
+
+    def _check_start(self) -> None:
+        """Let a run begin with the epoch that it was told.
+
+        Raises:
+            ValueError: there is no such epoch.
+        """
+        if self.config.start_epoch >= self.epochs:
+            raise ValueError(f"start_epoch must be less than the run's {self.epochs} epochs, got"
+                             f" {self.config.start_epoch}")
+        self.state.epoch = self.config.start_epoch
+        self.state.updates = self.state.epoch * self.updates_per_epoch
+        if self.state.epoch:
+            self.update.set_schedule(self._position())
+
+    def _summarize(self) -> dict[str, Any]:
+        """Write summary.json and exits.png; the same answer on every process, one of which measures the speed-ups."""
+        metrics = self.metrics or self.evaluate()
+        answer: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            state = self.state
+            if "best" in self.saved.save_missing(self.eval_model, state.epoch, metrics):
+                state.best_epoch = state.epoch
+            report_history(self.output, state.history, self.saved.val_labelled)
+            best = state.best_epoch, state.metrics_of(state.best_epoch)
+            answer = [self.saved.summarize(self.eval_model, best, (state.epoch, metrics))]
+        return broadcast_object_list(answer)[0]
+
+    def _draw_missing(self) -> None:
+        """The pictures of the epochs so far."""
+        if self.accelerator.is_main_process and self.state.history:
+            report_history(self.output, self.state.history, self.saved.val_labelled)
+            self.saved.draw_missing()
+            self.pictures.restart()
+
+    def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> bool:
+        """Whether it is saved; the main process, which does it, keeps the books."""
+        return self.accelerator.is_main_process and self.saved.save(name, self.eval_model, self.state.epoch, metrics)
+
+    def _save_checkpoint(self) -> None:
+        snapshot = take_snapshot(*self._run_parts())
+        if snapshot:
+            self.checkpoints.write(snapshot, self.state.updates)
+        self.interval.restart()
+
+    def _position(self) -> int:
+        """Of the schedule: updates that are behind us, had all epochs been as long as this one."""
+        state, accumulated = self.state, self.state.global_batch * self.config.grad_accum_steps
+        return state.epoch * self.updates_per_epoch + -(-state.images // accumulated)
+
+    def _run_parts(self) -> tuple[Any, ...]:
+        """The first arguments of `take_snapshot` and `restore`."""
+        return self.accelerator, self.update.task, self.update.optimizer, self.batches, self.state, self.config
+
+    def _lr(self) -> float:
+        """Of the next update, where neither layer_decay nor head_lr_scale changes it."""
+        groups = [(group["lr"], group.get("lr_scale", 1.0)) for group in self.update.optimizer.param_groups]
+        return next((lr for lr, scale in groups if scale == 1), groups[0][0] / (groups[0][1] or 1))

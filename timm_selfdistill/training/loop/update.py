@@ -1,0 +1,351 @@
+"""One optimizer update, and the largest batch for it."""
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size, release_memory, send_to_device, set_seed
+from timm.layers import convert_sync_batchnorm
+from timm.scheduler import PlateauLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from ...model import SelfDistillModel
+from ...output import BackboneOutput
+from ..config import TrainConfig
+from ..data.sampling import Batch, mixed_seed
+from ..data.transforms import TargetMixer, view_by_view
+from ..state.checkpoint import read_settings
+from ..state.snapshot import get_random_states, plain, set_random_states
+from .frozen import freeze_teacher, trained_part
+from .optimizer import create_optimizer, create_schedule
+from .sharding import gather, gather_into, prepare_to_shard, share_statistics
+
+MOST_SKIPPED = 10
+"""Updates in a row that `on_nan="skip"` leaves out before it gives up."""
+
+Losses = dict[str, Tensor]
+Input = Tensor | BackboneOutput
+"""Images, or what a frozen backbone gave for them."""
+
+
+class Updater:
+    """Makes updates from batches; nothing in it waits for a GPU, but for fp16's loss scale and `on_nan="skip"`.
+
+    Args:
+        task: as Accelerate prepared it.
+        schedule: of the learning rate; None is constant.
+        epochs: of the run.
+        updates_per_epoch: at full length.
+        whole: a copy of the model, where the task's is sharded.
+    """
+
+    def __init__(
+            self, accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer,
+            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig, epochs: int, updates_per_epoch: int,
+            whole: nn.Module | None = None):
+        self.epochs, self.updates_per_epoch = epochs, updates_per_epoch
+        self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
+        self.schedule, self.mixer, self.config = schedule, mixer, config
+        self.plain_task: TrainingTask = plain(accelerator, task)
+        self.whole = whole
+        self.skipped_in_a_row = 0
+
+    def __call__(self, group: list[Batch], epoch: int, update: int, position: int) -> Losses | None:
+        """Update the weights once, from `grad_accum_steps` batches (at the end of an epoch perhaps fewer).
+
+        Args:
+            update: its number, from 1.
+            position: likewise, had all epochs been as long as this one.
+
+        Returns:
+            The mean loss and its parts, still on the device; None where the gradients are not finite and the update was
+            left out.
+
+        Raises:
+            FloatingPointError: too many updates in a row had to be left out.
+        """
+        buffers = self._copy_buffers() if self.config.on_nan == "skip" else []
+        losses = self._backward(group, epoch)
+        finite = self._clip()
+        if finite:
+            self.optimizer.step()
+            if self.config.on_nan == "skip" and self.accelerator.scaler is not None:
+                finite = not self.optimizer.step_was_skipped  # by the scaler
+        self.optimizer.zero_grad()
+        self.set_schedule(position)
+        if not finite:
+            self._leave_out(update, buffers)
+            return None
+        self.skipped_in_a_row = 0
+        self.plain_task.update_ema(step=update)
+        return losses
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """What is to be evaluated and saved, perhaps sharded: the model, or its moving average."""
+        model = self.plain_task.get_eval_model(ema=self.config.model_ema)
+        return plain(self.accelerator, getattr(model, "module", model))
+
+    def refresh_whole(self) -> None:
+        """Bring the whole copy of a sharded model up to date, on the device; call it on every process."""
+        if self.whole is not None:
+            gather_into(self.whole.to(self.accelerator.device), self.trained_model)
+
+    def train(self, epoch: int) -> None:
+        """Go on with training, and leave the device's memory to it; the first epochs may be of classifiers alone."""
+        self.task.train()
+        if self.config.head_warmup_epochs:
+            self.plain_task.get_trainable_module().train_classifiers_alone(epoch < self.config.head_warmup_epochs)
+        if self.whole is not None:
+            self.whole.cpu()
+
+    def set_schedule(self, position: int) -> None:
+        """The learning rate for the update after this one."""
+        if self.schedule is None or isinstance(self.schedule, PlateauLRScheduler):
+            return
+        if self.config.sched_on_updates:
+            self.schedule.step_update(position)
+        elif epoch := position // self.updates_per_epoch:  # the first begins as the schedule does
+            self.schedule.step(epoch)
+
+    def end_epoch(self, epoch: int, metric: float | None) -> None:
+        """Let the schedule "plateau" see what an epoch came to.
+
+        Args:
+            epoch: from 1.
+            metric: None was not measured.
+        """
+        if isinstance(self.schedule, PlateauLRScheduler):
+            self.schedule.step(epoch, metric)
+
+    def repeat_epochs(self, metrics: dict[int, float]) -> None:
+        """Likewise of all epochs of a run that is resumed, from the beginning."""
+        if isinstance(self.schedule, PlateauLRScheduler) and metrics:
+            self.schedule.update_groups(self.schedule.base_values)
+            for epoch, metric in metrics.items():
+                self.schedule.step(epoch, metric)
+
+    def settle(self, input_size: tuple[int, int, int]) -> None:
+        """Two passes that leave no trace but in DistributedDataParallel, which puts its gradients in another order
+        after the first: with more than two processes the first sums of a resumed run would differ in rounding."""
+        if self.accelerator.num_processes <= 2:
+            return
+        states, buffers = get_random_states(), self._copy_buffers()
+        x = torch.randn(self.config.batch_size, *input_size, generator=torch.Generator().manual_seed(0))
+        y = torch.zeros(len(x), dtype=torch.long)
+        for _ in range(2):
+            self.accelerator.backward(self.task(*self.mixer(*self.to_device(x, y), epoch=0))["loss"])
+            self.optimizer.zero_grad()
+        set_random_states(states)
+        self._put_back(buffers)
+
+    def to_device(self, x: Input, y: Tensor) -> tuple[Input, Tensor]:
+        return to_device(x, y, self.accelerator.device, self.config.channels_last)
+
+    def _backward(self, group: list[Batch], epoch: int) -> Losses:
+        losses: Losses = {}
+        if self.whole is not None:
+            share_statistics(self.plain_task)
+        for index, (x, y, _) in enumerate(group):
+            x, y = self.mixer(*self.to_device(*view_by_view(x, self.mixer.check(y))), epoch)
+            with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.task):
+                with self.accelerator.autocast():  # which Accelerate's own forward pass has but with FSDP
+                    result = self.task(x, y)
+                self.accelerator.backward(result["loss"] / len(group))
+            for name in (key for key in result if key.endswith("loss")):
+                losses[name] = losses.get(name, 0) + result[name].detach().float() / len(group)
+        return losses
+
+    def _clip(self) -> bool:
+        """Clip the gradients; False where they are not finite and `on_nan` wants to know. They are the mean over the
+        processes, so that all give the same answer; fp16's loss scale has its own."""
+        watch = self.config.on_nan == "skip" and self.accelerator.scaler is None
+        if self.config.clip_grad is None and not watch:
+            return True
+        limit = float("inf") if self.config.clip_grad is None else self.config.clip_grad
+        if self.config.clip_mode == "norm" or self.config.clip_grad is None:
+            norm = self.accelerator.clip_grad_norm_(self.task.parameters(), limit)
+            return not watch or bool(gather(norm).isfinite())
+        self.accelerator.unscale_gradients()
+        parameters = list(self.plain_task.get_clip_parameters(exclude_head=self.config.clip_mode == "agc"))
+        dispatch_clip_grad(parameters, limit, mode=self.config.clip_mode)
+        return not watch or all(bool(p.grad.isfinite().all()) for p in self.task.parameters() if p.grad is not None)
+
+    def _copy_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Batch norm's statistics, which a forward pass has changed before anyone sees its loss."""
+        return [(buffer, buffer.clone()) for buffer in self.plain_task.get_trainable_module().buffers()]
+
+    def _leave_out(self, update: int, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"the gradients of {MOST_SKIPPED} updates in a row are not finite, the last is update {update}; try a"
+                " lower lr or clip_grad")
+        self._put_back(buffers)
+
+    def _put_back(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def to_device(x: Input, y: Tensor, device: torch.device, channels_last: bool) -> tuple[Input, Tensor]:
+    x, y = send_to_device((x, y), device, non_blocking=True)
+    return (tree_map_only(Tensor, _channels_last, x) if channels_last else x), y
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def create_updater(
+        accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig,
+        updates_per_epoch: int) -> Updater:
+    """Optimizer, schedule and moving average around a task, on Accelerate's devices.
+
+    Raises:
+        ValueError: batch norm, sharded weights or a teacher cannot work with these settings.
+    """
+    set_seed(mixed_seed(config.seed, accelerator.process_index))
+    freeze_teacher(task)
+    model = task.get_trainable_module()
+    if config.head_warmup_epochs and not (isinstance(model, SelfDistillModel) and not model.freeze_backbone):
+        raise ValueError("head_warmup_epochs is for shallow classifiers on a backbone that learns with them later")
+    _prepare_batch_norm(accelerator, model, config)
+    whole = prepare_to_shard(accelerator, task, config) if accelerator.is_fsdp2 else None
+    if config.channels_last and whole is None:
+        task.to(memory_format=torch.channels_last)  # a teacher, too
+    if whole is not None and config.clip_grad is not None and config.clip_mode != "norm":
+        raise ValueError(f"clip_mode {config.clip_mode} looks at gradients of whole tensors, and FSDP shards them; take"
+                         " clip_mode norm")
+    if config.torchcompile:
+        backend = "inductor" if config.torchcompile is True else config.torchcompile
+        model.compile(backend=backend, mode=config.torchcompile_mode)
+    optimizer = create_optimizer(model, config)
+    schedule, epochs = create_schedule(optimizer, config, updates_per_epoch)
+    updater = Updater(
+        accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, epochs, updates_per_epoch, whole)
+    if config.model_ema:
+        updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+    return updater
+
+
+def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
+    model = trained_part(model)
+    norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
+    if norms and config.batch_size == 1 and not (config.sync_bn and accelerator.num_processes > 1):
+        raise ValueError(
+            f"batch norm ({type(norms[0]).__name__}) learns nothing from one image: batch_size must be at least 2, or"
+            " the model one without batch norm")
+    if config.sync_bn:
+        if accelerator.device.type == "cpu":
+            raise ValueError("sync_bn needs GPUs (torch's SyncBatchNorm does not run on a CPU); leave it out")
+        convert_sync_batchnorm(model)
+
+
+LARGEST, SMALLEST = 1024, 2
+"""Batches tried, in powers of two; batch norm learns nothing from one image, and mixup pairs them."""
+
+
+def find_batch_size(
+        accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig,
+        input_size: tuple[int, int, int], images: int | None, checkpoint: Path | None) -> TrainConfig:
+    """The config with a number where it says "auto": that of the checkpoint it resumes, or the largest that fits.
+
+    Args:
+        input_size: (channels, height, width) of the images.
+        images: for training; None is not known.
+        checkpoint: that is resumed.
+
+    Raises:
+        ValueError: there is no GPU, the weights are sharded, or not even the smallest batch fits.
+    """
+    if config.batch_size != "auto":
+        return config
+    if checkpoint:
+        return replace(config, batch_size=int(read_settings(checkpoint)["batch_size"]))
+    if accelerator.is_fsdp2:
+        raise ValueError("batch_size auto tries a whole network on each GPU, which FSDP does not have; give a number")
+    if accelerator.device.type == "cpu":
+        raise ValueError("batch_size auto tries how much a GPU's memory holds, and there is no GPU; give a number")
+    attempt = partial(try_updates, accelerator, task, mixer, config, input_size)
+    found = agree(accelerator, search(attempt, LARGEST if images is None else images // accelerator.num_processes))
+    release_memory()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # which the run reports
+    if not found:
+        raise ValueError(f"not even a batch of {SMALLEST} images fits; try a smaller image size or grad_checkpointing")
+    accelerator.print(f"batch size {found} per process, the largest power of two up to {LARGEST} that fits")
+    return replace(config, batch_size=found)
+
+
+def search(attempt: Callable[[int], None], most: int) -> int:
+    """The largest power of two, up to `LARGEST` and `most`, at which a call does not run out of memory; 0 if none."""
+    size = LARGEST
+    while size > max(most, SMALLEST):
+        size //= 2
+
+    def halve() -> int:
+        nonlocal size
+        size = size // 2 if size > SMALLEST else 0
+        return size
+
+    def find(batch_size: int) -> int:
+        attempt(batch_size)
+        return batch_size
+
+    try:
+        return find_executable_batch_size(find, size, halve)()
+    except RuntimeError:  # Accelerate's word for "none", or another error of the call
+        if size:
+            raise
+        return 0
+
+
+def agree(accelerator: Accelerator, found: int) -> int:
+    """The smallest of all processes."""
+    return int(accelerator.gather(torch.tensor([found], device=accelerator.device)).min())
+
+
+def try_updates(
+        accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig,
+        input_size: tuple[int, int, int], batch_size: int) -> None:
+    """Two updates of a copy of the task on random images; the second holds the optimizer's state that the first made.
+
+    No process waits for another in them. Task and random states stay as they are.
+
+    Raises:
+        torch.OutOfMemoryError: the batch does not fit.
+    """
+    states, device = get_random_states(), accelerator.device
+    try:
+        trial = copy.deepcopy(task).to(device).train()
+        model = trial.get_trainable_module()
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        optimizer = create_optimizer(model, config)
+        if config.model_ema:
+            trial.setup_ema(decay=config.model_ema_decay)
+        held = []
+        if accelerator.num_processes > 1:  # DistributedDataParallel has the gradients twice
+            held = [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
+        for _ in range(2):
+            x, y = torch.randn(batch_size, *input_size), torch.randint(mixer.num_classes, (batch_size,))
+            x, y = mixer(*to_device(x, y, device, config.channels_last), epoch=0)
+            with accelerator.autocast():
+                loss = trial(x, y)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        del held
+    finally:
+        set_random_states(states)

@@ -1,0 +1,234 @@
+"""The run directory, and what a run leaves in it for people: tables, history, pictures."""
+import csv
+import json
+import os
+import shutil
+from contextlib import suppress
+from datetime import datetime
+from errno import EACCES, ENOTDIR
+from functools import partial
+from io import StringIO
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from ...hub import exit_style
+from ..config import TrainConfig
+from ..runtime.accelerator import ask_main_process
+from ..state.checkpoint import find_checkpoint, list_checkpoints, warn_unwritten
+
+
+def summary_title(summary: dict[str, Any]) -> str:
+    """What stands over the table of a run's exits."""
+    title = f"{summary['model']}: epoch {summary['epoch']}, the best of {summary['epochs']}"
+    if "reference" in summary:
+        title += f"; without labels, top-1 and top-5 tell how often an exit agrees with the {summary['reference']}"
+    return title
+
+
+def print_exits(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up
+    where it is no noise."""
+    table = Table(title=title, title_justify="left")
+    for name in ("exit", "stage", "top-1 %", "top-5 %", "MACs", "share", "speed-up"):
+        table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
+    for row in rows:
+        table.add_row(
+            str(row["exit"]), row["module"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{row['macs'] / 1e6:,.1f} M",
+            f"{row['share']:.1%}", f"{row['speedup']:.2f}x" if "speedup" in row else "",
+        )
+    console.print(table)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """history.csv: a row an epoch; what only some epochs have is a column, too."""
+    text = StringIO(newline="")
+    columns = dict.fromkeys(name for row in history for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(path, text.getvalue())
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def plot_curves(path: Path, history: list[dict[str, Any]], labelled: bool = True) -> None:
+    """curves.png: training loss, and validation accuracy of every exit, or without labels its agreement with the
+    deepest, over the epochs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] for row in history]
+    measured = [row for row in history if any(key.startswith("top1_") for key in row)]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    loss.plot(epochs, [row["train_loss"] for row in history], marker=".", color="black")
+    loss.set(xlabel="epoch", ylabel="training loss", title="training loss")
+    keys = [key for key in measured[0] if key.startswith("top1_")] if measured else []
+    for index, key in enumerate(keys):
+        name = key.removeprefix("top1_").replace("_", " ")
+        style = exit_style(index, len(keys), name)
+        accuracy.plot([row["epoch"] for row in measured], [row[key] for row in measured], marker=".", label=name,
+                      **style)
+    accuracy.set(xlabel="epoch", ylabel="top-1 %",
+                 title="validation accuracy" if labelled else "agreement with the deepest exit")
+    if keys:
+        accuracy.legend()
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    fresh = path.with_name(f".{path.name}")
+    figure.savefig(fresh, dpi=120, format="png")
+    os.replace(fresh, path)
+
+
+CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
+OWN_FOLDER = Path("output/train")
+"""Where runs go that were not told where."""
+
+
+def find_resumed(config: TrainConfig, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that a run goes on from, the same on every process.
+
+    Raises:
+        FileNotFoundError: there is nothing to resume.
+        ValueError: all there is to resume is damaged.
+    """
+    return ask_main_process(accelerator, partial(_find_resumed, config))
+
+
+def check_run(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Path | None:
+    """The run directory as `open_run` will make it; None where that chooses a name. Nothing is written.
+
+    Args:
+        checkpoint: that is resumed.
+
+    Raises:
+        FileExistsError: the directory holds another run, or is a file.
+        OSError: it cannot be written.
+    """
+    return ask_main_process(accelerator, partial(_check, config, checkpoint))
+
+
+def open_run(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Path:
+    """Make the run directory, the same on every process; it may have been taken since `check_run`."""
+    return ask_main_process(accelerator, partial(_claim, config, checkpoint))
+
+
+def release_run(output: Path) -> None:
+    """Remove what a new run has written that ends before its first checkpoint, so that the corrected one may have its
+    directory."""
+    (output / CONFIG_FILE).unlink(missing_ok=True)
+    shutil.rmtree(output / "last", ignore_errors=True)  # untrained
+    with suppress(OSError):  # it is not empty
+        output.rmdir()
+
+
+def _find_resumed(config: TrainConfig) -> Path | None:
+    checkpoint = find_checkpoint("auto", config.output) if _is_restarted(config) else None
+    if checkpoint is None and config.resume:
+        checkpoint = find_checkpoint(config.resume, config.output)
+    return checkpoint
+
+
+def mark_launch(output: Path) -> None:
+    """Let this run be gone on with by the processes that torchrun starts in place of these, should one die."""
+    if _launch():
+        write_atomically(output / LAUNCH_FILE, _launch())
+
+
+def _launch() -> str:
+    """What all processes have in common that one torchrun starts on a machine; "" without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return "" if run_id is None else f"{run_id} {os.getppid()}"
+
+
+def _is_restarted(config: TrainConfig) -> bool:
+    """Whether torchrun started these processes in the place of others, whose run this was."""
+    marker = Path(config.output) / LAUNCH_FILE
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and bool(config.output) and marker.is_file() and marker.read_text() == _launch()
+
+
+def write_config(config: TrainConfig, output: Path) -> None:
+    write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def report_history(output: Path, history: list[dict[str, Any]], labelled: bool, picture: bool = True) -> None:
+    """history.csv, and curves.png unless `picture` is False; a disk that is full is no reason to end the run."""
+    try:
+        write_history(output / "history.csv", history)
+        if picture:
+            plot_curves(output / "curves.png", history, labelled)
+    except OSError as error:
+        warn_unwritten(output, error)
+
+
+def _check(config: TrainConfig, checkpoint: Path | None) -> Path | None:
+    if not (config.output or checkpoint):
+        _check_writable(OWN_FOLDER)
+        return None
+    output = Path(config.output) if config.output else checkpoint.parent.parent
+    if _resumes_here(output, checkpoint):
+        return output
+    if (output / CONFIG_FILE).exists() and not (_is_restarted(config) or config.resume == "auto"):
+        go_on = f"go on with --resume {output}" if list_checkpoints(output / "checkpoints") else "remove it"
+        raise FileExistsError(f"{output} holds another run; {go_on}, or choose another output")
+    _check_writable(output)
+    return output
+
+
+def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:
+    output = _check(config, checkpoint)
+    try:
+        if output is None:
+            output = _make_new(OWN_FOLDER / datetime.now().strftime("%Y%m%d-%H%M%S"))
+        output.mkdir(parents=True, exist_ok=True)
+        if not _resumes_here(output, checkpoint):  # a resumed run's is replaced once its checkpoint was seen to fit
+            write_config(config, output)
+    except OSError as error:
+        raise _unwritable(output or OWN_FOLDER, error) from error
+    return output
+
+
+def _make_new(path: Path) -> Path:
+    """A directory that was not there, with a number behind its name where another run took that in the same second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = count(2)
+    fresh = path
+    while True:
+        try:
+            fresh.mkdir()
+            return fresh
+        except FileExistsError:
+            fresh = path.with_name(f"{path.name}-{next(numbers)}")
+
+
+def _resumes_here(output: Path, checkpoint: Path | None) -> bool:
+    return checkpoint is not None and checkpoint.parent.parent.resolve() == output.resolve()
+
+
+def _check_writable(output: Path) -> None:
+    """Raise OSError for a directory that could not be made, or written to."""
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise _unwritable(output, NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(output, PermissionError(EACCES, os.strerror(EACCES)))
+
+
+def _unwritable(output: Path, error: OSError) -> OSError:
+    return type(error)(f"cannot write the run directory {output} ({error.strerror}); choose another output")

@@ -1,0 +1,207 @@
+"""best/ and last/ of a run: saved models, with a record of how they were made."""
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import Dataset
+
+from ... import hub
+from ...hub.replace import finish_replacing, replacing_files
+from ...model import SelfDistillModel
+from ...truncated import TruncatedModel
+from ...version import __version__
+from ..config import TrainConfig
+from ..data.labels import is_labelled
+from ..data.loaders import image_count
+from ..loop.frozen import is_frozen
+from ..runtime.accelerator import device_name
+from ..state.checkpoint import UNWRITABLE, warn_unwritten
+from .metrics import ExitMetrics, exit_costs, merge_rows, model_name, with_speedups
+from .run_directory import write_json
+
+PRIVATE_SETTINGS = {"output", "resume", "data_dir", "initial_checkpoint", "pretrained_path"}
+"""Paths on this machine, which no published file tells."""
+EpochMetrics = tuple[int, list[ExitMetrics]]
+PACKAGES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub")
+
+
+class SavedModels:
+    """Saves the models of a run, from its main process.
+
+    Args:
+        val_data: a data set whose `source`, if it has one, says where it comes from, see `ImageSplits`, and whose
+            `data_config` how its images are read.
+        input_size: (channels, height, width) of the validation images.
+    """
+
+    def __init__(
+            self, output: Path, config: TrainConfig, accelerator: Accelerator, train_data: Dataset, val_data: Dataset,
+            input_size: tuple[int, int, int]):
+        self.output, self.input_size = output, input_size
+        self.data_config = {**(getattr(val_data, "data_config", None) or {}), "input_size": input_size}
+        self.unsaved: dict[str, int] = {}
+        """Epochs of models that could not be written."""
+        self.costs: list[dict[str, Any]] = []
+        self.images = [image_count(train_data), image_count(val_data)]
+        """None where a stream does not tell."""
+        self.val_images = 0
+        """Images that the metrics are of."""
+        source = getattr(val_data, "source", None)
+        described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
+        self.val_labelled = is_labelled(val_data)
+        self.reference = {} if self.val_labelled else {"reference": "deepest"}
+        """In the place of labels: then accuracies tell how often an exit agrees with the deepest."""
+        self.license = config.hub_license
+        told = config.settings
+        self.model_args = {name: told[name] for name in ("bn_momentum", "bn_eps") if told.get(name) is not None}
+        self.model_args |= told.get("model_kwargs") or {}
+        """Of a plain network, which `create_model` was given and cannot be read back from it."""
+        if told.get("initial_checkpoint") or told.get("pretrained_path"):
+            self.known_license = "unknown"
+        else:
+            self.known_license = "apache-2.0" if told.get("pretrained") is False else None
+        self.facts = {
+            "dataset": source if described else None, **self.reference,
+            "settings": {key: value for key, value in config.to_dict().items()
+                         if key not in PRIVATE_SETTINGS and not _tells_path(value)},
+            "versions": {"timm-selfdistill": __version__, "Python": platform.python_version(),
+                         **{name: version(name) for name in PACKAGES}},
+            "hardware": f"{accelerator.num_processes} x {device_name(accelerator.device)}",
+        }
+
+    def take_over(self, run: Path, epoch: int) -> bool:
+        """Whether the best model of the epochs so far is here; it is copied where the run goes on in another directory.
+        After an older checkpoint it may be one of an epoch that is to come again.
+        """
+        best, other = self.output / "best", run / "best"
+        if not best.exists() and other.is_dir() and _epoch_of(other) <= epoch:
+            finish_replacing(other)
+            with replacing_files(best) as fresh:
+                for path in other.iterdir():
+                    if path.is_file():
+                        shutil.copyfile(path, fresh / path.name)  # not its mode, which may be read-only
+        return best.exists() and _epoch_of(best) <= epoch
+
+    @property
+    def best_epoch(self) -> int:
+        """Of the best model, from 1; 0 where it does not tell."""
+        return _epoch_of(self.output / "best")
+
+    def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:
+        """Save a model under its name, without its picture; the first time, without metrics, after seeing that it can
+        be loaded again.
+
+        In the middle of a run a disk that is full is no reason to end it: there is a warning, the earlier model stays.
+
+        Returns:
+            Whether it is saved.
+        """
+        try:
+            self._save(name, model, epoch, metrics)
+            self.unsaved.pop(name, None)
+            return True
+        except UNWRITABLE as error:
+            if metrics is None:
+                raise
+            self.unsaved[name] = epoch
+            warn_unwritten(self.output / name, error)
+            return False
+
+    def save_missing(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics]) -> list[str]:
+        """At the end of a run: save what is not there, as in one that is resumed into another directory, or could not
+        be written before; their names.
+
+        Raises:
+            OSError, SafetensorError: it still cannot be.
+        """
+        missing = [name for name in ("last", "best")
+                   if not (self.output / name).exists() or self.unsaved.get(name) == epoch]
+        for name in missing:
+            self._save(name, model, epoch, metrics)
+        return missing
+
+    def _save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
+        folder, first = self.output / name, metrics is None
+        self.costs = self.costs or exit_costs(model, self.input_size)
+        record = {"exits": self.costs, **self._origin(model), **self.facts}
+        if is_frozen(model):
+            record["frozen"] = True
+        if None not in self.images:
+            record["images"] = self.images
+        if metrics is not None:
+            record |= {"epoch": epoch, "exits": merge_rows(metrics, self.costs)}
+            if record["dataset"]:
+                record["dataset"] = {**record["dataset"], "images": self.val_images}
+        if isinstance(model, (SelfDistillModel, TruncatedModel)):
+            model.save_pretrained(
+                folder, metrics=record, check=first, picture=False, data_config=self.data_config)
+        elif hasattr(model, "pretrained_cfg"):
+            hub.save_timm_model(model, folder, metrics=record, rows=record["exits"], check=first, picture=False,
+                                data_config=self.data_config, model_args=self.model_args)
+        else:
+            hub.save_weights(model, folder)
+
+    def summarize(self, model: nn.Module, best: EpochMetrics, last: EpochMetrics) -> dict[str, Any]:
+        """Measure the speed-up of every exit at the end of the run; write summary.json and exits.png, of the best
+        model, and record the speed-ups in the saved models, whose exits are as fast.
+
+        Args:
+            best, last: the epoch, from 1, and its metrics.
+        """
+        costs = with_speedups(model, self.costs or exit_costs(model, self.input_size), self.input_size)
+        rows = {epoch: merge_rows(metrics, costs) for epoch, metrics in (best, last)}
+        summary = {"model": model_name(model), "epoch": best[0], "epochs": last[0],
+                   "input_size": list(self.input_size), **self.reference, "exits": rows[best[0]],
+                   "last": {"epoch": last[0], "exits": rows[last[0]]}}
+        write_json(self.output / "summary.json", summary)
+        picture = self.output / hub.PICTURE
+        hub.plot_exits(picture, summary["model"], summary["exits"], agreement=not self.val_labelled)
+        for folder, record in self._records():
+            record |= {"exits": [row | cost for row, cost in zip(record["exits"], costs, strict=True)]}
+            hub.save_metrics(folder, record, picture if record["exits"] == summary["exits"] else None)
+        return summary
+
+    def draw_missing(self) -> None:
+        """Draw exits.png of saved models that have none yet."""
+        for folder, record in self._records():
+            if (folder / hub.PICTURE).exists():
+                continue
+            try:
+                hub.save_metrics(folder, record)
+            except UNWRITABLE as error:
+                warn_unwritten(folder, error)
+
+    def _records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Of the saved models that have any."""
+        for folder in (self.output / "best", self.output / "last"):
+            if record := hub.read_metrics(folder):
+                yield folder, record
+
+    def _origin(self, model: nn.Module) -> dict[str, str]:
+        """Licence, and the weights that the training began with, as far as both are known."""
+        backbone = model.backbone if isinstance(model, SelfDistillModel) else model
+        pretrained = self.facts["settings"].get("pretrained")
+        base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id") if pretrained else None
+        license = self.license or self.known_license
+        return {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}
+
+
+def _epoch_of(folder: Path) -> int:
+    """Of a saved model; 0 for one that does not tell."""
+    return (hub.read_metrics(folder) or {}).get("epoch", 0)
+
+
+def _tells_path(value: Any) -> bool:
+    """Whether a setting names a place on this machine, which no published file should tell."""
+    if isinstance(value, dict):
+        return any(map(_tells_path, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_tells_path, value))
+    value = str(value)
+    named = value in (".", "..") or value.startswith(("/", "~", "./", "../", "local-dir:"))
+    return named or "\\" in value or ("/" in value and Path(value).exists())

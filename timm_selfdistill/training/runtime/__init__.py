@@ -1,0 +1,1 @@
+"""What a run runs on: devices, processes, signals, progress."""

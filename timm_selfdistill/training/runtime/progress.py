@@ -1,0 +1,177 @@
+"""What a run shows while it goes on, and how often; profiles of updates."""
+import re
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import ProfileKwargs
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+class Interval:
+    """So many updates, or so much time.
+
+    Args:
+        text: "500" is every 500 updates; "90s", "10m", "1h" is time; "" is never.
+
+    Raises:
+        ValueError: it is neither.
+    """
+
+    def __init__(self, text: str):
+        match = re.fullmatch(r"(\d{1,9})([smh]?)", text)
+        if text and (match is None or int(match[1]) == 0):
+            raise ValueError(f"checkpoint_interval must be updates or a time such as 500, 90s, 10m or 1h, got {text!r}")
+        number = int(match[1]) if text else 0
+        self.updates = number if text and not match[2] else 0
+        self.seconds = number * _SECONDS[match[2]] if text and match[2] else 0
+        self.last = time.monotonic()
+
+    def is_due(self, updates: int) -> bool:
+        """By the number of updates: the same answer on every process."""
+        return self.updates > 0 and updates % self.updates == 0
+
+    def is_overdue(self) -> bool:
+        """By the clock of this process."""
+        return self.seconds > 0 and time.monotonic() - self.last >= self.seconds
+
+    def restart(self) -> None:
+        """A checkpoint is there."""
+        self.last = time.monotonic()
+
+
+PLAIN_LINE_SECONDS = 30.0
+
+
+class ProgressReporter:
+    """Reports updates and epochs.
+
+    Args:
+        total_updates: of the whole run.
+        done_updates: before this process began.
+        enabled: False on all processes but the main one.
+    """
+
+    def __init__(self, total_updates: int, done_updates: int, enabled: bool, console: Console | None = None):
+        self.console = console or Console(quiet=not enabled, soft_wrap=True)
+        self.total_updates, self.done_updates, self.first_update = total_updates, done_updates, done_updates
+        self.began = self.last_line = time.perf_counter()
+        self.live = enabled and self.console.is_terminal
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, disable=not self.live, transient=True,
+        )
+        self.task = self.bar.add_task("", total=total_updates, completed=done_updates, note="")
+
+    def __enter__(self) -> "ProgressReporter":
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def resume(self, done_updates: int) -> None:
+        """Set the updates that a run which goes on has done."""
+        self.done_updates = self.first_update = done_updates
+        self.bar.update(self.task, completed=done_updates)
+
+    def advance(self) -> None:
+        """One update is done."""
+        self.done_updates += 1
+        if self.live:
+            self.bar.advance(self.task)
+
+    def note(self, epoch: int, epochs: int, loss: float, images_per_second: float) -> None:
+        """Show the state within an epoch; where there is no terminal, at most a line every half minute."""
+        text = f"loss {loss:.3f}  {images_per_second:,.0f} images/s"
+        self.bar.update(self.task, description=f"epoch {epoch + 1}/{epochs}", note=text)
+        if not self.live and time.perf_counter() - self.last_line > PLAIN_LINE_SECONDS:
+            updates = f"{self.done_updates}/{self.total_updates}"
+            self.say(f"epoch {epoch + 1}/{epochs}  {updates}  {text}  left {self.time_left()}")
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Show how far something is that comes before the updates; without a terminal like `note`."""
+        text = f"{what} {done:,}/{total:,} images"
+        self.bar.update(self.task, description=text)
+        if not self.live and time.perf_counter() - self.last_line > PLAIN_LINE_SECONDS:
+            self.say(text)
+
+    def restart_clock(self) -> None:
+        """From here on updates alone take time, of which `time_left` tells."""
+        self.began = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self.last_line = time.perf_counter()
+        self.console.print(line, highlight=False, markup=False)
+
+    def wait(self, what: str, is_done: Callable[[float], bool]) -> None:
+        """Show that something is waited for, with the time that it has taken.
+
+        Args:
+            is_done: waits up to the given seconds and says whether it is done.
+        """
+        began = time.perf_counter()
+        if not self.live:
+            self.say(what)
+        with self.console.status(what) if self.live else nullcontext() as status:
+            while not is_done(0.5 if self.live else PLAIN_LINE_SECONDS):
+                text = f"{what}, {_clock(time.perf_counter() - began)}"
+                status.update(text) if self.live else self.say(text)
+
+    def time_left(self) -> str:
+        done = max(1, self.done_updates - self.first_update)
+        seconds = (time.perf_counter() - self.began) / done * (self.total_updates - self.done_updates)
+        return _clock(seconds)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+WAIT, WARM_UP = 3, 2
+
+
+class UpdateProfiler:
+    """Traces some updates after the first five of this start of the run, for chrome://tracing and Perfetto.
+
+    Args:
+        updates: how many; 0 is none.
+        folder: gets a profile_RANK.json for each process.
+    """
+
+    def __init__(self, accelerator: Accelerator, updates: int, folder: Path):
+        self.left = updates and WAIT + WARM_UP + updates
+        self.stack = ExitStack()
+        if updates:
+            schedule = {"wait": WAIT, "warmup": WARM_UP, "active": updates, "repeat": 1}
+            activities = ["cpu", "cuda"] if accelerator.device.type == "cuda" else ["cpu"]
+            self.profiler = self.stack.enter_context(accelerator.profile(ProfileKwargs(
+                activities=activities, schedule_option=schedule, profile_memory=True, output_trace_dir=str(folder))))
+
+    def step(self) -> None:
+        """An update is done; after the last one that is traced, the trace is written."""
+        if self.left:
+            self.profiler.step()
+            self.left -= 1
+            if not self.left:
+                self.stack.close()
+
+    def finish(self) -> None:
+        """At the end of the run."""
+        if self.left:
+            self.left = 0
+            self.stack.pop_all()  # not closed: there is nothing to write, and torch 2.8 crashes when it stops so early
+            warnings.warn("the run ended before the updates that were to be traced; there is no profile", stacklevel=2)

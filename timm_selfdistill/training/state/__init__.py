@@ -1,0 +1,1 @@
+"""A run that was stopped anywhere goes on as it would have."""

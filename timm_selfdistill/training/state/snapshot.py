@@ -1,0 +1,313 @@
+"""The state of a run: copied to memory, and put back."""
+import random
+import signal
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
+from timm.task import TrainingTask
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..config import TrainConfig
+from ..data.labels import listed
+from ..data.loaders import TrainBatches
+from ..loop.frozen import trained_state
+from ..loop.sharding import gather, spread_optimizer, spread_weights
+from ..outputs.metrics import ExitMetrics
+from ..outputs.upload import UploadResult
+
+
+@dataclass
+class TrainResult:
+    """What a run came to."""
+
+    output: Path
+    """The run directory."""
+    history: list[dict[str, Any]]
+    """A row per finished epoch, as in history.csv."""
+    summary: dict[str, Any] | None = None
+    """As in summary.json; None where the run was interrupted."""
+    interrupted_by: signal.Signals | None = None
+    upload: UploadResult | None = None
+    """Of the main process, where the run pushes to the Hub."""
+
+
+DRAWS = "seed and epoch"
+"""What order and augmentation of the images depend on; their sum, in checkpoints that do not tell."""
+
+
+@dataclass
+class TrainState:
+    """Where the run stands; travels in checkpoints."""
+
+    global_batch: int
+    """Images of a forward pass, over all processes."""
+    epoch_images: int
+    """Images of an epoch."""
+    backbone: str = ""
+    """SHA-256 of a frozen one, or of a teacher, which checkpoints do not hold."""
+    class_names: list[str] = field(default_factory=list)
+    """In the order of the class indices; empty where they are not known."""
+    drawn_from: str = ""
+    """Fingerprint of the images from which those for validation were drawn; empty where they were not."""
+    epoch: int = 0
+    images: int = 0
+    """Images of this epoch that are behind us, over all processes."""
+    updates: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    """Sums over the updates of this epoch."""
+    loss_updates: dict[str, int] = field(default_factory=dict)
+    """How many updates each of these sums is of: a task may have a loss in some of them only."""
+    replaced_samples: int = 0
+    """Images that could not be read and gave their place to others."""
+    skipped_updates: int = 0
+    """Updates that were left out because their gradients were not finite."""
+    best_metric: float = float("-inf")
+    """By which the best model so far was chosen; of a loss the negative."""
+    best_epoch: int = 0
+    """From 1, of the best model; 0 where there is none yet."""
+    draws: str = DRAWS
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def troubles(self) -> str:
+        """How many images and updates were left out, for the line of an epoch."""
+        return (f"  images replaced {self.replaced_samples}" if self.replaced_samples else "") + (
+            f"  updates left out {self.skipped_updates}" if self.skipped_updates else "")
+
+    def metrics_of(self, epoch: int) -> list[ExitMetrics]:
+        """Of a finished epoch, from 1."""
+        row = next(row for row in self.history if row["epoch"] == epoch)
+        labels = [key.removeprefix("top1_") for key in row if key.startswith("top1_")]
+        return [ExitMetrics(label if label == "ensemble" else int(label.removeprefix("exit_")),
+                            row[f"top1_{label}"], row[f"top5_{label}"], row[f"loss_{label}"]) for label in labels]
+
+    def add_losses(self, losses: dict[str, float]) -> None:
+        """Those of one update."""
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+            self.loss_updates[name] = self.loss_updates.get(name, 0) + 1
+
+    def end_epoch(self, lr: float, metrics: list[ExitMetrics]) -> dict[str, Any]:
+        """Go to the next epoch; the row of this one.
+
+        Args:
+            lr: of its last update.
+            metrics: empty where it was not measured.
+
+        Raises:
+            FloatingPointError: all of its updates were left out.
+        """
+        if not self.losses:
+            raise FloatingPointError(f"no update of epoch {self.epoch + 1} had finite gradients; try a lower lr")
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "lr": lr}
+        row |= {f"train_{name}": total / self.loss_updates[name] for name, total in self.losses.items()}
+        for metric in metrics:
+            row |= {f"top1_{metric.label}": metric.top1, f"top5_{metric.label}": metric.top5,
+                    f"loss_{metric.label}": metric.loss}
+        self.history.append(row)
+        self.epoch, self.images, self.losses = self.epoch + 1, 0, {}
+        self.loss_updates = {}
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where a run cannot go on with this frozen backbone, or an epoch that was begun with other
+        batches or data cannot be finished with these."""
+        before = state.get("backbone", "")
+        if bool(before) != bool(self.backbone):
+            which = "a teacher or a frozen backbone, and this run has none" if before else (
+                "neither a teacher nor a frozen backbone, and this run has one")
+            raise ValueError(f"the checkpoint is of a run with {which}; resume with what the run began with")
+        if before != self.backbone:
+            raise ValueError("the checkpoint is of a run with a teacher or a frozen backbone, which had other weights"
+                             " than this one; resume with the model, the teacher and the pretrained weights that the"
+                             " run began with")
+        names = state.get("class_names")
+        if names and self.class_names and names != self.class_names:
+            raise ValueError(f"the checkpoint is of a run on {listed(names, self.class_names)}, and the images have"
+                             f" {listed(self.class_names, names)}; resume with the classes that the run began with")
+        if state.get("drawn_from") and self.drawn_from and state["drawn_from"] != self.drawn_from:
+            raise ValueError("the images have other names, labels or numbers than when the run began, so that others"
+                             " would be left out for validation, and the run was trained on most of these; resume with"
+                             " the images as they were, or start a new run")
+        if state["images"] and state.get("draws") != DRAWS:
+            raise ValueError("the checkpoint stands in the middle of an epoch whose images an older version of"
+                             " timm-selfdistill ordered in another way; resume from one at the end of an epoch")
+        saved, own = ((place["global_batch"], place["epoch_images"]) for place in (state, vars(self)))
+        if state["images"] and saved != own:
+            raise ValueError(
+                f"the checkpoint stands in the middle of an epoch of {saved[1]} images in batches of {saved[0]}"
+                f" (batch_size times processes), this run has {own[1]} in batches of {own[0]}; resume with the same"
+            )
+        own_names = self.class_names or names or []
+        vars(self).update(
+            state, global_batch=own[0], epoch_images=own[1], draws=DRAWS, class_names=own_names)
+
+
+def diverged(what: str, newest: Path | None) -> FloatingPointError:
+    """The error of a run that cannot go on.
+
+    Args:
+        newest: checkpoint.
+    """
+    kept = f"{newest} stays" if newest else "there was no checkpoint yet"
+    return FloatingPointError(
+        f"{what}; {kept}; try a lower lr, clip_grad, or bfloat16 instead of float16")
+
+
+FIXED_SETTINGS = (
+    "seed", "opt", "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "layer_decay",
+    "layer_decay_min_scale", "layer_decay_no_opt_scale", "head_lr_scale", "head_warmup_epochs", "model_ema",
+    "model", "exits", "head", "teacher", "hint", "t_squared", "bce_loss", "bce_sum",
+    "bce_target_thresh", "bce_pos_weight", "freeze_backbone", "unlabelled", "method", "in_chans",
+    "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key", "target_key",
+    "streaming", "num_classes", "start_epoch", "aug_splits", "jsd_loss", "split_bn")
+"""A run that is resumed with others would be another run."""
+OPTIMIZER_SETTINGS = (
+    "opt", "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "layer_decay", "layer_decay_min_scale",
+    "layer_decay_no_opt_scale", "head_lr_scale", "lr")
+"""Those that may be others where the optimizer's state is left out."""
+FREE_SETTINGS = {
+    "device", "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to",
+    "profile",
+    "push_to_hub", "hub_model_id", "hub_private", "hub_license", "hub_strategy"}
+"""Those that change nothing in the weights, and need no word."""
+
+
+class Snapshot(NamedTuple):
+    """In the memory of the main process; nothing that trains on touches it."""
+
+    weights: dict[str, Tensor]
+    """Of what learns in the task, moving average included, under its own names, whatever wraps it."""
+    rest: dict[str, Any]
+    """Optimizer, loss scale, random states and places in a stream of every process, `TrainState`, settings; what
+    torch.load reads with weights_only."""
+
+
+def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The module under DDP and mixed-precision wrappers."""
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+
+
+def take_snapshot(
+        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, batches: TrainBatches,
+        state: TrainState, config: TrainConfig) -> Snapshot | None:
+    """Copy the state of the run; call it on every process, the main one gets it."""
+    random_states, places = zip(*gather_object([(get_random_states(), batches.state_dict())]))
+    whole = trained_state(plain(accelerator, task)), optimizer.state_dict()
+    weights, optimizer_state = gather(whole, keep=accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return None
+    rest = {
+        "optimizer": optimizer_state,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        "random": list(random_states),
+        "batches": list(places),
+        "state": state.state_dict(),
+        "settings": _describe(accelerator, state, config),
+    }
+    copies = {key: _copy(value).contiguous() for key, value in weights.items()}  # as safetensors takes them
+    return Snapshot(copies, tree_map_only(Tensor, _copy, rest))
+
+
+def restore(
+        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, batches: TrainBatches,
+        state: TrainState, config: TrainConfig, snapshot: Snapshot) -> None:
+    """Put a state back; processes that the run did not have keep their own random state.
+
+    Raises:
+        ValueError: it is that of another run: of other settings, another model or other batches.
+    """
+    _check_settings(
+        snapshot.rest["settings"], _describe(accelerator, state, config), warn=accelerator.is_main_process,
+        free=OPTIMIZER_SETTINGS if config.no_resume_opt else ())
+    batches.load_state_dicts(snapshot.rest["batches"])
+    _load_weights(plain(accelerator, task), snapshot.weights)
+    state.load_state_dict(snapshot.rest["state"])
+    if not config.no_resume_opt:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.load_state_dict(spread_optimizer(snapshot.rest["optimizer"], parameters))
+        if accelerator.scaler and snapshot.rest["scaler"]:
+            accelerator.scaler.load_state_dict(snapshot.rest["scaler"])
+    if accelerator.process_index < len(snapshot.rest["random"]):
+        set_random_states(snapshot.rest["random"][accelerator.process_index])
+
+
+def _describe(accelerator: Accelerator, state: TrainState, config: TrainConfig) -> dict[str, str]:
+    """The settings of a run, and what else it hangs on, as text."""
+    facts = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
+             "images an epoch": state.epoch_images}
+    settings = config.to_dict()
+    settings.pop("found", None)
+    return {key: str(value) for key, value in {**settings, **facts}.items()}
+
+
+def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool, free: Collection[str] = ()) -> None:
+    """Compare a run's settings with those of its checkpoint.
+
+    Args:
+        free: settings that may be others.
+
+    Raises:
+        ValueError: they differ in what makes it another run.
+    """
+    differing = {key: (saved[key], own[key]) for key in own
+                 if key in saved and saved[key] != own[key] and key not in FREE_SETTINGS}
+    said = {key: f"{key} {before} instead of {now}" for key, (now, before) in differing.items()}
+    fixed = {*FIXED_SETTINGS, "lr"} if own["sched"] == "none" else FIXED_SETTINGS
+    if refused := [said[key] for key in said if key in fixed and key not in free]:
+        raise ValueError(
+            f"the checkpoint is of another run, which this one cannot go on with: {', '.join(refused)};"
+            " resume with the same settings, or start a new run")
+    if said and warn:
+        warnings.warn(f"resumed with other settings than before: {', '.join(said.values())}", stacklevel=2)
+
+
+def _load_weights(task: TrainingTask, saved: dict[str, Tensor]) -> None:
+    own = trained_state(task)
+    shapes = {key: tuple(value.shape) for key, value in own.items()}
+    differing = sorted(
+        key for key in shapes.keys() | saved.keys()
+        if key not in saved or key not in shapes or tuple(saved[key].shape) != shapes[key])
+    if differing:
+        raise ValueError(
+            f"the checkpoint is of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
+            " resume with the model, exits, head, number of classes and model_ema that it was made with")
+    task.load_state_dict(spread_weights(saved, own), strict=False)  # without a frozen backbone
+
+
+def get_random_states() -> dict[str, Any]:
+    """Of Python's, numpy's and torch's global generators, on the processor and on this process's GPU."""
+    numpy_state = np.random.get_state(legacy=False)
+    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": key}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    numpy_state = states["numpy"]
+    key = numpy_state["state"]["key"].numpy().astype(np.uint32)
+    random.setstate(states["python"])
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """With memory of its own, also where a network holds one tensor under several names (CoaT)."""
+    return tensor.detach().to("cpu", copy=True)
