@@ -1,7 +1,6 @@
 """What only a GPU shows: half precision, memory formats, compiled stages, the loss scale of fp16, no waiting, and how
 large a batch its memory holds."""
 import copy
-import re
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from timm_selfdistill import (
 )
 from timm_selfdistill.training.loop.update import Updater
 
-from .conftest import run_python, small_model
+from .conftest import small_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -183,21 +182,6 @@ class Enlarged(torch.utils.data.Dataset):
     def __getitem__(self, index):
         x, y = self.data[index]
         return x.repeat_interleave(7, 1).repeat_interleave(7, 2), y
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_a_run_with_fsdp(precision, tmp_path):
-    """Sharded over one process, as Accelerate does it, resumed, and refused what sharded weights do not have."""
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", "configs/fsdp2.yaml", "--num_processes", "1",
-                "--main_process_port", "0", "--mixed_precision", precision)
-    flags = ["examples/train.py", "--model", "test_resnet", "-b", 64, "--clip-grad", 1.0, "--channels-last"]
-    run_python(*flags, "--epochs", 1, "--output", tmp_path / "run", launcher=launcher)
-    run_python(*flags, "--epochs", 2, "--output", tmp_path / "run", "--resume", launcher=launcher)
-    assert [path.name for path in sorted(tmp_path.glob("run/checkpoints/*"))] == ["step-00000093", "step-00000186"]
-    assert all(value.isfinite().all() for value in SelfDistillModel.from_pretrained(tmp_path / "run/best").parameters())
-
-    refused = run_python(*flags, "--model-ema", "--output", tmp_path / "ema", launcher=launcher, check=False)
-    assert re.search(r"model_ema .*FSDP; .*configs/multi_gpu\.yaml", refused.stdout + refused.stderr)
 
 
 @pytest.mark.parametrize("amp_dtype", [None, "float16", "bfloat16"])

@@ -86,7 +86,8 @@ def test_the_source_distribution_holds_all_that_its_tests_need(packages):
     names = {name for name in names if not name.startswith("timm_selfdistill.egg-info/")}
     assert names - GENERATED == files_in(packages.source)
     for needed in ("Makefile", "tests/conftest.py", "tests/data/typefaces/test.parquet", "examples/data/train.parquet",
-                   "benchmarks/results/evidence.jsonl", "docs/images/exits.png", "configs/fsdp2.yaml", "CHANGELOG.md"):
+                   "benchmarks/results/evidence.jsonl", "docs/images/exits.png", "configs/multi_gpu.yaml",
+                   "CHANGELOG.md"):
         assert needed in names
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, load_images, model_data_config, wrap_self_distill
-from timm_selfdistill.training.data.transforms import create_backbone
+from timm_selfdistill.training.loop.initial_weights import create_backbone
 from timm_selfdistill.training.loop.update import Updater
 from timm_selfdistill.training.outputs.metrics import ExitMeter
 from timm_selfdistill.training.state import checkpoint

@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from timm_selfdistill import SelfDistillModel, SelfDistillTask, Trainer
-from timm_selfdistill.training.loop.sharding import prepare_to_shard
 from timm_selfdistill.training.loop.update import MOST_SKIPPED, Updater
 from timm_selfdistill.training.outputs.metrics import ExitMeter
 from timm_selfdistill.training.outputs.saved_models import SavedModels
@@ -385,36 +384,11 @@ def test_a_launcher_that_contradicts_the_flags(variable, value, changes, message
         fit(tmp_path, few, **changes)
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_a_launcher_of_another_kind(name, few, tmp_path, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match=rf"accelerate launch .*{name}, .*FSDP2, .*configs/fsdp2\.yaml"):
+    with pytest.raises(ValueError, match=rf"accelerate launch .*{name}, .*configs/multi_gpu\.yaml"):
         fit(tmp_path, few)
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"FSDP_VERSION": "1"}, r"FSDP1; .*fsdp_version: 2, .*configs/fsdp2\.yaml"),
-    ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading, .*to false"),
-    ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing, .*to false, and grad_checkpointing"),
-    ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "SIZE_BASED_WRAP, .*fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
-    ({"CUDA_VISIBLE_DEVICES": ""}, r"FSDP .*GPUs, .*accelerate launch .*configs/fsdp2\.yaml")])
-def test_a_launcher_that_shards_in_a_way_that_does_not_work(changes, message, few, tmp_path, monkeypatch):
-    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **changes}.items():
-        monkeypatch.setenv(name, value)
-    if torch.cuda.is_available() and "CUDA_VISIBLE_DEVICES" in changes:
-        pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match=message):
-        fit(tmp_path, few)
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"model_ema": True}, r"model_ema .*FSDP; .*configs/multi_gpu\.yaml"),
-    ({"torchcompile": True}, r"torchcompile .*FSDP; .*configs/multi_gpu\.yaml"),
-    ({"opt": "lamb"}, "opt 'lamb' .*FSDP; .*sgd, momentum, adam, adamw")])
-def test_what_sharded_weights_do_not_have(changes, message, few, tmp_path):
-    task = SelfDistillTask(small_model(in_chans=1))
-    with pytest.raises(ValueError, match=message):
-        prepare_to_shard(None, task, settings(tmp_path, **changes))
 
 
 def test_no_warning_in_an_ordinary_run(few, tmp_path):

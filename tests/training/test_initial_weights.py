@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from timm.task import ClassificationTask
 
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, model_data_config
-from timm_selfdistill.training.data.transforms import create_backbone
+from timm_selfdistill.training.loop.initial_weights import create_backbone
 
 from ..conftest import ROOT, run_python, small_backbone, small_model
 

@@ -13,8 +13,7 @@ from torch import nn
 
 from timm_selfdistill import SelfDistillModel, SelfDistillTask, load_images, wrap_self_distill
 from timm_selfdistill.cli import check_method_flags, create_task, parse_args, take_over_exits, train_parser
-from timm_selfdistill.training.data.transforms import create_backbone
-from timm_selfdistill.training.loop.initial_weights import find_saved_weights, read_weights
+from timm_selfdistill.training.loop.initial_weights import create_backbone, find_saved_weights, read_weights
 
 from ..conftest import ROOT, run_python, small_backbone, small_model
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import signal
+import time
 from datetime import datetime
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -91,7 +92,8 @@ def test_pictures_are_drawn_at_the_end_and_every_30_seconds_at_most(
         seconds, times, fashion_tensors, tmp_path, monkeypatch):
     """Three epochs of so many seconds, by a clock of the test's own."""
     now, drawn = [0.0], []
-    monkeypatch.setattr("timm_selfdistill.training.runtime.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("timm_selfdistill.training.runtime.progress.time", SimpleNamespace(
+        monotonic=lambda: now[0], perf_counter=time.perf_counter))
     monkeypatch.setattr("timm_selfdistill.training.outputs.run_directory.plot_curves", lambda *_: drawn.append(
         [(tmp_path / name / "exits.png").exists() for name in ("best", "last")]))
     evaluate = Trainer.evaluate

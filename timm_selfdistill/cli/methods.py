@@ -29,8 +29,8 @@ from ..loss import SelfDistillLoss
 from ..model import SelfDistillModel, wrap_self_distill
 from ..task import SelfDistillTask
 from ..training.data.labels import listed
-from ..training.data.transforms import create_backbone, model_data_config, own_class_names
-from ..training.loop.initial_weights import UNREADABLE, SavedWeights, load_exits
+from ..training.data.transforms import model_data_config, own_class_names
+from ..training.loop.initial_weights import UNREADABLE, SavedWeights, create_backbone, load_exits
 from .program import parse_exit, say
 
 NETWORK_FLAGS = ("exits", "head")

@@ -26,8 +26,7 @@ from ..training import (
     summary_title,
 )
 from ..training.data.splits import fit_classes, in_mapped_order
-from ..training.data.transforms import create_backbone
-from ..training.loop.initial_weights import find_saved_weights, init_classifier
+from ..training.loop.initial_weights import create_backbone, find_saved_weights, init_classifier
 from .found import found_lines, found_settings
 from .methods import EXIT_METHODS, check_method_flags, create_task, network_args, take_over_exits
 from .program import NOT_UPLOADED, run, say

@@ -7,8 +7,9 @@ from .data.transforms import model_data_config, own_class_names
 from .loop.trainer import Trainer, TrainResult
 
 if TYPE_CHECKING:
-    from .data import ImageDataset, ImageSplits, load_images
+    from .data.finding import load_images
     from .data.images import open_image
+    from .data.splits import ImageDataset, ImageSplits
     from .outputs.run_directory import print_exits, summary_title
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "summary_title",
 ]
 
-IMPORTED_LATER = {"ImageDataset": ".data", "ImageSplits": ".data", "load_images": ".data", "open_image": ".images",
-                  "print_exits": ".report", "summary_title": ".report"}
+IMPORTED_LATER = {
+    "ImageDataset": ".data.splits", "ImageSplits": ".data.splits", "load_images": ".data.finding",
+    "open_image": ".data.images", "print_exits": ".outputs.run_directory",
+    "summary_title": ".outputs.run_directory"}
 """With the first of these names comes `datasets`, which takes half a second, or rich's tables."""
 
 

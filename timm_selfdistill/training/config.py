@@ -2,6 +2,7 @@
 import datetime
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
@@ -12,8 +13,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.optim import list_optimizers
 from torch import Tensor
-
-from .runtime.progress import Interval
 
 CHOICES = {
     "mixup_mode": ("batch", "pair", "elem"),
@@ -274,7 +273,7 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        Interval(self.checkpoint_interval)
+        parse_interval(self.checkpoint_interval)
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
         if not 0 <= self.smoothing < 1:
@@ -347,6 +346,24 @@ class TrainConfig:
         if taken := sorted({entry.name for entry in fields(self)} & self.settings.keys()):
             raise ValueError(f"settings must have names of their own, got {', '.join(taken)}, which TrainConfig has"
                              f" itself: give TrainConfig({taken[0]}=...), or choose another name")
+
+
+def parse_interval(text: str) -> tuple[int, int]:
+    """Updates and seconds between two checkpoints, of which one is 0.
+
+    Args:
+        text: "500" is every 500 updates; "90s", "10m", "1h" is time; "" is never.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    match = re.fullmatch(r"(\d{1,9})([smh]?)", text)
+    if not text:
+        return 0, 0
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f"checkpoint_interval must be updates or a time such as 500, 90s, 10m or 1h, got {text!r}")
+    seconds = {"": 0, "s": 1, "m": 60, "h": 3600}[match[2]]
+    return (0, int(match[1]) * seconds) if seconds else (int(match[1]), 0)
 
 
 def is_number(value: Any) -> bool:

@@ -11,8 +11,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ..config import TrainConfig
 from ..runtime.interrupt import leave_process_group
-from ..state.snapshot import DRAWS
-from .sampling import Batch, Draw, EpochSampler, TrainImages
+from .sampling import DRAWS, Batch, Draw, EpochSampler, TrainImages
 from .streams import Place, StreamedImages, TrainStream
 
 EMPTY_PASSES = 3

@@ -14,6 +14,10 @@ Batch = tuple[Tensor, Tensor, Tensor]
 before each."""
 
 
+DRAWS = "seed and epoch"
+"""What order and augmentation of the images depend on; their sum, in checkpoints that do not tell."""
+
+
 class Draw(NamedTuple):
     """One image of an epoch."""
 

@@ -2,7 +2,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform, resolve_model_data_config
@@ -17,7 +16,6 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, Norm
 from ...cost import default_input_size
 from ...model import SelfDistillModel
 from ..config import TrainConfig
-from ..loop.initial_weights import load_checkpoint
 from .labels import check_targets
 
 
@@ -26,45 +24,10 @@ def takes_other_sizes(backbone: nn.Module) -> bool:
     return not backbone.pretrained_cfg.get("fixed_input_size") or hasattr(backbone, "set_input_size")
 
 
-def create_backbone(
-        name: str, img_size: int | None = None, initial_checkpoint: str | None = None,
-        pretrained_path: str | None = None, **kwargs: Any) -> nn.Module:
-    """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
-
-    Args:
-        initial_checkpoint: checkpoint or saved model whose tensors to load, all of them; see `load_checkpoint`.
-        pretrained_path: likewise, but with a new classifier.
-        kwargs: further arguments of `timm.create_model`.
-    """
-    if initial_checkpoint and pretrained_path:
-        raise ValueError("initial_checkpoint and pretrained_path are two ways to load a checkpoint; give one of them")
-    model = _create(name, img_size, **kwargs)
-    if initial_checkpoint:
-        load_checkpoint(model, initial_checkpoint)
-    elif pretrained_path:
-        load_checkpoint(model, pretrained_path, new_classifier=True)
-    return model
-
-
 def own_class_names(backbone: nn.Module) -> list[str] | None:
     """Those that came with a timm model's weights; None where there are none, or its classifier is for other ones."""
     names = backbone.pretrained_cfg.get("label_names")
     return list(names) if names and len(names) == backbone.num_classes else None
-
-
-def _create(name: str, img_size: int | None, **kwargs: Any) -> nn.Module:
-    model = timm.create_model(name, **kwargs)
-    channels, *size = model.pretrained_cfg["input_size"]
-    if img_size is None or size == [img_size, img_size] or takes_other_sizes(model):
-        return model
-    try:
-        model = timm.create_model(name, img_size=img_size, **kwargs)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-        return model  # `model_data_config` says that it takes no other size
-    model.pretrained_cfg["input_size"] = (channels, img_size, img_size)
-    return model
 
 
 def model_data_config(

@@ -1,5 +1,4 @@
 """Runs in which a network is frozen, and features that it gave once."""
-import hashlib
 import os
 import shutil
 import warnings
@@ -15,11 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from timm.task import TrainingTask
-from timm.task.distillation import DistillationTeacher
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from ...model import SelfDistillModel
 from ...output import BackboneOutput
 from ...task import SelfDistillTask
 from ..config import TrainConfig
@@ -29,64 +26,11 @@ from ..data.sampling import Draw, TrainImages
 from ..runtime.accelerator import ask_main_process
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import ProgressReporter
+from ..state.trained import is_frozen
 from .update import Updater
 
 IMAGES_READ = 16
 """Twice, to see whether they are the same."""
-
-
-def is_frozen(model: nn.Module) -> bool:
-    return isinstance(model, SelfDistillModel) and model.freeze_backbone
-
-
-def trained_part(model: nn.Module) -> nn.Module:
-    """The heads of a model with a frozen backbone, or else the whole model."""
-    return model.heads if is_frozen(model) else model
-
-
-def frozen_part(task: TrainingTask) -> nn.Module | None:
-    """The network that stays as it is: a frozen backbone, or the teacher of one of timm's distillation tasks, ours
-    included. What else a task may call its teacher perhaps learns."""
-    model = task.get_trainable_module()
-    return model.backbone if is_frozen(model) else _teacher(task)
-
-
-def freeze_teacher(task: TrainingTask) -> None:
-    """Freeze the teacher of timm's distillation tasks, which timm does only where it distributes them itself: else
-    DistributedDataParallel would wait for its gradients.
-
-    Raises:
-        ValueError: its weights hold NaN or infinity.
-    """
-    teacher = _teacher(task)
-    if teacher is None:
-        return
-    teacher.requires_grad_(False)
-    spoilt = [name for name, value in teacher.model.state_dict().items() if not bool(value.isfinite().all())]
-    if spoilt:
-        raise ValueError(f"the teacher's weights are not finite, {spoilt[0]} first; they come from a run that diverged"
-                         " or a damaged file, take another teacher")
-
-
-def trained_state(task: TrainingTask) -> dict[str, Tensor]:
-    """The state of a task, without that of its frozen network."""
-    state, network = task.state_dict(), frozen_part(task)
-    if network is None:
-        return state
-    frozen = tuple(f"{name}." for name, part in task.named_modules() if part is network)
-    return {key: value for key, value in state.items() if not key.startswith(frozen)}
-
-
-def frozen_digest(task: TrainingTask) -> str:
-    """SHA-256 of the frozen network, which a checkpoint holds in its place; "" where nothing is frozen."""
-    network = frozen_part(task)
-    if network is None:
-        return ""
-    digest = hashlib.sha256()
-    for key, value in network.state_dict().items():
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def learns_in_parts(task: TrainingTask, config: TrainConfig) -> bool:
@@ -117,11 +61,6 @@ def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: D
     elif not is_labelled(train_data):
         raise ValueError("the training images have no labels; give unlabelled=True (--unlabelled), which needs a model"
                          " with a frozen backbone, or images with labels")
-
-
-def _teacher(task: TrainingTask) -> DistillationTeacher | None:
-    teacher = getattr(task, "teacher", None)
-    return teacher if isinstance(teacher, DistillationTeacher) else None
 
 
 def _check_teaching(task: TrainingTask) -> None:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from ...hub.files import BACKBONE, CONFIG, HEADS, check_version
 from ...hub.trust import check_exits, check_network, read_json, short
 from ...model import SelfDistillModel
 from ...stages import Stage
+from ..data.transforms import takes_other_sizes
 from ..state.checkpoint import CHECKSUM_FILE, find_checkpoint, find_damage
 
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, TypeError,
@@ -448,3 +450,38 @@ def _exits(stages: list[Stage], one: str, several: str) -> str:
 
 def _names(stages: list[Stage]) -> str:
     return ", ".join(stage.name for stage in stages)
+
+
+def create_backbone(
+        name: str, img_size: int | None = None, initial_checkpoint: str | None = None,
+        pretrained_path: str | None = None, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
+
+    Args:
+        initial_checkpoint: checkpoint or saved model whose tensors to load, all of them; see `load_checkpoint`.
+        pretrained_path: likewise, but with a new classifier.
+        kwargs: further arguments of `timm.create_model`.
+    """
+    if initial_checkpoint and pretrained_path:
+        raise ValueError("initial_checkpoint and pretrained_path are two ways to load a checkpoint; give one of them")
+    model = _create_for_size(name, img_size, **kwargs)
+    if initial_checkpoint:
+        load_checkpoint(model, initial_checkpoint)
+    elif pretrained_path:
+        load_checkpoint(model, pretrained_path, new_classifier=True)
+    return model
+
+
+def _create_for_size(name: str, img_size: int | None, **kwargs: Any) -> nn.Module:
+    model = timm.create_model(name, **kwargs)
+    channels, *size = model.pretrained_cfg["input_size"]
+    if img_size is None or size == [img_size, img_size] or takes_other_sizes(model):
+        return model
+    try:
+        model = timm.create_model(name, img_size=img_size, **kwargs)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return model  # `model_data_config` says that it takes no other size
+    model.pretrained_cfg["input_size"] = (channels, img_size, img_size)
+    return model

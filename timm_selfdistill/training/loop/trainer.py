@@ -1,8 +1,9 @@
 """The training run around any `timm.task.TrainingTask`."""
 import math
+import signal
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..config import TrainConfig
 from ..data.labels import check_classes, check_first_labels, check_indices, name_classes, paired
 from ..data.loaders import ValBatches, check_counts, image_count, image_shape, train_batches
 from ..data.transforms import TargetMixer, smooths_labels
-from ..outputs.metrics import ExitMetrics, count_logits, deciding_metric, measure_exits
+from ..outputs.metrics import ExitMetrics, as_columns, count_logits, deciding_metric, measure_exits, of_columns
 from ..outputs.run_directory import (
     check_run,
     find_resumed,
@@ -36,24 +37,30 @@ from ..runtime.accelerator import create_accelerator, sharing_failures
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
 from ..state.checkpoint import Checkpoints, read_checkpoint, warn_unwritten
-from ..state.snapshot import TrainResult, TrainState, diverged, restore, take_snapshot
-from .frozen import (
-    FeatureCache,
-    check_frozen_settings,
-    drop_caches,
-    fill_caches,
-    frozen_digest,
-    is_frozen,
-    learns_in_parts,
-    remove_features,
-    trained_part,
-)
+from ..state.snapshot import TrainState, diverged, restore, take_snapshot
+from ..state.trained import frozen_digest, is_frozen, trained_part
+from .frozen import FeatureCache, check_frozen_settings, drop_caches, fill_caches, learns_in_parts, remove_features
 from .initial_weights import check_task
 from .optimizer import base_lr
 from .update import Losses, create_updater, find_batch_size
 
 PICTURE_INTERVAL = "30s"
 """Between two drawings before the end of a run: they would take longer than the epochs of a small one."""
+
+
+@dataclass
+class TrainResult:
+    """What a run came to."""
+
+    output: Path
+    """The run directory."""
+    history: list[dict[str, Any]]
+    """A row per finished epoch, as in history.csv."""
+    summary: dict[str, Any] | None = None
+    """As in summary.json; None where the run was interrupted."""
+    interrupted_by: signal.Signals | None = None
+    upload: UploadResult | None = None
+    """Of the main process, where the run pushes to the Hub."""
 
 
 class Trainer:
@@ -125,9 +132,8 @@ class Trainer:
 
     @property
     def eval_model(self) -> nn.Module:
-        """What is evaluated and saved: the model, or its moving average; with FSDP a whole copy, as of the last
-        `evaluate`."""
-        return self.update.trained_model if self.update.whole is None else self.update.whole
+        """What is evaluated and saved: the model, or its moving average."""
+        return self.update.trained_model
 
     def fit(self) -> TrainResult:
         """Train, evaluate and save. SIGINT and SIGTERM end it early, with a checkpoint.
@@ -232,14 +238,12 @@ class Trainer:
             except OSError as error:
                 warn_unwritten(self.output, error)
         self.update.set_schedule(self._position())
-        self.update.repeat_epochs({row["epoch"]: self._deciding(self.state.metrics_of(row["epoch"]))
-                                   for row in self.state.history})
+        self.update.repeat_epochs({row["epoch"]: self._deciding(of_columns(row)) for row in self.state.history})
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> list[ExitMetrics]:
         """Accuracy of every exit and of the ensemble on the validation data, or where these have no labels, how often
         each agrees with the deepest; call it on every process."""
-        self.update.refresh_whole()
         classes = self.update.mixer.num_classes
         batches = (self.update.to_device(x, check_indices(y, classes) if self.saved.val_labelled else y)
                    for x, y in self.val_batches)
@@ -334,7 +338,7 @@ class Trainer:
             return
         self.metrics = metrics = self.evaluate()
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
-        row = state.end_epoch(self.lr, metrics)
+        row = state.end_epoch(self.lr, as_columns(metrics))
         self.update.end_epoch(state.epoch, self._deciding(metrics))
         self.progress.say(
             f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  "
@@ -359,7 +363,7 @@ class Trainer:
     def _pass_epoch(self) -> None:
         """Go to the next epoch without a look at this one."""
         state = self.state
-        row = state.end_epoch(self.lr, [])
+        row = state.end_epoch(self.lr, {})
         self.update.end_epoch(state.epoch, None)
         self.progress.say(f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  {self.rate:,.0f} images/s"
                           f"  left {self.progress.time_left()}" + state.troubles())
@@ -391,7 +395,8 @@ class Trainer:
             if "best" in self.saved.save_missing(self.eval_model, state.epoch, metrics):
                 state.best_epoch = state.epoch
             report_history(self.output, state.history, self.saved.val_labelled)
-            best = state.best_epoch, state.metrics_of(state.best_epoch)
+            row = next(row for row in state.history if row["epoch"] == state.best_epoch)
+            best = state.best_epoch, of_columns(row)
             answer = [self.saved.summarize(self.eval_model, best, (state.epoch, metrics))]
         return broadcast_object_list(answer)[0]
 

@@ -25,9 +25,8 @@ from ..data.sampling import Batch, mixed_seed
 from ..data.transforms import TargetMixer, view_by_view
 from ..state.checkpoint import read_settings
 from ..state.snapshot import get_random_states, plain, set_random_states
-from .frozen import freeze_teacher, trained_part
+from ..state.trained import freeze_teacher, trained_part
 from .optimizer import create_optimizer, create_schedule
-from .sharding import gather, gather_into, prepare_to_shard, share_statistics
 
 MOST_SKIPPED = 10
 """Updates in a row that `on_nan="skip"` leaves out before it gives up."""
@@ -45,18 +44,16 @@ class Updater:
         schedule: of the learning rate; None is constant.
         epochs: of the run.
         updates_per_epoch: at full length.
-        whole: a copy of the model, where the task's is sharded.
     """
 
     def __init__(
             self, accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer,
-            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig, epochs: int, updates_per_epoch: int,
-            whole: nn.Module | None = None):
+            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig, epochs: int,
+            updates_per_epoch: int):
         self.epochs, self.updates_per_epoch = epochs, updates_per_epoch
         self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
         self.schedule, self.mixer, self.config = schedule, mixer, config
         self.plain_task: TrainingTask = plain(accelerator, task)
-        self.whole = whole
         self.skipped_in_a_row = 0
 
     def __call__(self, group: list[Batch], epoch: int, update: int, position: int) -> Losses | None:
@@ -91,22 +88,15 @@ class Updater:
 
     @property
     def trained_model(self) -> nn.Module:
-        """What is to be evaluated and saved, perhaps sharded: the model, or its moving average."""
+        """What is to be evaluated and saved: the model, or its moving average."""
         model = self.plain_task.get_eval_model(ema=self.config.model_ema)
         return plain(self.accelerator, getattr(model, "module", model))
 
-    def refresh_whole(self) -> None:
-        """Bring the whole copy of a sharded model up to date, on the device; call it on every process."""
-        if self.whole is not None:
-            gather_into(self.whole.to(self.accelerator.device), self.trained_model)
-
     def train(self, epoch: int) -> None:
-        """Go on with training, and leave the device's memory to it; the first epochs may be of classifiers alone."""
+        """Go on with training; the first epochs may be of classifiers alone."""
         self.task.train()
         if self.config.head_warmup_epochs:
             self.plain_task.get_trainable_module().train_classifiers_alone(epoch < self.config.head_warmup_epochs)
-        if self.whole is not None:
-            self.whole.cpu()
 
     def set_schedule(self, position: int) -> None:
         """The learning rate for the update after this one."""
@@ -153,13 +143,10 @@ class Updater:
 
     def _backward(self, group: list[Batch], epoch: int) -> Losses:
         losses: Losses = {}
-        if self.whole is not None:
-            share_statistics(self.plain_task)
         for index, (x, y, _) in enumerate(group):
             x, y = self.mixer(*self.to_device(*view_by_view(x, self.mixer.check(y))), epoch)
             with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.task):
-                with self.accelerator.autocast():  # which Accelerate's own forward pass has but with FSDP
-                    result = self.task(x, y)
+                result = self.task(x, y)
                 self.accelerator.backward(result["loss"] / len(group))
             for name in (key for key in result if key.endswith("loss")):
                 losses[name] = losses.get(name, 0) + result[name].detach().float() / len(group)
@@ -174,7 +161,7 @@ class Updater:
         limit = float("inf") if self.config.clip_grad is None else self.config.clip_grad
         if self.config.clip_mode == "norm" or self.config.clip_grad is None:
             norm = self.accelerator.clip_grad_norm_(self.task.parameters(), limit)
-            return not watch or bool(gather(norm).isfinite())
+            return not watch or bool(norm.isfinite())
         self.accelerator.unscale_gradients()
         parameters = list(self.plain_task.get_clip_parameters(exclude_head=self.config.clip_mode == "agc"))
         dispatch_clip_grad(parameters, limit, mode=self.config.clip_mode)
@@ -213,7 +200,7 @@ def create_updater(
     """Optimizer, schedule and moving average around a task, on Accelerate's devices.
 
     Raises:
-        ValueError: batch norm, sharded weights or a teacher cannot work with these settings.
+        ValueError: batch norm or a teacher cannot work with these settings.
     """
     set_seed(mixed_seed(config.seed, accelerator.process_index))
     freeze_teacher(task)
@@ -221,19 +208,15 @@ def create_updater(
     if config.head_warmup_epochs and not (isinstance(model, SelfDistillModel) and not model.freeze_backbone):
         raise ValueError("head_warmup_epochs is for shallow classifiers on a backbone that learns with them later")
     _prepare_batch_norm(accelerator, model, config)
-    whole = prepare_to_shard(accelerator, task, config) if accelerator.is_fsdp2 else None
-    if config.channels_last and whole is None:
+    if config.channels_last:
         task.to(memory_format=torch.channels_last)  # a teacher, too
-    if whole is not None and config.clip_grad is not None and config.clip_mode != "norm":
-        raise ValueError(f"clip_mode {config.clip_mode} looks at gradients of whole tensors, and FSDP shards them; take"
-                         " clip_mode norm")
     if config.torchcompile:
         backend = "inductor" if config.torchcompile is True else config.torchcompile
         model.compile(backend=backend, mode=config.torchcompile_mode)
     optimizer = create_optimizer(model, config)
     schedule, epochs = create_schedule(optimizer, config, updates_per_epoch)
     updater = Updater(
-        accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, epochs, updates_per_epoch, whole)
+        accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, epochs, updates_per_epoch)
     if config.model_ema:
         updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     return updater
@@ -267,14 +250,12 @@ def find_batch_size(
         checkpoint: that is resumed.
 
     Raises:
-        ValueError: there is no GPU, the weights are sharded, or not even the smallest batch fits.
+        ValueError: there is no GPU, or not even the smallest batch fits.
     """
     if config.batch_size != "auto":
         return config
     if checkpoint:
         return replace(config, batch_size=int(read_settings(checkpoint)["batch_size"]))
-    if accelerator.is_fsdp2:
-        raise ValueError("batch_size auto tries a whole network on each GPU, which FSDP does not have; give a number")
     if accelerator.device.type == "cpu":
         raise ValueError("batch_size auto tries how much a GPU's memory holds, and there is no GPU; give a number")
     attempt = partial(try_updates, accelerator, task, mixer, config, input_size)

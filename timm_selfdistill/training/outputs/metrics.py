@@ -110,6 +110,18 @@ def measure_exits(
     return meter.compute(totals), int(totals[0, 3])
 
 
+def as_columns(metrics: list[ExitMetrics]) -> dict[str, float]:
+    """Metrics of an epoch as history.csv has them."""
+    return {f"{name}_{metric.label}": getattr(metric, name) for metric in metrics for name in ("top1", "top5", "loss")}
+
+
+def of_columns(row: dict[str, Any]) -> list[ExitMetrics]:
+    """The metrics in a row of history.csv; empty where the epoch was not measured."""
+    labels = [key.removeprefix("top1_") for key in row if key.startswith("top1_")]
+    return [ExitMetrics(label if label == "ensemble" else int(label.removeprefix("exit_")),
+                        row[f"top1_{label}"], row[f"top5_{label}"], row[f"loss_{label}"]) for label in labels]
+
+
 def deciding_metric(metrics: list[ExitMetrics], frozen: bool, name: str = "top1") -> float:
     """By which one model is better than another: that of the deepest exit, or where it is frozen the mean of the
     others.

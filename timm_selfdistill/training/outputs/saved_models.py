@@ -18,9 +18,9 @@ from ...version import __version__
 from ..config import TrainConfig
 from ..data.labels import is_labelled
 from ..data.loaders import image_count
-from ..loop.frozen import is_frozen
 from ..runtime.accelerator import device_name
 from ..state.checkpoint import UNWRITABLE, warn_unwritten
+from ..state.trained import is_frozen
 from .metrics import ExitMetrics, exit_costs, merge_rows, model_name, with_speedups
 from .run_directory import write_json
 

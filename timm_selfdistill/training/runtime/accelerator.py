@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     GradientAccumulationPlugin,
     broadcast_object_list,
     parse_flag_from_env,
@@ -39,7 +38,8 @@ def device_name(device: torch.device | str) -> str:
 Answer = TypeVar("Answer")
 REFUSED = {
     "DEEPSPEED": "makes its steps in the backward pass, where gradients cannot be accumulated or looked at, and has"
-                 " checkpoints of its own (fsdp_reshard_after_forward: false is like its ZeRO-2)",
+                 " checkpoints of its own",
+    "FSDP": "shards the weights, of which the exits run parts on their own",
     "MEGATRON_LM": "needs a model of its own",
     "PARALLELISM_CONFIG": "lets several processes work on one image",
 }
@@ -67,16 +67,12 @@ def create_accelerator(config: TrainConfig, find_unused: bool = False) -> Accele
     if not cpu:
         torch.set_float32_matmul_precision("high")  # TF32, as timm's train.py
         torch.backends.cudnn.allow_tf32 = True
-    # Which would keep the precision of an earlier run in this process, and with FSDP not find the processes again.
-    AcceleratorState._reset_state(reset_partial_state=parse_flag_from_env("ACCELERATE_USE_FSDP"))
+    AcceleratorState._reset_state()  # which would keep the precision of an earlier run in this process
     # The Trainer divides the loss itself, so Accelerate, which may be told a number by its launcher, must not.
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=find_unused)
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=precision, cpu=cpu, kwargs_handlers=[kwargs],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
-        raise ValueError("FSDP needs GPUs, and processes that accelerate launch starts; see configs/fsdp2.yaml")
-    return accelerator
 
 
 def _choose_device(name: str, cpu: bool) -> bool:
@@ -121,9 +117,8 @@ def _check_launcher(config: TrainConfig) -> None:
     """What `accelerate launch` was told, against what the run was told."""
     for name, reason in REFUSED.items():
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise ValueError(f"accelerate launch asks for {name}, which {reason}; take FSDP2, see configs/fsdp2.yaml")
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        _check_fsdp()
+            raise ValueError(f"accelerate launch asks for {name}, which {reason}; take configs/multi_gpu.yaml, and"
+                             " grad_checkpointing (--grad-checkpointing) where memory is short")
     launched = {
         "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION"),
         "gradient_accumulation_steps": os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
@@ -133,21 +128,6 @@ def _check_launcher(config: TrainConfig) -> None:
         if value not in (None, "no", "1") and own[name] is not None and value != own[name]:
             raise ValueError(
                 f"accelerate launch says {name} {value}, the run's own flags say {own[name]}; change one of them")
-
-
-def _check_fsdp() -> None:
-    """What `accelerate launch` was told about FSDP."""
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ValueError("accelerate launch asks for FSDP1; set fsdp_version: 2, see configs/fsdp2.yaml")
-    for name in ("offload_params", "cpu_ram_efficient_loading", "activation_checkpointing"):
-        if parse_flag_from_env(f"FSDP_{name.upper()}"):
-            raise ValueError(
-                f"accelerate launch asks for fsdp_{name}, which is not supported; set it to false"
-                + (", and grad_checkpointing in the run" if name == "activation_checkpointing" else ""))
-    if os.environ.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP":
-        raise ValueError(
-            "accelerate launch asks for SIZE_BASED_WRAP, which wraps parts that are never called; set"
-            " fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, for which the blocks of any network are found")
 
 
 POLL_SECONDS = 0.5

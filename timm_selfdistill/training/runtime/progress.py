@@ -1,5 +1,4 @@
 """What a run shows while it goes on, and how often; profiles of updates."""
-import re
 import time
 import warnings
 from collections.abc import Callable
@@ -12,26 +11,18 @@ from accelerate.utils import ProfileKwargs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
+from ..config import parse_interval
 
 
 class Interval:
     """So many updates, or so much time.
 
     Args:
-        text: "500" is every 500 updates; "90s", "10m", "1h" is time; "" is never.
-
-    Raises:
-        ValueError: it is neither.
+        text: see `parse_interval`.
     """
 
     def __init__(self, text: str):
-        match = re.fullmatch(r"(\d{1,9})([smh]?)", text)
-        if text and (match is None or int(match[1]) == 0):
-            raise ValueError(f"checkpoint_interval must be updates or a time such as 500, 90s, 10m or 1h, got {text!r}")
-        number = int(match[1]) if text else 0
-        self.updates = number if text and not match[2] else 0
-        self.seconds = number * _SECONDS[match[2]] if text and match[2] else 0
+        self.updates, self.seconds = parse_interval(text)
         self.last = time.monotonic()
 
     def is_due(self, updates: int) -> bool:

@@ -1,6 +1,5 @@
 """The state of a run: copied to memory, and put back."""
 import random
-import signal
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -19,29 +18,8 @@ from torch.utils._pytree import tree_map_only
 from ..config import TrainConfig
 from ..data.labels import listed
 from ..data.loaders import TrainBatches
-from ..loop.frozen import trained_state
-from ..loop.sharding import gather, spread_optimizer, spread_weights
-from ..outputs.metrics import ExitMetrics
-from ..outputs.upload import UploadResult
-
-
-@dataclass
-class TrainResult:
-    """What a run came to."""
-
-    output: Path
-    """The run directory."""
-    history: list[dict[str, Any]]
-    """A row per finished epoch, as in history.csv."""
-    summary: dict[str, Any] | None = None
-    """As in summary.json; None where the run was interrupted."""
-    interrupted_by: signal.Signals | None = None
-    upload: UploadResult | None = None
-    """Of the main process, where the run pushes to the Hub."""
-
-
-DRAWS = "seed and epoch"
-"""What order and augmentation of the images depend on; their sum, in checkpoints that do not tell."""
+from ..data.sampling import DRAWS
+from .trained import trained_state
 
 
 @dataclass
@@ -82,25 +60,18 @@ class TrainState:
         return (f"  images replaced {self.replaced_samples}" if self.replaced_samples else "") + (
             f"  updates left out {self.skipped_updates}" if self.skipped_updates else "")
 
-    def metrics_of(self, epoch: int) -> list[ExitMetrics]:
-        """Of a finished epoch, from 1."""
-        row = next(row for row in self.history if row["epoch"] == epoch)
-        labels = [key.removeprefix("top1_") for key in row if key.startswith("top1_")]
-        return [ExitMetrics(label if label == "ensemble" else int(label.removeprefix("exit_")),
-                            row[f"top1_{label}"], row[f"top5_{label}"], row[f"loss_{label}"]) for label in labels]
-
     def add_losses(self, losses: dict[str, float]) -> None:
         """Those of one update."""
         for name, value in losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
             self.loss_updates[name] = self.loss_updates.get(name, 0) + 1
 
-    def end_epoch(self, lr: float, metrics: list[ExitMetrics]) -> dict[str, Any]:
+    def end_epoch(self, lr: float, measured: dict[str, float]) -> dict[str, Any]:
         """Go to the next epoch; the row of this one.
 
         Args:
             lr: of its last update.
-            metrics: empty where it was not measured.
+            measured: columns of its metrics; empty where it was not measured.
 
         Raises:
             FloatingPointError: all of its updates were left out.
@@ -109,9 +80,7 @@ class TrainState:
             raise FloatingPointError(f"no update of epoch {self.epoch + 1} had finite gradients; try a lower lr")
         row: dict[str, Any] = {"epoch": self.epoch + 1, "lr": lr}
         row |= {f"train_{name}": total / self.loss_updates[name] for name, total in self.losses.items()}
-        for metric in metrics:
-            row |= {f"top1_{metric.label}": metric.top1, f"top5_{metric.label}": metric.top5,
-                    f"loss_{metric.label}": metric.loss}
+        row |= measured
         self.history.append(row)
         self.epoch, self.images, self.losses = self.epoch + 1, 0, {}
         self.loss_updates = {}
@@ -204,18 +173,17 @@ def take_snapshot(
         state: TrainState, config: TrainConfig) -> Snapshot | None:
     """Copy the state of the run; call it on every process, the main one gets it."""
     random_states, places = zip(*gather_object([(get_random_states(), batches.state_dict())]))
-    whole = trained_state(plain(accelerator, task)), optimizer.state_dict()
-    weights, optimizer_state = gather(whole, keep=accelerator.is_main_process)
     if not accelerator.is_main_process:
         return None
     rest = {
-        "optimizer": optimizer_state,
+        "optimizer": optimizer.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "random": list(random_states),
         "batches": list(places),
         "state": state.state_dict(),
         "settings": _describe(accelerator, state, config),
     }
+    weights = trained_state(plain(accelerator, task))
     copies = {key: _copy(value).contiguous() for key, value in weights.items()}  # as safetensors takes them
     return Snapshot(copies, tree_map_only(Tensor, _copy, rest))
 
@@ -235,8 +203,7 @@ def restore(
     _load_weights(plain(accelerator, task), snapshot.weights)
     state.load_state_dict(snapshot.rest["state"])
     if not config.no_resume_opt:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        optimizer.load_state_dict(spread_optimizer(snapshot.rest["optimizer"], parameters))
+        optimizer.load_state_dict(snapshot.rest["optimizer"])
         if accelerator.scaler and snapshot.rest["scaler"]:
             accelerator.scaler.load_state_dict(snapshot.rest["scaler"])
     if accelerator.process_index < len(snapshot.rest["random"]):
@@ -283,7 +250,7 @@ def _load_weights(task: TrainingTask, saved: dict[str, Tensor]) -> None:
         raise ValueError(
             f"the checkpoint is of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
             " resume with the model, exits, head, number of classes and model_ema that it was made with")
-    task.load_state_dict(spread_weights(saved, own), strict=False)  # without a frozen backbone
+    task.load_state_dict(saved, strict=False)  # without a frozen backbone
 
 
 def get_random_states() -> dict[str, Any]:
