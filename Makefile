@@ -14,6 +14,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(PYTEST) $(ARGS)
 
 # What takes long: the demo, runs killed at eighty random moments, every recipe.

@@ -6,6 +6,7 @@ rounds.
 
     python benchmarks/analysis.py                       # 10,000 images of 32 px; about 8 minutes on one core
 """
+
 from functools import partial
 from statistics import median
 from typing import Any
@@ -38,10 +39,21 @@ def main() -> None:
         y = torch.arange(args.images) % args.num_classes
         batches = list(zip(x.split(args.batch_size), y.split(args.batch_size)))
         for row in measure(model, batches, args.rounds):
-            rows.append({"network": name, "images": args.images, "img_size": args.img_size,
-                         "batch_size": args.batch_size, "num_classes": args.num_classes, **row})
-            print(f"{name:<24}{row['analysis']:<16}{row['forward_s']:>10.2f}{row['analysis_s']:>12.2f}"
-                  f"{row['ratio']:>8.3f}", flush=True)
+            rows.append(
+                {
+                    "network": name,
+                    "images": args.images,
+                    "img_size": args.img_size,
+                    "batch_size": args.batch_size,
+                    "num_classes": args.num_classes,
+                    **row,
+                }
+            )
+            print(
+                f"{name:<24}{row['analysis']:<16}{row['forward_s']:>10.2f}{row['analysis_s']:>12.2f}"
+                f"{row['ratio']:>8.3f}",
+                flush=True,
+            )
     write_json(args.output, args.device, rows)
 
 
@@ -54,16 +66,29 @@ def measure(model: SelfDistillModel, batches: list[tuple[Tensor, Tensor]], round
             for x, _ in batches:
                 model.forward_exits(x.to(device))
 
-    analyses = {"separability": (measure_separability, 1), "agreement": (measure_agreement, 1),
-                "flat-minima": (partial(measure_flatness, levels=[0.1], draws=1), 2)}
+    analyses = {
+        "separability": (measure_separability, 1),
+        "agreement": (measure_agreement, 1),
+        "flat-minima": (partial(measure_flatness, levels=[0.1], draws=1), 2),
+    }
     plain, *times = interleaved(
-        [forward, *(partial(analysis, model, batches) for analysis, _ in analyses.values())], rounds, seconds=0,
-        warm_up=1)
+        [forward, *(partial(analysis, model, batches) for analysis, _ in analyses.values())],
+        rounds,
+        seconds=0,
+        warm_up=1,
+    )
     rows = []
     for (name, (_, passes)), ours in zip(analyses.items(), times):
         forwards = [passes * time for time in plain]
-        rows.append({"analysis": name, "passes": passes, "forward_s": median(forwards) / 1000,
-                     "analysis_s": median(ours) / 1000, "ratio": median_ratio(ours, forwards)})
+        rows.append(
+            {
+                "analysis": name,
+                "passes": passes,
+                "forward_s": median(forwards) / 1000,
+                "analysis_s": median(ours) / 1000,
+                "ratio": median_ratio(ours, forwards),
+            }
+        )
     return rows
 
 

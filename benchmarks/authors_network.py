@@ -1,6 +1,7 @@
 """The network of the authors' code, rewritten from its description: a CIFAR ResNet whose shallow classifiers are
 attention masks and separable convolutions at full width. For comparison only; the library does not use it.
 """
+
 import timm
 import torch.nn.functional as F
 from timm.task import TrainingTask
@@ -12,9 +13,15 @@ from timm_selfdistill.model import SelfDistillOutput
 
 def separable(in_channels: int, out_channels: int) -> nn.Sequential:
     """Two depthwise separable 3x3 convolutions, the first of stride 2."""
+
     def half(first: int, last: int, stride: int) -> list[nn.Module]:
-        return [nn.Conv2d(first, first, 3, stride, 1, groups=first, bias=False), nn.Conv2d(first, last, 1, bias=False),
-                nn.BatchNorm2d(last), nn.ReLU()]
+        return [
+            nn.Conv2d(first, first, 3, stride, 1, groups=first, bias=False),
+            nn.Conv2d(first, last, 1, bias=False),
+            nn.BatchNorm2d(last),
+            nn.ReLU(),
+        ]
+
     return nn.Sequential(*half(in_channels, in_channels, 2), *half(in_channels, out_channels, 1))
 
 
@@ -30,11 +37,14 @@ class AuthorsNetwork(nn.Module):
         self.backbone = timm.create_model(name, num_classes=num_classes)
         channels = [level["num_chs"] for level in self.backbone.feature_info][-4:]
         self.attention = nn.ModuleList(
-            nn.Sequential(separable(chs, chs), nn.BatchNorm2d(chs), nn.ReLU(), nn.Upsample(scale_factor=2),
-                          nn.Sigmoid())
-            for chs in channels[:3])
+            nn.Sequential(
+                separable(chs, chs), nn.BatchNorm2d(chs), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Sigmoid()
+            )
+            for chs in channels[:3]
+        )
         self.scala = nn.ModuleList(
-            nn.Sequential(*(separable(channels[k], channels[k + 1]) for k in range(level, 3))) for level in range(3))
+            nn.Sequential(*(separable(channels[k], channels[k + 1]) for k in range(level, 3))) for level in range(3)
+        )
         self.fc = nn.ModuleList(nn.Linear(channels[-1], num_classes) for _ in range(3))
 
     def forward(self, x: Tensor) -> SelfDistillOutput:

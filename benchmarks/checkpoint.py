@@ -6,6 +6,7 @@ state, which cannot be avoided, and until everything is on disk, which goes on i
     python benchmarks/checkpoint.py
     python benchmarks/checkpoint.py --device cuda
 """
+
 import io
 import tempfile
 import time
@@ -33,8 +34,10 @@ def main() -> None:
     for name in args.models:
         row = measure(name, args.batch_size, args.rounds)
         rows.append({"network": name, **row})
-        print(f"{name:<12}{row['megabytes']:>8.0f}{row['still_ms']:>17.1f}{row['copy_ms']:>9.1f}{row['more_ms']:>9.1f}"
-              f"{row['written_ms']:>18.1f}")
+        print(
+            f"{name:<12}{row['megabytes']:>8.0f}{row['still_ms']:>17.1f}{row['copy_ms']:>9.1f}{row['more_ms']:>9.1f}"
+            f"{row['written_ms']:>18.1f}"
+        )
     write_json(args.output, args.device, rows)
 
 
@@ -57,9 +60,13 @@ def measure(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
             still.append(1000 * (time.perf_counter() - began))
             trainer.checkpoints.wait()
             written.append(1000 * (time.perf_counter() - began))
-    return {"megabytes": sum(tensor.nbytes for tensor in tensors) / 1e6, "still_ms": median(still),
-            "copy_ms": median(copies), "more_ms": median(a - b for a, b in zip(still, copies)),
-            "written_ms": median(written)}
+    return {
+        "megabytes": sum(tensor.nbytes for tensor in tensors) / 1e6,
+        "still_ms": median(still),
+        "copy_ms": median(copies),
+        "more_ms": median(a - b for a, b in zip(still, copies)),
+        "written_ms": median(written),
+    }
 
 
 def timed(call: Any) -> float:

@@ -14,6 +14,7 @@ than ours. All in turn, medians of ratios.
 The two variables let glibc keep large buffers; without them every layer's are taken from the system anew, which makes
 large batches slower for all, the plain network included.
 """
+
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -44,8 +45,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     rows = []
-    print(f"{'network':<24}{'batch':>6}{'leave':>7}{'plain ms':>10}{'ours ms':>9}{'speed-up':>10}{'of ideal':>10}"
-          f"{'earlyon batched':>17}{'one by one':>12}")
+    print(
+        f"{'network':<24}{'batch':>6}{'leave':>7}{'plain ms':>10}{'ours ms':>9}{'speed-up':>10}{'of ideal':>10}"
+        f"{'earlyon batched':>17}{'one by one':>12}"
+    )
     for name in args.models:
         torch.manual_seed(0)
         backbone = timm.create_model(name, num_classes=100, **NETWORKS.get(name, {})).to(args.device).eval()
@@ -56,25 +59,35 @@ def main() -> None:
             x *= torch.linspace(0.2, 2, count, device=args.device)[torch.randperm(count), None, None, None]
             with torch.no_grad():
                 for row in compare(model, x, batch, args.rounds, args.seconds):
-                    rows.append({"network": name, "head": args.head, "img_size": args.img_size,
-                                 "batch_size": batch, **row})
-                    print(f"{name:<24}{batch:>6}{row['leave']:>7}{row['plain_ms']:>10.1f}{row['ours_ms']:>9.1f}"
-                          f"{row['speedup']:>10.2f}{row['of_ideal']:>10.2f}{row['over_earlyon_batched']:>16.2f}x"
-                          f"{row['over_earlyon_single']:>11.2f}x", flush=True)
+                    rows.append(
+                        {"network": name, "head": args.head, "img_size": args.img_size, "batch_size": batch, **row}
+                    )
+                    print(
+                        f"{name:<24}{batch:>6}{row['leave']:>7}{row['plain_ms']:>10.1f}{row['ours_ms']:>9.1f}"
+                        f"{row['speedup']:>10.2f}{row['of_ideal']:>10.2f}{row['over_earlyon_batched']:>16.2f}x"
+                        f"{row['over_earlyon_single']:>11.2f}x",
+                        flush=True,
+                    )
     write_json(args.output, args.device, rows)
 
 
 def compare(model: SelfDistillModel, x: Tensor, batch: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """A row for each case, for images x in batches."""
     batches, exits = x.split(batch), len(model.stages)
-    maps = [model.backbone.forward_intermediates(
-        part, indices=[stage.index for stage in model.stages], intermediates_only=True) for part in batches]
+    maps = [
+        model.backbone.forward_intermediates(
+            part, indices=[stage.index for stage in model.stages], intermediates_only=True
+        )
+        for part in batches
+    ]
     other = custom_ee(model.backbone, list(model.exits[:-1]), 100, input_shape=(1, *x.shape[1:])).eval()
     ours, confidence = EarlyExit(model, 1.0), own_confidence(model, x)
     other_confidence = [part.softmax(1).amax(1) for part in other(x, mode="training")[:-1]]
     # a part of the network takes the time of all its batches
-    parts = [*(lambda exit=exit: [model.predict(part, exit) for part in batches] for exit in range(exits)),
-             *(lambda exit=exit: [model.heads[exit](part[exit]) for part in maps] for exit in range(exits))]
+    parts = [
+        *(lambda exit=exit: [model.predict(part, exit) for part in batches] for exit in range(exits)),
+        *(lambda exit=exit: [model.heads[exit](part[exit]) for part in maps] for exit in range(exits)),
+    ]
 
     def with_thresholds(case: str) -> list[Callable[[], object]]:
         mine, theirs = find_thresholds(confidence, CASES[case]), find_thresholds(other_confidence, CASES[case])
@@ -98,20 +111,31 @@ def compare(model: SelfDistillModel, x: Tensor, batch: int, rounds: int, seconds
 
     calls = [call for case in CASES for call in with_thresholds(case)]
     times = interleaved(
-        [lambda: [model.backbone(part) for part in batches], *parts, *calls], rounds, seconds, warm_up=1)
-    plain, networks, heads = times[0], times[1:1 + exits], times[1 + exits:1 + 2 * exits]
+        [lambda: [model.backbone(part) for part in batches], *parts, *calls], rounds, seconds, warm_up=1
+    )
+    plain, networks, heads = times[0], times[1 : 1 + exits], times[1 + exits : 1 + 2 * exits]
     rows = []
     for index, case in enumerate(CASES):
-        mine, batched, single = times[1 + 2 * exits + 3 * index:][:3]
+        mine, batched, single = times[1 + 2 * exits + 3 * index :][:3]
         ours.thresholds = find_thresholds(confidence, CASES[case])
         taken = torch.cat([ours.predict(part).exit for part in batches])
         shares = [float((taken == exit).double().mean()) for exit in range(exits + 1)]
         ideal = [ideal_time(shares, *round) for round in zip(plain, zip(*networks), zip(*heads))]
-        rows.append({
-            "leave": case, "shares": shares, "plain_ms": median(plain), "ours_ms": median(mine),
-            "speedup": median_ratio(plain, mine), "ideal_ms": median(ideal), "of_ideal": median_ratio(ideal, mine),
-            "earlyon_batched_ms": median(batched), "earlyon_single_ms": median(single),
-            "over_earlyon_batched": median_ratio(batched, mine), "over_earlyon_single": median_ratio(single, mine)})
+        rows.append(
+            {
+                "leave": case,
+                "shares": shares,
+                "plain_ms": median(plain),
+                "ours_ms": median(mine),
+                "speedup": median_ratio(plain, mine),
+                "ideal_ms": median(ideal),
+                "of_ideal": median_ratio(ideal, mine),
+                "earlyon_batched_ms": median(batched),
+                "earlyon_single_ms": median(single),
+                "over_earlyon_batched": median_ratio(batched, mine),
+                "over_earlyon_single": median_ratio(single, mine),
+            }
+        )
     return rows
 
 

@@ -30,6 +30,7 @@ Finished runs are lines of --output: a benchmark that was stopped goes on where 
 it wrote; without --output it goes on with the lines of this repository. --minutes ends it in time for a machine that is
 lent, judged by the longest run so far.
 """
+
 import argparse
 import sys
 import time
@@ -83,7 +84,7 @@ class Bench:
         """
         seeds = range(1, self.args.seeds + 1)
         if any(METHODS[method].other == "teacher" for method in methods):
-            teacher, = tune(setting, ["teacher"], self.complete)
+            (teacher,) = tune(setting, ["teacher"], self.complete)
             self.complete([{**teacher, "phase": "teacher", "seed": seed} for seed in (0, *seeds)])
         phase = "choose" if any(METHODS[method].like for method in methods) else "test"
         points = tune(setting, methods, self.complete)
@@ -98,8 +99,12 @@ class Bench:
             self.longest = max(self.longest, row["wall_seconds"])
             self.rows.append(row)
             append_line(self.args.output, row)
-            print(*(row[name] for name in SHOWN), *(f"{top1:.2f}" for top1 in row["top1"]), row.get("diverged", ""),
-                  flush=True)
+            print(
+                *(row[name] for name in SHOWN),
+                *(f"{top1:.2f}" for top1 in row["top1"]),
+                row.get("diverged", ""),
+                flush=True,
+            )
         rows = [self._find(described) for described in runs]
         if None in rows:
             print("the time is up; the same command goes on")

@@ -1,4 +1,5 @@
 """Images in memory for runs of a minute: drawn class by class, moved by a pixel while they train."""
+
 import hashlib
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,5 @@
 """What `evidence.py` compares: settings, networks, methods, and the grid that all are tuned on."""
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,8 +45,10 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    **{f"families-{count}": Setting("families", count, "resnet10-16", passes)
-       for count, passes in ((10, 100), (30, 60), (80, 30), (160, 20))},
+    **{
+        f"families-{count}": Setting("families", count, "resnet10-16", passes)
+        for count, passes in ((10, 100), (30, 60), (80, 30), (160, 20))
+    },
     "families-30-short": Setting("families", 30, "resnet10-16", 15),
     "characters-10": Setting("characters", 10, "resnet10-16", 100),
     "characters-10-narrow": Setting("characters", 10, "resnet10-8", 100),
@@ -54,8 +57,11 @@ SETTINGS = {
     "fashion-50": Setting("fashion", 50, "resnet10-16", 100),
     "fashion-200": Setting("fashion", 200, "resnet10-16", 50),
     "fashion": Setting("fashion", None, "resnet10-16", 10),
-    **{f"families-{count}-{network}": Setting("families", count, network, passes)
-       for count, passes in ((30, 60), (10, 100), (160, 20)) for network in ("cifar_resnet18", "cifar_resnet50")},
+    **{
+        f"families-{count}-{network}": Setting("families", count, network, passes)
+        for count, passes in ((30, 60), (10, 100), (160, 20))
+        for network in ("cifar_resnet18", "cifar_resnet50")
+    },
 }
 
 
@@ -86,8 +92,10 @@ class FadingLoss(SelfDistillLoss):
 
 
 def _exits(
-        loss: Callable[..., SelfDistillLoss], head: str = "bottleneck", head_args: dict[str, int] | None = None,
-        **settings: Any,
+    loss: Callable[..., SelfDistillLoss],
+    head: str = "bottleneck",
+    head_args: dict[str, int] | None = None,
+    **settings: Any,
 ) -> Callable[..., TrainingTask]:
     """A task with exits, whose loss has these settings; its own weight is alpha, where it has one."""
 
@@ -107,8 +115,14 @@ def _with_other(task: Callable[..., TrainingTask]) -> Callable[..., TrainingTask
 
 
 def _kd(backbone: nn.Module, teacher: nn.Module, distill_loss_weight: float) -> LogitDistillationTask:
-    return LogitDistillationTask(backbone, teacher, nn.CrossEntropyLoss(), distill_loss_weight=distill_loss_weight,
-                                 temperature=4.0, verbose=False)
+    return LogitDistillationTask(
+        backbone,
+        teacher,
+        nn.CrossEntropyLoss(),
+        distill_loss_weight=distill_loss_weight,
+        temperature=4.0,
+        verbose=False,
+    )
 
 
 ALPHAS = (0.3, 0.5, 0.7)
@@ -119,8 +133,10 @@ METHODS = {
     "paper": Method(_exits(SelfDistillLoss.paper), ALPHAS),
     "deepest": Method(_exits(SelfDistillLoss, teacher="deepest"), ALPHAS),
     "ensemble": Method(_exits(SelfDistillLoss), ALPHAS),
-    "dks": Method(lambda backbone, weight, updates: SelfDistillTask(
-        wrap_self_distill(backbone), KnowledgeSynergyLoss(weight)), (1.0, 0.3, 3.0)),
+    "dks": Method(
+        lambda backbone, weight, updates: SelfDistillTask(wrap_self_distill(backbone), KnowledgeSynergyLoss(weight)),
+        (1.0, 0.3, 3.0),
+    ),
     "dml": Method(_with_other(MutualLearningTask), (1.0, 0.3, 3.0), "peer"),
     "kd": Method(_with_other(_kd), (1.0, 0.3, 3.0), "teacher"),
     "fitnet": Method(_with_other(FitNetTask), (10.0, 1.0, 100.0), "teacher"),
@@ -129,14 +145,20 @@ METHODS = {
 """The loss of "Be Your Own Teacher" with the authors' temperature is "paper"; "deepest" and "ensemble" name
 the teacher, have no hint, and multiply the distillation by temperature^2."""
 CHOICES = {
-    "t1": {"temperature": 1.0}, "t6": {"temperature": 6.0}, "not-squared": {"t_squared": False},
-    "map": {"hint": "map"}, "pooled": {"hint": "pooled"},
-    "linear": {"head": "linear"}, "attention": {"head": "attention"},
-    "width8": {"head_args": {"width": 8}}, "width64": {"head_args": {"width": 64}},
+    "t1": {"temperature": 1.0},
+    "t6": {"temperature": 6.0},
+    "not-squared": {"t_squared": False},
+    "map": {"hint": "map"},
+    "pooled": {"hint": "pooled"},
+    "linear": {"head": "linear"},
+    "attention": {"head": "attention"},
+    "width8": {"head_args": {"width": 8}},
+    "width64": {"head_args": {"width": 64}},
 }
 """What is changed in "ensemble", one thing at a time, at its own point of the grid."""
-METHODS |= {f"ensemble-{name}": Method(_exits(SelfDistillLoss, **change), like="ensemble")
-            for name, change in CHOICES.items()}
+METHODS |= {
+    f"ensemble-{name}": Method(_exits(SelfDistillLoss, **change), like="ensemble") for name, change in CHOICES.items()
+}
 METHODS["ensemble-fading"] = Method(_exits(FadingLoss), like="ensemble")
 METHODS["dsn-fading"] = Method(_exits(FadingLoss, alpha=0.0), like="dsn")
 LRS = (0.1, 0.2, 0.4)
@@ -146,8 +168,10 @@ PRESETS = {
     "headline": (["families-30", "characters-10"], EXIT_METHODS),
     "when": ([name for name in SETTINGS if "cifar" not in name], ["plain", "dsn", "ensemble"]),
     "baselines": (["characters-10", "families-30"], [*EXIT_METHODS, "dks", "dml", "kd", "fitnet", "at"]),
-    "choices": (["characters-10", "families-30"],
-                ["dsn", "ensemble", *(name for name in METHODS if METHODS[name].like and name != "ensemble-pooled")]),
+    "choices": (
+        ["characters-10", "families-30"],
+        ["dsn", "ensemble", *(name for name in METHODS if METHODS[name].like and name != "ensemble-pooled")],
+    ),
     "gpu": ([name for name in SETTINGS if "cifar" in name], EXIT_METHODS),
 }
 """Settings and methods. The last maps of resnet10-16 are a single pixel, where pooled hints are those of maps."""

@@ -1,4 +1,5 @@
 """The points of the grid, and which of them a method is tested at."""
+
 from collections.abc import Callable
 from itertools import islice, product
 from typing import Any
@@ -26,20 +27,36 @@ def tune(setting: str, methods: list[str], complete: Complete) -> list[Row]:
     first of equals. All have the same learning rates and weight decays, then their own weights at the best of these.
     """
     tuned = list(dict.fromkeys(METHODS[method].like or method for method in methods))
-    shared = _best([[_describe(setting, method) | {"lr": lr, "weight_decay": decay}
-                     for lr, decay in product(LRS, WEIGHT_DECAYS)] for method in tuned], complete)
+    shared = _best(
+        [
+            [
+                _describe(setting, method) | {"lr": lr, "weight_decay": decay}
+                for lr, decay in product(LRS, WEIGHT_DECAYS)
+            ]
+            for method in tuned
+        ],
+        complete,
+    )
     best = _best([[{**run, "weight": weight} for weight in METHODS[run["method"]].weights] for run in shared], complete)
     points = dict(zip(tuned, best))
     return [{**points[METHODS[method].like or method], "method": method} for method in methods]
 
 
 def _describe(setting: str, method: str) -> Row:
-    described = {"phase": "tune", "setting": setting, **SETTINGS[setting]._asdict(), "seed": 0, "method": method,
-                 "weight": METHODS[method].weights[0]}
+    described = {
+        "phase": "tune",
+        "setting": setting,
+        **SETTINGS[setting]._asdict(),
+        "seed": 0,
+        "method": method,
+        "weight": METHODS[method].weights[0],
+    }
     if method == "teacher":
         if described["network"] not in TEACHERS:
-            raise ValueError(f"{described['network']} has no larger network to teach it; evidence_grid.TEACHERS names"
-                             f" those of {', '.join(TEACHERS)}")
+            raise ValueError(
+                f"{described['network']} has no larger network to teach it; evidence_grid.TEACHERS names"
+                f" those of {', '.join(TEACHERS)}"
+            )
         described["network"] = TEACHERS[described["network"]]
     return described
 

@@ -1,4 +1,5 @@
 """A run of `evidence.py`: the task of a method, its training, and what is measured of it."""
+
 import argparse
 import copy
 import io
@@ -37,10 +38,17 @@ def measure(run: Row, args: argparse.Namespace) -> Row:
     facts |= train_and_measure(task, train, run, args)
     if run["phase"] == "teacher":
         save_teacher(task, facts, teacher_path(run, args))
-    return run | facts | {
-        "criterion": repr(getattr(task, "criterion", None)), "amp_dtype": args.amp_dtype,
-        "hardware": describe(args.device),
-        "data_sha256": digest(run["data"]), "wall_seconds": round(time.monotonic() - began, 1)}
+    return (
+        run
+        | facts
+        | {
+            "criterion": repr(getattr(task, "criterion", None)),
+            "amp_dtype": args.amp_dtype,
+            "hardware": describe(args.device),
+            "data_sha256": digest(run["data"]),
+            "wall_seconds": round(time.monotonic() - began, 1),
+        }
+    )
 
 
 def create_task(run: Row, images: int, args: argparse.Namespace) -> tuple[TrainingTask, Row]:
@@ -88,25 +96,49 @@ def train_and_measure(task: TrainingTask, train: Images, run: Row, args: argpars
             return {"top1": [0.0], "ensemble": None, "diverged": str(error).partition(";")[0]}
         seconds = clock() - began
     metrics, _ = measure_exits(
-        trainer.eval_model, (trainer.update.to_device(*batch) for batch in DataLoader(measured, 500)),
-        trainer.accelerator)
-    return {"top1": [metric.top1 for metric in metrics if metric.exit != "ensemble"],
-            "ensemble": next((metric.top1 for metric in metrics if metric.exit == "ensemble"), None),
-            "images": len(train), "memory_mb": round(memory / 1e6, 1),
-            "seconds": None if args.device == "cuda" and args.jobs > 1 else round(seconds, 1)}
+        trainer.eval_model,
+        (trainer.update.to_device(*batch) for batch in DataLoader(measured, 500)),
+        trainer.accelerator,
+    )
+    return {
+        "top1": [metric.top1 for metric in metrics if metric.exit != "ensemble"],
+        "ensemble": next((metric.top1 for metric in metrics if metric.exit == "ensemble"), None),
+        "images": len(train),
+        "memory_mb": round(memory / 1e6, 1),
+        "seconds": None if args.device == "cuda" and args.jobs > 1 else round(seconds, 1),
+    }
 
 
 def create_trainer(
-        task: TrainingTask, train: Images, measured: Images, run: Row, args: argparse.Namespace, **settings: Any,
+    task: TrainingTask,
+    train: Images,
+    measured: Images,
+    run: Row,
+    args: argparse.Namespace,
+    **settings: Any,
 ) -> Trainer:
     """Epochs of several passes, after which a few images are evaluated, so that this takes little of the time."""
     os.environ["ACCELERATE_USE_CPU"] = str(args.device == "cpu").lower()
     torch.manual_seed(run["seed"])
     repeated = Subset(train, list(range(len(train))) * PASSES)
-    trainer = Trainer(task, repeated, Subset(measured, range(BATCH_SIZE)), TrainConfig(
-        seed=run["seed"], epochs=run["passes"] // PASSES, batch_size=BATCH_SIZE, workers=0, opt="sgd", lr=run["lr"],
-        weight_decay=run["weight_decay"], channels_last=True, amp=args.amp_dtype is not None,
-        amp_dtype=args.amp_dtype or "float16", **settings))
+    trainer = Trainer(
+        task,
+        repeated,
+        Subset(measured, range(BATCH_SIZE)),
+        TrainConfig(
+            seed=run["seed"],
+            epochs=run["passes"] // PASSES,
+            batch_size=BATCH_SIZE,
+            workers=0,
+            opt="sgd",
+            lr=run["lr"],
+            weight_decay=run["weight_decay"],
+            channels_last=True,
+            amp=args.amp_dtype is not None,
+            amp_dtype=args.amp_dtype or "float16",
+            **settings,
+        ),
+    )
     if trainer.accelerator.device.type != args.device:
         raise ValueError(f"--device {args.device}: it would train on {trainer.accelerator.device}")
     return trainer

@@ -8,6 +8,7 @@ exit, paired by seed, with the p-value of the paired t-test, one by one, without
 setting whose lines come from different versions, hardware or images is marked; with one seed there is no interval,
 which the table says.
 """
+
 import argparse
 import re
 import warnings
@@ -49,8 +50,10 @@ def main() -> int:
         if chosen := collect(rows, setting, "choose"):
             tables[f"choices {setting}"] = format_choices(rows, setting, chosen)
     if not tables:
-        raise FileNotFoundError(f"no runs of the phase 'test' in {', '.join(map(str, args.lines)) or RESULTS}; make"
-                                " them with python benchmarks/evidence.py")
+        raise FileNotFoundError(
+            f"no runs of the phase 'test' in {', '.join(map(str, args.lines)) or RESULTS}; make"
+            " them with python benchmarks/evidence.py"
+        )
     tables["depths"] = format_depths(settings)
     for name, table in tables.items():
         print(f"{name}\n\n{table}\n")
@@ -62,6 +65,7 @@ def main() -> int:
 
 def collect(rows: list[Row], setting: str, phase: str) -> dict[str, Runs]:
     """The lines of each method at its chosen point; without those whose tuning is not complete."""
+
     def lookup(runs: list[Row]) -> list[Row]:
         found = [find(rows, described) for described in runs]
         if None in found:
@@ -72,7 +76,7 @@ def collect(rows: list[Row], setting: str, phase: str) -> dict[str, Runs]:
     for method in METHODS:
         if any((row["phase"], row["setting"], row["method"]) == (phase, setting, method) for row in rows):
             try:
-                point, = tune(setting, [method], lookup)
+                (point,) = tune(setting, [method], lookup)
             except LookupError:
                 warnings.warn(f"{setting}: {method} is left out, its tuning is not complete", stacklevel=2)
                 continue
@@ -85,18 +89,26 @@ def collect(rows: list[Row], setting: str, phase: str) -> dict[str, Runs]:
 
 def format_table(rows: list[Row], setting: str, tested: dict[str, Runs]) -> str:
     """Markdown, a row a method."""
-    lines = ["| method | lr, weight decay, own weight | exits, shallow to deep | ensemble | deepest - plain |"
-             " deepest - dsn | seconds | with teacher | MB |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| method | lr, weight decay, own weight | exits, shallow to deep | ensemble | deepest - plain |"
+        " deepest - dsn | seconds | with teacher | MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for method, runs in tested.items():
         first, whole = next(iter(runs.values())), _without_diverged(runs)
         chosen = [first["lr"], first["weight_decay"], *([first["weight"]] if first["weight"] is not None else [])]
-        cells = [_name(method, runs), ", ".join(f"{value:g}" for value in chosen), *_accuracies(whole),
-                 *("" if method == base else format_difference(whole, _without_diverged(tested.get(base, {})))
-                   for base in ("plain", "dsn")),
-                 _median([row["seconds"] for row in whole.values()]),
-                 _median([row["seconds"] and row["seconds"] + (row.get("teacher_seconds") or 0)
-                          for row in whole.values()]),
-                 _median([row["memory_mb"] for row in whole.values()])]
+        cells = [
+            _name(method, runs),
+            ", ".join(f"{value:g}" for value in chosen),
+            *_accuracies(whole),
+            *(
+                "" if method == base else format_difference(whole, _without_diverged(tested.get(base, {})))
+                for base in ("plain", "dsn")
+            ),
+            _median([row["seconds"] for row in whole.values()]),
+            _median([row["seconds"] and row["seconds"] + (row.get("teacher_seconds") or 0) for row in whole.values()]),
+            _median([row["memory_mb"] for row in whole.values()]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", notes(rows, setting, tested)])
 
@@ -118,8 +130,10 @@ def format_depths(settings: dict[str, dict[str, Runs]]) -> str:
             pairs = [(row, tested["dsn"][seed]) for seed, row in tested[method].items() if seed in tested["dsn"]]
             exits = zip(*([a - b for a, b in zip(row["top1"], other["top1"])] for row, other in pairs))
             means = [row["ensemble"] - other["ensemble"] for row, other in pairs]
-            lines.append(f"| {setting} | {method} | {', '.join(format_mean(values, '+') for values in exits)} |"
-                         f" {format_mean(means, '+')} |")
+            lines.append(
+                f"| {setting} | {method} | {', '.join(format_mean(values, '+') for values in exits)} |"
+                f" {format_mean(means, '+')} |"
+            )
     return "\n".join(lines)
 
 
@@ -168,25 +182,40 @@ def notes(rows: list[Row], setting: str, collected: dict[str, Runs]) -> str:
     counts = {method: len(runs) for method, runs in collected.items()}
     most = max(counts.values())
     seeds = f"{most} seed{'' if most == 1 else 's'}" + "".join(
-        f", {count} of {method}" for method, count in counts.items() if count < most)
+        f", {count} of {method}" for method, count in counts.items() if count < most
+    )
     described = SETTINGS[setting]
     images = "validation" if shown[0]["phase"] == "choose" else "test"
-    found = [f"{median(row['images'] for row in shown if 'images' in row):,.0f} training images of {described.data},"
-             f" {described.passes} passes, {described.network}; {seeds}; {images} images."]
+    found = [
+        f"{median(row['images'] for row in shown if 'images' in row):,.0f} training images of {described.data},"
+        f" {described.passes} passes, {described.network}; {seeds}; {images} images."
+    ]
     if 1 in counts.values():
         found.append("No interval where there is one seed: nothing tells how much another would change.")
     if teachers := {row["seed"]: row["teacher_top1"] for row in shown if "teacher_top1" in row}:
-        plain = [top1 - collected["plain"][seed]["top1"][-1] for seed, top1 in teachers.items()
-                 if "top1" in collected.get("plain", {}).get(seed, {})]
-        found.append(f"Teacher: {TEACHERS[described.network]}, {format_mean(list(teachers.values()))}"
-                     + (f" ({format_mean(plain, '+')} over plain)." if plain else "."))
-    hardware = sorted({", ".join([*(f"{key} {value}" for key, value in row["hardware"].items()),
-                                  row["amp_dtype"] or "float32"]) for row in used})
+        plain = [
+            top1 - collected["plain"][seed]["top1"][-1]
+            for seed, top1 in teachers.items()
+            if "top1" in collected.get("plain", {}).get(seed, {})
+        ]
+        found.append(
+            f"Teacher: {TEACHERS[described.network]}, {format_mean(list(teachers.values()))}"
+            + (f" ({format_mean(plain, '+')} over plain)." if plain else ".")
+        )
+    hardware = sorted(
+        {
+            ", ".join([*(f"{key} {value}" for key, value in row["hardware"].items()), row["amp_dtype"] or "float32"])
+            for row in used
+        }
+    )
     if len({row["data_sha256"] for row in used}) > 1:
         found.append("**Mixed: these lines come from different images.**")
     if len(hardware) > 1:
-        found.append(f"**Mixed: these lines come from {len(hardware)} kinds of hardware or versions**: "
-                     + "; ".join(hardware) + ".")
+        found.append(
+            f"**Mixed: these lines come from {len(hardware)} kinds of hardware or versions**: "
+            + "; ".join(hardware)
+            + "."
+        )
     else:
         found.append(f"{hardware[0]}.")
     return " ".join(found)
@@ -195,8 +224,9 @@ def notes(rows: list[Row], setting: str, collected: dict[str, Runs]) -> str:
 def insert(page: str, tables: dict[str, str]) -> str:
     """A page with each table between its marks, <!-- table NAME --> and <!-- end -->."""
     for name, table in tables.items():
-        page, count = re.subn(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", page,
-                              flags=re.DOTALL)
+        page, count = re.subn(
+            rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", page, flags=re.DOTALL
+        )
         if not count:
             warnings.warn(f"the page has no marks for the table {name!r}; it is left out", stacklevel=2)
     return page

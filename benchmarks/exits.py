@@ -5,6 +5,7 @@ by an exception in a hook, and the head; random weights and images, all in turn,
 
     python benchmarks/exits.py
 """
+
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -42,8 +43,11 @@ def main() -> None:
             x = torch.randn(batch, 3, args.img_size, args.img_size, device=args.device)
             for row in measure(model, x, args.rounds, args.seconds):
                 rows.append({"network": name, "img_size": args.img_size, "batch_size": batch, **row})
-                print(f"{name:<24}{batch:>6}{row['exit']:>5}{row['plain_ms']:>10.1f}{row['exit_ms']:>10.1f}"
-                      f"{row['speedup']:>10.2f}{row['over_own_layers']:>12.3f}", flush=True)
+                print(
+                    f"{name:<24}{batch:>6}{row['exit']:>5}{row['plain_ms']:>10.1f}{row['exit_ms']:>10.1f}"
+                    f"{row['speedup']:>10.2f}{row['over_own_layers']:>12.3f}",
+                    flush=True,
+                )
     write_json(args.output, args.device, rows)
 
 
@@ -53,9 +57,16 @@ def measure(model: SelfDistillModel, x: Tensor, rounds: int, seconds: float) -> 
     exits = range(len(model.stages))
     calls = [model.backbone, *(model.truncate(exit) for exit in exits), *(own_layers(model, exit) for exit in exits)]
     plain, *times = interleaved([partial(call, x) for call in calls], rounds, seconds)
-    return [{"exit": exit, "plain_ms": median(plain), "exit_ms": median(ours), "speedup": median_ratio(plain, ours),
-             "over_own_layers": median_ratio(ours, own)}
-            for exit, ours, own in zip(exits, times, times[len(exits):])]
+    return [
+        {
+            "exit": exit,
+            "plain_ms": median(plain),
+            "exit_ms": median(ours),
+            "speedup": median_ratio(plain, ours),
+            "over_own_layers": median_ratio(ours, own),
+        }
+        for exit, ours, own in zip(exits, times, times[len(exits) :])
+    ]
 
 
 def own_layers(model: SelfDistillModel, exit: int) -> Callable[[Tensor], Tensor]:
@@ -81,7 +92,7 @@ def own_layers(model: SelfDistillModel, exit: int) -> Callable[[Tensor], Tensor]
         if output.ndim == 4:
             return output
         side = x.shape[-1] // model.stages[exit].reduction  # a ViT's tokens, behind its class token
-        return output[:, -side * side:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        return output[:, -side * side :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
     return call
 

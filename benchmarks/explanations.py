@@ -13,6 +13,7 @@ measures each network on 2,000 test images, for the gradients on up to 640 of it
 
 Resumable like `evidence.py`.
 """
+
 import argparse
 import io
 import sys
@@ -46,8 +47,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=Path, default=RESULTS / "evidence.jsonl", help="of evidence.py")
     parser.add_argument("--setting", default="characters-10")
-    parser.add_argument("--methods", nargs="+", default=["paper", "ensemble"], help="beside plain",
-                        choices=[name for name, method in METHODS.items() if method.other != "teacher"])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["paper", "ensemble"],
+        help="beside plain",
+        choices=[name for name, method in METHODS.items() if method.other != "teacher"],
+    )
     parser.add_argument("--tables", action="store_true", help="only draw the tables")
     parser.add_argument("--page", type=Path, default=DOCS / "evidence.md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -61,8 +67,9 @@ def main() -> int:
         complete(wanted, args)
     rows = [row for row in read_lines(args.output) if any(described.items() <= row.items() for described in wanted)]
     if not rows:
-        raise FileNotFoundError(f"no runs of {args.setting} in {args.output}; make them with python"
-                                " benchmarks/explanations.py")
+        raise FileNotFoundError(
+            f"no runs of {args.setting} in {args.output}; make them with python benchmarks/explanations.py"
+        )
     table = format_table(rows)
     print(table)
     args.page.write_text(insert(args.page.read_text(), {"explanations": table}))
@@ -74,8 +81,10 @@ def describe_runs(args: argparse.Namespace) -> list[Row]:
     tested = collect(read_lines(args.lines), args.setting, "test")
     for method in args.methods:
         if method not in tested:
-            raise ValueError(f"{args.lines} has no tested runs of {method} in {args.setting}; make them with python"
-                             f" benchmarks/evidence.py --settings {args.setting} --methods {method}")
+            raise ValueError(
+                f"{args.lines} has no tested runs of {method} in {args.setting}; make them with python"
+                f" benchmarks/evidence.py --settings {args.setting} --methods {method}"
+            )
     return [{name: row[name] for name in DESCRIBED} for method in args.methods for row in tested[method].values()]
 
 
@@ -101,8 +110,7 @@ def measure(described: Row, args: argparse.Namespace) -> Row:
         model = trainer.eval_model
         falls = [row["top1"] for row in measure_flatness(model, images, levels=LEVELS, seed=run["seed"]).of_exit()]
         separability = measure_separability(model, images).rows if isinstance(model, SelfDistillModel) else []
-        gradients = [measure_gradients(task, learned).gradients
-                     for _ in load_checkpoints(model, Path(output))]
+        gradients = [measure_gradients(task, learned).gradients for _ in load_checkpoints(model, Path(output))]
     return {"top1": falls, "gradients": gradients, "sse_over_ssb": [row.ratio for row in separability]}
 
 
@@ -116,8 +124,13 @@ def format_table(rows: list[Row]) -> str:
     methods: dict[str, dict[int, Row]] = {}
     for row in rows:
         methods.setdefault(row["method"], {})[row["seed"]] = row
-    heads = ["method", *(f"fall at noise {level:g}" for level in LEVELS), "less than plain's, at the last",
-             "gradient over plain's, by section", "SSE / SSB, by exit"]
+    heads = [
+        "method",
+        *(f"fall at noise {level:g}" for level in LEVELS),
+        "less than plain's, at the last",
+        "gradient over plain's, by section",
+        "SSE / SSB, by exit",
+    ]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for method, runs in methods.items():
         pairs = [(row, methods["plain"][seed]) for seed, row in sorted(runs.items()) if seed in methods["plain"]]
@@ -128,8 +141,11 @@ def format_table(rows: list[Row]) -> str:
         else:
             ratios = zip(*(_gradient_ratios(*pair) for pair in pairs))
             separability = zip(*(row["sse_over_ssb"] for row in runs.values()))
-            cells += [format_mean(less, "+"), ", ".join(map(format_mean, ratios)),
-                      ", ".join(map(format_mean, separability))]
+            cells += [
+                format_mean(less, "+"),
+                ", ".join(map(format_mean, ratios)),
+                ", ".join(map(format_mean, separability)),
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     seeds = sorted({len(runs) for runs in methods.values()})
     hardware = {", ".join(f"{key} {value}" for key, value in row["hardware"].items()) for row in rows}

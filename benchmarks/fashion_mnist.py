@@ -1,7 +1,8 @@
 """The original files of Fashion-MNIST, read by the script that made the images in examples/data.
 
-    apt-get install dataset-fashion-mnist
+apt-get install dataset-fashion-mnist
 """
+
 import runpy
 from pathlib import Path
 

@@ -16,6 +16,7 @@ the images are always the same.
 
 Finished runs are kept in --progress: a benchmark that was stopped goes on where it was.
 """
+
 import argparse
 import io
 import subprocess
@@ -77,11 +78,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as pretrained:
         subprocess.run([sys.executable, ROOT / "examples/efficientnet_lite0.py", pretrained], check=True)
         tuned = complete([describe("tune", *point, 0, args) for point in product(LOSSES, LRS)], pretrained, args)
-        best = [max((row for row in tuned if row["method"] == method), key=lambda row: row["top1"][-1])
-                for method in LOSSES]
+        best = [
+            max((row for row in tuned if row["method"] == method), key=lambda row: row["top1"][-1]) for method in LOSSES
+        ]
         tested = complete(
-            [describe("test", row["method"], row["lr"], seed, args)
-             for seed, row in product(range(1, args.rounds + 1), best)], pretrained, args)
+            [
+                describe("test", row["method"], row["lr"], seed, args)
+                for seed, row in product(range(1, args.rounds + 1), best)
+            ],
+            pretrained,
+            args,
+        )
     summary = [summarize(method, tested) for method in LOSSES]
     print_table(summary)
     write_json(args.output, args.device, tuned + tested + summary)
@@ -89,8 +96,16 @@ def main() -> None:
 
 def describe(phase: str, method: str, lr: float, seed: int, args: argparse.Namespace) -> Row:
     """What tells a run from another."""
-    return {"phase": phase, "method": method, "lr": lr, "seed": seed, "epochs": args.epochs,
-            "batch_size": args.batch_size, "img_size": args.img_size, "classifier": "zeros"}
+    return {
+        "phase": phase,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "img_size": args.img_size,
+        "classifier": "zeros",
+    }
 
 
 def complete(runs: list[Row], pretrained: str, args: argparse.Namespace) -> list[Row]:
@@ -103,8 +118,11 @@ def complete(runs: list[Row], pretrained: str, args: argparse.Namespace) -> list
             row = run | fine_tune(run, pretrained, *data)
             append_line(args.progress, row)
         rows.append(row)
-        print(f"{row['phase']:<6}{row['method']:<9} lr {row['lr']:<8}seed {row['seed']:<3}{row['seconds']:>6.1f} s ",
-              *(f"{top1:6.2f}" for top1 in row["top1"]), flush=True)
+        print(
+            f"{row['phase']:<6}{row['method']:<9} lr {row['lr']:<8}seed {row['seed']:<3}{row['seconds']:>6.1f} s ",
+            *(f"{top1:6.2f}" for top1 in row["top1"]),
+            flush=True,
+        )
     return rows
 
 
@@ -132,7 +150,8 @@ def read_images(prefix: str, first: int, end: int) -> Dataset:
     rows = np.concatenate([np.flatnonzero(labels == label)[first:end] for label in range(len(CLASSES))])
     return Dataset.from_dict(
         {"image": [PILImage.fromarray(images[row]) for row in rows], "label": labels[rows].tolist()},
-        Features({"image": Image(), "label": ClassLabel(names=CLASSES)}))
+        Features({"image": Image(), "label": ClassLabel(names=CLASSES)}),
+    )
 
 
 def fine_tune(run: Row, pretrained: str, train: TorchDataset, val: TorchDataset, measured: Batches) -> Row:
@@ -141,27 +160,46 @@ def fine_tune(run: Row, pretrained: str, train: TorchDataset, val: TorchDataset,
     torch.manual_seed(run["seed"])
     backbone, _ = create_backbone(pretrained, run["img_size"])
     loss = LOSSES[run["method"]]
-    task = (SelfDistillTask(wrap_self_distill(backbone), loss) if loss
-            else ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False))
+    task = (
+        SelfDistillTask(wrap_self_distill(backbone), loss)
+        if loss
+        else ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)
+    )
     with tempfile.TemporaryDirectory() as output, redirect_stdout(io.StringIO()):
         config = TrainConfig(
-            output=output, seed=run["seed"], epochs=run["epochs"], batch_size=run["batch_size"], opt="adamw",
-            weight_decay=0.05, lr=run["lr"], channels_last=True, workers=0)
+            output=output,
+            seed=run["seed"],
+            epochs=run["epochs"],
+            batch_size=run["batch_size"],
+            opt="adamw",
+            weight_decay=0.05,
+            lr=run["lr"],
+            channels_last=True,
+            workers=0,
+        )
         trainer = Trainer(task, train, val, config)
         if trainer.fit().interrupted_by:
             sys.exit("stopped; the same command goes on")
     metrics, _ = measure_exits(trainer.eval_model, measured, trainer.accelerator)
-    return {"top1": [metric.top1 for metric in metrics if metric.exit != "ensemble"],
-            "ensemble": next((metric.top1 for metric in metrics if metric.exit == "ensemble"), None),
-            "seconds": round(time.perf_counter() - began, 1)}
+    return {
+        "top1": [metric.top1 for metric in metrics if metric.exit != "ensemble"],
+        "ensemble": next((metric.top1 for metric in metrics if metric.exit == "ensemble"), None),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
 
 
 def summarize(method: str, rows: list[Row]) -> Row:
     """Means over the seeds and the halves of their intervals; differences are those of the deepest exit, in points."""
     own = [row for row in rows if row["method"] == method]
     exits = [mean_interval(column) for column in zip(*(row["top1"] for row in own))]
-    summary = {"phase": "summary", "method": method, "lr": own[0]["lr"], "seeds": len(own), "top1": exits,
-               "ensemble": mean_interval([row["ensemble"] for row in own]) if len(exits) > 1 else None}
+    summary = {
+        "phase": "summary",
+        "method": method,
+        "lr": own[0]["lr"],
+        "seeds": len(own),
+        "top1": exits,
+        "ensemble": mean_interval([row["ensemble"] for row in own]) if len(exits) > 1 else None,
+    }
     for other in ("plain", "dsn"):
         pairs = zip(own, (row for row in rows if row["method"] == other), strict=True)  # both in the order of the seeds
         differences = [row["top1"][-1] - base["top1"][-1] for row, base in pairs]
@@ -176,8 +214,14 @@ def print_table(summary: list[Row]) -> None:
     print("\n| method | lr | exits, shallow to deep | ensemble | deepest - plain | deepest - dsn |")
     print("|---|---|---|---|---|---|")
     for row in summary:
-        cells = [row["method"], str(row["lr"]), ", ".join(map(cell, row["top1"])),
-                 cell(row["ensemble"]), cell(row["minus_plain"], "+"), cell(row["minus_dsn"], "+")]
+        cells = [
+            row["method"],
+            str(row["lr"]),
+            ", ".join(map(cell, row["top1"])),
+            cell(row["ensemble"]),
+            cell(row["minus_plain"], "+"),
+            cell(row["minus_dsn"], "+"),
+        ]
         print(f"| {' | '.join(cells)} |")
 
 

@@ -12,6 +12,7 @@ largest sum of the tensors that live at one time, weights included.
     python benchmarks/frozen.py
     python benchmarks/frozen.py --img-size 224 --images 64 --output benchmarks/results/frozen_224.json
 """
+
 import argparse
 import gc
 import io
@@ -59,15 +60,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     rows = []
-    print(f"{'network':<12}{'forward ms':>12}{'heads':>8}{'frozen':>8}{'ratio':>8}{'cached':>8}{'heads':>8}{'ratio':>8}"
-          f"{'memory':>8}")
+    print(
+        f"{'network':<12}{'forward ms':>12}{'heads':>8}{'frozen':>8}{'ratio':>8}{'cached':>8}{'heads':>8}{'ratio':>8}"
+        f"{'memory':>8}"
+    )
     for name in args.models:
         row = measure(name, args)
-        rows.append({"network": name, "batch_size": args.batch_size, "images": args.images, "img_size": args.img_size,
-                     **row})
-        print(f"{name:<12}{row['forward_ms']:>12.2f}{row['heads_ms']:>8.2f}{row['frozen_ms']:>8.2f}"
-              f"{row['frozen_ratio']:>8.3f}{row['cached_ms']:>8.2f}{row['heads_update_ms']:>8.2f}"
-              f"{row['cached_ratio']:>8.3f}{row['memory_ratio']:>8.3f}", flush=True)
+        rows.append(
+            {"network": name, "batch_size": args.batch_size, "images": args.images, "img_size": args.img_size, **row}
+        )
+        print(
+            f"{name:<12}{row['forward_ms']:>12.2f}{row['heads_ms']:>8.2f}{row['frozen_ms']:>8.2f}"
+            f"{row['frozen_ratio']:>8.3f}{row['cached_ms']:>8.2f}{row['heads_update_ms']:>8.2f}"
+            f"{row['cached_ratio']:>8.3f}{row['memory_ratio']:>8.3f}",
+            flush=True,
+        )
     write_json(args.output, args.device, rows)
 
 
@@ -80,7 +87,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "forward": lambda: forward(model.backbone, batches(data, args), args),
         "heads": lambda: train_heads(model, features, None),
         "heads_update": lambda: train_heads(
-            model, features, torch.optim.SGD(model.heads.parameters(), lr=0.01, momentum=0.9)),
+            model, features, torch.optim.SGD(model.heads.parameters(), lr=0.01, momentum=0.9)
+        ),
     }
     times: dict[str, list[float]] = {key: [] for key in (*contenders, "frozen", "cached")}
     for number in range(args.rounds + 1):
@@ -95,10 +103,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         if not number:  # the first is for warming up
             times = {key: [] for key in times}
     expected = [sum(pair) for pair in zip(times["forward"], times["heads"])]
-    return {**{f"{key}_ms": median(values) for key, values in times.items()},
-            "frozen_ratio": median_ratio(times["frozen"], expected),
-            "cached_ratio": median_ratio(times["cached"], times["heads_update"]),
-            "memory_ratio": memory_ratio}
+    return {
+        **{f"{key}_ms": median(values) for key, values in times.items()},
+        "frozen_ratio": median_ratio(times["frozen"], expected),
+        "cached_ratio": median_ratio(times["cached"], times["heads_update"]),
+        "memory_ratio": memory_ratio,
+    }
 
 
 def create(name: str, args: argparse.Namespace) -> SelfDistillModel:
@@ -136,8 +146,14 @@ def train_heads(model: SelfDistillModel, features: list[Any], optimizer: torch.o
 def epoch(model: SelfDistillModel, data: Dataset, args: argparse.Namespace, cache: bool) -> float:
     """Milliseconds an image of an epoch, with a cache of the second."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(SelfDistillTask(model), data, Subset(data, range(1)), TrainConfig(
-            output=folder, epochs=3, batch_size=args.batch_size, workers=0, warmup_epochs=0, cache_features=cache))
+        trainer = Trainer(
+            SelfDistillTask(model),
+            data,
+            Subset(data, range(1)),
+            TrainConfig(
+                output=folder, epochs=3, batch_size=args.batch_size, workers=0, warmup_epochs=0, cache_features=cache
+            ),
+        )
 
         def go_on() -> None:
             if trainer.state.epoch == cache:

@@ -1,4 +1,5 @@
 """Accuracy over compute of early exit: our calibration, and what thresholds give on test images."""
+
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ def our_curve(model: SelfDistillModel, calibration_data: Dataset, test_data: Dat
     costs = calibration.costs("macs")
     chosen = [calibration.find({"max_macs": budget * costs.plain}).thresholds for budget in BUDGETS]
     logits, labels, _ = collect_logits(model, batches(test_data))
-    return measure(Answers.of(logits, labels, torch.arange(len(labels)), calibration.temperatures, early_exit.policy),
-                   chosen, costs)
+    return measure(
+        Answers.of(logits, labels, torch.arange(len(labels)), calibration.temperatures, early_exit.policy),
+        chosen,
+        costs,
+    )
 
 
 def measure(answers: Answers, chosen: list[Thresholds], costs: ExitCosts) -> dict[str, Any]:
@@ -32,8 +36,11 @@ def measure(answers: Answers, chosen: list[Thresholds], costs: ExitCosts) -> dic
     for thresholds in chosen:
         exits, macs = simulate(answers.sureness, thresholds, costs)
         points.append({"share": float(macs.mean()) / costs.plain, "top1": top1(answers.right.gather(0, exits[None]))})
-    return {"exit_top1": [top1(right) for right in answers.right], "points": points,
-            "head_share": [macs / costs.plain for macs in costs.heads]}
+    return {
+        "exit_top1": [top1(right) for right in answers.right],
+        "points": points,
+        "head_share": [macs / costs.plain for macs in costs.heads],
+    }
 
 
 def top1(right: Tensor) -> float:

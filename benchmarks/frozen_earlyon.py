@@ -1,4 +1,5 @@
 """earlyon's exits on a frozen network, and its calibration at its best."""
+
 import warnings
 from functools import cache
 from typing import Any
@@ -51,8 +52,12 @@ def train_exits(model: EarlyExitWrapper, data: Dataset, batch_size: int, epochs:
         labels.append(y)
     shapes = [part.shape[1:] for part in parts]
     network = StoredMaps(shapes)
-    stand_in = custom_ee(network, [f"stages.{exit}" for exit in range(len(network.stages))], shapes[-1].numel(),
-                         input_shape=(1, maps[0].shape[1]))
+    stand_in = custom_ee(
+        network,
+        [f"stages.{exit}" for exit in range(len(network.stages))],
+        shapes[-1].numel(),
+        input_shape=(1, maps[0].shape[1]),
+    )
     stand_in.exit_heads = model.exit_heads
     loader = DataLoader(TensorDataset(torch.cat(maps), torch.cat(labels)), batch_size, shuffle=True)
     stage2_train_exits(stand_in, loader, epochs=epochs, lr=1e-3, on_epoch_end=lambda log: None)
@@ -61,8 +66,10 @@ def train_exits(model: EarlyExitWrapper, data: Dataset, batch_size: int, epochs:
 def maps_and_logits(model: EarlyExitWrapper, x: Tensor) -> list[Tensor]:
     """What the heads take (B, C, H, W), and what the network answers (B, K), to images x."""
     maps: list[Tensor] = []
-    hooks = [head.register_forward_pre_hook(lambda head, inputs: maps.append(inputs[0]))
-             for head in model.exit_heads.values()]
+    hooks = [
+        head.register_forward_pre_hook(lambda head, inputs: maps.append(inputs[0]))
+        for head in model.exit_heads.values()
+    ]
     with torch.no_grad():
         *_, logits = model(x, mode="training")
     for hook in hooks:
@@ -71,7 +78,11 @@ def maps_and_logits(model: EarlyExitWrapper, x: Tensor) -> list[Tensor]:
 
 
 def earlyon_curve(
-        model: EarlyExitWrapper, stage_macs: list[float], calibration_data: Dataset, test_data: Dataset, seed: int,
+    model: EarlyExitWrapper,
+    stage_macs: list[float],
+    calibration_data: Dataset,
+    test_data: Dataset,
+    seed: int,
 ) -> dict[str, Any]:
     """For every budget the most accurate of all policies that earlyon's calibrators find and that keep it.
 
@@ -84,8 +95,7 @@ def earlyon_curve(
     order = torch.randperm(len(calibration_data), generator=torch.Generator().manual_seed(seed))
     for_temperatures, *rest = order.tensor_split(3)
     cached = earlyon.collect_head_logits(model, batches(Subset(calibration_data, for_temperatures.tolist())), "cpu")
-    model.config.temperatures = {
-        name: fit.temperature for name, fit in earlyon.fit_head_temperatures(cached).items()}
+    model.config.temperatures = {name: fit.temperature for name, fit in earlyon.fit_head_temperatures(cached).items()}
     loader = batches(Subset(calibration_data, torch.cat(rest).tolist()))
     with mock.patch.object(earlyon, "collect_head_logits", cache(earlyon.collect_head_logits)):
         policies = earlyon_policies(model, loader)
@@ -94,8 +104,11 @@ def earlyon_curve(
     chosen = []
     for budget in BUDGETS:
         within = [index for index, point in enumerate(points) if point["share"] <= budget]
-        best = max(within, key=lambda index: points[index]["top1"]) if within else min(
-            range(len(points)), key=lambda index: points[index]["share"])
+        best = (
+            max(within, key=lambda index: points[index]["top1"])
+            if within
+            else min(range(len(points)), key=lambda index: points[index]["share"])
+        )
         chosen.append(policies[best])
     return measure(answers_of(model, earlyon.collect_head_logits(model, batches(test_data), "cpu")), chosen, costs)
 
@@ -106,12 +119,18 @@ def earlyon_policies(model: EarlyExitWrapper, loader: DataLoader) -> list[Thresh
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # budgets that it cannot reach
         for grid in (earlyon.DEFAULT_GRID, FINE_GRID):
-            for calibrate, budgets in ((earlyon.calibrate_thresholds_for_budget, BUDGETS),
-                                       (earlyon.calibrate_thresholds, DROPS)):
+            for calibrate, budgets in (
+                (earlyon.calibrate_thresholds_for_budget, BUDGETS),
+                (earlyon.calibrate_thresholds, DROPS),
+            ):
                 for budget in budgets:
                     result = calibrate(model, loader, budget, grid=grid)
-                    policies.append([threshold if enabled else None for threshold, enabled
-                                     in zip(result.thresholds, result.enabled_exits)])
+                    policies.append(
+                        [
+                            threshold if enabled else None
+                            for threshold, enabled in zip(result.thresholds, result.enabled_exits)
+                        ]
+                    )
     return policies
 
 

@@ -1,7 +1,8 @@
 """What `frozen_vs_earlyon.py` found: comparisons at three budgets, and the picture.
 
-    python benchmarks/frozen_picture.py
+python benchmarks/frozen_picture.py
 """
+
 import json
 from pathlib import Path
 from statistics import mean
@@ -25,17 +26,30 @@ def compare(rows: list[Row]) -> list[Row]:
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]
         for budget in BUDGETS:
-            by_seed = {method: {row["seed"]: at_share(row["points"], budget) for row in own
-                                if row["method"] == method and min(point["share"] for point in row["points"]) <= budget}
-                       for method in LINES}
+            by_seed = {
+                method: {
+                    row["seed"]: at_share(row["points"], budget)
+                    for row in own
+                    if row["method"] == method and min(point["share"] for point in row["points"]) <= budget
+                }
+                for method in LINES
+            }
             differences = {
-                method: [ours - by_seed[method][seed] for seed, ours in by_seed["ours"].items()
-                         if seed in by_seed[method]] for method in by_seed if method.startswith("earlyon")}
-            comparisons.append({
-                "network": network, "budget": budget,
-                "top1": {method: mean(found.values()) for method, found in by_seed.items() if found},
-                "ours_less": {method: describe(values) for method, values in differences.items() if values},
-                "static": best_static(own, budget)})
+                method: [
+                    ours - by_seed[method][seed] for seed, ours in by_seed["ours"].items() if seed in by_seed[method]
+                ]
+                for method in by_seed
+                if method.startswith("earlyon")
+            }
+            comparisons.append(
+                {
+                    "network": network,
+                    "budget": budget,
+                    "top1": {method: mean(found.values()) for method, found in by_seed.items() if found},
+                    "ours_less": {method: describe(values) for method, values in differences.items() if values},
+                    "static": best_static(own, budget),
+                }
+            )
     return comparisons
 
 
@@ -45,8 +59,9 @@ def compare_static(rows: list[Row]) -> list[Row]:
     ours = {(row["network"], row["seed"]): row["points"] for row in rows if row["method"] == "ours"}
     for network, method in dict.fromkeys((row["network"], row["method"]) for row in rows):
         if method not in LINES:
-            points = {row["seed"]: row["points"][0] for row in rows
-                      if (row["network"], row["method"]) == (network, method)}
+            points = {
+                row["seed"]: row["points"][0] for row in rows if (row["network"], row["method"]) == (network, method)
+            }
             values = [at_share(ours[network, seed], point["share"]) - point["top1"] for seed, point in points.items()]
             share = mean(point["share"] for point in points.values())
             comparisons.append({"network": network, "static": method, "share": share, "ours_less": describe(values)})
@@ -83,15 +98,20 @@ def static_networks(rows: list[Row]) -> dict[str, tuple[float, float]]:
 
 def best_static(rows: list[Row], budget: float) -> Row | None:
     """The most accurate network within the budget."""
-    found = [{"network": name, "share": share, "top1": accuracy}
-             for name, (share, accuracy) in static_networks(rows).items() if share <= budget]
+    found = [
+        {"network": name, "share": share, "top1": accuracy}
+        for name, (share, accuracy) in static_networks(rows).items()
+        if share <= budget
+    ]
     return max(found, key=lambda network: network["top1"], default=None)
 
 
 def print_table(comparisons: list[Row], static: list[Row]) -> None:
     for row in comparisons:
-        print(f"{row['network']} at {row['budget']:.0%}: "
-              + ", ".join(f"{method} {top1:.2f}" for method, top1 in row["top1"].items()))
+        print(
+            f"{row['network']} at {row['budget']:.0%}: "
+            + ", ".join(f"{method} {top1:.2f}" for method, top1 in row["top1"].items())
+        )
         for method, difference in row["ours_less"].items():
             low, high = difference["interval"]
             print(f"    ours less {method}: {difference['mean']:+.2f} [{low:+.2f}, {high:+.2f}]")
@@ -99,8 +119,10 @@ def print_table(comparisons: list[Row], static: list[Row]) -> None:
             print("    static: {network}, {top1:.2f} at {share:.0%}".format(**row["static"]))
     for row in static:
         low, high = row["ours_less"]["interval"]
-        print(f"{row['network']}: ours less {row['static']} at its {row['share']:.2%}: {row['ours_less']['mean']:+.2f}"
-              f" [{low:+.2f}, {high:+.2f}]")
+        print(
+            f"{row['network']}: ours less {row['static']} at its {row['share']:.2%}: {row['ours_less']['mean']:+.2f}"
+            f" [{low:+.2f}, {high:+.2f}]"
+        )
 
 
 def draw(results: Path, picture: Path) -> None:

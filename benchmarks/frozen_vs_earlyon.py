@@ -25,6 +25,7 @@ counts at a budget that it keeps, the most accurate one.
 
 Finished parts are kept in --folder: a run that was stopped goes on where it was. Other settings need another folder.
 """
+
 import argparse
 import io
 import subprocess
@@ -86,12 +87,15 @@ def main() -> None:
             row = {"network": network, "seed": seed, "method": method, **measure_method(network, seed, method, args)}
             rows.append(row)
             append_line(args.folder / "rows.jsonl", row)
-            print(f"{network}, seed {seed}, {method}: exits "
-                  + " ".join(f"{value:.2f}" for value in row["exit_top1"]), flush=True)
+            print(
+                f"{network}, seed {seed}, {method}: exits " + " ".join(f"{value:.2f}" for value in row["exit_top1"]),
+                flush=True,
+            )
     comparisons, static = compare(rows), compare_static(rows)
     print_table(comparisons, static)
-    settings = {key: value for key, value in vars(args).items()
-                if key.endswith(("images", "epochs")) or key == "batch_size"}
+    settings = {
+        key: value for key, value in vars(args).items() if key.endswith(("images", "epochs")) or key == "batch_size"
+    }
     write_json(args.output, args.device, [{**settings, "seeds": args.rounds}, *rows, *comparisons, *static])
     draw(Path(args.output), Path(args.picture))
 
@@ -101,8 +105,12 @@ def parts(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
     for kind in args.methods:
         for seed in range(args.rounds):
             for network in args.models:
-                methods = {"exits": ["ours", "earlyon"], "longer": [LONGER], "linear": ["ours, linear"],
-                           **NETWORKS[network]}[kind]
+                methods = {
+                    "exits": ["ours", "earlyon"],
+                    "longer": [LONGER],
+                    "linear": ["ours, linear"],
+                    **NETWORKS[network],
+                }[kind]
                 yield from ((network, seed, method) for method in methods)
 
 
@@ -126,8 +134,19 @@ def measure_method(network: str, seed: int, method: str, args: argparse.Namespac
         return earlyon_curve(model.eval(), macs, data["calibration"], data["test"], seed)
     head = "linear" if method == "ours, linear" else "bottleneck"
     model = wrap_self_distill(backbone, head=head, freeze_backbone=True)
-    fit(SelfDistillTask(model), data["train"], data, args, seed=seed, epochs=args.exit_epochs, opt="adam", lr=1e-3,
-        sched="none", warmup_epochs=0, weight_decay=0)
+    fit(
+        SelfDistillTask(model),
+        data["train"],
+        data,
+        args,
+        seed=seed,
+        epochs=args.exit_epochs,
+        opt="adam",
+        lr=1e-3,
+        sched="none",
+        warmup_epochs=0,
+        weight_decay=0,
+    )
     return our_curve(model.eval(), data["calibration"], data["test"], seed)
 
 
@@ -135,8 +154,11 @@ def load_data(size: int, in_chans: int, seed: int, args: argparse.Namespace) -> 
     """Images (C, size, size) from -1 to 1; training and calibration images are drawn from the training file."""
     order = torch.randperm(60000, generator=torch.Generator().manual_seed(seed))
     train, calibration = order.split([args.train_images, 60000 - args.train_images])
-    rows = {"train": ("train", train), "calibration": ("train", calibration[:args.calibration_images]),
-            "test": ("t10k", torch.arange(args.test_images))}
+    rows = {
+        "train": ("train", train),
+        "calibration": ("train", calibration[: args.calibration_images]),
+        "test": ("t10k", torch.arange(args.test_images)),
+    }
     data = {}
     for name, (prefix, chosen) in rows.items():
         images = torch.tensor(read_idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28))[chosen]
@@ -176,7 +198,8 @@ def create_pretrained() -> nn.Module:
 
 
 def train_plain(
-        model: nn.Module, data: Data, seed: int, args: argparse.Namespace, pretrained: bool = False) -> nn.Module:
+    model: nn.Module, data: Data, seed: int, args: argparse.Namespace, pretrained: bool = False
+) -> nn.Module:
     epochs, lr = (args.fine_tune_epochs, 0.02) if pretrained else (args.scratch_epochs, 0.05)
     task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
     fit(task, data["train"], data, args, seed=seed, epochs=epochs, opt="sgd", lr=lr)

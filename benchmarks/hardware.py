@@ -1,4 +1,5 @@
 """What all benchmarks share: their flags, what they ran on, and where their figures go."""
+
 import argparse
 import json
 import os
@@ -43,5 +44,5 @@ def write_json(path: str | Path, device: str, rows: list[dict[str, Any]]) -> Non
     command = shlex.join(["python", *sys.argv])
     head = json.dumps({"command": command, "hardware": describe(device)}, indent=2).removesuffix("\n}")
     lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)  # a row a line: there may be a thousand
-    path.write_text(f"{head},\n  \"rows\": [\n{lines}\n  ]\n}}\n")
+    path.write_text(f'{head},\n  "rows": [\n{lines}\n  ]\n}}\n')
     print(f"wrote {path}")

@@ -5,6 +5,7 @@ commands; the medians and the median ratios. No command is to take more than 1.5
 
     python benchmarks/help.py
 """
+
 import re
 import subprocess
 import sys
@@ -34,14 +35,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     commands = ["", *(args.commands or find_commands())]
-    calls = [partial(python, "-c", "import timm"),
-             *(partial(python, *PROGRAM, *command.split(), "--help") for command in commands)]
+    calls = [
+        partial(python, "-c", "import timm"),
+        *(partial(python, *PROGRAM, *command.split(), "--help") for command in commands),
+    ]
     timm, *helps = interleaved(calls, args.rounds, seconds=0, warm_up=1)
     rows = []
     print(f"{'command':16}  import timm, s  --help, s  ratio")
     for command, times in zip(commands, helps):
-        row = {"command": command, "timm_s": median(timm) / 1000, "help_s": median(times) / 1000,
-               "ratio": median_ratio(times, timm)}
+        row = {
+            "command": command,
+            "timm_s": median(timm) / 1000,
+            "help_s": median(times) / 1000,
+            "ratio": median_ratio(times, timm),
+        }
         rows.append(row)
         print(f"{command or '(none)':16}  {row['timm_s']:14.2f}  {row['help_s']:9.2f}  {row['ratio']:5.2f}")
     over = [row["command"] or "(none)" for row in rows if row["ratio"] > LIMIT]

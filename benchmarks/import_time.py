@@ -4,6 +4,7 @@ Processor time of both imports, each in a new process, in turn; the medians and 
 
     python benchmarks/import_time.py
 """
+
 import subprocess
 import sys
 from statistics import median

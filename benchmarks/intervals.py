@@ -1,4 +1,5 @@
 """Means over seeds, and how far to trust them."""
+
 from collections.abc import Sequence
 from math import sqrt
 from statistics import mean, stdev

@@ -1,4 +1,5 @@
 """Finished runs, a line each, so that a benchmark that was stopped goes on where it was."""
+
 import json
 import warnings
 from pathlib import Path

@@ -5,6 +5,7 @@ grows by at its peak.
 
     python benchmarks/listing.py
 """
+
 import subprocess
 import sys
 import tempfile

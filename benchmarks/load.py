@@ -5,6 +5,7 @@ Time of `SelfDistillModel.from_pretrained(folder)`, with all exits, over that of
 
     python benchmarks/load.py
 """
+
 import tempfile
 from functools import partial
 from statistics import median
@@ -32,8 +33,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             wrap_self_distill(timm.create_model(name, num_classes=100)).save_pretrained(folder)
             plain, ours = interleaved(
-                [partial(timm.create_model, f"local-dir:{folder}", pretrained=True),
-                 partial(SelfDistillModel.from_pretrained, folder)], args.rounds, args.seconds)
+                [
+                    partial(timm.create_model, f"local-dir:{folder}", pretrained=True),
+                    partial(SelfDistillModel.from_pretrained, folder),
+                ],
+                args.rounds,
+                args.seconds,
+            )
         row = {"network": name, "timm_ms": median(plain), "ours_ms": median(ours), "ratio": median_ratio(ours, plain)}
         rows.append(row)
         print(f"{name:<28}{row['timm_ms']:>10.1f}{row['ours_ms']:>10.1f}{row['ratio']:>8.3f}")

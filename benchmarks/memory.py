@@ -1,4 +1,5 @@
 """Memory at its peak."""
+
 import gc
 from collections.abc import Callable
 from typing import Any

@@ -7,6 +7,7 @@ runs ahead of it.
     python benchmarks/step.py                       # one core, the figures of the README
     python benchmarks/step.py --device cuda --amp-dtype bfloat16 --batch-size 128 --channels-last --torchcompile
 """
+
 import argparse
 import copy
 from collections.abc import Callable
@@ -56,16 +57,28 @@ def main() -> None:
         steps = [make_steps(task, size, args) for task in (plain_task, SelfDistillTask(model, SelfDistillLoss.paper()))]
         times = interleaved(steps, args.rounds, args.seconds)
         plain, ours = (median(record) / (STEPS_ON_GPU if args.device == "cuda" else 1) for record in times)
-        macs = [count_cost(model.backbone, (3, size, size)).macs,
-                count_cost(model, (3, size, size), lambda m, x: m.forward_exits(x)).macs]
-        row = {"network": name, "head": args.head, "batch_size": args.batch_size, "amp_dtype": args.amp_dtype,
-               "channels_last": args.channels_last, "torchcompile": args.torchcompile,
-               "plain_ms": plain, "ours_ms": ours, "time_ratio": median_ratio(times[1], times[0]),
-               "macs_ratio": macs[1] / macs[0]}
+        macs = [
+            count_cost(model.backbone, (3, size, size)).macs,
+            count_cost(model, (3, size, size), lambda m, x: m.forward_exits(x)).macs,
+        ]
+        row = {
+            "network": name,
+            "head": args.head,
+            "batch_size": args.batch_size,
+            "amp_dtype": args.amp_dtype,
+            "channels_last": args.channels_last,
+            "torchcompile": args.torchcompile,
+            "plain_ms": plain,
+            "ours_ms": ours,
+            "time_ratio": median_ratio(times[1], times[0]),
+            "macs_ratio": macs[1] / macs[0],
+        }
         row["time_over_macs"] = row["time_ratio"] / row["macs_ratio"]
         rows.append(row)
-        print(f"{name:<28}{plain:>10.1f}{ours:>10.1f}{row['time_ratio']:>8.3f}{row['macs_ratio']:>8.3f}"
-              f"{row['time_over_macs']:>13.3f}")
+        print(
+            f"{name:<28}{plain:>10.1f}{ours:>10.1f}{row['time_ratio']:>8.3f}{row['macs_ratio']:>8.3f}"
+            f"{row['time_over_macs']:>13.3f}"
+        )
     write_json(args.output, args.device, rows)
 
 

@@ -12,6 +12,7 @@ Finished rows are kept in --progress: a sweep that was stopped goes on where it 
 benchmarks/results and a table to docs/models.md (not with --models). --real needs the figures of the first line, and
 20 GB for deepseek_vit_412m.
 """
+
 import argparse
 import json
 import multiprocessing

@@ -1,4 +1,5 @@
 """What `sweep.py` asks of one architecture: on the meta device, and on real tensors."""
+
 import copy
 import tempfile
 from typing import Any
@@ -32,8 +33,10 @@ def check_meta(name: str, row: dict[str, Any]) -> None:
     row |= {
         "macs": plain.macs,
         "head_macs": everything.macs - plain.macs,
-        "shares": [count_cost(model, size, lambda m, x, exit=exit: m.predict(x, exit)).macs / plain.macs
-                   for exit in range(len(model.exits) - 1)],
+        "shares": [
+            count_cost(model, size, lambda m, x, exit=exit: m.predict(x, exit)).macs / plain.macs
+            for exit in range(len(model.exits) - 1)
+        ],
     }
 
 
@@ -73,8 +76,12 @@ def check_real(name: str, row: dict[str, Any]) -> None:
 
 
 def describe(backbone: nn.Module) -> dict[str, Any]:
-    return {"class": type(backbone).__name__, "params": sum(p.numel() for p in backbone.parameters()),
-            "levels": len(backbone.feature_info), "input_size": default_input_size(backbone)}
+    return {
+        "class": type(backbone).__name__,
+        "params": sum(p.numel() for p in backbone.parameters()),
+        "levels": len(backbone.feature_info),
+        "input_size": default_input_size(backbone),
+    }
 
 
 def small_input_size(backbone: nn.Module) -> tuple[int, int, int]:
@@ -99,10 +106,14 @@ def _train_step(model: SelfDistillModel, x: Tensor, y: Tensor) -> None:
     """Forward in training mode, loss and backward; raise if a shape is not what it must be."""
     output = model.train()(x)
     classifiers = len(model.exits)
-    expect([tuple(z.shape) for z in output.logits] == [(len(x), CLASSES)] * classifiers,
-           f"logits have the shapes {[tuple(z.shape) for z in output.logits]}")
-    expect(len(output.features) == classifiers and len({f.shape for f in output.features}) == 1,
-           f"features have the shapes {[tuple(f.shape) for f in output.features]}")
+    expect(
+        [tuple(z.shape) for z in output.logits] == [(len(x), CLASSES)] * classifiers,
+        f"logits have the shapes {[tuple(z.shape) for z in output.logits]}",
+    )
+    expect(
+        len(output.features) == classifiers and len({f.shape for f in output.features}) == 1,
+        f"features have the shapes {[tuple(f.shape) for f in output.features]}",
+    )
     loss = SelfDistillLoss.paper()(output, y)
     expect(loss.shape == (), f"the loss has the shape {tuple(loss.shape)}")
     loss.backward()

@@ -1,4 +1,5 @@
 """docs/models.md: what `sweep.py` found, a row a class."""
+
 import json
 import os
 from collections import defaultdict
@@ -54,13 +55,19 @@ def write_page(results: Path) -> None:
     values = {row["class"]: row for row in real["rows"]}
     failures = [
         f"- `{row['name']}` ({kind}): {row['error'].split(';')[0]}"
-        for kind, rows in (("shapes", meta["rows"]), ("values", real["rows"])) for row in rows if row["error"]
+        for kind, rows in (("shapes", meta["rows"]), ("values", real["rows"]))
+        for row in rows
+        if row["error"]
     ]
     text = TEXT.format(
-        timm=meta["hardware"]["timm"], torch=meta["hardware"]["torch"].split("+")[0],
-        meta_command=meta["command"], real_command=real["command"],
-        meta_passed=passed(meta["rows"]), meta_count=len(meta["rows"]),
-        real_passed=passed(real["rows"]), real_count=len(real["rows"]),
+        timm=meta["hardware"]["timm"],
+        torch=meta["hardware"]["torch"].split("+")[0],
+        meta_command=meta["command"],
+        real_command=real["command"],
+        meta_passed=passed(meta["rows"]),
+        meta_count=len(meta["rows"]),
+        real_passed=passed(real["rows"]),
+        real_count=len(real["rows"]),
         late=", ".join(sorted(name for name, rows in classes.items() if first_share(rows) > 0.75)),
         failures="\n".join(failures) or "Nothing.",
         rows="\n".join(class_row(name, classes[name], values.get(name)) for name in sorted(classes, key=str.lower)),

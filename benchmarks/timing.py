@@ -1,4 +1,5 @@
 """Calls, timed in turn."""
+
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -7,7 +8,8 @@ import torch
 
 
 def interleaved(
-        calls: Sequence[Callable[[], object]], rounds: int, seconds: float, warm_up: int = 2) -> list[list[float]]:
+    calls: Sequence[Callable[[], object]], rounds: int, seconds: float, warm_up: int = 2
+) -> list[list[float]]:
     """Milliseconds of each call in every round, in which all run one after the other.
 
     After `warm_up` rounds come at least `rounds` rounds and `seconds`.

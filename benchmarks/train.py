@@ -11,6 +11,7 @@ where a process's memory says little, it is counted: weights, gradients, momentu
     python benchmarks/train.py --device cuda --synthetic --img-size 128 -b 256 -j 12 --images 10240 \\
         --amp-dtype bfloat16 --channels-last
 """
+
 import argparse
 import gc
 import io
@@ -77,15 +78,29 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     rows = []
-    print(f"{'network':<18}{'timm img/s':>12}{'plain':>8}{'of timm':>9}{'ours':>8}{'time':>8}{'/ MACs':>8}"
-          f"{'authors':>9}{'memory':>8}")
+    print(
+        f"{'network':<18}{'timm img/s':>12}{'plain':>8}{'of timm':>9}{'ours':>8}{'time':>8}{'/ MACs':>8}"
+        f"{'authors':>9}{'memory':>8}"
+    )
     for name in args.models:
         row = compare(name, args)
-        rows.append({"network": name, **{key: value for key, value in vars(args).items()
-                                         if key not in ("models", "output", "rounds", "device", "threads")}, **row})
-        print(f"{name:<18}{row['timm_images_per_second']:>12.0f}{row['plain_images_per_second']:>8.0f}"
-              f"{row['plain_over_timm']:>9.3f}{row['ours_images_per_second']:>8.0f}{row['time_ratio']:>8.3f}"
-              f"{row['time_over_macs']:>8.3f}{row['authors_time_ratio']:>9.3f}{row['memory_ratio']:>8.3f}", flush=True)
+        rows.append(
+            {
+                "network": name,
+                **{
+                    key: value
+                    for key, value in vars(args).items()
+                    if key not in ("models", "output", "rounds", "device", "threads")
+                },
+                **row,
+            }
+        )
+        print(
+            f"{name:<18}{row['timm_images_per_second']:>12.0f}{row['plain_images_per_second']:>8.0f}"
+            f"{row['plain_over_timm']:>9.3f}{row['ours_images_per_second']:>8.0f}{row['time_ratio']:>8.3f}"
+            f"{row['time_over_macs']:>8.3f}{row['authors_time_ratio']:>9.3f}{row['memory_ratio']:>8.3f}",
+            flush=True,
+        )
     write_json(args.output, args.device, rows)
 
 
@@ -93,9 +108,11 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     contenders: dict[str, Callable[[], Measured]] = {
         "timm": lambda: bare_loop(ClassificationTask(create(name, args), nn.CrossEntropyLoss(), verbose=False), args),
         "plain": lambda: with_trainer(
-            ClassificationTask(create(name, args), nn.CrossEntropyLoss(), verbose=False), args),
+            ClassificationTask(create(name, args), nn.CrossEntropyLoss(), verbose=False), args
+        ),
         "ours": lambda: with_trainer(
-            SelfDistillTask(wrap_self_distill(create(name, args)), SelfDistillLoss.paper()), args),
+            SelfDistillTask(wrap_self_distill(create(name, args)), SelfDistillLoss.paper()), args
+        ),
         "authors": lambda: bare_loop(AuthorsTask(name, CLASSES), args),
     }
     times: dict[str, list[float]] = {key: [] for key in contenders}
@@ -114,8 +131,10 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {
         **{f"{key}_images_per_second": 1000 / median(values) for key, values in times.items()},
         **{f"{key}_gib": median(values) for key, values in memory.items()},
-        "plain_over_timm": median_ratio(times["timm"], times["plain"]), "time_ratio": ratio,
-        "macs_ratio": macs[1] / macs[0], "time_over_macs": ratio * macs[0] / macs[1],
+        "plain_over_timm": median_ratio(times["timm"], times["plain"]),
+        "time_ratio": ratio,
+        "macs_ratio": macs[1] / macs[0],
+        "time_over_macs": ratio * macs[0] / macs[1],
         "authors_time_ratio": median_ratio(times["authors"], times["timm"]),
         "memory_ratio": median(memory["ours"]) / median(memory["plain"]),
     }
@@ -140,13 +159,27 @@ def images(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
 def timm_loader(args: argparse.Namespace) -> DataLoader:
     train, _ = images(args)
     if args.synthetic:
-        return DataLoader(train, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
-                          pin_memory=args.device == "cuda")
+        return DataLoader(
+            train,
+            args.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=args.workers,
+            pin_memory=args.device == "cuda",
+        )
     rows, subset = train.dataset, train
     loader = create_loader(
-        subset, (3, args.img_size, args.img_size), args.batch_size, is_training=True, num_workers=args.workers,
-        scale=(0.5, 1.0), color_jitter=None, hflip=0.5, use_prefetcher=args.device == "cuda",
-        device=torch.device(args.device))
+        subset,
+        (3, args.img_size, args.img_size),
+        args.batch_size,
+        is_training=True,
+        num_workers=args.workers,
+        scale=(0.5, 1.0),
+        color_jitter=None,
+        hflip=0.5,
+        use_prefetcher=args.device == "cuda",
+        device=torch.device(args.device),
+    )
     rows.transform = subset.transform  # create_loader sets it on what it is given
     return loader
 
@@ -185,9 +218,16 @@ def with_trainer(task: TrainingTask, args: argparse.Namespace) -> Measured:
     train, val = images(args)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            output=folder, epochs=1, batch_size=args.batch_size, workers=args.workers, warmup_epochs=0,
-            amp=args.amp_dtype is not None, amp_dtype=args.amp_dtype or "float16", channels_last=args.channels_last,
-            torchcompile=args.torchcompile)
+            output=folder,
+            epochs=1,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            warmup_epochs=0,
+            amp=args.amp_dtype is not None,
+            amp_dtype=args.amp_dtype or "float16",
+            channels_last=args.channels_last,
+            torchcompile=args.torchcompile,
+        )
         trainer = Trainer(task, train, val, config)
         watch_memory(trainer.accelerator.device)
 

@@ -6,6 +6,7 @@ student's, to those of the methods that need one: the comparison of the paper, s
 
     python benchmarks/training_time.py                 # one core, about two minutes
 """
+
 from collections.abc import Callable
 from statistics import median
 
@@ -28,15 +29,21 @@ def main() -> None:
     torch.manual_seed(0)
     x = torch.randn(args.batch_size, 1, 32, 32, device=args.device)
     y = torch.arange(args.batch_size, device=args.device)
-    times = dict(zip(SHOWN, interleaved(
-        [make_step(name, args.network, x, y) for name in SHOWN], args.rounds, args.seconds)))
+    times = dict(
+        zip(SHOWN, interleaved([make_step(name, args.network, x, y) for name in SHOWN], args.rounds, args.seconds))
+    )
     rows = []
     print(f"{'method':<12}{'ms':>8}{'over plain':>12}{'with teacher':>14}")
     for name, own in times.items():
         teacher = times["teacher"] if METHODS[name].other == "teacher" else [0.0] * len(own)
-        row = {"network": args.network, "teacher": TEACHERS[args.network], "method": name, "ms": median(own),
-               "time": median_ratio(own, times["plain"]),
-               "with_teacher": median_ratio([sum(pair) for pair in zip(own, teacher)], times["plain"])}
+        row = {
+            "network": args.network,
+            "teacher": TEACHERS[args.network],
+            "method": name,
+            "ms": median(own),
+            "time": median_ratio(own, times["plain"]),
+            "with_teacher": median_ratio([sum(pair) for pair in zip(own, teacher)], times["plain"]),
+        }
         rows.append(row)
         print(f"{name:<12}{row['ms']:>8.1f}{row['time']:>12.3f}{row['with_teacher']:>14.3f}")
     write_json(args.output, args.device, rows)
@@ -50,7 +57,8 @@ def make_step(name: str, network: str, x: torch.Tensor, y: torch.Tensor) -> Call
     backbone, *other = (create_network(one, DATA).to(x.device, memory_format=torch.channels_last) for one in networks)
     task = method.make(backbone, method.weights[0], 1, *other).train()
     optimizer = torch.optim.SGD(
-        [parameter for parameter in task.parameters() if parameter.requires_grad], lr=1e-3, momentum=0.9)
+        [parameter for parameter in task.parameters() if parameter.requires_grad], lr=1e-3, momentum=0.9
+    )
 
     def step() -> None:
         optimizer.zero_grad()

@@ -20,6 +20,7 @@ n. Split of the characters: packages in the order of the SHA-256 of their names;
 Whether these are the images that published figures are of is told by a SHA-256 of all pixels and labels, in
 typefaces.json; fonts of other versions, or another FreeType, make others.
 """
+
 import argparse
 import hashlib
 import json
@@ -71,8 +72,11 @@ def main() -> int:
     args = parser.parse_args()
     build(PACKAGES.read_text().split(), FONTS, args.output)
     if read_digests(args.output) != json.loads(REFERENCE.read_text()):
-        warnings.warn(f"these are not the images of {REFERENCE.name}: figures of them compare with each other, not with"
-                      " published ones", stacklevel=1)
+        warnings.warn(
+            f"these are not the images of {REFERENCE.name}: figures of them compare with each other, not with"
+            " published ones",
+            stacklevel=1,
+        )
     if args.sample:
         write_sample(args.output / "families", args.sample)
     return 0
@@ -88,15 +92,20 @@ def build(packages: list[str], fonts: int, output: Path) -> None:
     files = {package: font_files(package) for package in packages}
     missing = [package for package, found in files.items() if not found]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(packages)} font packages are not installed; apt-get install"
-                                f" {' '.join(missing)}")
-    glyphs = sorted((glyph for package in packages for glyph in draw_package(package, files[package])),
-                    key=lambda glyph: glyph.order)
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(packages)} font packages are not installed; apt-get install {' '.join(missing)}"
+        )
+    glyphs = sorted(
+        (glyph for package in packages for glyph in draw_package(package, files[package])),
+        key=lambda glyph: glyph.order,
+    )
     found = len(glyphs) // len(CHARACTERS)
     if found != fonts:
-        raise ValueError(f"found {found} fonts with all letters and digits in {len(packages)} packages, expected"
-                         f" {fonts}; they are of another version than Debian 12's, or files of theirs were removed:"
-                         " apt-get install --reinstall them")
+        raise ValueError(
+            f"found {found} fonts with all letters and digits in {len(packages)} packages, expected"
+            f" {fonts}; they are of another version than Debian 12's, or files of theirs were removed:"
+            " apt-get install --reinstall them"
+        )
     write(output / "families", split_images(glyphs), "package", sorted(packages))
     write(output / "characters", split_families(glyphs, packages), "character", list(CHARACTERS))
 
@@ -138,12 +147,12 @@ def draw_font(path: Path) -> np.ndarray:
 
 def split_images(glyphs: list[Glyph]) -> dict[str, list[Glyph]]:
     ends = np.cumsum(FAMILY_IMAGES)
-    return dict(zip(SPLITS, (glyphs[:ends[0]], glyphs[ends[0]:ends[1]], glyphs[ends[1]:])))
+    return dict(zip(SPLITS, (glyphs[: ends[0]], glyphs[ends[0] : ends[1]], glyphs[ends[1] :])))
 
 
 def split_families(glyphs: list[Glyph], packages: list[str]) -> dict[str, list[Glyph]]:
     ordered, ends = sorted(packages, key=_sha256), np.cumsum(CHARACTER_FAMILIES)
-    parts = (ordered[:ends[0]], ordered[ends[0]:ends[1]], ordered[ends[1]:])
+    parts = (ordered[: ends[0]], ordered[ends[0] : ends[1]], ordered[ends[1] :])
     return {name: [glyph for glyph in glyphs if glyph.package in part] for name, part in zip(SPLITS, parts)}
 
 
@@ -157,11 +166,15 @@ def write(folder: Path, splits: dict[str, list[Glyph]], label: str, class_names:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=class_names)})
     for name, glyphs in splits.items():
         path = folder / f"{name}.parquet"
-        columns = {"image": [{"bytes": encode(glyph.pixels)} for glyph in glyphs],
-                   "label": [getattr(glyph, label) for glyph in glyphs]}
+        columns = {
+            "image": [{"bytes": encode(glyph.pixels)} for glyph in glyphs],
+            "label": [getattr(glyph, label) for glyph in glyphs],
+        }
         datasets.Dataset.from_dict(columns, features).to_parquet(path)
-        print(f"{path}: {len(glyphs):,} images of {len(set(columns['label']))} classes,"
-              f" {path.stat().st_size / 1e6:.1f} MB")
+        print(
+            f"{path}: {len(glyphs):,} images of {len(set(columns['label']))} classes,"
+            f" {path.stat().st_size / 1e6:.1f} MB"
+        )
 
 
 def write_sample(families: Path, folder: Path) -> None:
@@ -169,7 +182,8 @@ def write_sample(families: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in zip(SPLITS, SAMPLE):
         datasets.Dataset.from_parquet(str(families / f"{name}.parquet")).select(range(count)).to_parquet(
-            folder / f"{name}.parquet")
+            folder / f"{name}.parquet"
+        )
 
 
 def encode(pixels: np.ndarray) -> bytes:

@@ -1,8 +1,9 @@
 """Give a trained network early exits without changing it: images are enough, labels are not needed.
 
-    python examples/add_exits.py FOLDER --model local-dir:pretrained --output runs/exits
-    timm-selfdistill calibrate runs/exits/best --data-dir LABELLED --max-accuracy-drop 1
+python examples/add_exits.py FOLDER --model local-dir:pretrained --output runs/exits
+timm-selfdistill calibrate runs/exits/best --data-dir LABELLED --max-accuracy-drop 1
 """
+
 import timm
 from rich.console import Console
 
@@ -35,8 +36,16 @@ def main() -> int:
     images = images.fitting_labels(backbone.num_classes, own_class_names(backbone))
     data_config = model_data_config(backbone, args.img_size)
     task = SelfDistillTask(wrap_self_distill(backbone, freeze_backbone=True), SelfDistillLoss.paper(alpha=1.0))
-    config = TrainConfig(output=args.output, epochs=args.epochs, batch_size=args.batch_size, opt="adamw", lr=1e-3,
-                         unlabelled=True, cache_features=True, settings={"model": args.model, "pretrained": True})
+    config = TrainConfig(
+        output=args.output,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        opt="adamw",
+        lr=1e-3,
+        unlabelled=True,
+        cache_features=True,
+        settings={"model": args.model, "pretrained": True},
+    )
     result = Trainer(task, *images.transformed(data_config, no_aug=True), config).fit()
     if result.interrupted_by:
         print(f"stopped by {result.interrupted_by.name}; the exits so far are in {result.output}/last")

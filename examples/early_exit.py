@@ -1,8 +1,9 @@
 """Train, calibrate, and let easy images leave early, from Python.
 
-    python examples/early_exit.py                                     # trains resnet18 on examples/data first
-    python examples/early_exit.py --model runs/first                  # calibrates on the images that it measured
+python examples/early_exit.py                                     # trains resnet18 on examples/data first
+python examples/early_exit.py --model runs/first                  # calibrates on the images that it measured
 """
+
 from pathlib import Path
 
 import timm

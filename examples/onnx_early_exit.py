@@ -1,8 +1,9 @@
 """Early exit without torch: numpy and onnxruntime, one ONNX file for each stage.
 
-    timm-selfdistill export runs/first/best --staged --output stages
-    python examples/onnx_early_exit.py stages picture.jpg another.jpg
+timm-selfdistill export runs/first/best --staged --output stages
+python examples/onnx_early_exit.py stages picture.jpg another.jpg
 """
+
 import json
 import sys
 from contextlib import suppress

@@ -1,10 +1,11 @@
 """The classes that a model sees in pictures, a self-distilled one at any exit; as `timm-selfdistill predict`.
 
-    python examples/predict.py image.jpg --model user/name
-    python examples/predict.py image.jpg --model runs/first --exit 0          # the first exit: the fastest
-    python examples/predict.py image.jpg --model runs/first --exit ensemble
-    python examples/predict.py image.jpg --model pretrained                   # a plain network of timm's layout
+python examples/predict.py image.jpg --model user/name
+python examples/predict.py image.jpg --model runs/first --exit 0          # the first exit: the fastest
+python examples/predict.py image.jpg --model runs/first --exit ensemble
+python examples/predict.py image.jpg --model pretrained                   # a plain network of timm's layout
 """
+
 from timm_selfdistill.cli import Parser, add_predict_flags, predict, run
 
 

@@ -7,6 +7,7 @@
     python examples/train.py --method kd --kd-model-name runs/teacher
     torchrun --nproc_per_node 2 examples/train.py               # or: accelerate launch examples/train.py
 """
+
 from pathlib import Path
 
 from timm_selfdistill.cli import train_command

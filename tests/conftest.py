@@ -50,9 +50,12 @@ def _torch_as_before():
 def torch_modes() -> dict[str, object]:
     """What torch does in this thread until it is told otherwise."""
     return {
-        "gradients": torch.is_grad_enabled(), "inference mode": torch.is_inference_mode_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"), "autocast on a GPU": torch.is_autocast_enabled("cuda"),
-        "default dtype": torch.get_default_dtype()}
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast on a GPU": torch.is_autocast_enabled("cuda"),
+        "default dtype": torch.get_default_dtype(),
+    }
 
 
 @pytest.fixture
@@ -104,12 +107,14 @@ def few_images(tmp_path_factory):
 @pytest.fixture
 def call(folder, monkeypatch, capsys):
     """Runs timm-selfdistill in the `folder` of a test's file; its exit code, output and errors."""
+
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["timm-selfdistill", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             main()
         return end.value.code or 0, *capsys.readouterr()
+
     return run
 
 
@@ -119,8 +124,14 @@ def hub_place(tmp_path_factory) -> Iterator[tuple[HubServer, dict[str, str], Pro
     home = tmp_path_factory.mktemp("hub-home")
     with HubServer() as server:
         environment = {
-            **ENVIRONMENT, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+            **ENVIRONMENT,
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
         yield server, environment, Programs(environment)
 
 
@@ -157,13 +168,21 @@ def benchmarks(monkeypatch):
             del sys.modules[name]
 
 
-def run_python(*args: object, processes: int = 1, launcher: tuple[str, ...] = (), fresh: bool = False,
-               check: bool = True, limit: int = HANGS, **environment: str) -> subprocess.CompletedProcess:
+def run_python(
+    *args: object,
+    processes: int = 1,
+    launcher: tuple[str, ...] = (),
+    fresh: bool = False,
+    check: bool = True,
+    limit: int = HANGS,
+    **environment: str,
+) -> subprocess.CompletedProcess:
     """Run a script of the repository, on as many processes; `fresh` or with a launcher in new ones, not in forks."""
     if launcher or fresh:
         command = [sys.executable, *launcher, *map(str, args)]
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True,
-                              timeout=limit)
+        done = subprocess.run(
+            command, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=limit
+        )
     else:
         done = programs().run(*args, processes=processes, limit=limit, **environment)
     if check and done.returncode:

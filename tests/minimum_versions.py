@@ -1,4 +1,5 @@
 """Print the lowest version that pyproject.toml allows of the dependencies and of the extra "onnx"."""
+
 import re
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Python scripts, each in a fork of one process that has imported the libraries, which takes longer than most runs."""
+
 import atexit
 import gc
 import importlib
@@ -59,8 +60,9 @@ class Program:
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs; where one of the processes fails, the others are killed."""
-        codes = [int(path.read_text()) if path.exists() else None
-                 for path in (folder / "code" for folder in self.folders)]
+        codes = [
+            int(path.read_text()) if path.exists() else None for path in (folder / "code" for folder in self.folders)
+        ]
         self.failed = self.failed or next(filter(None, codes), 0)  # that of the first which fails
         if self.failed:
             self.kill()
@@ -118,8 +120,14 @@ class Programs:
         """Start a script, and wait for its end."""
         return self.start(*command, **settings).wait()
 
-    def start(self, *command: object, cwd: Path = ROOT, processes: int = 1, limit: int = HANGS, **environment: str,
-              ) -> Program:
+    def start(
+        self,
+        *command: object,
+        cwd: Path = ROOT,
+        processes: int = 1,
+        limit: int = HANGS,
+        **environment: str,
+    ) -> Program:
         """A script of Python with its arguments, or after "-m" a package of the repository; "python" may stand before
         it. Its name alone is looked for in PATH.
 
@@ -135,15 +143,24 @@ class Programs:
             script = shutil.which(script, path=self.environment["PATH"])
         if self.server is None or self.server.poll() is not None:
             self.server = subprocess.Popen(
-                [sys.executable, __file__], cwd=ROOT, env=self.environment, text=True, stdin=subprocess.PIPE)
+                [sys.executable, __file__], cwd=ROOT, env=self.environment, text=True, stdin=subprocess.PIPE
+            )
         if processes > 1:
-            environment = {**environment, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            environment = {
+                **environment,
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()),
+            }
         folders = [Path(mkdtemp(dir=self.place.name)) for _ in range(processes)]
         for rank, folder in enumerate(folders):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            print(json.dumps([str(folder), str(cwd), limit, {**environment, **place}, script, *arguments]),
-                  file=self.server.stdin, flush=True)
+            print(
+                json.dumps([str(folder), str(cwd), limit, {**environment, **place}, script, *arguments]),
+                file=self.server.stdin,
+                flush=True,
+            )
         self.started.append(Program([script, *arguments], folders, self.server, limit))
         return self.started[-1]
 
@@ -194,7 +211,8 @@ def become(folder: Path, cwd: str, limit: int, environment: dict[str, str], scri
     os.setsid()
     signal.alarm(limit)
     for number, (name, flags) in enumerate(
-            [(os.devnull, os.O_RDONLY), ("stdout", os.O_CREAT | os.O_WRONLY), ("stderr", os.O_CREAT | os.O_WRONLY)]):
+        [(os.devnull, os.O_RDONLY), ("stdout", os.O_CREAT | os.O_WRONLY), ("stderr", os.O_CREAT | os.O_WRONLY)]
+    ):
         os.dup2(os.open(folder / name, flags | os.O_APPEND), number)
     sys.stdin = os.fdopen(0)  # without the lines that the server has read ahead
     os.chdir(cwd)

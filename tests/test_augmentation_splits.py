@@ -1,4 +1,5 @@
 """Several views of an image: timm's --aug-splits, --jsd-loss, --split-bn and --resplit."""
+
 import numpy as np
 import pytest
 import torch
@@ -59,8 +60,15 @@ def test_the_first_view_is_erased_unless_told_otherwise(picture):
     config = resolve_model_data_config(small_backbone())
     for resplit in (False, True):
         transform = create_train_transform(
-            config, aug_splits=2, resplit=resplit, train_crop_mode="pad", auto_augment="cifar10", cutout=4, re_prob=1.0,
-            re_mode="const")
+            config,
+            aug_splits=2,
+            resplit=resplit,
+            train_crop_mode="pad",
+            auto_augment="cifar10",
+            cutout=4,
+            re_prob=1.0,
+            re_mode="const",
+        )
         with seeded(1):
             views = transform(picture)
         erased = [(view == 0).all(0).sum() for view in views]
@@ -96,8 +104,13 @@ def test_labels_that_the_loss_smooths_stay_as_they_are(fashion, tmp_path):
     model = small_model(in_chans=1)
     data = fashion.transformed(model_data_config(model.backbone, 32, in_chans=1), aug_splits=2)
     task = SelfDistillTask(model, exit_loss(vars(args)))
-    trainer = Trainer(task, *data, TrainConfig(
-        output=str(tmp_path / "run"), epochs=1, batch_size=4, workers=0, smoothing=0.1, lr=0.0, warmup_epochs=0))
+    trainer = Trainer(
+        task,
+        *data,
+        TrainConfig(
+            output=str(tmp_path / "run"), epochs=1, batch_size=4, workers=0, smoothing=0.1, lr=0.0, warmup_epochs=0
+        ),
+    )
     assert trainer.input_size == (1, 32, 32)
     batch = next(trainer.batches.batches(0, 0))
     expected = task.train()(batch[0].transpose(0, 1).flatten(0, 1), batch[1].repeat(2))["loss"].item()
@@ -108,22 +121,69 @@ def test_labels_that_the_loss_smooths_stay_as_they_are(fashion, tmp_path):
 @pytest.mark.slow
 def test_a_run_and_what_it_saves(few_images, tmp_path):
     """The saved network has no auxiliary batch norms, and is what was measured; its run is resumed with them."""
-    flags = ["--data-dir", few_images, "--model", "test_resnet", "--img-size", 32, "-b", 32, "-j", 0, "--aug-splits", 3,
-             "--split-bn", "--jsd-loss", "--resplit", "--aa", "rand-m9", "--reprob", 0.3, "--smoothing", 0.1, "--lr",
-             0.01, "--output", tmp_path / "run"]
+    flags = [
+        "--data-dir",
+        few_images,
+        "--model",
+        "test_resnet",
+        "--img-size",
+        32,
+        "-b",
+        32,
+        "-j",
+        0,
+        "--aug-splits",
+        3,
+        "--split-bn",
+        "--jsd-loss",
+        "--resplit",
+        "--aa",
+        "rand-m9",
+        "--reprob",
+        0.3,
+        "--smoothing",
+        0.1,
+        "--lr",
+        0.01,
+        "--output",
+        tmp_path / "run",
+    ]
     run_python("-m", "timm_selfdistill", "train", *flags, "--epochs", 1)
     run_python("-m", "timm_selfdistill", "train", *flags, "--epochs", 2, "--resume")
-    saved, loaded = load_file(tmp_path / "run/last/model.safetensors"), SelfDistillModel.from_pretrained(
-        tmp_path / "run/last")
+    saved, loaded = (
+        load_file(tmp_path / "run/last/model.safetensors"),
+        SelfDistillModel.from_pretrained(tmp_path / "run/last"),
+    )
     assert saved.keys() == loaded.backbone.state_dict().keys()
     found = run_python("-m", "timm_selfdistill", "evaluate", tmp_path / "run/last").stdout
     for row in read_metrics(tmp_path / "run/last")["exits"]:
         assert f"{row['top1']:.2f}" in found
     checkpoint = tmp_path / "run/checkpoints"
     again = run_python(
-        "-m", "timm_selfdistill", "train", "--data-dir", few_images, "--model", "test_resnet", "--img-size", 32, "-b",
-        32, "-j", 0, "--epochs", 1, "--lr", 0, "--warmup-epochs", 0, "--output", tmp_path / "other",
-        "--initial-checkpoint", sorted(checkpoint.iterdir())[-1])
+        "-m",
+        "timm_selfdistill",
+        "train",
+        "--data-dir",
+        few_images,
+        "--model",
+        "test_resnet",
+        "--img-size",
+        32,
+        "-b",
+        32,
+        "-j",
+        0,
+        "--epochs",
+        1,
+        "--lr",
+        0,
+        "--warmup-epochs",
+        0,
+        "--output",
+        tmp_path / "other",
+        "--initial-checkpoint",
+        sorted(checkpoint.iterdir())[-1],
+    )
     assert "all exits" in again.stdout
 
 
@@ -139,18 +199,22 @@ def test_batch_norms_of_their_own_train_and_are_not_saved(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--aug-splits", 3], "--aug-splits 3 makes views of each image, for which there is no loss; give --jsd-loss"),
-    (["--aug-splits", 1, "--jsd-loss"], "--aug-splits must be 0 .off. or at least 2, got 1"),
-    (["--jsd-loss"], "--jsd-loss is for several views of an image; give --aug-splits"),
-    (["--split-bn"], "--split-bn is for several views"), (["--resplit"], "--resplit is for several views"),
-    (["--aug-splits", 2, "--jsd-loss", "--mixup", 0.2], "does not go with --mixup"),
-    (["--aug-splits", 2, "--jsd-loss", "--no-aug"], "does not go with --no-aug"),
-    (["--aug-splits", 2, "--jsd-loss", "--bce-loss"], "--jsd-loss and --bce-loss are two losses"),
-    (["--aug-splits", 2, "--split-bn", "--sync-bn"], "--split-bn and --sync-bn are two kinds"),
-    (["--aug-splits", 2, "--jsd-loss", "-b", "auto"], "auto does not go with --aug-splits"),
-    (["--aug-splits", 2, "--jsd-loss", "--method", "dml"], "--method dml has a label loss of its own"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--aug-splits", 3], "--aug-splits 3 makes views of each image, for which there is no loss; give --jsd-loss"),
+        (["--aug-splits", 1, "--jsd-loss"], "--aug-splits must be 0 .off. or at least 2, got 1"),
+        (["--jsd-loss"], "--jsd-loss is for several views of an image; give --aug-splits"),
+        (["--split-bn"], "--split-bn is for several views"),
+        (["--resplit"], "--resplit is for several views"),
+        (["--aug-splits", 2, "--jsd-loss", "--mixup", 0.2], "does not go with --mixup"),
+        (["--aug-splits", 2, "--jsd-loss", "--no-aug"], "does not go with --no-aug"),
+        (["--aug-splits", 2, "--jsd-loss", "--bce-loss"], "--jsd-loss and --bce-loss are two losses"),
+        (["--aug-splits", 2, "--split-bn", "--sync-bn"], "--split-bn and --sync-bn are two kinds"),
+        (["--aug-splits", 2, "--jsd-loss", "-b", "auto"], "auto does not go with --aug-splits"),
+        (["--aug-splits", 2, "--jsd-loss", "--method", "dml"], "--method dml has a label loss of its own"),
+    ],
+)
 def test_flags_that_do_not_fit(flags, message):
     with pytest.raises(ValueError, match=message):
         check_method_flags(parse(*flags))

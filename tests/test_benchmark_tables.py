@@ -1,4 +1,5 @@
 """The arithmetic behind the tables of benchmarks/."""
+
 import pytest
 
 
@@ -24,12 +25,23 @@ def test_comparisons_are_paired_by_seed_at_equal_cost(benchmarks):
     picture = benchmarks("frozen_picture")
 
     def row(method, seed, *points):
-        return {"network": "net", "method": method, "seed": seed, "exit_top1": [90.0],
-                "points": [{"share": share, "top1": top1} for share, top1 in points]}
+        return {
+            "network": "net",
+            "method": method,
+            "seed": seed,
+            "exit_top1": [90.0],
+            "points": [{"share": share, "top1": top1} for share, top1 in points],
+        }
 
-    rows = [row("ours", 0, (0.3, 70.0), (0.7, 90.0)), row("ours", 1, (0.3, 72.0), (0.7, 92.0)),
-            row("earlyon", 0, (0.4, 60.0), (0.6, 80.0)), row("earlyon", 1, (0.4, 60.0), (0.6, 84.0)),
-            row("small", 0, (0.4, 76.0)), row("small", 1, (0.4, 76.0)), row("tiny", 0, (0.3, 71.0))]
+    rows = [
+        row("ours", 0, (0.3, 70.0), (0.7, 90.0)),
+        row("ours", 1, (0.3, 72.0), (0.7, 92.0)),
+        row("earlyon", 0, (0.4, 60.0), (0.6, 80.0)),
+        row("earlyon", 1, (0.4, 60.0), (0.6, 84.0)),
+        row("small", 0, (0.4, 76.0)),
+        row("small", 1, (0.4, 76.0)),
+        row("tiny", 0, (0.3, 71.0)),
+    ]
     high, middle, low = picture.compare(rows)
     assert (middle["top1"]["ours"], middle["top1"]["earlyon"]) == (pytest.approx(81), pytest.approx(71))
     assert middle["ours_less"]["earlyon"]["by_seed"] == pytest.approx([10, 10])

@@ -14,7 +14,9 @@ def parse(tmp_path, text: str, *argv: str):
 
 
 def test_a_config_file_holds_flags_with_dashes_or_underscores(tmp_path):
-    args = parse(tmp_path, """
+    args = parse(
+        tmp_path,
+        """
         model: resnet50
         batch-size: 32
         weight_decay: 1e-4
@@ -25,7 +27,8 @@ def test_a_config_file_holds_flags_with_dashes_or_underscores(tmp_path):
         no-aug: true
         resume: null
         mean: -0.5
-    """)
+    """,
+    )
     assert (args.model, args.batch_size, args.weight_decay, args.scale) == ("resnet50", 32, 1e-4, [0.2, 1.0])
     assert (args.exits, args.decay_milestones, args.amp, args.no_aug) == (["layer1", "3"], [83, 166], True, True)
     assert (args.resume, args.mean) == (None, [-0.5])
@@ -34,8 +37,10 @@ def test_a_config_file_holds_flags_with_dashes_or_underscores(tmp_path):
 def test_flags_of_the_command_line_win_wherever_they_stand(tmp_path):
     (tmp_path / "c.yaml").write_text("lr: 0.5\namp: true\nmodel: resnet50\nexits: [1, 2]\n")
     parser = train_parser("", "images")
-    for argv in (["-c", str(tmp_path / "c.yaml"), "--lr", "0.1", "--no-amp", "--exits", "3"],
-                 ["--lr", "0.1", "--no-amp", "--exits", "3", "--conf", str(tmp_path / "c.yaml")]):
+    for argv in (
+        ["-c", str(tmp_path / "c.yaml"), "--lr", "0.1", "--no-amp", "--exits", "3"],
+        ["--lr", "0.1", "--no-amp", "--exits", "3", "--conf", str(tmp_path / "c.yaml")],
+    ):
         args = parse_args(parser, argv)
         assert (args.lr, args.amp, args.model, args.exits) == (0.1, False, "resnet50", ["3"])
 
@@ -57,26 +62,29 @@ def test_every_switch_of_a_file_can_be_turned_off(tmp_path):
     assert (args.no_aug, args.pretrained, args.model_ema) == (False, False, False)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("learning-rate: 0.1", "unknown flag 'learning-rate'"),
-    ("weight-dcay: 0.1", r"unknown flag 'weight-dcay'; .*\bweight-decay"),
-    ("config: other.yaml", "unknown flag 'config'"),
-    ("help: true", "unknown flag 'help'"),
-    ("b: 3", "unknown flag 'b'"),
-    ("no-amp: true", r"unknown flag 'no-amp'; .*\bno-aug"),
-    ("3: 4", "unknown flag 3"),
-    ("amp: 1", "amp .*true or false, got 1"),
-    ("lr: true", "lr .*one value, got True"),
-    ("lr: [0.1, 0.2]", r"lr .*one value, got \[0.1, 0.2\]"),
-    ("scale: {a: 1}", "scale .*values, got .'a': 1"),
-    ("- lr", r"config\.yaml .*'lr: 0.1', got list"),
-    ("", r"config\.yaml .*'lr: 0.1', got NoneType"),
-    ("lr: [", r"config\.yaml .*YAML: .*line 1"),
-    ("hint: null", "hint .*got None; .*default none"),
-    ("decay-milestones: []", r"decay-milestones .*got \[\]; .*default \(90, 180, 270\)"),
-    ("batch-size: 3\nbatch_size: 4", "batch_size .*twice"),
-    ("lr: fast", r"config\.yaml: .*--lr\b.*'fast'"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning-rate: 0.1", "unknown flag 'learning-rate'"),
+        ("weight-dcay: 0.1", r"unknown flag 'weight-dcay'; .*\bweight-decay"),
+        ("config: other.yaml", "unknown flag 'config'"),
+        ("help: true", "unknown flag 'help'"),
+        ("b: 3", "unknown flag 'b'"),
+        ("no-amp: true", r"unknown flag 'no-amp'; .*\bno-aug"),
+        ("3: 4", "unknown flag 3"),
+        ("amp: 1", "amp .*true or false, got 1"),
+        ("lr: true", "lr .*one value, got True"),
+        ("lr: [0.1, 0.2]", r"lr .*one value, got \[0.1, 0.2\]"),
+        ("scale: {a: 1}", "scale .*values, got .'a': 1"),
+        ("- lr", r"config\.yaml .*'lr: 0.1', got list"),
+        ("", r"config\.yaml .*'lr: 0.1', got NoneType"),
+        ("lr: [", r"config\.yaml .*YAML: .*line 1"),
+        ("hint: null", "hint .*got None; .*default none"),
+        ("decay-milestones: []", r"decay-milestones .*got \[\]; .*default \(90, 180, 270\)"),
+        ("batch-size: 3\nbatch_size: 4", "batch_size .*twice"),
+        ("lr: fast", r"config\.yaml: .*--lr\b.*'fast'"),
+    ],
+)
 def test_a_bad_config_file_is_refused(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         parse(tmp_path, text)
@@ -87,14 +95,17 @@ def test_a_config_file_that_does_not_exist_is_refused():
         parse_args(train_parser("", "images"), ["--config", "nowhere.yaml"])
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("lr: fast", r"--lr\b.*'fast'"),
-    ("hint: foo", r"--hint\b.*'foo'"),
-    ("scale: 0.1", r"--scale\b.* 2 arguments"),
-    ("lrr: 0.1", r"unknown flag 'lrr'; .*\blr\b"),
-    ("aa: cifar11", "timm .*transforms: .*cifar11"),
-    ("cutout: -1", "cutout .*pixels, .*got -1"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: fast", r"--lr\b.*'fast'"),
+        ("hint: foo", r"--hint\b.*'foo'"),
+        ("scale: 0.1", r"--scale\b.* 2 arguments"),
+        ("lrr: 0.1", r"unknown flag 'lrr'; .*\blr\b"),
+        ("aa: cifar11", "timm .*transforms: .*cifar11"),
+        ("cutout: -1", "cutout .*pixels, .*got -1"),
+    ],
+)
 def test_a_bad_value_ends_in_one_line_and_exit_code_2(text, message, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     done = run_python("examples/train.py", "--config", tmp_path / "c.yaml", "--output", tmp_path / "run", check=False)
@@ -123,18 +134,23 @@ def test_a_batch_size_is_a_number_or_auto(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--cache-features"], r"\(--train-crop-mode rrc, --hflip 0.5, --color-jitter 0.4\); add --no-aug"),
-    (["--cache-features", "--train-crop-mode", "rkrc", "--hflip", "0", "--color-jitter", "0", "--aa", "rand-m5"],
-     r"\(--train-crop-mode rkrc, --aa rand-m5\); add --no-aug"),
-    (["--no-freeze-backbone", "--cache-features"], "^--cache-features .*give --freeze-backbone"),
-    (["--no-freeze-backbone", "--unlabelled"], "^--unlabelled .*give --freeze-backbone"),
-    (["--baseline"], "--method plain .*--freeze-backbone .*leave one out"),
-    (["--method", "dml"], "--method dml .*--freeze-backbone .*leave one out"),
-    (["--method", "dsn", "--unlabelled"], "--method dsn .*--unlabelled .*leave one out"),
-    (["--pretrained-path", "a"], "--pretrained-path .*--freeze-backbone .*give --initial-checkpoint"),
-    (["--num-classes", "0"], "--num-classes .*1, got 0"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cache-features"], r"\(--train-crop-mode rrc, --hflip 0.5, --color-jitter 0.4\); add --no-aug"),
+        (
+            ["--cache-features", "--train-crop-mode", "rkrc", "--hflip", "0", "--color-jitter", "0", "--aa", "rand-m5"],
+            r"\(--train-crop-mode rkrc, --aa rand-m5\); add --no-aug",
+        ),
+        (["--no-freeze-backbone", "--cache-features"], "^--cache-features .*give --freeze-backbone"),
+        (["--no-freeze-backbone", "--unlabelled"], "^--unlabelled .*give --freeze-backbone"),
+        (["--baseline"], "--method plain .*--freeze-backbone .*leave one out"),
+        (["--method", "dml"], "--method dml .*--freeze-backbone .*leave one out"),
+        (["--method", "dsn", "--unlabelled"], "--method dsn .*--unlabelled .*leave one out"),
+        (["--pretrained-path", "a"], "--pretrained-path .*--freeze-backbone .*give --initial-checkpoint"),
+        (["--num-classes", "0"], "--num-classes .*1, got 0"),
+    ],
+)
 def test_flags_that_contradict(flags, message):
     with pytest.raises(ValueError, match=message):
         check_frozen_flags(parse_args(train_parser("", "images"), ["--freeze-backbone", *flags]))

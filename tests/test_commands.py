@@ -1,4 +1,5 @@
 """`timm-selfdistill` and `examples/predict.py`, called as programs with right and wrong arguments."""
+
 import io
 import json
 import os
@@ -81,15 +82,18 @@ def test_info_on_a_damaged_model_is_one_line(settings, saved, tmp_path, monkeypa
     assert re.fullmatch("program: error: .*self_distill.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([], "required: COMMAND"),
-    (["fetch"], "invalid choice: 'fetch'"),
-    (["info", "nobody/nothing"], "nobody/nothing .*cache, .*offline"),
-    (["info", "a/b/c"], "a/b/c .*no folder.*user/name"),
-    (["push", "nowhere", "user/name"], "nowhere .*the Hub: nowhere .*config.json"),
-    (["push", "{saved}", "a/b/c"], "repo_id .*'user/name' or 'name', got 'a/b/c'"),
-    (["push", "{saved}", "user/name"], "{saved} .*the Hub: .*offline mode"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["fetch"], "invalid choice: 'fetch'"),
+        (["info", "nobody/nothing"], "nobody/nothing .*cache, .*offline"),
+        (["info", "a/b/c"], "a/b/c .*no folder.*user/name"),
+        (["push", "nowhere", "user/name"], "nowhere .*the Hub: nowhere .*config.json"),
+        (["push", "{saved}", "a/b/c"], "repo_id .*'user/name' or 'name', got 'a/b/c'"),
+        (["push", "{saved}", "user/name"], "{saved} .*the Hub: .*offline mode"),
+    ],
+)
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, saved, monkeypatch, capsys):
     assert call(main, monkeypatch, *(argument.format(saved=saved) for argument in arguments)) == 2
     err = capsys.readouterr().err
@@ -107,15 +111,18 @@ def test_predict_prints_the_classes_of_an_exit(exit, saved, picture, monkeypatch
     assert sum(shares) == pytest.approx(100, abs=0.1)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["{tmp}/none.jpg"], "none.jpg .*exist; .*image file"),
-    (["{tmp}"], "{tmp} .*exist; .*image file"),
-    (["{saved}/config.json"], "cannot read image .*config.json"),
-    (["{picture}", "--exit", "4"], "exit .*0 to 3, .*'ensemble', got 4"),
-    (["{picture}", "--exit=--1"], "exit .*0 to 3, .*'ensemble', got '--1'"),
-    (["{picture}", "--exit", "first"], "exit .*0 to 3, .*'ensemble', got 'first'"),
-    (["{picture}", "--topk", "0"], "--topk .*1, got 0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/none.jpg"], "none.jpg .*exist; .*image file"),
+        (["{tmp}"], "{tmp} .*exist; .*image file"),
+        (["{saved}/config.json"], "cannot read image .*config.json"),
+        (["{picture}", "--exit", "4"], "exit .*0 to 3, .*'ensemble', got 4"),
+        (["{picture}", "--exit=--1"], "exit .*0 to 3, .*'ensemble', got '--1'"),
+        (["{picture}", "--exit", "first"], "exit .*0 to 3, .*'ensemble', got 'first'"),
+        (["{picture}", "--topk", "0"], "--topk .*1, got 0"),
+    ],
+)
 def test_predict_refuses(arguments, message, saved, picture, tmp_path, monkeypatch, capsys):
     arguments = [argument.format(tmp=tmp_path, saved=saved, picture=picture) for argument in arguments]
     assert call(predict, monkeypatch, *arguments, "--model", saved) == 2

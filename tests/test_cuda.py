@@ -1,5 +1,6 @@
 """What only a GPU shows: half precision, memory formats, compiled stages, the loss scale of fp16, no waiting, and how
 large a batch its memory holds."""
+
 import copy
 
 import pytest
@@ -53,8 +54,7 @@ def check_early_exit(model: SelfDistillModel, tolerance: float, compile_stage: b
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "resnet10t"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [
-    (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
 def test_early_exit(name, dtype, tolerance):
     check_early_exit(small_model(name).eval().to("cuda", dtype), tolerance)
 
@@ -90,8 +90,17 @@ def test_the_loss_is_finite_in_half_precision():
 def fit(folder, data, epochs: int = 2, amp_dtype: str | None = None, **changes) -> tuple[Trainer, dict]:
     torch.manual_seed(0)
     task = SelfDistillTask(small_model(in_chans=1))
-    config = TrainConfig(output=str(folder), epochs=epochs, batch_size=50, workers=0, lr=0.02, log_interval=4,
-                         amp=amp_dtype is not None, amp_dtype=amp_dtype or "float16", **changes)
+    config = TrainConfig(
+        output=str(folder),
+        epochs=epochs,
+        batch_size=50,
+        workers=0,
+        lr=0.02,
+        log_interval=4,
+        amp=amp_dtype is not None,
+        amp_dtype=amp_dtype or "float16",
+        **changes,
+    )
     trainer = Trainer(task, *data, config)
     trainer.fit()
     return trainer, {key: value.cpu() for key, value in trainer.eval_model.state_dict().items()}
@@ -111,9 +120,15 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(amp_dtype, fashion_tensors, t
         assert resumed.accelerator.scaler.get_scale() == undisturbed.accelerator.scaler.get_scale() > 1
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"amp_dtype": "bfloat16", "channels_last": True},
-    {"mixup": 0.2, "cutmix": 0.5, "model_ema": True, "smoothing": 0.1, "opt": "adamw"}, {"torchcompile": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"amp_dtype": "bfloat16", "channels_last": True},
+        {"mixup": 0.2, "cutmix": 0.5, "model_ema": True, "smoothing": 0.1, "opt": "adamw"},
+        {"torchcompile": True},
+    ],
+)
 def test_a_step_does_not_wait_for_the_gpu(changes, fashion_tensors, tmp_path, monkeypatch):
     """Between two looks at the losses the processor runs ahead; torch raises where it would have to wait. (With fp16
     it waits: torch's GradScaler looks whether gradients overflowed.)"""
@@ -133,8 +148,9 @@ def test_a_step_does_not_wait_for_the_gpu(changes, fashion_tensors, tmp_path, mo
     assert len(calls) > 2
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"opt": "adamw", "amp_dtype": "bfloat16", "channels_last": True, "mixup": 0.2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"opt": "adamw", "amp_dtype": "bfloat16", "channels_last": True, "mixup": 0.2}]
+)
 def test_the_largest_batch_is_found_and_leaves_no_trace(changes, fashion_tensors, tmp_path):
     """400 images: 256 is the largest power of two; in 2 GiB of memory, fewer of 224 pixels fit."""
     amp = {"amp": "amp_dtype" in changes, **changes}
@@ -193,8 +209,17 @@ def test_exits_on_a_frozen_backbone_with_cached_features(amp_dtype, fashion_tens
         model = small_model("resnet18", in_chans=1, freeze_backbone=True)
         before = copy.deepcopy(model.backbone.state_dict())
         amp = {"amp": amp_dtype is not None, "amp_dtype": amp_dtype or "float16"}
-        config = TrainConfig(output=str(tmp_path / str(cache)), epochs=2, batch_size=50, workers=0, model_ema=True,
-                             channels_last=True, unlabelled=True, cache_features=cache, **amp)
+        config = TrainConfig(
+            output=str(tmp_path / str(cache)),
+            epochs=2,
+            batch_size=50,
+            workers=0,
+            model_ema=True,
+            channels_last=True,
+            unlabelled=True,
+            cache_features=cache,
+            **amp,
+        )
         Trainer(SelfDistillTask(model), *fashion_tensors, config).fit()
         assert all(torch.equal(value.cpu(), before[key]) for key, value in model.backbone.state_dict().items())
         runs.append(model.heads.state_dict())

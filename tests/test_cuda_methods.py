@@ -1,4 +1,5 @@
 """The methods to compare with and the analyses on a GPU."""
+
 import copy
 
 import pytest
@@ -29,8 +30,16 @@ def _exact(monkeypatch):
 def test_a_run_of_each_method(method, amp_dtype, fashion_tensors, tmp_path):
     task = make(method)
     before = copy.deepcopy(task.state_dict())
-    config = TrainConfig(output=str(tmp_path), epochs=2, batch_size=50, workers=0, lr=0.02, channels_last=True,
-                         amp=amp_dtype is not None, amp_dtype=amp_dtype or "float16")
+    config = TrainConfig(
+        output=str(tmp_path),
+        epochs=2,
+        batch_size=50,
+        workers=0,
+        lr=0.02,
+        channels_last=True,
+        amp=amp_dtype is not None,
+        amp_dtype=amp_dtype or "float16",
+    )
     result = Trainer(task, *fashion_tensors, config).fit()
     assert len(result.history) == 2
     assert result.history[1]["train_loss"] < result.history[0]["train_loss"]
@@ -62,8 +71,10 @@ def test_flat_minima(models, loader):
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_gradients(plain, models, loader):
-    tasks = [ClassificationTask(model.backbone, nn.CrossEntropyLoss(), verbose=False) if plain
-             else SelfDistillTask(model) for model in models]
+    tasks = [
+        ClassificationTask(model.backbone, nn.CrossEntropyLoss(), verbose=False) if plain else SelfDistillTask(model)
+        for model in models
+    ]
     first, second = (measure_gradients(task, loader) for task in tasks)
     assert first.sections == second.sections
     assert second.gradients == pytest.approx(first.gradients, rel=1e-2)

@@ -1,4 +1,5 @@
 """Every code block of README.md and docs/ runs as written; training commands on a smaller network and fewer images."""
+
 import re
 import shlex
 import subprocess
@@ -40,8 +41,15 @@ def workplace(tmp_path):
     for name in ("Makefile", "pyproject.toml", "setup.py", "README.md", "LICENSE", "timm_selfdistill"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "examples" / "data").mkdir(parents=True)
-    for name in ("train.py", "predict.py", "early_exit.py", "onnx_early_exit.py", "efficientnet_lite0.py",
-                 "add_exits.py", "ankle_boot.png"):
+    for name in (
+        "train.py",
+        "predict.py",
+        "early_exit.py",
+        "onnx_early_exit.py",
+        "efficientnet_lite0.py",
+        "add_exits.py",
+        "ankle_boot.png",
+    ):
         (folder / "examples" / name).symlink_to(ROOT / "examples" / name)
     images = load_images(EMBEDDED)
     images.train.select(range(64)).to_parquet(folder / "examples/data/train.parquet")
@@ -74,8 +82,9 @@ def test_python_blocks(page, workplace, hub_programs):
 def test_python_blocks_in_a_new_process(page, workplace, environment):
     """In which nothing has been imported that the page does not import."""
     (workplace / "blocks.py").write_text("\n".join(blocks(page, "python")))
-    done = subprocess.run([sys.executable, "blocks.py"], cwd=workplace, env=environment, capture_output=True, text=True,
-                          timeout=HANGS)
+    done = subprocess.run(
+        [sys.executable, "blocks.py"], cwd=workplace, env=environment, capture_output=True, text=True, timeout=HANGS
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -84,8 +93,9 @@ def test_loops_of_other_libraries(workplace, environment):
     """And that each checkpoint gives the same weights as the model that was saved at the end of its loop."""
     (workplace / "blocks.py").write_text("\n".join(blocks(LOOPS, "python")))
     for script in (ROOT / "tests/timm_train.py", "blocks.py"):
-        done = subprocess.run([sys.executable, script], cwd=workplace, env=environment, capture_output=True, text=True,
-                              timeout=HANGS)
+        done = subprocess.run(
+            [sys.executable, script], cwd=workplace, env=environment, capture_output=True, text=True, timeout=HANGS
+        )
         assert done.returncode == 0, done.stderr
     saved = {path.name: SelfDistillModel.from_pretrained(path).state_dict() for path in workplace.glob("from-*")}
     assert_same(saved["from-timm"], load_state_dict(str(workplace / "output/distilled/model_best.pth.tar")))
@@ -101,8 +111,9 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("page", [
-    pytest.param(page, marks=() if page in QUICK else pytest.mark.slow) for page in GUIDES])
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=() if page in QUICK else pytest.mark.slow) for page in GUIDES]
+)
 def test_commands(page, workplace, environment, hub_programs):
     """In the order of the page: a later command may go on where an earlier one stopped."""
     assert commands(page)
@@ -123,8 +134,9 @@ def test_commands(page, workplace, environment, hub_programs):
         elif "--max-accuracy-drop" in arguments:
             arguments += ["--max-accuracy-drop", "100"]  # a network that has hardly learned anything
         if program in ("make", "pip"):
-            done = subprocess.run([program, *arguments], cwd=workplace, env=environment, capture_output=True,
-                                  text=True, timeout=HANGS)
+            done = subprocess.run(
+                [program, *arguments], cwd=workplace, env=environment, capture_output=True, text=True, timeout=HANGS
+            )
         else:
             processes, script = unlaunched(program, *arguments)
             done = hub_programs.run(*script, processes=processes, cwd=workplace)

@@ -1,4 +1,5 @@
 """The runs, tables and picture of benchmarks/evidence.py."""
+
 import json
 import re
 import sys
@@ -12,8 +13,24 @@ from timm_selfdistill.output import SelfDistillOutput
 
 from .conftest import ROOT, run_python
 
-METHODS = ["plain", "dsn", "paper", "deepest", "ensemble", "dks", "dml", "kd", "fitnet", "at", "ensemble-t1",
-           "ensemble-not-squared", "ensemble-map", "ensemble-linear", "ensemble-fading", "dsn-fading"]
+METHODS = [
+    "plain",
+    "dsn",
+    "paper",
+    "deepest",
+    "ensemble",
+    "dks",
+    "dml",
+    "kd",
+    "fitnet",
+    "at",
+    "ensemble-t1",
+    "ensemble-not-squared",
+    "ensemble-map",
+    "ensemble-linear",
+    "ensemble-fading",
+    "dsn-fading",
+]
 HARDWARE = {"device": "AMD EPYC", "threads": 1, "torch": "2.14.1"}
 
 
@@ -48,26 +65,50 @@ def _small_grid(benchmarks, monkeypatch):
 
 
 def row(method, seed, top1, ensemble=None, **more):
-    return {"phase": "test", "setting": "families-30", "data": "families", "per_class": 30, "network": "resnet10-16",
-            "passes": 60, "method": method, "seed": seed, "lr": 0.1, "weight_decay": 5e-4, "weight": None, "top1": top1,
-            "ensemble": ensemble, "images": 3000, "seconds": 60.0 + seed, "memory_mb": 19.4, "amp_dtype": None,
-            "hardware": HARDWARE, "data_sha256": "0", **more}
+    return {
+        "phase": "test",
+        "setting": "families-30",
+        "data": "families",
+        "per_class": 30,
+        "network": "resnet10-16",
+        "passes": 60,
+        "method": method,
+        "seed": seed,
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "weight": None,
+        "top1": top1,
+        "ensemble": ensemble,
+        "images": 3000,
+        "seconds": 60.0 + seed,
+        "memory_mb": 19.4,
+        "amp_dtype": None,
+        "hardware": HARDWARE,
+        "data_sha256": "0",
+        **more,
+    }
 
 
 def tuned(method, weights=(None,)):
     """A learning rate of 0.1 and the second weight are best."""
     shared = [row(method, 0, [top1], phase="tune", lr=lr, weight=weights[0]) for lr, top1 in ((0.1, 40.0), (0.2, 39.0))]
-    return shared + [row(method, 0, [top1], phase="tune", weight=weight)
-                     for weight, top1 in zip(weights[1:], (41.0, 40.5))]
+    return shared + [
+        row(method, 0, [top1], phase="tune", weight=weight) for weight, top1 in zip(weights[1:], (41.0, 40.5))
+    ]
 
 
 def three_seeds():
-    return [*tuned("plain"), *(row("plain", seed, [40.0 + seed]) for seed in (1, 2, 3)),
-            *tuned("dsn"),
-            *(row("dsn", seed, [30.0, 42.0 + 1.5 * seed], 44.0 + seed, seconds=80.0) for seed in (1, 2, 3)),
-            *tuned("kd", (1.0, 0.3, 3.0)),
-            *(row("kd", seed, [44.0 + 2 * seed], weight=0.3, teacher_seconds=200.0, teacher_top1=50.0 + seed)
-              for seed in (1, 2, 3))]
+    return [
+        *tuned("plain"),
+        *(row("plain", seed, [40.0 + seed]) for seed in (1, 2, 3)),
+        *tuned("dsn"),
+        *(row("dsn", seed, [30.0, 42.0 + 1.5 * seed], 44.0 + seed, seconds=80.0) for seed in (1, 2, 3)),
+        *tuned("kd", (1.0, 0.3, 3.0)),
+        *(
+            row("kd", seed, [44.0 + 2 * seed], weight=0.3, teacher_seconds=200.0, teacher_top1=50.0 + seed)
+            for seed in (1, 2, 3)
+        ),
+    ]
 
 
 def table_of(tables, rows):
@@ -91,39 +132,62 @@ def test_a_table_from_its_lines(tables):
 
 def test_a_table_shows_the_point_that_tuning_chose(tables):
     """Lines of another point, another number of passes or a tuning that is not complete are left out."""
-    rows = [*three_seeds(), row("plain", 4, [90.0], lr=0.2), row("plain", 1, [90.0], passes=15),
-            *tuned("paper", (0.3, 0.5, 0.7))[:-1], row("paper", 1, [90.0], weight=0.5)]
+    rows = [
+        *three_seeds(),
+        row("plain", 4, [90.0], lr=0.2),
+        row("plain", 1, [90.0], passes=15),
+        *tuned("paper", (0.3, 0.5, 0.7))[:-1],
+        row("paper", 1, [90.0], weight=0.5),
+    ]
     with pytest.warns(UserWarning, match="families-30: paper .*tuning"):
         assert table_of(tables, rows) == table_of(tables, three_seeds())
 
 
 def test_self_distillation_against_its_rivals(tables):
-    rows = [*three_seeds(), *tuned("paper", (0.3, 0.5, 0.7)),
-            *(row("paper", seed, [45.0 + seed], weight=0.5) for seed in (1, 2, 3))]
+    rows = [
+        *three_seeds(),
+        *tuned("paper", (0.3, 0.5, 0.7)),
+        *(row("paper", seed, [45.0 + seed], weight=0.5) for seed in (1, 2, 3)),
+    ]
     tested = tables.collect(rows, "families-30", "test")
     assert tables.format_rivals(tested, ["kd"]).splitlines() == [
-        "| other | paper - other | ensemble - other |", "|---|---|---|",
-        "| kd | -1.00 ± 2.48 (p 0.23) |  |"]
+        "| other | paper - other | ensemble - other |",
+        "|---|---|---|",
+        "| kd | -1.00 ± 2.48 (p 0.23) |  |",
+    ]
 
 
 def test_each_exit_against_deep_supervision(tables):
-    settings = {"families-30": tables.collect([*three_seeds(), *tuned("paper", (0.3, 0.5, 0.7)), *(
-        row("paper", seed, [31.0, 42.0 + 2 * seed], 43.0 + seed, weight=0.5) for seed in (1, 2, 3))],
-        "families-30", "test")}
+    settings = {
+        "families-30": tables.collect(
+            [
+                *three_seeds(),
+                *tuned("paper", (0.3, 0.5, 0.7)),
+                *(row("paper", seed, [31.0, 42.0 + 2 * seed], 43.0 + seed, weight=0.5) for seed in (1, 2, 3)),
+            ],
+            "families-30",
+            "test",
+        )
+    }
     assert tables.format_depths(settings).splitlines() == [
-        "| setting | method | exits - dsn's, shallow to deep | ensemble - dsn's |", "|---|---|---|---|",
-        "| families-30 | paper | +1.00 ± 0.00, +1.00 ± 1.24 | -1.00 ± 0.00 |"]
+        "| setting | method | exits - dsn's, shallow to deep | ensemble - dsn's |",
+        "|---|---|---|---|",
+        "| families-30 | paper | +1.00 ± 0.00, +1.00 ± 1.24 | -1.00 ± 0.00 |",
+    ]
     assert len(tables.format_depths({"families-30": {}}).splitlines()) == 2
 
 
 def test_choices_are_differences_to_their_method(tables):
-    rows = [*tuned("ensemble", (0.3, 0.5, 0.7)),
-            *(row("ensemble", seed, [30.0, 40.0 + seed], 42.0, phase="choose", weight=0.5) for seed in (1, 2, 3)),
-            *(row("ensemble-t1", seed, [30.0, 38.0 + 2 * seed], 41.0, phase="choose", weight=0.5)
-              for seed in (1, 2, 3))]
+    rows = [
+        *tuned("ensemble", (0.3, 0.5, 0.7)),
+        *(row("ensemble", seed, [30.0, 40.0 + seed], 42.0, phase="choose", weight=0.5) for seed in (1, 2, 3)),
+        *(row("ensemble-t1", seed, [30.0, 38.0 + 2 * seed], 41.0, phase="choose", weight=0.5) for seed in (1, 2, 3)),
+    ]
     lines = tables.format_choices(rows, "families-30", tables.collect(rows, "families-30", "choose")).splitlines()
-    assert lines[2:4] == ["| ensemble | 30.00 ± 0.00, 42.00 ± 2.48 | 42.00 ± 0.00 |  |",
-                          "| ensemble-t1 | 30.00 ± 0.00, 42.00 ± 4.97 | 41.00 ± 0.00 | +0.00 ± 2.48 (p 1) |"]
+    assert lines[2:4] == [
+        "| ensemble | 30.00 ± 0.00, 42.00 ± 2.48 | 42.00 ± 0.00 |  |",
+        "| ensemble-t1 | 30.00 ± 0.00, 42.00 ± 4.97 | 41.00 ± 0.00 | +0.00 ± 2.48 (p 1) |",
+    ]
     assert "3 seeds; validation images" in lines[-1]
 
 
@@ -134,14 +198,15 @@ def test_runs_that_diverged_are_counted_and_left_out(tables):
 
 
 def test_one_seed_has_no_interval(tables):
-    table = table_of(tables, [
-        *tuned("plain"), row("plain", 1, [41.0]), *tuned("dsn"), row("dsn", 1, [30.0, 43.0], 44.0, seconds=None)])
+    table = table_of(
+        tables,
+        [*tuned("plain"), row("plain", 1, [41.0]), *tuned("dsn"), row("dsn", 1, [30.0, 43.0], 44.0, seconds=None)],
+    )
     assert "| dsn | 0.1, 0.0005 | 30.00, 43.00 | 44.00 | +2.00 (1 seed) |  |  |  | 19 |" in table
     assert "1 seed; test images. No interval" in table
 
 
-@pytest.mark.parametrize("changes", [
-    {"hardware": HARDWARE | {"torch": "2.15.0"}}, {"amp_dtype": "bfloat16"}])
+@pytest.mark.parametrize("changes", [{"hardware": HARDWARE | {"torch": "2.15.0"}}, {"amp_dtype": "bfloat16"}])
 @pytest.mark.parametrize("phase", ["tune", "test"])
 def test_lines_of_different_machines_are_marked(tables, changes, phase):
     rows = [line | (changes if line["phase"] == phase else {}) for line in tuned("plain") + [row("plain", 1, [41.0])]]
@@ -156,8 +221,10 @@ def test_lines_of_different_images_are_marked(tables):
 def test_page_and_picture(tables, tmp_path, monkeypatch):
     lines, page, picture = tmp_path / "evidence.jsonl", tmp_path / "page.md", tmp_path / "gain.png"
     lines.write_text("\n".join(map(json.dumps, three_seeds())) + '\n{"phase": "test", "set')
-    page.write_text("Before\n<!-- table families-30 -->\nold\n<!-- end -->\nAfter\n"
-                    "<!-- table rivals families-30 -->\n<!-- end -->\n<!-- table depths -->\n<!-- end -->\n")
+    page.write_text(
+        "Before\n<!-- table families-30 -->\nold\n<!-- end -->\nAfter\n"
+        "<!-- table rivals families-30 -->\n<!-- end -->\n<!-- table depths -->\n<!-- end -->\n"
+    )
     monkeypatch.setattr(sys, "argv", ["x", str(lines), "--page", str(page), "--picture", str(picture)])
     with pytest.warns(UserWarning, match=r'evidence\.jsonl.*"phase": "test", "set$'):
         tables.main()
@@ -172,7 +239,8 @@ def test_page_and_picture(tables, tmp_path, monkeypatch):
 def test_gains(benchmarks, tables):
     collected = {"families-30": tables.collect(three_seeds(), "families-30", "test")}
     assert benchmarks("evidence_picture").gains(collected, "dsn") == [
-        ("families-30", 30.0, 3.0, pytest.approx(1.24, abs=0.01))]
+        ("families-30", 30.0, 3.0, pytest.approx(1.24, abs=0.01))
+    ]
 
 
 def test_settings_of_another_kind_stand_beside_the_line(benchmarks):
@@ -197,10 +265,16 @@ def test_no_lines(tmp_path):
 def test_a_run_that_was_cut_short_is_done_again(tiny):
     rows, output = tiny("--methods", "plain", "ensemble", "--seeds", "1")
     assert [(row["phase"], row["method"], row["seed"], row["lr"], row["weight"]) for row in rows[:4]] == [
-        ("tune", "plain", 0, 0.05, None), ("tune", "plain", 0, 0.1, None),
-        ("tune", "ensemble", 0, 0.05, 0.3), ("tune", "ensemble", 0, 0.1, 0.3)]
+        ("tune", "plain", 0, 0.05, None),
+        ("tune", "plain", 0, 0.1, None),
+        ("tune", "ensemble", 0, 0.05, 0.3),
+        ("tune", "ensemble", 0, 0.1, 0.3),
+    ]
     assert [(row["phase"], row["method"], row["seed"], row["weight"]) for row in rows[4:7]] == [
-        ("tune", "ensemble", 0, 0.5), ("tune", "ensemble", 0, 0.7), ("test", "plain", 1, None)]
+        ("tune", "ensemble", 0, 0.5),
+        ("tune", "ensemble", 0, 0.7),
+        ("test", "plain", 1, None),
+    ]
     for tested, tuned in ((rows[6], rows[:2]), (rows[7], rows[2:6])):
         best = max(tuned, key=lambda row: row["top1"][-1])
         assert (tested["lr"], tested["weight"]) == (best["lr"], best["weight"])
@@ -226,8 +300,23 @@ def test_runs_at_the_same_time(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(points, "WEIGHT_DECAYS", (5e-4,))
     found = []
     for jobs in "12":
-        monkeypatch.setattr(sys, "argv", ["evidence.py", "--settings", "tiny", "--methods", "plain", "--seeds", "2",
-                                          "--jobs", jobs, "--output", f"{jobs}.jsonl"])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "evidence.py",
+                "--settings",
+                "tiny",
+                "--methods",
+                "plain",
+                "--seeds",
+                "2",
+                "--jobs",
+                jobs,
+                "--output",
+                f"{jobs}.jsonl",
+            ],
+        )
         evidence.main()
         rows = evidence.read_lines(tmp_path / f"{jobs}.jsonl")
         found.append({(row["phase"], row["seed"], row["lr"]): row["top1"] for row in rows})
@@ -256,7 +345,8 @@ def test_a_choice_is_trained_at_the_point_of_its_method(tiny):
     assert [row["method"] for row in rows] == ["ensemble"] * 4 + ["ensemble-t1"]
     best = max(rows[:4], key=lambda row: row["top1"][-1])
     assert [rows[4][name] for name in ("lr", "weight_decay", "weight")] == [
-        best[name] for name in ("lr", "weight_decay", "weight")]
+        best[name] for name in ("lr", "weight_decay", "weight")
+    ]
 
 
 def test_labels_of_shallow_exits_fade(benchmarks):
@@ -283,8 +373,12 @@ def test_a_teacher_that_lost_its_weights_is_trained_again(benchmarks, tiny, monk
     monkeypatch.setitem(grid.METHODS, "kd", grid.METHODS["kd"]._replace(weights=(1.0,)))
     rows, output = tiny("--methods", "kd", "--seeds", "1")
     assert [(row["phase"], row["method"], row["network"], row["seed"]) for row in rows] == [
-        ("tune", "teacher", "resnet10-32", 0), ("teacher", "teacher", "resnet10-32", 0),
-        ("teacher", "teacher", "resnet10-32", 1), ("tune", "kd", "resnet10-16", 0), ("test", "kd", "resnet10-16", 1)]
+        ("tune", "teacher", "resnet10-32", 0),
+        ("teacher", "teacher", "resnet10-32", 0),
+        ("teacher", "teacher", "resnet10-32", 1),
+        ("tune", "kd", "resnet10-16", 0),
+        ("test", "kd", "resnet10-16", 1),
+    ]
     assert rows[4]["teacher_top1"] == rows[2]["top1"][-1]
     output.with_suffix("").joinpath("tiny-1.pt").unlink()
     assert [(row["phase"], row["seed"]) for row in tiny("--methods", "kd", "--seeds", "1")[0][5:]] == [("teacher", 1)]

@@ -1,4 +1,5 @@
 """The examples as a user runs them."""
+
 import csv
 import json
 import os
@@ -18,8 +19,22 @@ TRAIN = "examples/train.py"
 
 
 def fast(data, output, *more: object) -> list:
-    return [TRAIN, "--data-dir", data, "--output", output, "--model", "test_resnet", "--epochs", 2, "-b", 32, "-j", 1,
-            *more]
+    return [
+        TRAIN,
+        "--data-dir",
+        data,
+        "--output",
+        output,
+        "--model",
+        "test_resnet",
+        "--epochs",
+        2,
+        "-b",
+        32,
+        "-j",
+        1,
+        *more,
+    ]
 
 
 def last_metrics(output) -> dict:
@@ -46,9 +61,18 @@ def test_without_a_flag_it_reaches_80_percent_on_real_images(tmp_path):
 def test_a_run_prints_its_table_and_what_comes_next(few_images, tmp_path):
     done = run_python(*fast(few_images, tmp_path / "run", "--epochs", 1), fresh=True)
     assert done.stderr == ""  # importing and reading the images says nothing
-    for part in ("test_resnet: epoch 1, the best of 1", "exit", "top-1 %", "MACs", "share", "speed-up", "ensemble",
-                 f"SelfDistillModel.from_pretrained('{tmp_path}/run/best')",
-                 f"--output {tmp_path}/run ", f"--baseline --output {tmp_path}/run-baseline"):
+    for part in (
+        "test_resnet: epoch 1, the best of 1",
+        "exit",
+        "top-1 %",
+        "MACs",
+        "share",
+        "speed-up",
+        "ensemble",
+        f"SelfDistillModel.from_pretrained('{tmp_path}/run/best')",
+        f"--output {tmp_path}/run ",
+        f"--baseline --output {tmp_path}/run-baseline",
+    ):
         assert part in done.stdout
     for row in last_metrics(tmp_path / "run").values():
         assert f"{row['top1']:.2f}" in done.stdout
@@ -66,13 +90,64 @@ def test_the_plain_network_trains_in_the_same_loop(few_images, tmp_path):
 
 
 def test_many_flags_at_once(few_images, tmp_path):
-    run_python(*fast(
-        few_images, tmp_path / "run", "--exits", "layer1", "3", "--head", "linear", "--temperature", 2, "--alpha", 0.5,
-        "--beta", 0.1, "--hint", "pooled", "--teacher", "ensemble", "--t-squared", "--opt", "adamw", "--lr", 1e-3,
-        "--sched", "poly", "--warmup-epochs", 0, "--weight-decay", 0.05, "--smoothing", 0.1, "--mixup", 0.2, "--cutmix",
-        1.0, "--aa",
-        "rand-m9", "--reprob", 0.25, "--model-ema", "--model-ema-warmup", "--amp", "--amp-dtype", "bfloat16",
-        "--grad-accum-steps", 2, "--clip-grad", 1.0, "--seed", 7, "--in-chans", 3, "--img-size", 40, "--channels-last"))
+    run_python(
+        *fast(
+            few_images,
+            tmp_path / "run",
+            "--exits",
+            "layer1",
+            "3",
+            "--head",
+            "linear",
+            "--temperature",
+            2,
+            "--alpha",
+            0.5,
+            "--beta",
+            0.1,
+            "--hint",
+            "pooled",
+            "--teacher",
+            "ensemble",
+            "--t-squared",
+            "--opt",
+            "adamw",
+            "--lr",
+            1e-3,
+            "--sched",
+            "poly",
+            "--warmup-epochs",
+            0,
+            "--weight-decay",
+            0.05,
+            "--smoothing",
+            0.1,
+            "--mixup",
+            0.2,
+            "--cutmix",
+            1.0,
+            "--aa",
+            "rand-m9",
+            "--reprob",
+            0.25,
+            "--model-ema",
+            "--model-ema-warmup",
+            "--amp",
+            "--amp-dtype",
+            "bfloat16",
+            "--grad-accum-steps",
+            2,
+            "--clip-grad",
+            1.0,
+            "--seed",
+            7,
+            "--in-chans",
+            3,
+            "--img-size",
+            40,
+            "--channels-last",
+        )
+    )
     assert list(last_metrics(tmp_path / "run")) == [0, 1, 2, "ensemble"]
     saved = json.loads((tmp_path / "run" / "last" / "config.json").read_text())
     assert saved["self_distill"]["exits"] == [1, 3]
@@ -96,8 +171,10 @@ def test_two_processes_train_one_model(few_images, tmp_path):
     hits = metrics[3]["top1"] * 101 / 100  # each of the 101 test images counted once
     assert hits == pytest.approx(round(hits), abs=1e-6)
 
-    run_python(*fast(few_images, "", "--resume", tmp_path / "two", "--epochs", 3, "-b", 16, "--grad-accum-steps", 2),
-               processes=2)
+    run_python(
+        *fast(few_images, "", "--resume", tmp_path / "two", "--epochs", 3, "-b", 16, "--grad-accum-steps", 2),
+        processes=2,
+    )
     assert [row["epoch"] for row in csv.DictReader((tmp_path / "two" / "history.csv").open())] == ["1", "2", "3"]
 
 
@@ -129,17 +206,20 @@ def test_the_help_comes_alone():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--exits", "9"], r"ResNet .*level 9 .*0 \(act1\)"),
-    (["--amp"], "fp16 .*GPU.*bfloat16"),
-    (["--opt", "foo"], "unknown optimizer 'foo'"),
-    (["--head", "foo"], "unknown head 'foo'"),
-    (["--hint", "foo"], "--hint: .*'foo'"),
-    (["--resume"], "nothing to resume"),
-    (["--data-dir", "nowhere"], "nowhere .*folder or file.* data set"),
-    (["--lr", "1e30", "--warmup-epochs", "0"], r"loss is nan at update \d+ .*lower lr"),
-    (["--model", "resnet1"], r"Unknown model \(resnet1\)"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--exits", "9"], r"ResNet .*level 9 .*0 \(act1\)"),
+        (["--amp"], "fp16 .*GPU.*bfloat16"),
+        (["--opt", "foo"], "unknown optimizer 'foo'"),
+        (["--head", "foo"], "unknown head 'foo'"),
+        (["--hint", "foo"], "--hint: .*'foo'"),
+        (["--resume"], "nothing to resume"),
+        (["--data-dir", "nowhere"], "nowhere .*folder or file.* data set"),
+        (["--lr", "1e30", "--warmup-epochs", "0"], r"loss is nan at update \d+ .*lower lr"),
+        (["--model", "resnet1"], r"Unknown model \(resnet1\)"),
+    ],
+)
 def test_bad_input_ends_in_one_line_and_exit_code_2(flags, message, few_images, tmp_path):
     done = run_python(*fast(few_images, tmp_path / "run", *flags), check=False)
     assert done.returncode == 2
@@ -163,16 +243,42 @@ def test_an_unreadable_image_in_a_loading_process_is_named(tmp_path):
 
 @pytest.mark.benchmark
 def test_the_step_benchmark_runs(tmp_path):
-    run_python("benchmarks/step.py", "--rounds", 1, "--seconds", 0, "-b", 2, "--cases", "resnet18, 32 px", "--output",
-               tmp_path / "a.json")
+    run_python(
+        "benchmarks/step.py",
+        "--rounds",
+        1,
+        "--seconds",
+        0,
+        "-b",
+        2,
+        "--cases",
+        "resnet18, 32 px",
+        "--output",
+        tmp_path / "a.json",
+    )
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert 1 < row["macs_ratio"] <= 1.048
 
 
 @pytest.mark.benchmark
 def test_the_training_benchmark_runs(tmp_path):
-    run_python("benchmarks/train.py", "--rounds", 1, "--images", 32, "-b", 16, "--models", "resnet18", "--img-size", 32,
-               "-j", 0, "--output", tmp_path / "a.json")
+    run_python(
+        "benchmarks/train.py",
+        "--rounds",
+        1,
+        "--images",
+        32,
+        "-b",
+        16,
+        "--models",
+        "resnet18",
+        "--img-size",
+        32,
+        "-j",
+        0,
+        "--output",
+        tmp_path / "a.json",
+    )
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["plain_over_timm"] > 0
     assert 1 < row["memory_ratio"] < 1.15
@@ -180,8 +286,21 @@ def test_the_training_benchmark_runs(tmp_path):
 
 @pytest.mark.benchmark
 def test_the_benchmark_of_frozen_backbones_runs(tmp_path):
-    run_python("benchmarks/frozen.py", "--rounds", 1, "--images", 32, "-b", 16, "--models", "resnet18", "--img-size",
-               32, "--output", tmp_path / "a.json")
+    run_python(
+        "benchmarks/frozen.py",
+        "--rounds",
+        1,
+        "--images",
+        32,
+        "-b",
+        16,
+        "--models",
+        "resnet18",
+        "--img-size",
+        32,
+        "--output",
+        tmp_path / "a.json",
+    )
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["frozen_ms"] > 0
     assert row["forward_ms"] > 0
@@ -190,8 +309,19 @@ def test_the_benchmark_of_frozen_backbones_runs(tmp_path):
 
 @pytest.mark.benchmark
 def test_the_benchmark_of_analyses_runs(tmp_path):
-    run_python("benchmarks/analysis.py", "--rounds", 1, "--images", 64, "-b", 32, "--num-classes", 10, "--output",
-               tmp_path / "a.json")
+    run_python(
+        "benchmarks/analysis.py",
+        "--rounds",
+        1,
+        "--images",
+        64,
+        "-b",
+        32,
+        "--num-classes",
+        10,
+        "--output",
+        tmp_path / "a.json",
+    )
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["analysis"] for row in rows] == ["separability", "agreement", "flat-minima"]
     assert all(row["forward_s"] > 0 and row["analysis_s"] > 0 for row in rows)

@@ -1,4 +1,5 @@
 """The runs and the table of benchmarks/explanations.py."""
+
 import json
 import sys
 
@@ -16,15 +17,24 @@ def explanations(benchmarks):
 
 
 def row(method, seed, top1, gradients, ratios=()):
-    return {"setting": "characters-10", "method": method, "seed": seed, "top1": top1, "gradients": gradients,
-            "sse_over_ssb": list(ratios), "hardware": HARDWARE}
+    return {
+        "setting": "characters-10",
+        "method": method,
+        "seed": seed,
+        "top1": top1,
+        "gradients": gradients,
+        "sse_over_ssb": list(ratios),
+        "hardware": HARDWARE,
+    }
 
 
 def test_the_table_from_its_lines(explanations):
-    rows = [row("plain", 1, [80.0, 70.0, 60.0, 40.0], [[1.0, 2.0], [4.0, 2.0]]),
-            row("plain", 2, [82.0, 72.0, 62.0, 43.0], [[1.0, 2.0], [4.0, 2.0]]),
-            row("paper", 1, [81.0, 76.0, 70.0, 45.0], [[2.0, 1.0], [8.0, 4.0]], [0.9, 0.5]),
-            row("paper", 2, [83.0, 78.0, 72.0, 49.0], [[2.0, 1.0], [8.0, 4.0]], [0.9, 0.5])]
+    rows = [
+        row("plain", 1, [80.0, 70.0, 60.0, 40.0], [[1.0, 2.0], [4.0, 2.0]]),
+        row("plain", 2, [82.0, 72.0, 62.0, 43.0], [[1.0, 2.0], [4.0, 2.0]]),
+        row("paper", 1, [81.0, 76.0, 70.0, 45.0], [[2.0, 1.0], [8.0, 4.0]], [0.9, 0.5]),
+        row("paper", 2, [83.0, 78.0, 72.0, 49.0], [[2.0, 1.0], [8.0, 4.0]], [0.9, 0.5]),
+    ]
     assert explanations.format_table(rows).splitlines() == [
         "| method | fall at noise 0.1 | fall at noise 0.2 | fall at noise 0.3 | less than plain's, at the last |"
         " gradient over plain's, by section | SSE / SSB, by exit |",
@@ -56,14 +66,45 @@ def test_tested_points_are_trained_again_and_measured(explanations, benchmarks, 
     monkeypatch.setattr(benchmarks("evidence_data"), "TYPEFACES", ROOT / "tests/data")
     lines, output, page = tmp_path / "evidence.jsonl", tmp_path / "explanations.jsonl", tmp_path / "page.md"
     described = {"setting": "tiny", **grid.SETTINGS["tiny"]._asdict(), "lr": 0.1, "weight_decay": 5e-4}
-    rows = [described | {"phase": phase, "method": method, "weight": weight, "seed": seed, "top1": [weight or 0.0]}
-            for method, weights in (("plain", [None]), ("paper", [0.7, 0.5, 0.3]))
-            for phase, seed, weight in [("test", 1, weights[0]), *(("tune", 0, weight) for weight in weights)]]
-    lines.write_text("\n".join(map(json.dumps, [*rows, described | {  # of a point that tuning did not choose
-        "phase": "test", "method": "plain", "weight": None, "seed": 2, "lr": 0.4, "top1": [0.0]}])))
+    rows = [
+        described | {"phase": phase, "method": method, "weight": weight, "seed": seed, "top1": [weight or 0.0]}
+        for method, weights in (("plain", [None]), ("paper", [0.7, 0.5, 0.3]))
+        for phase, seed, weight in [("test", 1, weights[0]), *(("tune", 0, weight) for weight in weights)]
+    ]
+    lines.write_text(
+        "\n".join(
+            map(
+                json.dumps,
+                [
+                    *rows,
+                    described
+                    | {  # of a point that tuning did not choose
+                        "phase": "test",
+                        "method": "plain",
+                        "weight": None,
+                        "seed": 2,
+                        "lr": 0.4,
+                        "top1": [0.0],
+                    },
+                ],
+            )
+        )
+    )
     page.write_text("<!-- table explanations -->\n<!-- end -->\n")
-    command = ["explanations.py", "--setting", "tiny", "--methods", "plain", "paper", "--lines", str(lines),
-               "--output", str(output), "--page", str(page)]
+    command = [
+        "explanations.py",
+        "--setting",
+        "tiny",
+        "--methods",
+        "plain",
+        "paper",
+        "--lines",
+        str(lines),
+        "--output",
+        str(output),
+        "--page",
+        str(page),
+    ]
     for _ in range(2):  # the second time nothing is left to do
         monkeypatch.setattr(sys, "argv", command)
         explanations.main()

@@ -1,4 +1,5 @@
 """Saved models of checkpoints, and timm's functions for checkpoints on what a run leaves."""
+
 import json
 import shutil
 
@@ -21,8 +22,22 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(few_images, folder):
-    run_python(*TRAIN, "--model", "test_resnet", "--data-dir", few_images, "--model-ema", "--model-ema-decay", 0.5,
-               "--mean", 0.3, "--epochs", 2, "--output", folder / "run")
+    run_python(
+        *TRAIN,
+        "--model",
+        "test_resnet",
+        "--data-dir",
+        few_images,
+        "--model-ema",
+        "--model-ema-decay",
+        0.5,
+        "--mean",
+        0.3,
+        "--epochs",
+        2,
+        "--output",
+        folder / "run",
+    )
     return folder / "run"
 
 
@@ -68,7 +83,8 @@ def test_averaged_checkpoints_become_a_saved_model(run, call, folder):
     assert code == 2
     assert "does not tell its network; name the timm model with --model" in errors
     code, said, _ = call(
-        "export", "--format", "timm", "alone.safetensors", "--model", "test_resnet", "--output", "alone")
+        "export", "--format", "timm", "alone.safetensors", "--model", "test_resnet", "--output", "alone"
+    )
     assert code == 0
     assert "taken for those of layer1, layer2, layer3" in said
     assert same(SelfDistillModel.from_pretrained(folder / "alone"), model.state_dict())
@@ -96,12 +112,15 @@ def test_a_plain_checkpoint(call, folder):
     assert same(timm.create_model("local-dir:" + str(folder / "plain"), pretrained=True), model.state_dict())
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--format", "timm", "--staged"], "--staged is for --format onnx"),
-    (["--format", "timm", "--exit", 0], "--exit 0 is for --format onnx"),
-    (["--format", "timm", "--model", "test_resnet"], "is a saved model, which tells its network; leave --model"),
-    (["--model", "test_resnet"], "--model test_resnet names the network of a checkpoint for --format timm"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "timm", "--staged"], "--staged is for --format onnx"),
+        (["--format", "timm", "--exit", 0], "--exit 0 is for --format onnx"),
+        (["--format", "timm", "--model", "test_resnet"], "is a saved model, which tells its network; leave --model"),
+        (["--model", "test_resnet"], "--model test_resnet names the network of a checkpoint for --format timm"),
+    ],
+)
 def test_flags_that_contradict(flags, message, saved, call, folder):  # noqa: F811
     code, _, errors = call("export", saved, *flags, "--output", "no")
     assert code == 2

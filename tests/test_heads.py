@@ -17,9 +17,17 @@ def forward_flops(model: nn.Module, size: int, call) -> int:
     return flops.get_total_flops()
 
 
-@pytest.mark.parametrize(("name", "size"), [
-    ("resnet18", 32), ("resnet18", 224), ("resnet50", 32), ("resnet50", 224), ("cifar_resnet18", 32),
-    ("cifar_resnet50", 32)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 32),
+        ("resnet18", 224),
+        ("resnet50", 32),
+        ("resnet50", 224),
+        ("cifar_resnet18", 32),
+        ("cifar_resnet50", 32),
+    ],
+)
 @pytest.mark.parametrize("head", ["bottleneck", "attention"])
 def test_all_heads_together_cost_less_than_the_authors(head, name, size):
     limit = 0.025 if "18" in name else 0.045  # the authors' cost ResNet18 4.8 % and ResNet50 31.5 %
@@ -100,21 +108,28 @@ def test_a_callable_makes_heads_of_ones_own():
     assert len({feature.shape for feature in output.features}) == 1
 
 
-@pytest.mark.parametrize(("head", "head_args", "error", "message"), [
-    ("foo", None, ValueError, "unknown head 'foo'; .*bottleneck, attention, linear"),
-    (3, None, TypeError, "bottleneck, attention, linear .*callable .*got int"),
-    ("linear", {"width": 3}, TypeError,
-     r"'linear' of ResNet .*level 1 \(layer1\) .*head_args=\{'width': 3\}: .* none$"),
-    ("attention", {"widht": 3}, TypeError, r"'widht'; .* width$"),
-    ("bottleneck", {"width": 0}, ValueError, r"width .*1, got 0 \(level 1 \(layer1\)\)"),
-    ("attention", {"width": 6.5}, ValueError, "width .*channels.* 1, got 6.5"),
-    ("attention", {"width": "64"}, ValueError, "width .*channels.* 1, got '64'"),
-    ("bottleneck", {"width": True}, ValueError, "width .*got True"),
-    (nn.Linear(3, 3), None, TypeError, "bottleneck, attention, linear .*callable .*got Linear"),
-    (max, None, TypeError, r"ResNet .*level 1 \(layer1\) .*\(stage, teacher, num_classes\)"),
-    (lambda stage, teacher: None, None, TypeError, r"\(stage, teacher, num_classes\) .* none$"),
-    (lambda *_: None, None, TypeError, r"ResNet .*level 1 \(layer1\) .*module, .*NoneType"),
-])
+@pytest.mark.parametrize(
+    ("head", "head_args", "error", "message"),
+    [
+        ("foo", None, ValueError, "unknown head 'foo'; .*bottleneck, attention, linear"),
+        (3, None, TypeError, "bottleneck, attention, linear .*callable .*got int"),
+        (
+            "linear",
+            {"width": 3},
+            TypeError,
+            r"'linear' of ResNet .*level 1 \(layer1\) .*head_args=\{'width': 3\}: .* none$",
+        ),
+        ("attention", {"widht": 3}, TypeError, r"'widht'; .* width$"),
+        ("bottleneck", {"width": 0}, ValueError, r"width .*1, got 0 \(level 1 \(layer1\)\)"),
+        ("attention", {"width": 6.5}, ValueError, "width .*channels.* 1, got 6.5"),
+        ("attention", {"width": "64"}, ValueError, "width .*channels.* 1, got '64'"),
+        ("bottleneck", {"width": True}, ValueError, "width .*got True"),
+        (nn.Linear(3, 3), None, TypeError, "bottleneck, attention, linear .*callable .*got Linear"),
+        (max, None, TypeError, r"ResNet .*level 1 \(layer1\) .*\(stage, teacher, num_classes\)"),
+        (lambda stage, teacher: None, None, TypeError, r"\(stage, teacher, num_classes\) .* none$"),
+        (lambda *_: None, None, TypeError, r"ResNet .*level 1 \(layer1\) .*module, .*NoneType"),
+    ],
+)
 def test_bad_heads_are_refused(head, head_args, error, message):
     with pytest.raises(error, match=message):
         create_head(head, STAGE, TEACHER, 10, head_args, "ResNet")

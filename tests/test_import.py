@@ -1,4 +1,5 @@
 """What `import timm_selfdistill` brings with it, and how long it takes; the other benchmarks of waiting."""
+
 import json
 import subprocess
 import sys
@@ -11,9 +12,23 @@ from timm_selfdistill import training
 
 from .conftest import ENVIRONMENT, run_python
 
-LATE = ("accelerate", "datasets", "pandas", "pyarrow", "matplotlib", "timm_selfdistill.analysis",
-        "timm_selfdistill.cli", "timm_selfdistill.training", "timm.task", "wandb.sdk", "mlflow", "trackio",
-        "torch.utils.tensorboard", "onnx", "onnxruntime")
+LATE = (
+    "accelerate",
+    "datasets",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "timm_selfdistill.analysis",
+    "timm_selfdistill.cli",
+    "timm_selfdistill.training",
+    "timm.task",
+    "wandb.sdk",
+    "mlflow",
+    "trackio",
+    "torch.utils.tensorboard",
+    "onnx",
+    "onnxruntime",
+)
 """What takes long to import, and is needed by some only."""
 ADDED = f"""
 import json, sys

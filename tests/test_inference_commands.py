@@ -1,4 +1,5 @@
 """evaluate, calibrate, tradeoff and export as programs, with right and wrong arguments."""
+
 import json
 import re
 
@@ -29,15 +30,26 @@ def folder(tmp_path_factory):
         model_data_config(backbone, 32, 1, class_names=images.class_names)
         if name == "model":
             wrap_self_distill(backbone).save_pretrained(
-                folder / "run/best", metrics={"exits": [{"exit": 0, "top1": 12.0}]}, check=False)
+                folder / "run/best", metrics={"exits": [{"exit": 0, "top1": 12.0}]}, check=False
+            )
         else:
             save_timm_model(backbone, folder / "plain")
     return folder
 
 
 def test_calibrate_saves_what_evaluate_and_python_use(call, folder):
-    code, out, _ = call("calibrate", "run", "--data", "data", "--max-accuracy-drop", "90", "--policy", "entropy",
-                        "--output", "calibrated")
+    code, out, _ = call(
+        "calibrate",
+        "run",
+        "--data",
+        "data",
+        "--max-accuracy-drop",
+        "90",
+        "--policy",
+        "entropy",
+        "--output",
+        "calibrated",
+    )
     assert code == 0
     assert "max_accuracy_drop 90: met on 106 images" in out
     config = json.loads((folder / "calibrated/config.json").read_text())["self_distill"]
@@ -116,8 +128,14 @@ def save_short(folder) -> None:
 
 def test_a_truncated_model_is_evaluated_as_its_exit(call, folder):
     save_short(folder)
-    rows = [[line.split("│")[3].strip() for line in call("evaluate", name, "--data", "data")[1].splitlines()
-             if line.startswith("│")] for name in ("short", "run")]
+    rows = [
+        [
+            line.split("│")[3].strip()
+            for line in call("evaluate", name, "--data", "data")[1].splitlines()
+            if line.startswith("│")
+        ]
+        for name in ("short", "run")
+    ]
     assert rows[0] == rows[1][:1]
 
 
@@ -133,8 +151,9 @@ def test_export_of_a_network_with_one_exit(name, call, folder):
 
 
 def test_calibration_under_other_preprocessing_is_saved_with_it(call, folder):
-    code, out, _ = call("calibrate", "run", "--data", "data", "--max-accuracy-drop", "90", "--crop-pct", "0.5",
-                        "--output", "cropped")
+    code, out, _ = call(
+        "calibrate", "run", "--data", "data", "--max-accuracy-drop", "90", "--crop-pct", "0.5", "--output", "cropped"
+    )
     assert code == 0
     assert "run/best is run with crop_pct 0.5 instead of 0.95" in out
     config = json.loads((folder / "cropped/config.json").read_text())
@@ -158,28 +177,34 @@ def test_measuring_commands_have_the_image_flags_of_training():
                 assert options[action.dest].option_strings == action.option_strings
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["evaluate", "run"], "run/best .*images of its run; give --data-dir FOLDER or --dataset NAME"),
-    (["evaluate", "nowhere", "--data", "data"], "nowhere .*no folder here"),
-    (["evaluate", "run", "--data", "nowhere"], "nowhere .*folder or file"),
-    (["evaluate", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
-    (["calibrate", "plain", "--data", "data", "--max-macs", "1"], 'plain.*"self_distill".*timm.create_model'),
-    (["calibrate", "short", "--data", "data", "--max-macs", "1"], "short .*truncated.* one exit"),
-    (["tradeoff", "short", "--data", "data"], "short .*truncated.* one exit"),
-    (["export", "short", "--exit", "1", "--output", "x"], "one exit only, got exit 1"),
-    (["export", "short", "--staged", "--output", "x"], "one exit only.* --staged"),
-    (["export", "plain", "--exit", "ensemble", "--output", "x"], "one exit only, got exit 'ensemble'"),
-    (["evaluate", "run", "--data-dir", "data", "--dataset", "user/images"], "--data-dir data and --dataset .*give one"),
-    (["evaluate", "other", "--data", "data"], "3 classes, and data has 10 "),
-    (["calibrate", "run", "--data", "data"], "one of max_accuracy_drop, max_macs, min_speedup, got none"),
-    (["calibrate", "run", "--data", "data", "--max-macs", "1", "--min-speedup", "2"], "got max_macs, min_speedup"),
-    (["calibrate", "user/name", "--data", "data", "--min-speedup", "2"], "user/name .*--output"),
-    (["calibrate", "run", "--data", "data", "--split", "train", "--min-speedup", "2"], "300 images, got 50"),
-    (["tradeoff", "run", "--data", "data", "--baseline", "nowhere"], "--baseline nowhere .*no folder"),
-    (["tradeoff", "run", "--data", "data", "--policy", "luck"], "--policy.*'luck'"),
-    (["export", "run"], "required: --output"),
-    (["export", "run", "--exit", "7", "--output", "x"], "exit .*0 to 3, .*'ensemble', got 7"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "run"], "run/best .*images of its run; give --data-dir FOLDER or --dataset NAME"),
+        (["evaluate", "nowhere", "--data", "data"], "nowhere .*no folder here"),
+        (["evaluate", "run", "--data", "nowhere"], "nowhere .*folder or file"),
+        (["evaluate", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
+        (["calibrate", "plain", "--data", "data", "--max-macs", "1"], 'plain.*"self_distill".*timm.create_model'),
+        (["calibrate", "short", "--data", "data", "--max-macs", "1"], "short .*truncated.* one exit"),
+        (["tradeoff", "short", "--data", "data"], "short .*truncated.* one exit"),
+        (["export", "short", "--exit", "1", "--output", "x"], "one exit only, got exit 1"),
+        (["export", "short", "--staged", "--output", "x"], "one exit only.* --staged"),
+        (["export", "plain", "--exit", "ensemble", "--output", "x"], "one exit only, got exit 'ensemble'"),
+        (
+            ["evaluate", "run", "--data-dir", "data", "--dataset", "user/images"],
+            "--data-dir data and --dataset .*give one",
+        ),
+        (["evaluate", "other", "--data", "data"], "3 classes, and data has 10 "),
+        (["calibrate", "run", "--data", "data"], "one of max_accuracy_drop, max_macs, min_speedup, got none"),
+        (["calibrate", "run", "--data", "data", "--max-macs", "1", "--min-speedup", "2"], "got max_macs, min_speedup"),
+        (["calibrate", "user/name", "--data", "data", "--min-speedup", "2"], "user/name .*--output"),
+        (["calibrate", "run", "--data", "data", "--split", "train", "--min-speedup", "2"], "300 images, got 50"),
+        (["tradeoff", "run", "--data", "data", "--baseline", "nowhere"], "--baseline nowhere .*no folder"),
+        (["tradeoff", "run", "--data", "data", "--policy", "luck"], "--policy.*'luck'"),
+        (["export", "run"], "required: --output"),
+        (["export", "run", "--exit", "7", "--output", "x"], "exit .*0 to 3, .*'ensemble', got 7"),
+    ],
+)
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call, folder):
     save_short(folder)
     if not (folder / "other").exists():

@@ -1,4 +1,5 @@
 """A saved model is for images of the size that it was trained at, also in a training loop of one's own."""
+
 import copy
 import json
 import pickle
@@ -26,8 +27,9 @@ from .conftest import small_backbone, small_model
 def train_step(model: nn.Module, size: tuple[int, int] = (48, 64)) -> None:
     x, y = torch.randn(4, 3, *size), torch.arange(4)
     output = model.train()(x)
-    (nn.functional.cross_entropy(output, y) if isinstance(output, torch.Tensor) else SelfDistillLoss()(output, y)
-     ).backward()
+    (
+        nn.functional.cross_entropy(output, y) if isinstance(output, torch.Tensor) else SelfDistillLoss()(output, y)
+    ).backward()
 
 
 def saved_size(model: SelfDistillModel, folder) -> list[int]:
@@ -46,18 +48,30 @@ def test_the_size_of_the_last_training_batch_is_saved(tmp_path):
     assert saved_size(model.truncate(0), tmp_path / "truncated") == [3, 48, 64]
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda model: torch.compile(model, backend="eager"), lambda model: nn.DataParallel(model) and model, copy.copy,
-    lambda model: SelfDistillTask(model).trainable_module])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: nn.DataParallel(model) and model,
+        copy.copy,
+        lambda model: SelfDistillTask(model).trainable_module,
+    ],
+)
 def test_whatever_wraps_the_model(wrap, tmp_path):
     model = small_model()
     train_step(wrap(model))
     assert saved_size(model, tmp_path) == [3, 48, 64]
 
 
-@pytest.mark.parametrize("average", [
-    lambda model: ModelEmaV3(model).module, lambda model: AveragedModel(model).module, copy.deepcopy,
-    lambda model: SelfDistillTask(model).setup_ema().module])
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda model: ModelEmaV3(model).module,
+        lambda model: AveragedModel(model).module,
+        copy.deepcopy,
+        lambda model: SelfDistillTask(model).setup_ema().module,
+    ],
+)
 def test_a_moving_average_has_the_size_of_its_original(average, tmp_path):
     model = small_model()
     averaged = average(model)
@@ -74,9 +88,14 @@ def test_pickling_keeps_the_size():
     assert pickle.loads(pickle.dumps(average)).input_size == (3, 48, 64)
 
 
-@pytest.mark.parametrize("choose", [
-    lambda model: model.set_input_size(img_size=96), lambda model: model_data_config(model, 96),
-    lambda model: model_data_config(model, 96, 3)])
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda model: model.set_input_size(img_size=96),
+        lambda model: model_data_config(model, 96),
+        lambda model: model_data_config(model, 96, 3),
+    ],
+)
 def test_another_size_is_chosen_after_training(choose, tmp_path):
     model = small_model()
     train_step(model)
@@ -104,18 +123,31 @@ def load_trained(model: SelfDistillModel) -> SelfDistillModel:
     return model
 
 
-@pytest.mark.parametrize("fill", [
-    lambda model: model, lambda model: SelfDistillTask(model).trainable_module,
-    lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy, lambda model: model.truncate(0)])
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda model: model,
+        lambda model: SelfDistillTask(model).trainable_module,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        copy.deepcopy,
+        lambda model: model.truncate(0),
+    ],
+)
 def test_a_size_that_nobody_told_is_warned_of(fill, tmp_path):
     model = load_trained(small_model())
     with pytest.warns(UserWarning, match=r"images of 160 x 160 pixels, the default .* call set_input_size\(PIXELS\)"):
         fill(model).save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("tell", [
-    lambda model: model.set_input_size(48), lambda model: model_data_config(model, 48), train_step,
-    lambda model: model.load_state_dict(model.state_dict()) and model_data_config(model, 48)])
+@pytest.mark.parametrize(
+    "tell",
+    [
+        lambda model: model.set_input_size(48),
+        lambda model: model_data_config(model, 48),
+        train_step,
+        lambda model: model.load_state_dict(model.state_dict()) and model_data_config(model, 48),
+    ],
+)
 def test_a_size_that_was_told_is_not(tell, tmp_path):
     model = load_trained(small_model())
     tell(model)
@@ -151,9 +183,15 @@ def test_a_vit_of_any_size(tmp_path):
     assert average.input_size == (3, 96, 96)
 
 
-@pytest.mark.parametrize("run", [
-    lambda model, x: model.eval().forward_exits(x).logits[0], lambda model, x: model.train().predict(x, 0),
-    lambda model, x: model.train().predict(x), lambda model, x: model.train().predict(x, "ensemble")])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, x: model.eval().forward_exits(x).logits[0],
+        lambda model, x: model.train().predict(x, 0),
+        lambda model, x: model.train().predict(x),
+        lambda model, x: model.train().predict(x, "ensemble"),
+    ],
+)
 def test_a_loop_that_does_not_call_the_model_itself(run, tmp_path):
     model = small_model()
     run(model, torch.randn(2, 3, 48, 64)).sum().backward()

@@ -18,7 +18,8 @@ def random_output(dtype=torch.float32, requires_grad=False, exits=4, scale=3.0) 
         return (scale * torch.randn(*shape)).to(dtype).requires_grad_(requires_grad)
 
     return SelfDistillOutput(
-        tuple(tensor(BATCH, CLASSES) for _ in range(exits)), tuple(tensor(BATCH, 6, 2, 3) for _ in range(exits)))
+        tuple(tensor(BATCH, CLASSES) for _ in range(exits)), tuple(tensor(BATCH, 6, 2, 3) for _ in range(exits))
+    )
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
@@ -72,8 +73,11 @@ def test_with_t_squared_gradients_do_not_shrink_with_the_temperature():
     """As in Hinton's KD (arXiv:1503.02531, 2.1): for high temperatures they come to (z - z_teacher) / K, less means."""
     labels = torch.randint(CLASSES, (BATCH,))
     for teacher in ("deepest", "ensemble"):
-        plain, squared = (SelfDistillLoss(4.0, teacher=teacher, t_squared=on).terms(random, labels)
-                          for random in [random_output()] for on in (False, True))
+        plain, squared = (
+            SelfDistillLoss(4.0, teacher=teacher, t_squared=on).terms(random, labels)
+            for random in [random_output()]
+            for on in (False, True)
+        )
         assert squared["distill"].item() == pytest.approx(16 * plain["distill"].item(), rel=1e-6)
         added = squared["loss"].item() - plain["loss"].item()
         assert added == pytest.approx(0.3 * 15 * plain["distill"].item(), rel=1e-4)
@@ -86,7 +90,8 @@ def test_with_t_squared_gradients_do_not_shrink_with_the_temperature():
 
 def test_the_papers_loss_is_one_call():
     assert repr(SelfDistillLoss.paper()) == (
-        "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint='map', teacher='deepest', t_squared=False)")
+        "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint='map', teacher='deepest', t_squared=False)"
+    )
     loss = SelfDistillLoss.paper(alpha=0.5, hint="pooled", label_loss=nn.CrossEntropyLoss())
     assert (loss.alpha, loss.hint, loss.teacher) == (0.5, "pooled", "deepest")
     assert isinstance(loss.label_loss, nn.CrossEntropyLoss)
@@ -144,8 +149,9 @@ def test_without_labels_the_exits_learn_from_the_teacher_alone():
     assert loss(output) == 0.5 * terms["distill"] + 0.1 * terms["hint"]
 
 
-@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(label_smoothing=0.1), LabelSmoothingCrossEntropy(0.1),
-                                       BinaryCrossEntropy()])
+@pytest.mark.parametrize(
+    "criterion", [nn.CrossEntropyLoss(label_smoothing=0.1), LabelSmoothingCrossEntropy(0.1), BinaryCrossEntropy()]
+)
 def test_the_label_loss_is_any_criterion(criterion):
     output, target = random_output(), torch.randint(CLASSES, (BATCH,))
     *shallow, deepest = (criterion(z, target) for z in output.logits)
@@ -182,10 +188,19 @@ def test_nan_logits_give_a_nan_loss():
     assert SelfDistillLoss()(output, torch.zeros(BATCH, dtype=torch.long)).isnan()
 
 
-@pytest.mark.parametrize("number", [
-    {"temperature": 0}, {"temperature": math.inf}, {"alpha": 1.1}, {"alpha": -0.1}, {"alpha": math.nan}, {"beta": -1},
-    {"hint": "maps"}, {"teacher": "first"},
-])
+@pytest.mark.parametrize(
+    "number",
+    [
+        {"temperature": 0},
+        {"temperature": math.inf},
+        {"alpha": 1.1},
+        {"alpha": -0.1},
+        {"alpha": math.nan},
+        {"beta": -1},
+        {"hint": "maps"},
+        {"teacher": "first"},
+    ],
+)
 def test_settings_out_of_range_are_refused(number):
     ((name, value),) = number.items()
     with pytest.raises(ValueError, match=f"^{name} .*, got .?{value}"):
@@ -197,15 +212,18 @@ def test_a_label_loss_that_cannot_be_called_is_refused():
         SelfDistillLoss(label_loss="bce")
 
 
-@pytest.mark.parametrize(("target", "error", "message"), [
-    (torch.tensor([0, 1, 2, 3, 7]), ValueError, r"class indices .*0\.\.6, got 7"),
-    (torch.tensor([0, 1, 2, 3, -1]), ValueError, r"class indices .*0\.\.6, got -1"),
-    (torch.zeros(5), TypeError, r"class indices .*got torch\.float32; .*target\.long\(\)"),
-    (torch.zeros(5, dtype=torch.bool), TypeError, r"class indices .*got torch\.bool; .*target\.long\(\)"),
-    (torch.zeros(4, dtype=torch.long), ValueError, r"class indices \(5,\) or soft labels \(5, 7\)"),
-    (torch.zeros(5, 6), ValueError, r"class indices \(5,\) or soft labels \(5, 7\)"),
-    ([0, 1, 2, 3, 4], TypeError, "target .*tensor, got list"),
-])
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (torch.tensor([0, 1, 2, 3, 7]), ValueError, r"class indices .*0\.\.6, got 7"),
+        (torch.tensor([0, 1, 2, 3, -1]), ValueError, r"class indices .*0\.\.6, got -1"),
+        (torch.zeros(5), TypeError, r"class indices .*got torch\.float32; .*target\.long\(\)"),
+        (torch.zeros(5, dtype=torch.bool), TypeError, r"class indices .*got torch\.bool; .*target\.long\(\)"),
+        (torch.zeros(4, dtype=torch.long), ValueError, r"class indices \(5,\) or soft labels \(5, 7\)"),
+        (torch.zeros(5, 6), ValueError, r"class indices \(5,\) or soft labels \(5, 7\)"),
+        ([0, 1, 2, 3, 4], TypeError, "target .*tensor, got list"),
+    ],
+)
 def test_bad_targets_are_refused(target, error, message):
     with pytest.raises(error, match=message):
         SelfDistillLoss()(random_output(), target)

@@ -84,16 +84,20 @@ def test_the_backbone_is_the_same_object_with_the_same_weights():
 
 def test_nothing_is_left_on_the_backbone():
     backbone = small_backbone()
-    before = [(name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks))
-              for name, module in backbone.named_modules()]
+    before = [
+        (name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in backbone.named_modules()
+    ]
     keys = set(vars(backbone))
     model = wrap_self_distill(backbone)
     model.train()(torch.randn(IMAGES)).logits[0].sum().backward()
     model.eval().predict(torch.randn(IMAGES), 0)
     assert model.strip() is backbone
     assert set(vars(backbone)) == keys
-    assert [(name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks))
-            for name, module in backbone.named_modules()] == before
+    assert [
+        (name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in backbone.named_modules()
+    ] == before
 
 
 def test_wrapping_runs_nothing(monkeypatch):
@@ -103,8 +107,10 @@ def test_wrapping_runs_nothing(monkeypatch):
 
 
 def test_weights_loaded_before_wrapping_stay():
-    weights = {key: torch.randn_like(value) if value.is_floating_point() else value
-               for key, value in small_backbone().state_dict().items()}
+    weights = {
+        key: torch.randn_like(value) if value.is_floating_point() else value
+        for key, value in small_backbone().state_dict().items()
+    }
     backbone = small_backbone()
     backbone.load_state_dict(weights)
     model = wrap_self_distill(backbone)
@@ -240,11 +246,14 @@ def test_a_seed_makes_the_heads_repeatable():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize(("name", "shape", "message"), [
-    ("vit_tiny_patch16_224", (2, 3, 96, 96), r"VisionTransformer .*224x224 .*got 96x96; .*img_size=\(96, 96\)"),
-    ("test_resnet", (2, 1, 64, 64), r"ResNet .*\(B, 3, H, W\), got \(2, 1, 64, 64\)"),
-    ("test_resnet", (3, 64, 64), r"ResNet .*\(B, 3, H, W\), got \(3, 64, 64\)"),
-])
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("vit_tiny_patch16_224", (2, 3, 96, 96), r"VisionTransformer .*224x224 .*got 96x96; .*img_size=\(96, 96\)"),
+        ("test_resnet", (2, 1, 64, 64), r"ResNet .*\(B, 3, H, W\), got \(2, 1, 64, 64\)"),
+        ("test_resnet", (3, 64, 64), r"ResNet .*\(B, 3, H, W\), got \(3, 64, 64\)"),
+    ],
+)
 def test_images_of_a_wrong_shape_are_refused(name, shape, message):
     model = small_model(name)
     x = torch.randn(shape)
@@ -283,8 +292,10 @@ class OwnHead(nn.Module):
         return (logits, feature) if feature is not None else logits
 
 
-@pytest.mark.parametrize(("logits", "feature"), [
-    ((2, 7), (2, 96, 2, 2)), ((2, 10), (2, 95, 2, 2)), ((2, 10), (2, 96)), ((2, 10), None), ((1, 10), (2, 96, 2, 2))])
+@pytest.mark.parametrize(
+    ("logits", "feature"),
+    [((2, 7), (2, 96, 2, 2)), ((2, 10), (2, 95, 2, 2)), ((2, 10), (2, 96)), ((2, 10), None), ((1, 10), (2, 96, 2, 2))],
+)
 def test_a_head_of_another_shape_than_the_teachers_is_refused(logits, feature):
     model = small_model(head=OwnHead, head_args={"logits": logits, "feature": feature})
     x = torch.randn(IMAGES)
@@ -306,8 +317,9 @@ def test_arguments_that_must_be_dicts(argument):
         small_model(**{argument: [1]})
 
 
-@pytest.mark.parametrize(("name", "size"), [
-    pytest.param("coat_tiny", 64, marks=pytest.mark.slow), ("visformer_tiny", (64, 96))])
+@pytest.mark.parametrize(
+    ("name", "size"), [pytest.param("coat_tiny", 64, marks=pytest.mark.slow), ("visformer_tiny", (64, 96))]
+)
 def test_a_model_made_for_another_image_size(name, size, tmp_path):
     backbone = timm.create_model(name, num_classes=10, img_size=size)
     model = wrap_self_distill(backbone, model_args={"img_size": size}).eval()

@@ -1,4 +1,5 @@
 """What other programs measure of a saved model is what its card says."""
+
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,24 +65,38 @@ def images(tmp_path_factory):
 
 NETWORKS = [("test_vit", 3)]
 MORE_NETWORKS = [
-    ("test_resnet", 3), ("test_convnext", 3), ("test_efficientnet", 3), ("test_resnet", 1), ("test_vit", 1)]
+    ("test_resnet", 3),
+    ("test_convnext", 3),
+    ("test_efficientnet", 3),
+    ("test_resnet", 1),
+    ("test_vit", 1),
+]
 
 
-@pytest.fixture(scope="module", params=[
-    *NETWORKS, *(pytest.param(network, marks=pytest.mark.slow) for network in MORE_NETWORKS)], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[*NETWORKS, *(pytest.param(network, marks=pytest.mark.slow) for network in MORE_NETWORKS)],
+    ids=str,
+)
 def run(request, images, tmp_path_factory):
     """A short run of a network in whose pretrained_cfg weights have a size and a crop of their own for testing."""
     name, in_chans = request.param
     overlay = {"test_input_size": (3, 96, 96), "test_crop_pct": 0.7, "tag": "some_in1k"}
-    backbone = timm.create_model(
-        name, num_classes=len(CLASSES), in_chans=in_chans, pretrained_cfg_overlay=overlay)
+    backbone = timm.create_model(name, num_classes=len(CLASSES), in_chans=in_chans, pretrained_cfg_overlay=overlay)
     data = load_images(images)
     config = model_data_config(backbone, 32, in_chans, class_names=data.class_names, crop_pct=0.9)
     output = tmp_path_factory.mktemp("run") / "run"
     task = SelfDistillTask(wrap_self_distill(backbone))
     settings = TrainConfig(
-        output=str(output), epochs=3, batch_size=32, workers=0, opt="adamw", lr=5e-3, weight_decay=0.0,
-        settings={"data_dir": str(images)})
+        output=str(output),
+        epochs=3,
+        batch_size=32,
+        workers=0,
+        opt="adamw",
+        lr=5e-3,
+        weight_decay=0.0,
+        settings={"data_dir": str(images)},
+    )
     result = Trainer(task, *data.transformed(config, no_aug=True), settings).fit()
     return Run(output / "best", images / "val", result.summary["exits"])
 
@@ -104,9 +119,16 @@ def test_timms_loader(run, use_test_size):
     config = resolve_data_config({}, model=model, use_test_size=use_test_size)
     dataset = create_dataset("", root=str(run.images), input_img_mode=image_mode(config))
     loader = create_loader(
-        dataset, input_size=config["input_size"], batch_size=50, use_prefetcher=False,
-        interpolation=config["interpolation"], mean=config["mean"], std=config["std"], crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"])
+        dataset,
+        input_size=config["input_size"],
+        batch_size=50,
+        use_prefetcher=False,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
     with torch.inference_mode():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in loader)
     assert percent(right) == run.top1
@@ -114,8 +136,12 @@ def test_timms_loader(run, use_test_size):
 
 def batches(run: Run, model: SelfDistillModel) -> DataLoader:
     config = resolve_data_config(model=model.backbone)
-    return DataLoader(create_dataset(
-        "", root=str(run.images), transform=create_transform(**config), input_img_mode=image_mode(config)), 50)
+    return DataLoader(
+        create_dataset(
+            "", root=str(run.images), transform=create_transform(**config), input_img_mode=image_mode(config)
+        ),
+        50,
+    )
 
 
 def test_every_exit_by_from_pretrained(run):
@@ -144,8 +170,7 @@ def test_onnx(run, tmp_path):
     for row in run.rows:
         export_onnx(model, tmp_path / "exit.onnx", row["exit"])
         session = onnxruntime.InferenceSession(tmp_path / "exit.onnx")
-        right = sum(int((session.run(None, {"images": x.numpy()})[0].argmax(1) == y.numpy()).sum())
-                    for x, y in images)
+        right = sum(int((session.run(None, {"images": x.numpy()})[0].argmax(1) == y.numpy()).sum()) for x, y in images)
         assert percent(right) == row["top1"], row["exit"]
 
 
@@ -164,7 +189,7 @@ def test_transformers(run):
     right = 0
     with torch.inference_mode():
         for begin in range(0, len(files), 50):
-            part = files[begin:begin + 50]
+            part = files[begin : begin + 50]
             logits = model(**processor([Image.open(file) for file in part])).logits
             names = [model.config.id2label[index] for index in logits.argmax(1).tolist()]
             right += sum(name == file.parent.name for name, file in zip(names, part))

@@ -1,4 +1,5 @@
 """The source distribution and the wheel, built once without network, and a program that has nothing but the wheel."""
+
 import email
 import re
 import runpy
@@ -59,8 +60,9 @@ def metadata(packages) -> Message:
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
     """What a new process prints."""
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=ENVIRONMENT | environment, text=True,
-                          capture_output=True, timeout=HANGS)
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=ENVIRONMENT | environment, text=True, capture_output=True, timeout=HANGS
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
@@ -72,8 +74,12 @@ def not_in_git(folder: str, names: list[str]) -> set[str]:
 
 
 def files_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-            if not {"__pycache__", "timm_selfdistill.egg-info"} & set(path.parts)}
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+        if not {"__pycache__", "timm_selfdistill.egg-info"} & set(path.parts)
+    }
 
 
 def test_twine_finds_nothing(packages):
@@ -85,9 +91,16 @@ def test_the_source_distribution_holds_all_that_its_tests_need(packages):
         names = {member.name.removeprefix(f"{NAME}/") for member in sdist if member.isfile()}
     names = {name for name in names if not name.startswith("timm_selfdistill.egg-info/")}
     assert names - GENERATED == files_in(packages.source)
-    for needed in ("Makefile", "tests/conftest.py", "tests/data/typefaces/test.parquet", "examples/data/train.parquet",
-                   "benchmarks/results/evidence.jsonl", "docs/images/exits.png", "configs/multi_gpu.yaml",
-                   "CHANGELOG.md"):
+    for needed in (
+        "Makefile",
+        "tests/conftest.py",
+        "tests/data/typefaces/test.parquet",
+        "examples/data/train.parquet",
+        "benchmarks/results/evidence.jsonl",
+        "docs/images/exits.png",
+        "configs/multi_gpu.yaml",
+        "CHANGELOG.md",
+    ):
         assert needed in names
 
 
@@ -125,12 +138,17 @@ def describe() -> Callable[[str, str | None], str]:
     return runpy.run_path(str(ROOT / "setup.py"))["describe"]
 
 
-@pytest.mark.parametrize(("repository", "expected"), [
-    (None, "One page (docs/a.md), docs/a.md, [paper](https://arxiv.org), .\n"),
-    ("https://host/user/name",
-     "[One page](https://host/user/name/blob/HEAD/docs/a.md#part), [docs/a.md](https://host/user/name/blob/HEAD/docs/"
-     "a.md), [paper](https://arxiv.org), ![Curve](https://host/user/name/raw/HEAD/docs/a.png).\n"),
-])
+@pytest.mark.parametrize(
+    ("repository", "expected"),
+    [
+        (None, "One page (docs/a.md), docs/a.md, [paper](https://arxiv.org), .\n"),
+        (
+            "https://host/user/name",
+            "[One page](https://host/user/name/blob/HEAD/docs/a.md#part), [docs/a.md](https://host/user/name/blob/HEAD/docs/"
+            "a.md), [paper](https://arxiv.org), ![Curve](https://host/user/name/raw/HEAD/docs/a.png).\n",
+        ),
+    ],
+)
 def test_links_of_the_readme(repository, expected):
     readme = "[One page](docs/a.md#part), [docs/a.md](docs/a.md), [paper](https://arxiv.org), ![Curve](docs/a.png).\n"
     assert describe()(readme, repository).startswith(expected)
@@ -143,8 +161,9 @@ def test_every_extra_is_documented(metadata):
 
 def test_a_release_has_its_part_of_the_changelog():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert "dev" in __version__ or re.search(rf"^## {re.escape(__version__)} - \d{{4}}-\d\d-\d\d$", changelog,
-                                             re.MULTILINE)
+    assert "dev" in __version__ or re.search(
+        rf"^## {re.escape(__version__)} - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE
+    )
     assert changelog.index("## Unreleased") < changelog.index("## 0.1.0")
 
 
@@ -155,8 +174,19 @@ def wheel_alone(packages, tmp_path) -> Callable[..., str]:
     place, empty = tmp_path / "environment", tmp_path / "empty"
     venv.create(place, with_pip=False)
     python = place / "bin/python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index",
-        packages.wheel, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        packages.wheel,
+        cwd=tmp_path,
+    )
     own = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     # The folders are searched after the environment's own, and without the .pth files in them, that is, the clone.
     libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
@@ -202,10 +232,12 @@ def test_the_wheel_alone_does_everything(wheel_alone, tmp_path):
     command("export", "calibrated", "--staged", "--output", "stages")
     assert "bright" in command("predict", "run", "../photos/val/bright/0.jpg")
     assert timm.create_model(f"local-dir:{empty}/run/best", pretrained=True).num_classes == 2
-    for output, *launcher in (("launched", "accelerate.commands.accelerate_cli", "launch"),
-                              ("two", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)):
-        printed = wheel_alone("python", "-m", *launcher, "-m", "timm_selfdistill", "train", *flags, "--epochs", 1,
-                              "--output", output)
+    for output, *launcher in (
+        ("launched", "accelerate.commands.accelerate_cli", "launch"),
+        ("two", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+    ):
+        printed = wheel_alone(
+            "python", "-m", *launcher, "-m", "timm_selfdistill", "train", *flags, "--epochs", 1, "--output", output
+        )
         assert "epoch 1, the best of 1" in printed
-    assert {path.name for path in empty.iterdir()} == {
-        "run", "calibrated", "exit0.onnx", "stages", "launched", "two"}
+    assert {path.name for path in empty.iterdir()} == {"run", "calibrated", "exit0.onnx", "stages", "launched", "two"}

@@ -1,4 +1,5 @@
 """Every recipe is built, and trains two steps on images of the size, columns and number of classes of its data set."""
+
 import json
 import math
 from types import SimpleNamespace
@@ -23,19 +24,37 @@ from .conftest import run_python
 
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 PAPER = {
-    "cifar100": {"resnet18", "resnet50", "resnet101", "resnet152", "vgg19_bn", "resnext29_8x64d", "wide_resnet20_8",
-                 "wide_resnet44_8", "wide_resnet28_12", "pyramidnet101_240"},
+    "cifar100": {
+        "resnet18",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "vgg19_bn",
+        "resnext29_8x64d",
+        "wide_resnet20_8",
+        "wide_resnet44_8",
+        "wide_resnet28_12",
+        "pyramidnet101_240",
+    },
     "imagenet": {"vgg19_bn", "resnet18", "resnet50"},
 }
 PUBLISHED = {
-    "imagenet_resnet50_a1": (2048, 5e-3), "imagenet_resnet50_a2": (2048, 5e-3), "imagenet_resnet50_a3": (2048, 8e-3),
-    "imagenet_efficientnet_b0": (768, 0.048), "imagenet_mobilenetv4_conv_medium": (4096, 4e-3),
-    "imagenet_convnext_tiny": (4096, 4e-3), "imagenet_deit3_small": (2048, 4e-3), "finetune_vit_base_mae": (1024, 2e-3),
+    "imagenet_resnet50_a1": (2048, 5e-3),
+    "imagenet_resnet50_a2": (2048, 5e-3),
+    "imagenet_resnet50_a3": (2048, 8e-3),
+    "imagenet_efficientnet_b0": (768, 0.048),
+    "imagenet_mobilenetv4_conv_medium": (4096, 4e-3),
+    "imagenet_convnext_tiny": (4096, 4e-3),
+    "imagenet_deit3_small": (2048, 4e-3),
+    "finetune_vit_base_mae": (1024, 2e-3),
 }
 """Recipes of other papers, and of timm: images of an update and learning rate."""
 OWN_IMAGES = "own images"
-SHAPES = {"uoft-cs/cifar100": ("img", "fine_label", 100, 32), "ILSVRC/imagenet-1k": ("image", "label", 1000, 300),
-          OWN_IMAGES: ("image", "label", 5, 300)}
+SHAPES = {
+    "uoft-cs/cifar100": ("img", "fine_label", 100, 32),
+    "ILSVRC/imagenet-1k": ("image", "label", 1000, 300),
+    OWN_IMAGES: ("image", "label", 5, 300),
+}
 
 
 def images_like(name: str, count: int) -> datasets.Dataset:
@@ -57,10 +76,24 @@ def test_there_is_a_recipe_for_every_network_of_the_paper():
 
 def test_the_recipes_for_cifar_have_the_hyperparameters_of_the_authors_code():
     expected = {
-        "dataset": "uoft-cs/cifar100", "train-crop-mode": "pad", "hflip": 0.5, "aa": "cifar10", "cutout": 16,
-        "epochs": 250, "batch-size": 128, "opt": "momentum", "lr": 0.1, "momentum": 0.9, "weight-decay": 5e-4,
-        "sched": "multistep", "decay-milestones": [250 // 3, 250 * 2 // 3, 250 - 10], "decay-rate": 0.1,
-        "warmup-epochs": 0, "temperature": 3, "alpha": 0.3, "beta": 0.03,
+        "dataset": "uoft-cs/cifar100",
+        "train-crop-mode": "pad",
+        "hflip": 0.5,
+        "aa": "cifar10",
+        "cutout": 16,
+        "epochs": 250,
+        "batch-size": 128,
+        "opt": "momentum",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight-decay": 5e-4,
+        "sched": "multistep",
+        "decay-milestones": [250 // 3, 250 * 2 // 3, 250 - 10],
+        "decay-rate": 0.1,
+        "warmup-epochs": 0,
+        "temperature": 3,
+        "alpha": 0.3,
+        "beta": 0.03,
     }
     for path in RECIPES:
         recipe = yaml.safe_load(path.read_text())
@@ -71,9 +104,19 @@ def test_the_recipes_for_cifar_have_the_hyperparameters_of_the_authors_code():
 
 def test_the_recipes_for_imagenet_are_the_baseline_of_90_epochs():
     expected = {
-        "dataset": "ILSVRC/imagenet-1k", "img-size": 224, "scale": [0.08, 1.0], "crop-pct": 0.875, "epochs": 90,
-        "batch-size": 256, "opt": "momentum", "momentum": 0.9, "weight-decay": 1e-4, "sched": "step",
-        "decay-epochs": 30, "decay-rate": 0.1, "warmup-epochs": 0,
+        "dataset": "ILSVRC/imagenet-1k",
+        "img-size": 224,
+        "scale": [0.08, 1.0],
+        "crop-pct": 0.875,
+        "epochs": 90,
+        "batch-size": 256,
+        "opt": "momentum",
+        "momentum": 0.9,
+        "weight-decay": 1e-4,
+        "sched": "step",
+        "decay-epochs": 30,
+        "decay-rate": 0.1,
+        "warmup-epochs": 0,
     }
     for name, lr in (("resnet18", 0.1), ("resnet50", 0.1), ("vgg19_bn", 0.01)):
         recipe = yaml.safe_load((FOLDER / f"imagenet_{name}.yaml").read_text())
@@ -95,7 +138,8 @@ def test_a_recipe_is_built(path):
     with torch.device("meta"):
         backbone = _create_backbone(args, SimpleNamespace(num_classes=SHAPES[args.dataset or OWN_IMAGES][2]))
         data_config = model_data_config(
-            backbone, args.img_size, interpolation=args.interpolation, crop_pct=args.crop_pct)
+            backbone, args.img_size, interpolation=args.interpolation, crop_pct=args.crop_pct
+        )
         task = create_task(args, backbone, lambda: None)
     assert len(task.trainable_module.exits) == 4
     expected = SelfDistillLoss() if path.stem in PUBLISHED else SelfDistillLoss.paper()
@@ -108,7 +152,8 @@ def test_a_recipe_is_built(path):
     schedule.step_update(10 * config.epochs // 2)
     assert all(group["lr"] > 0 for group in optimizer.param_groups)
     transform = create_train_transform(
-        {**data_config, "interpolation": args.train_interpolation}, **_augmentation(args))
+        {**data_config, "interpolation": args.train_interpolation}, **_augmentation(args)
+    )
     image = Image.fromarray(np.zeros((300, 200, 3), dtype=np.uint8))
     assert transform(image).shape == data_config["input_size"]
 
@@ -133,11 +178,14 @@ def test_layer_decay_leaves_new_classifiers_at_the_full_learning_rate():
     with torch.device("meta"):
         task = create_task(args, _create_backbone(args, SimpleNamespace(num_classes=5)), lambda: None)
     model = task.trainable_module
-    scales = {id(p): group["lr_scale"] for group in create_optimizer(model, train_config(args)).param_groups
-              for p in group["params"]}
+    scales = {
+        id(p): group["lr_scale"]
+        for group in create_optimizer(model, train_config(args)).param_groups
+        for p in group["params"]
+    }
     assert {scales[id(p)] for p in (*model.heads.parameters(), *model.backbone.head.parameters())} == {1}
     assert scales[id(model.backbone.blocks[11].mlp.fc2.weight)] == pytest.approx(0.65)
-    assert scales[id(model.backbone.patch_embed.proj.weight)] == pytest.approx(0.65 ** 13)
+    assert scales[id(model.backbone.patch_embed.proj.weight)] == pytest.approx(0.65**13)
 
 
 def test_the_list_of_recipes_says_what_each_trains(capsys):
@@ -147,8 +195,9 @@ def test_the_list_of_recipes_says_what_each_trains(capsys):
     assert all(" on " in line for line in lines)
 
 
-@pytest.mark.parametrize("path", [
-    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES])
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES]
+)
 def test_a_recipe_trains_two_steps(path, tmp_path):
     recipe = yaml.safe_load(path.read_text())
     data = recipe.get("dataset", OWN_IMAGES)
@@ -156,8 +205,23 @@ def test_a_recipe_trains_two_steps(path, tmp_path):
     images_like(data, 2).to_parquet(tmp_path / "test.parquet")
     columns = [flag for key in ("input-key", "target-key") if key in recipe for flag in (f"--{key}", recipe[key])]
     smaller = SMALL if path.stem in PUBLISHED else ()
-    run_python("examples/train.py", "--config", path, "--data-dir", tmp_path, *columns,
-               "--output", tmp_path / "run", "--epochs", 1, "-b", 2, "-j", 0, *smaller)
+    run_python(
+        "examples/train.py",
+        "--config",
+        path,
+        "--data-dir",
+        tmp_path,
+        *columns,
+        "--output",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "-b",
+        2,
+        "-j",
+        0,
+        *smaller,
+    )
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert [row["exit"] for row in summary["exits"]] == [0, 1, 2, 3, "ensemble"]
     assert summary["model"] == recipe["model"].removesuffix(".mae")

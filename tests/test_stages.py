@@ -9,20 +9,23 @@ from timm_selfdistill.stages import check_timm_classifier, choose_exits, read_st
 from .conftest import small_backbone
 
 
-@pytest.mark.parametrize(("name", "exits"), [
-    ("resnet18", ("layer1", "layer2", "layer3", "layer4")),
-    ("convnext_atto", ("stages.0", "stages.1", "stages.2", "stages.3")),
-    ("efficientnet_b0", ("blocks.1", "blocks.2", "blocks.4", "blocks.6")),
-    ("vit_tiny_patch16_224", ("blocks.2", "blocks.5", "blocks.8", "blocks.11")),
-    ("test_vit", ("blocks.1", "blocks.2", "blocks.4", "blocks.5")),
-    ("cait_xxs24_224", ("blocks.5", "blocks.11", "blocks.17", "blocks.23")),
-    ("vgg11", ("features.4", "features.9", "features.14", "features.20")),  # 20 is but the pooling behind 19
-    ("crossvit_tiny_240", ("blocks.0", "blocks.1", "blocks.2")),  # six levels, two of each block
-    ("coat_tiny", ("serial_blocks1", "parallel_blocks")),  # three levels of one module
-    ("mvitv2_tiny", ("block.0", "block.1", "block.2", "block.3")),  # no names of modules
-    ("efficientvit_m0", ("stages.0", "stages.1", "stages.2")),
-    ("deit_tiny_distilled_patch16_224", ("blocks.2", "blocks.5", "blocks.8", "blocks.11")),
-])
+@pytest.mark.parametrize(
+    ("name", "exits"),
+    [
+        ("resnet18", ("layer1", "layer2", "layer3", "layer4")),
+        ("convnext_atto", ("stages.0", "stages.1", "stages.2", "stages.3")),
+        ("efficientnet_b0", ("blocks.1", "blocks.2", "blocks.4", "blocks.6")),
+        ("vit_tiny_patch16_224", ("blocks.2", "blocks.5", "blocks.8", "blocks.11")),
+        ("test_vit", ("blocks.1", "blocks.2", "blocks.4", "blocks.5")),
+        ("cait_xxs24_224", ("blocks.5", "blocks.11", "blocks.17", "blocks.23")),
+        ("vgg11", ("features.4", "features.9", "features.14", "features.20")),  # 20 is but the pooling behind 19
+        ("crossvit_tiny_240", ("blocks.0", "blocks.1", "blocks.2")),  # six levels, two of each block
+        ("coat_tiny", ("serial_blocks1", "parallel_blocks")),  # three levels of one module
+        ("mvitv2_tiny", ("block.0", "block.1", "block.2", "block.3")),  # no names of modules
+        ("efficientvit_m0", ("stages.0", "stages.1", "stages.2")),
+        ("deit_tiny_distilled_patch16_224", ("blocks.2", "blocks.5", "blocks.8", "blocks.11")),
+    ],
+)
 def test_exits_stand_at_stage_boundaries_by_themselves(name, exits):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=10)
@@ -34,25 +37,29 @@ def test_a_stage_knows_channels_and_reduction():
     assert stage == (2, "layer2", 128, 8)
 
 
-@pytest.mark.parametrize("exits", [
-    [1, 3], ["layer1", "layer3"], [1, "layer3"], (1, 3, 4), ["layer1", "layer3", "layer4"]])
+@pytest.mark.parametrize(
+    "exits", [[1, 3], ["layer1", "layer3"], [1, "layer3"], (1, 3, 4), ["layer1", "layer3", "layer4"]]
+)
 def test_exits_by_index_or_name_the_teacher_named_or_not(exits):
     assert wrap_self_distill(small_backbone(), exits=exits).exits == ("layer1", "layer3", "layer4")
 
 
-@pytest.mark.parametrize(("exits", "error", "message"), [
-    ([], ValueError, r"exits=\[\] .*choose from 0 \(act1\), 1 \(layer1\)"),
-    (["layer4"], ValueError, r"exits=\['layer4'\] .*choose from 0 \(act1\), 1 \(layer1\)"),
-    ([9], ValueError, r"ResNet .*level 9 .*choose from 0 \(act1\), 1 \(layer1\)"),
-    ([-1], ValueError, "ResNet .*level -1 .*choose from 0"),
-    (["layer9"], ValueError, r"ResNet .*level 'layer9' .*choose from 0 \(act1\), 1 \(layer1\)"),
-    ([1, 1], ValueError, r"exits=\[1, 1\] .*ascending"),
-    ([3, 1], ValueError, r"exits=\[3, 1\] .*ascending"),
-    ("layer1", TypeError, "exits .*sequence .*got 'layer1'"),
-    (2, TypeError, "exits .*sequence .*got 2"),
-    ([1.5], TypeError, "got 1.5"),
-    ([True], TypeError, "got True"),
-])
+@pytest.mark.parametrize(
+    ("exits", "error", "message"),
+    [
+        ([], ValueError, r"exits=\[\] .*choose from 0 \(act1\), 1 \(layer1\)"),
+        (["layer4"], ValueError, r"exits=\['layer4'\] .*choose from 0 \(act1\), 1 \(layer1\)"),
+        ([9], ValueError, r"ResNet .*level 9 .*choose from 0 \(act1\), 1 \(layer1\)"),
+        ([-1], ValueError, "ResNet .*level -1 .*choose from 0"),
+        (["layer9"], ValueError, r"ResNet .*level 'layer9' .*choose from 0 \(act1\), 1 \(layer1\)"),
+        ([1, 1], ValueError, r"exits=\[1, 1\] .*ascending"),
+        ([3, 1], ValueError, r"exits=\[3, 1\] .*ascending"),
+        ("layer1", TypeError, "exits .*sequence .*got 'layer1'"),
+        (2, TypeError, "exits .*sequence .*got 2"),
+        ([1.5], TypeError, "got 1.5"),
+        ([True], TypeError, "got True"),
+    ],
+)
 def test_bad_exits_are_refused(exits, error, message):
     with pytest.raises(error, match=message):
         wrap_self_distill(small_backbone(), exits=exits)

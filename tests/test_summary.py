@@ -16,7 +16,12 @@ def test_rows_add_up():
     model = small_model()
     rows = model.summary((3, 64, 64))
     assert [(row.exit, row.module) for row in rows] == [
-        (0, "layer1"), (1, "layer2"), (2, "layer3"), (3, "layer4"), ("ensemble", "layer4")]
+        (0, "layer1"),
+        (1, "layer2"),
+        (2, "layer3"),
+        (3, "layer4"),
+        ("ensemble", "layer4"),
+    ]
     assert [row.head_params for row in rows[:3]] == [sum(p.numel() for p in head.parameters()) for head in model.heads]
     assert (rows.plain.head_params, rows.plain.head_macs, rows.plain.share) == (0, 0, 1.0)
     assert rows.plain.params == sum(p.numel() for p in model.backbone.parameters())

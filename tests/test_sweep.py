@@ -1,4 +1,5 @@
 """The sweep's checks on real tensors for small networks of many families; `benchmarks/sweep.py` does them all."""
+
 import json
 
 import pytest
@@ -6,11 +7,36 @@ import pytest
 from .conftest import ROOT, run_python
 
 SMALL = [  # a network of each of 30 classes
-    "test_mambaout", "lcnet_035", "test_byobnet", "test_convnext", "test_vit", "ghostnet_050", "repghostnet_050",
-    "test_efficientnet", "efficientvit_m0", "test_coatnet", "starnet_s050", "test_vit_relpos", "efficientvit_b0",
-    "test_resnet", "cpubone_nano", "regnetx_002", "efficientvim_m1", "shvit_s1", "edgenext_xx_small", "test_nfnet",
-    "levit_128s", "fasternet_t0", "cspnext_tiny", "rexnet_100", "pit_ti_224", "deit_tiny_distilled_patch16_224",
-    "crossvit_tiny_240", "coat_tiny", "swin_s3_tiny_224", "vgg11",
+    "test_mambaout",
+    "lcnet_035",
+    "test_byobnet",
+    "test_convnext",
+    "test_vit",
+    "ghostnet_050",
+    "repghostnet_050",
+    "test_efficientnet",
+    "efficientvit_m0",
+    "test_coatnet",
+    "starnet_s050",
+    "test_vit_relpos",
+    "efficientvit_b0",
+    "test_resnet",
+    "cpubone_nano",
+    "regnetx_002",
+    "efficientvim_m1",
+    "shvit_s1",
+    "edgenext_xx_small",
+    "test_nfnet",
+    "levit_128s",
+    "fasternet_t0",
+    "cspnext_tiny",
+    "rexnet_100",
+    "pit_ti_224",
+    "deit_tiny_distilled_patch16_224",
+    "crossvit_tiny_240",
+    "coat_tiny",
+    "swin_s3_tiny_224",
+    "vgg11",
 ]
 
 

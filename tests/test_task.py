@@ -16,7 +16,8 @@ def test_a_timm_training_task_that_gives_the_terms_of_its_loss():
     assert set(result) == {"loss", "output", "label_loss", "distill_loss", "hint_loss"}
     assert result["output"].shape == (2, 10)
     torch.testing.assert_close(
-        result["loss"], result["label_loss"] + 0.4 * result["distill_loss"] + 0.5 * result["hint_loss"])
+        result["loss"], result["label_loss"] + 0.4 * result["distill_loss"] + 0.5 * result["hint_loss"]
+    )
     result["loss"].backward()
     assert all(p.grad is not None for p in task.parameters())
 
@@ -65,7 +66,8 @@ def test_clipping_leaves_out_every_classifier_as_timm_leaves_out_the_one_of_a_pl
     clipped = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
     left_out = {name for name, p in model.named_parameters() if id(p) not in clipped}
     plain = [id(p) for p in ClassificationTask(model.backbone, verbose=False).get_clip_parameters(exclude_head=True)]
-    assert left_out == {f"{module}.fc.{part}" for module in ("backbone", "heads.0", "heads.1", "heads.2")
-                        for part in ("weight", "bias")}
+    assert left_out == {
+        f"{module}.fc.{part}" for module in ("backbone", "heads.0", "heads.1", "heads.2") for part in ("weight", "bias")
+    }
     assert {id(p) for p in model.backbone.parameters()} & clipped == set(plain)
     assert len(list(task.get_clip_parameters())) == len(list(model.parameters()))

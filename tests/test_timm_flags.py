@@ -1,4 +1,5 @@
 """The flags of timm's train.py mean here what they mean there."""
+
 import copy
 import math
 from pathlib import Path
@@ -45,17 +46,25 @@ def parse(*flags: object):
 
 
 def described(optimizer: torch.optim.Optimizer) -> list[dict]:
-    return [{key: [p.shape for p in value] if key == "params" else tuple(value) if isinstance(value, list) else value
-             for key, value in group.items()} for group in optimizer.param_groups]
+    return [
+        {
+            key: [p.shape for p in value] if key == "params" else tuple(value) if isinstance(value, list) else value
+            for key, value in group.items()
+        }
+        for group in optimizer.param_groups
+    ]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--opt", "lamb", "--lr", 5e-3, "--weight-decay", 0.02, "--opt-eps", 1e-6],
-    ["--opt", "adamw", "--opt-betas", 0.9, 0.95, "--opt-eps", 1e-7],
-    ["--opt", "adamw", "--layer-decay", 0.6, "--layer-decay-min-scale", 0.2],
-    ["--opt", "rmsproptf", "--momentum", 0.9, "--opt-kwargs", "alpha=0.95"],
-    ["--opt", "sgd", "--opt-kwargs", "nesterov=False"],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--opt", "lamb", "--lr", 5e-3, "--weight-decay", 0.02, "--opt-eps", 1e-6],
+        ["--opt", "adamw", "--opt-betas", 0.9, 0.95, "--opt-eps", 1e-7],
+        ["--opt", "adamw", "--layer-decay", 0.6, "--layer-decay-min-scale", 0.2],
+        ["--opt", "rmsproptf", "--momentum", 0.9, "--opt-kwargs", "alpha=0.95"],
+        ["--opt", "sgd", "--opt-kwargs", "nesterov=False"],
+    ],
+)
 def test_the_optimizer(flags):
     args, model = parse(*flags), small_backbone("test_vit")
     expected = create_optimizer_v2(copy.deepcopy(model), **optimizer_kwargs(args), **args.opt_kwargs)
@@ -69,23 +78,31 @@ def test_layers_that_are_not_trained():
     optimizer = create_optimizer(model, TrainConfig(opt="adamw", layer_decay=0.5, layer_decay_no_opt_scale=0.2))
     assert any(not p.requires_grad for p in model.parameters())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == sum(
-        p.requires_grad for p in model.parameters())
+        p.requires_grad for p in model.parameters()
+    )
 
 
 def test_a_setting_that_the_optimizer_does_not_take():
-    for config, message in ((TrainConfig(opt_betas=(0.9, 0.99)), "sgd has no betas; leave opt_betas out"),
-                            (TrainConfig(opt_eps=1e-3), "sgd has no eps; leave opt_eps out"),
-                            (TrainConfig(opt_kwargs={"size": 3}), "sgd does not take one of its settings: .*'size'")):
+    for config, message in (
+        (TrainConfig(opt_betas=(0.9, 0.99)), "sgd has no betas; leave opt_betas out"),
+        (TrainConfig(opt_eps=1e-3), "sgd has no eps; leave opt_eps out"),
+        (TrainConfig(opt_kwargs={"size": 3}), "sgd does not take one of its settings: .*'size'"),
+    ):
         with pytest.raises(ValueError, match=f"the optimizer {message}"):
             create_optimizer(small_backbone(), config)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--sched", "cosine", "--lr-cycle-limit", 3, "--lr-cycle-mul", 1.5, "--lr-cycle-decay", 0.3],
-    ["--sched", "poly", "--lr-k-decay", 0.7], ["--sched", "cosine", "--lr-k-decay", 1.5],
-    ["--sched", "cosine", "--lr-noise", 0.4, 0.9, "--lr-noise-pct", 0.5, "--lr-noise-std", 0.8],
-    ["--sched", "step", "--decay-epochs", 2, "--dr", 0.3], ["--sched", "cosine", "--lr-noise", 0.5],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sched", "cosine", "--lr-cycle-limit", 3, "--lr-cycle-mul", 1.5, "--lr-cycle-decay", 0.3],
+        ["--sched", "poly", "--lr-k-decay", 0.7],
+        ["--sched", "cosine", "--lr-k-decay", 1.5],
+        ["--sched", "cosine", "--lr-noise", 0.4, 0.9, "--lr-noise-pct", 0.5, "--lr-noise-std", 0.8],
+        ["--sched", "step", "--decay-epochs", 2, "--dr", 0.3],
+        ["--sched", "cosine", "--lr-noise", 0.5],
+    ],
+)
 def test_the_schedule(flags, tmp_path):
     """Of every update of a run, against timm's own with the same flags, stepped by update."""
     args = parse("--lr", 0.4, "--epochs", 6, "-b", 8, "-j", 0, "--output", tmp_path, *flags)
@@ -100,20 +117,40 @@ def test_the_schedule(flags, tmp_path):
         assert trainer.update.optimizer.param_groups[0]["lr"] == reference.param_groups[0]["lr"], position
 
 
-@pytest.mark.parametrize("flags", [
-    ["--reprob", 0.3, "--remode", "rand", "--recount", 3], ["--reprob", 0.2],
-    ["--color-jitter", 0.3, "--color-jitter-prob", 0.8, "--grayscale-prob", 0.2, "--gaussian-blur-prob", 0.1],
-    ["--aa", "rand-m9-mstd0.5", "--scale", 0.08, 1.0], ["--aa", "3a"], ["--no-aug"],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--reprob", 0.3, "--remode", "rand", "--recount", 3],
+        ["--reprob", 0.2],
+        ["--color-jitter", 0.3, "--color-jitter-prob", 0.8, "--grayscale-prob", 0.2, "--gaussian-blur-prob", 0.1],
+        ["--aa", "rand-m9-mstd0.5", "--scale", 0.08, 1.0],
+        ["--aa", "3a"],
+        ["--no-aug"],
+    ],
+)
 def test_the_transform(flags):
     args = parse(*flags)
     config = {**resolve_model_data_config(small_backbone()), "interpolation": "random"}
     own = create_train_transform(config, **_augmentation(args))
-    rest = {"no_aug": True} if args.no_aug else {
-        "train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,
-        "vflip": args.vflip, "color_jitter": args.color_jitter, "color_jitter_prob": args.color_jitter_prob,
-        "grayscale_prob": args.grayscale_prob, "gaussian_blur_prob": args.gaussian_blur_prob,
-        "auto_augment": args.aa, "re_prob": args.reprob, "re_mode": args.remode, "re_count": args.recount}
+    rest = (
+        {"no_aug": True}
+        if args.no_aug
+        else {
+            "train_crop_mode": args.train_crop_mode,
+            "scale": args.scale,
+            "ratio": args.ratio,
+            "hflip": args.hflip,
+            "vflip": args.vflip,
+            "color_jitter": args.color_jitter,
+            "color_jitter_prob": args.color_jitter_prob,
+            "grayscale_prob": args.grayscale_prob,
+            "gaussian_blur_prob": args.gaussian_blur_prob,
+            "auto_augment": args.aa,
+            "re_prob": args.reprob,
+            "re_mode": args.remode,
+            "re_count": args.recount,
+        }
+    )
     expected = create_transform(**config, is_training=True, **rest)
     assert str(own) == str(expected)
     if args.reprob:
@@ -125,8 +162,12 @@ def test_clipping(mode, tmp_path):
     torch.manual_seed(0)
     task = SelfDistillTask(small_model())
     data = [(torch.randn(3, 32, 32), index % 10) for index in range(8)]
-    trainer = Trainer(task, data, data, TrainConfig(
-        output=str(tmp_path / "run"), batch_size=4, workers=0, clip_grad=1e-3, clip_mode=mode))
+    trainer = Trainer(
+        task,
+        data,
+        data,
+        TrainConfig(output=str(tmp_path / "run"), batch_size=4, workers=0, clip_grad=1e-3, clip_mode=mode),
+    )
     model = trainer.update.plain_task.get_trainable_module()
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -139,12 +180,16 @@ def test_clipping(mode, tmp_path):
         torch.testing.assert_close(own.grad, p.grad)
 
 
-@pytest.mark.parametrize(("flags", "images", "expected"), [
-    (["--lr-base", 0.1], 512, 0.2), (["--lr-base", 0.1, "--opt", "adamw"], 1024, 0.2),
-    (["--lr-base", 0.1, "--opt", "lamb", "--lr-base-scale", "linear"], 1024, 0.4),
-    (["--lr-base", 0.1, "--lr-base-size", 64], 128, 0.2),
-    (["--lr-base", 0.1, "--lr-base-scale", "sqrt"], 1024, 0.2),
-])
+@pytest.mark.parametrize(
+    ("flags", "images", "expected"),
+    [
+        (["--lr-base", 0.1], 512, 0.2),
+        (["--lr-base", 0.1, "--opt", "adamw"], 1024, 0.2),
+        (["--lr-base", 0.1, "--opt", "lamb", "--lr-base-scale", "linear"], 1024, 0.4),
+        (["--lr-base", 0.1, "--lr-base-size", 64], 128, 0.2),
+        (["--lr-base", 0.1, "--lr-base-scale", "sqrt"], 1024, 0.2),
+    ],
+)
 def test_the_learning_rate_by_the_size_of_the_batch(flags, images, expected):
     assert math.isclose(base_lr(train_config(parse(*flags)), images), expected)
 
@@ -158,9 +203,26 @@ def test_a_learning_rate_of_its_own_comes_first(tmp_path):
 
 
 def test_the_network(tmp_path):
-    args = parse("--model", "test_efficientnet", "--bn-eps", 0.01, "--bn-momentum", 0.3, "--gp", "max",
-                 "--model-kwargs", "act_layer=gelu", "--input-size", 1, 64, 64, "--head-init-scale", 0.0,
-                 "--head-init-bias", -2)
+    args = parse(
+        "--model",
+        "test_efficientnet",
+        "--bn-eps",
+        0.01,
+        "--bn-momentum",
+        0.3,
+        "--gp",
+        "max",
+        "--model-kwargs",
+        "act_layer=gelu",
+        "--input-size",
+        1,
+        64,
+        64,
+        "--head-init-scale",
+        0.0,
+        "--head-init-bias",
+        -2,
+    )
     model = _create_backbone(args, IMAGES)
     norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
     assert {(norm.eps, norm.momentum) for norm in norms} == {(0.01, 0.3)}
@@ -178,39 +240,52 @@ def test_the_network(tmp_path):
         assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), whole(x))
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--input-size", 3, 64, 32], "--input-size 3 64 32: images are read as squares"),
-    (["--input-size", 3, 64, 64, "--img-size", 32], "--input-size 3 64 64 and --img-size 32 contradict"),
-    (["--input-size", 3, 64, 64, "--in-chans", 1], "--input-size 3 64 64 and --in-chans 1 contradict"),
-    (["--weight-decey", 0.1], "unrecognized arguments: --weight-decey; did you mean --weight-decay"),
-    (["--opt-beta", "x"], "--opt-betas"),
-    (["--model-kwargs", "foo"], "--model-kwargs: expected NAME=VALUE, got 'foo'"),
-    (["-b", "many"], "invalid batch_size value: 'many'"), (["--opt", "adma"], "'adma'; did you mean .*adam"),
-    (["--kd-loss-type", "mse"], "--kd-loss-type: invalid choice: 'mse'"),
-    (["--hflip", 7], "--hflip is a probability, in .0, 1., got 7"), (["--drop-path", 3], "--drop-path is a rate"),
-    (["--scale", 2, 1], "--scale is the least and the most, got 2.0 1.0"), (["--scale", 0.08], "--scale is the least"),
-    (["--recount", 0], "--recount must be at least 1"), (["--bce-pos-weight", -1], "--bce-pos-weight must be > 0"),
-    (["--lr-noise", 0.9, 0.2], "lr_noise must be one share of the run, or two that increase"),
-    (["--decay-milestones", 3, 2], "decay_milestones must increase"),
-    (["--decay-epochs", 0], "decay_epochs must be > 0"),
-    (["--lr-base-size", 8], "lr_base_size and lr_base_scale are of lr_base, which is not given"),
-    (["--sched", "plateau", "--start-epoch", 2], "plateau goes by the metrics of all epochs"),
-    (["--clip-mode", "all"], "--clip-mode: invalid choice: 'all'"),
-    (["--lr-base-scale", "cubic"], "--lr-base-scale: invalid choice: 'cubic'"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input-size", 3, 64, 32], "--input-size 3 64 32: images are read as squares"),
+        (["--input-size", 3, 64, 64, "--img-size", 32], "--input-size 3 64 64 and --img-size 32 contradict"),
+        (["--input-size", 3, 64, 64, "--in-chans", 1], "--input-size 3 64 64 and --in-chans 1 contradict"),
+        (["--weight-decey", 0.1], "unrecognized arguments: --weight-decey; did you mean --weight-decay"),
+        (["--opt-beta", "x"], "--opt-betas"),
+        (["--model-kwargs", "foo"], "--model-kwargs: expected NAME=VALUE, got 'foo'"),
+        (["-b", "many"], "invalid batch_size value: 'many'"),
+        (["--opt", "adma"], "'adma'; did you mean .*adam"),
+        (["--kd-loss-type", "mse"], "--kd-loss-type: invalid choice: 'mse'"),
+        (["--hflip", 7], "--hflip is a probability, in .0, 1., got 7"),
+        (["--drop-path", 3], "--drop-path is a rate"),
+        (["--scale", 2, 1], "--scale is the least and the most, got 2.0 1.0"),
+        (["--scale", 0.08], "--scale is the least"),
+        (["--recount", 0], "--recount must be at least 1"),
+        (["--bce-pos-weight", -1], "--bce-pos-weight must be > 0"),
+        (["--lr-noise", 0.9, 0.2], "lr_noise must be one share of the run, or two that increase"),
+        (["--decay-milestones", 3, 2], "decay_milestones must increase"),
+        (["--decay-epochs", 0], "decay_epochs must be > 0"),
+        (["--lr-base-size", 8], "lr_base_size and lr_base_scale are of lr_base, which is not given"),
+        (["--sched", "plateau", "--start-epoch", 2], "plateau goes by the metrics of all epochs"),
+        (["--clip-mode", "all"], "--clip-mode: invalid choice: 'all'"),
+        (["--lr-base-scale", "cubic"], "--lr-base-scale: invalid choice: 'cubic'"),
+    ],
+)
 def test_flags_that_are_wrong(flags, message):
     with pytest.raises(ValueError, match=message):
         train_config(parse(*flags))
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--model-kwargs", "depth=99"], "test_resnet does not take all of --model-kwargs: .*'depth'; leave out"),
-    (["--model-kwargs", "block=1"], "test_resnet does not take all of --model-kwargs: "),
-    (["--model-kwargs", "num_classes=4"], "--model-kwargs num_classes has a flag of its own; give --num-classes"),
-    (["--model", "test_vit", "--drop-block", 0.1], "test_vit does not take all of --drop-block: "),
-    (["--model", "test_vit", "--aug-splits", 2, "--split-bn"], "--split-bn is of batch norm, which test_vit does not"),
-    (["--model", "resnet180"], "timm has no model resnet180; did you mean .*resnet18"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model-kwargs", "depth=99"], "test_resnet does not take all of --model-kwargs: .*'depth'; leave out"),
+        (["--model-kwargs", "block=1"], "test_resnet does not take all of --model-kwargs: "),
+        (["--model-kwargs", "num_classes=4"], "--model-kwargs num_classes has a flag of its own; give --num-classes"),
+        (["--model", "test_vit", "--drop-block", 0.1], "test_vit does not take all of --drop-block: "),
+        (
+            ["--model", "test_vit", "--aug-splits", 2, "--split-bn"],
+            "--split-bn is of batch norm, which test_vit does not",
+        ),
+        (["--model", "resnet180"], "timm has no model resnet180; did you mean .*resnet18"),
+    ],
+)
 def test_a_model_that_does_not_take_its_arguments(flags, message):
     with pytest.raises(ValueError, match=message):
         _create_backbone(parse("--model", "test_resnet", *flags), IMAGES)
@@ -277,23 +352,45 @@ def three_classes(tmp_path):
 def test_the_order_of_classes_by_a_file(three_classes, tmp_path):
     """The file lies in the folder of the images; later commands know the order."""
     (three_classes / "map.txt").write_text("cat\nelk\nant\nbee\n")
-    run_python("-m", "timm_selfdistill", "train", three_classes, "--class-map", "map.txt", "--model", "test_resnet",
-               "-b", 4, "-j", 0, "--epochs", 1, "--output", tmp_path / "run")
+    run_python(
+        "-m",
+        "timm_selfdistill",
+        "train",
+        three_classes,
+        "--class-map",
+        "map.txt",
+        "--model",
+        "test_resnet",
+        "-b",
+        4,
+        "-j",
+        0,
+        "--epochs",
+        1,
+        "--output",
+        tmp_path / "run",
+    )
     model = SelfDistillModel.from_pretrained(tmp_path / "run/best")
     assert (model.pretrained_cfg["label_names"], model.num_classes) == (["cat", "elk", "ant", "bee"], 4)
     images = in_mapped_order(load_images(three_classes), three_classes / "map.txt", None)
     train, _ = images.transformed(resolve_model_data_config(model.backbone))
     assert {Path(row["image"]["path"]).parent.name: train[index][1] for index, row in enumerate(train.rows)} == {
-        "cat": 0, "ant": 2, "bee": 3}
+        "cat": 0,
+        "ant": 2,
+        "bee": 3,
+    }
     assert "found: " not in run_python("-m", "timm_selfdistill", "evaluate", tmp_path / "run/best").stderr
 
 
-@pytest.mark.parametrize(("name", "text", "error", "message"), [
-    ("nowhere.txt", None, FileNotFoundError, "class map nowhere.txt does not exist"),
-    ("map.txt", "ant\nbee\n", ValueError, "map.txt has 2 classes .*it lacks 'cat'; add"),
-    ("map.txt", "ant\nbee\ncat\nant\n", ValueError, "map.txt names 'ant' twice"),
-    ("map.pkl", "ant", ValueError, "map.pkl must be a text file .*pickled"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "error", "message"),
+    [
+        ("nowhere.txt", None, FileNotFoundError, "class map nowhere.txt does not exist"),
+        ("map.txt", "ant\nbee\n", ValueError, "map.txt has 2 classes .*it lacks 'cat'; add"),
+        ("map.txt", "ant\nbee\ncat\nant\n", ValueError, "map.txt names 'ant' twice"),
+        ("map.pkl", "ant", ValueError, "map.pkl must be a text file .*pickled"),
+    ],
+)
 def test_class_maps_that_cannot_be(name, text, error, message, three_classes):
     if text:
         (three_classes / name).write_text(text)
@@ -304,7 +401,12 @@ def test_class_maps_that_cannot_be(name, text, error, message, three_classes):
 def test_a_class_map_with_more_classes(three_classes):
     (three_classes / "map.txt").write_text("cat\nant\nbee\nelk\n")
     assert in_mapped_order(load_images(three_classes), "map.txt", three_classes, 5).class_names == [
-        "cat", "ant", "bee", "elk", "4"]
+        "cat",
+        "ant",
+        "bee",
+        "elk",
+        "4",
+    ]
     with pytest.raises(ValueError, match="map.txt has 4 classes, and num_classes is 3"):
         in_mapped_order(load_images(three_classes), "map.txt", three_classes, 3)
 
@@ -333,11 +435,20 @@ def test_kinds_of_distillation_of_timm(monkeypatch):
     assert type(create_task(kd_args(), student, lambda: None)) is LogitDistillationTask
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--kd-distill-type", "feature", "--kd-temperature", 2], "--kd-temperature belongs to --kd-distill-type logit"),
-    (["--kd-token-distill-type", "hard"], "--kd-token-distill-type belongs to --kd-distill-type token, which is logit"),
-    (["--kd-student-feature-dim", 64], "--kd-student-feature-dim belongs to --kd-distill-type feature"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--kd-distill-type", "feature", "--kd-temperature", 2],
+            "--kd-temperature belongs to --kd-distill-type logit",
+        ),
+        (
+            ["--kd-token-distill-type", "hard"],
+            "--kd-token-distill-type belongs to --kd-distill-type token, which is logit",
+        ),
+        (["--kd-student-feature-dim", 64], "--kd-student-feature-dim belongs to --kd-distill-type feature"),
+    ],
+)
 def test_flags_of_other_kinds_of_distillation(flags, message):
     with pytest.raises(ValueError, match=message):
         check_method_flags(kd_args(*flags))
@@ -374,8 +485,12 @@ def test_a_backend_compiles_the_model(tmp_path):
     config = TrainConfig(output=str(tmp_path / "run"), epochs=1, batch_size=4, workers=0, torchcompile="eager")
     assert Trainer(SelfDistillTask(small_model()), data, data, config).fit().summary
     with pytest.raises(RuntimeError, match="no_such_backend"):
-        Trainer(SelfDistillTask(small_model()), data, data, TrainConfig(
-            output=str(tmp_path / "other"), batch_size=4, workers=0, torchcompile="no_such_backend"))
+        Trainer(
+            SelfDistillTask(small_model()),
+            data,
+            data,
+            TrainConfig(output=str(tmp_path / "other"), batch_size=4, workers=0, torchcompile="no_such_backend"),
+        )
 
 
 def test_cutmix_between_two_sizes():
@@ -392,7 +507,10 @@ def test_weights_and_biases():
     args = parse("--log-wandb", "--wandb-project", "shoes", "--wandb-tags", "a", "b", "--report-to", "tensorboard")
     config = train_config(args)
     assert (config.report_to, config.wandb_project, config.wandb_tags) == (
-        ("tensorboard", "wandb"), "shoes", ("a", "b"))
+        ("tensorboard", "wandb"),
+        "shoes",
+        ("a", "b"),
+    )
     assert "log_wandb" not in config.to_dict()
     for flags in (["--wandb-project", "shoes"], ["--wandb-tags", "a"]):
         with pytest.raises(ValueError, match="are for the tracker wandb; add it to report_to"):
@@ -408,8 +526,8 @@ def test_binary_cross_entropy_and_what_distills_with_it(flags, teacher):
     logits = torch.randn(3, 5, 7, dtype=torch.double)
     target = torch.rand(5, 7, dtype=torch.double)
     label_loss = BinaryCrossEntropy(
-        smoothing=0.0, target_threshold=args.bce_target_thresh, sum_classes=args.bce_sum,
-        pos_weight=args.bce_pos_weight)
+        smoothing=0.0, target_threshold=args.bce_target_thresh, sum_classes=args.bce_sum, pos_weight=args.bce_pos_weight
+    )
     terms = loss.terms(SelfDistillOutput(tuple(logits), tuple(logits)), target)
     labels = torch.stack([label_loss(z, target) for z in logits])
     weights = torch.tensor([0.6, 0.6, 0.6 if teacher == "ensemble" else 1.0])
@@ -431,23 +549,52 @@ def test_the_binary_loss_is_finite_for_any_logits():
         assert all(z.grad.isfinite().all() for z in logits)
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--bce-loss", "--method", "kd", "--kd-model-name", "resnet18"], "--bce-loss .*--method kd compares the softm"),
-    (["--bce-loss", "--method", "dml"], "--method dml compares the softmaxes"),
-    (["--bce-sum"], "--bce-sum belongs to --bce-loss, which is off"),
-    (["--bce-pos-weight", 2], "--bce-pos-weight belongs to --bce-loss"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--bce-loss", "--method", "kd", "--kd-model-name", "resnet18"],
+            "--bce-loss .*--method kd compares the softm",
+        ),
+        (["--bce-loss", "--method", "dml"], "--method dml compares the softmaxes"),
+        (["--bce-sum"], "--bce-sum belongs to --bce-loss, which is off"),
+        (["--bce-pos-weight", 2], "--bce-pos-weight belongs to --bce-loss"),
+    ],
+)
 def test_binary_flags_that_do_not_fit(flags, message):
     with pytest.raises(ValueError, match=message):
         check_method_flags(parse(*flags))
 
 
-@pytest.mark.parametrize("more", [
-    [], ["--mixup", 0.2], ["--smoothing", 0.1, "--bce-sum"], ["--method", "plain", "--model-kwargs", "act_layer=gelu"],
-    ["--method", "dsn"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--mixup", 0.2],
+        ["--smoothing", 0.1, "--bce-sum"],
+        ["--method", "plain", "--model-kwargs", "act_layer=gelu"],
+        ["--method", "dsn"],
+    ],
+)
 def test_a_run_with_binary_cross_entropy(more, few_images, tmp_path):
-    run_python("examples/train.py", few_images, "--model", "test_resnet", "--img-size", 32, "-b", 32, "-j", 0,
-               "--epochs", 1, "--bce-loss", "--output", tmp_path / "run", *more)
+    run_python(
+        "examples/train.py",
+        few_images,
+        "--model",
+        "test_resnet",
+        "--img-size",
+        32,
+        "-b",
+        32,
+        "-j",
+        0,
+        "--epochs",
+        1,
+        "--bce-loss",
+        "--output",
+        tmp_path / "run",
+        *more,
+    )
     settings = read_metrics(tmp_path / "run/best")["settings"]
     assert settings["bce_loss"]
     if settings["method"] == "self-distill":
@@ -483,24 +630,67 @@ def test_every_flag_of_timms_script_is_known_with_its_names_values_and_type():
         found = getattr(own[name].type, "__name__", None)
         wanted = {"warmup_epochs": "float", "batch_size": "batch_size", "worker_seeding": None, "fuser": None}
         assert found in (wanted.get(name, flag["type"]), flag["type"] and (None if flag["type"] == "str" else ...)) or (
-            name in PASSED_OVER), name
+            name in PASSED_OVER
+        ), name
 
 
-@pytest.mark.parametrize("changes", [
-    {"bce_loss": True, "opt": "lamb", "lr_base": 5e-3, "mixup": 0.1, "cutmix": 1.0, "aa": "rand-m6-mstd0.5",
-     "aug_repeats": 3, "bce_target_thresh": 0.2, "cooldown_epochs": 1},
-    {"model": "test_vit", "img_size": 160, "opt": "adamw", "layer_decay": 0.7, "opt_betas": [0.9, 0.98], "lr": 1e-3,
-     "model_kwargs": {"qkv_bias": False}, "drop_path": 0.1},
-    {"opt": "rmsproptf", "lr": 0.02, "lr_noise": [0.42, 0.9], "model_ema": True, "sched": "step", "decay_rate": 0.97,
-     "decay_epochs": 2.4, "opt_eps": 0.001, "warmup_lr": 1e-6},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "bce_loss": True,
+            "opt": "lamb",
+            "lr_base": 5e-3,
+            "mixup": 0.1,
+            "cutmix": 1.0,
+            "aa": "rand-m6-mstd0.5",
+            "aug_repeats": 3,
+            "bce_target_thresh": 0.2,
+            "cooldown_epochs": 1,
+        },
+        {
+            "model": "test_vit",
+            "img_size": 160,
+            "opt": "adamw",
+            "layer_decay": 0.7,
+            "opt_betas": [0.9, 0.98],
+            "lr": 1e-3,
+            "model_kwargs": {"qkv_bias": False},
+            "drop_path": 0.1,
+        },
+        {
+            "opt": "rmsproptf",
+            "lr": 0.02,
+            "lr_noise": [0.42, 0.9],
+            "model_ema": True,
+            "sched": "step",
+            "decay_rate": 0.97,
+            "decay_epochs": 2.4,
+            "opt_eps": 0.001,
+            "warmup_lr": 1e-6,
+        },
+    ],
+)
 def test_an_args_file_trains_as_it_is(changes, few_images, tmp_path):
     """An epoch; optimizer, schedule, loss and transforms are those that timm's own factories build of the same
     arguments."""
-    file = timm_file(tmp_path, **{
-        "model": "test_resnet", "epochs": 1, "batch_size": 16, "workers": 0, "num_classes": 10, "img_size": 32,
-        "data_dir": str(few_images), "warmup_epochs": 0, "output": str(tmp_path), "experiment": "run", "pin_mem": True,
-        **changes})
+    file = timm_file(
+        tmp_path,
+        **{
+            "model": "test_resnet",
+            "epochs": 1,
+            "batch_size": 16,
+            "workers": 0,
+            "num_classes": 10,
+            "img_size": 32,
+            "data_dir": str(few_images),
+            "warmup_epochs": 0,
+            "output": str(tmp_path),
+            "experiment": "run",
+            "pin_mem": True,
+            **changes,
+        },
+    )
     done = run_python("-m", "timm_selfdistill", "train", "--config", file, cwd=tmp_path)
     assert f"{file}: passed over, since they change nothing here: pin_mem\n" in done.stdout
     assert (tmp_path / "run/best/config.json").is_file()
@@ -510,15 +700,26 @@ def test_an_args_file_trains_as_it_is(changes, few_images, tmp_path):
     model = _create_backbone(args, IMAGES)
     if wanted.lr is None:
         wanted.lr = config.lr = base_lr(config, 16)
-    optimizer, expected = create_optimizer(model, config), create_optimizer_v2(
-        copy.deepcopy(model), **optimizer_kwargs(wanted), **wanted.opt_kwargs)
+    optimizer, expected = (
+        create_optimizer(model, config),
+        create_optimizer_v2(copy.deepcopy(model), **optimizer_kwargs(wanted), **wanted.opt_kwargs),
+    )
     assert described(optimizer) == described(expected)
-    schedules = [create_scheduler_v2(which, **scheduler_kwargs(settings))[0]
-                 for which, settings in ((optimizer, config), (expected, wanted))]
+    schedules = [
+        create_scheduler_v2(which, **scheduler_kwargs(settings))[0]
+        for which, settings in ((optimizer, config), (expected, wanted))
+    ]
     assert len((tmp_path / "run/history.csv").read_text().splitlines()) == 2 + wanted.cooldown_epochs
     assert str(create_train_transform(data_config := resolve_model_data_config(model), **_augmentation(args))) == str(
-        create_transform(**data_config, is_training=True, scale=wanted.scale, ratio=wanted.ratio,
-                         color_jitter=wanted.color_jitter, auto_augment=wanted.aa))
+        create_transform(
+            **data_config,
+            is_training=True,
+            scale=wanted.scale,
+            ratio=wanted.ratio,
+            color_jitter=wanted.color_jitter,
+            auto_augment=wanted.aa,
+        )
+    )
     label_loss = exit_loss(vars(args)).label_loss
     assert (label_loss is None) == (not wanted.bce_loss)
     if label_loss:
@@ -531,26 +732,41 @@ def test_an_args_file_trains_as_it_is(changes, few_images, tmp_path):
         assert described(optimizer) == described(expected)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"tta": 3}, "args.yaml: tta 3 cannot be done: validation looks at each image once"),
-    ({"naflex_loader": True}, "args.yaml: naflex_loader True cannot be done: NaFlex models"),
-    ({"torchscript": True}, "args.yaml: torchscript True cannot be done: torch.jit"),
-    ({"muon_lr": 0.1, "zeta": 1}, "args.yaml: unknown here, .* of another version of timm may be: muon_lr, zeta;"),
-    ({"clip_mode": "all"}, "args.yaml: .*--clip-mode: invalid choice: 'all'"),
-    ({"val_split": ""}, "args.yaml: an empty val_split cannot be done: a run is always measured"),
-    ({"dist_bn": ""}, "args.yaml: an empty dist_bn cannot be done"),
-    ({"sched": ""}, "unknown schedule ''"), ({"input_img_mode": "L"}, "input_img_mode L cannot be done"),
-    ({"kd_model_name": "resnet18", "kd_loss_type": "mse"}, "kd_loss_type mse cannot be done: timm has kl alone"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tta": 3}, "args.yaml: tta 3 cannot be done: validation looks at each image once"),
+        ({"naflex_loader": True}, "args.yaml: naflex_loader True cannot be done: NaFlex models"),
+        ({"torchscript": True}, "args.yaml: torchscript True cannot be done: torch.jit"),
+        ({"muon_lr": 0.1, "zeta": 1}, "args.yaml: unknown here, .* of another version of timm may be: muon_lr, zeta;"),
+        ({"clip_mode": "all"}, "args.yaml: .*--clip-mode: invalid choice: 'all'"),
+        ({"val_split": ""}, "args.yaml: an empty val_split cannot be done: a run is always measured"),
+        ({"dist_bn": ""}, "args.yaml: an empty dist_bn cannot be done"),
+        ({"sched": ""}, "unknown schedule ''"),
+        ({"input_img_mode": "L"}, "input_img_mode L cannot be done"),
+        ({"kd_model_name": "resnet18", "kd_loss_type": "mse"}, "kd_loss_type mse cannot be done: timm has kl alone"),
+    ],
+)
 def test_an_args_file_that_cannot_be_done(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         train_config(parse("--config", timm_file(tmp_path, **changes)))
 
 
-@pytest.mark.parametrize("changes", [
-    {"bce_target_thresh": 0.2}, {"bce_loss": True, "smoothing": 0.0}, {"wandb_project": "shoes"}, {"apex_amp": False},
-    {"torchcompile_mode": "max-autotune"}, {"opt_eps": 1e-3, "opt_betas": [0.9, 0.99]}, {"epoch_repeats": 2.0},
-    {"train_num_samples": 100}, {"drop_connect": 0.2}, {"sched": "step", "cooldown_epochs": 10}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bce_target_thresh": 0.2},
+        {"bce_loss": True, "smoothing": 0.0},
+        {"wandb_project": "shoes"},
+        {"apex_amp": False},
+        {"torchcompile_mode": "max-autotune"},
+        {"opt_eps": 1e-3, "opt_betas": [0.9, 0.99]},
+        {"epoch_repeats": 2.0},
+        {"train_num_samples": 100},
+        {"drop_connect": 0.2},
+        {"sched": "step", "cooldown_epochs": 10},
+    ],
+)
 def test_what_timm_ignores_is_passed_over(changes, tmp_path, capsys):
     args = parse("--config", timm_file(tmp_path, **changes))
     train_config(args)
@@ -595,11 +811,39 @@ def test_flags_by_hand_win_over_the_file(tmp_path):
 
 def test_timms_defaults(tmp_path):
     ours, timms = parse("--timm-defaults"), SimpleNamespace(**yaml.safe_load(ARGS.read_text()))
-    for name in ("model", "smoothing", "weight_decay", "epochs", "batch_size", "warmup_epochs", "lr_base",
-                 "decay_epochs", "workers", "checkpoint_hist", "sched_on_updates", "opt", "momentum", "sched",
-                 "warmup_lr", "min_lr", "decay_rate", "hflip", "vflip", "color_jitter", "reprob", "remode", "recount",
-                 "mixup", "cutmix",
-                 "clip_mode", "lr_noise_pct", "lr_cycle_decay", "model_ema_decay", "seed", "train_interpolation"):
+    for name in (
+        "model",
+        "smoothing",
+        "weight_decay",
+        "epochs",
+        "batch_size",
+        "warmup_epochs",
+        "lr_base",
+        "decay_epochs",
+        "workers",
+        "checkpoint_hist",
+        "sched_on_updates",
+        "opt",
+        "momentum",
+        "sched",
+        "warmup_lr",
+        "min_lr",
+        "decay_rate",
+        "hflip",
+        "vflip",
+        "color_jitter",
+        "reprob",
+        "remode",
+        "recount",
+        "mixup",
+        "cutmix",
+        "clip_mode",
+        "lr_noise_pct",
+        "lr_cycle_decay",
+        "model_ema_decay",
+        "seed",
+        "train_interpolation",
+    ):
         assert getattr(ours, name) == getattr(timms, name), name
     assert list(ours.scale) == timms.scale
     assert parse("--timm-defaults", "--epochs", 5).epochs == 5
@@ -607,8 +851,21 @@ def test_timms_defaults(tmp_path):
 
 
 def test_a_schedule_by_epoch(tmp_path):
-    args = parse("--no-sched-on-updates", "--lr", 0.4, "--epochs", 4, "--warmup-epochs", 2, "-b", 8, "-j", 0,
-                 "--output", tmp_path)
+    args = parse(
+        "--no-sched-on-updates",
+        "--lr",
+        0.4,
+        "--epochs",
+        4,
+        "--warmup-epochs",
+        2,
+        "-b",
+        8,
+        "-j",
+        0,
+        "--output",
+        tmp_path,
+    )
     data = [(torch.zeros(3, 32, 32), index % 10) for index in range(32)]
     trainer = Trainer(SelfDistillTask(small_model()), data, data, train_config(args))
     reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.lr)

@@ -1,4 +1,5 @@
 """timm's own functions on wrapped and truncated models, beside the same functions on the plain network."""
+
 import copy
 import json
 import pickle
@@ -19,8 +20,16 @@ from timm_selfdistill.heads import LinearHead
 from .conftest import small_backbone, small_model
 
 NAMES = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet"]
-ATTRIBUTES = ["pretrained_cfg", "default_cfg", "feature_info", "num_features", "head_hidden_size", "num_classes",
-              "in_chans", "_traits"]
+ATTRIBUTES = [
+    "pretrained_cfg",
+    "default_cfg",
+    "feature_info",
+    "num_features",
+    "head_hidden_size",
+    "num_classes",
+    "in_chans",
+    "_traits",
+]
 
 
 def variants(model) -> list[nn.Module]:
@@ -43,8 +52,14 @@ def test_attributes_are_the_backbones_own(name):
 def test_preprocessing_is_the_networks_wherever_it_is_asked_for(name, tmp_path):
     backbone = small_backbone(name)
     backbone.pretrained_cfg.update(
-        input_size=(3, 77, 77), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="nearest", crop_pct=0.7,
-        test_input_size=(3, 88, 88), test_crop_pct=0.8)
+        input_size=(3, 77, 77),
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+        interpolation="nearest",
+        crop_pct=0.7,
+        test_input_size=(3, 88, 88),
+        test_crop_pct=0.8,
+    )
     model = wrap_self_distill(backbone)
     for number, made in enumerate(variants(model)):
         assert resolve_model_data_config(made)["mean"] == (0.1, 0.2, 0.3)
@@ -53,9 +68,11 @@ def test_preprocessing_is_the_networks_wherever_it_is_asked_for(name, tmp_path):
                 expected = resolve(backbone, use_test_size=use_test_size)
                 assert resolve(made, use_test_size=use_test_size) == expected
         assert resolve_data_config({"crop_pct": 0.5}, model=made) == resolve_data_config(
-            {"crop_pct": 0.5}, model=backbone)
+            {"crop_pct": 0.5}, model=backbone
+        )
         assert str(create_transform(**resolve_model_data_config(made))) == str(
-            create_transform(**resolve_model_data_config(backbone)))
+            create_transform(**resolve_model_data_config(backbone))
+        )
         made.save_pretrained(tmp_path / str(number), check=False)
         plain = timm.create_model(f"local-dir:{tmp_path}/0", pretrained=True)
         loaded = resolve_model_data_config(load_pretrained(tmp_path / str(number)))
@@ -80,7 +97,7 @@ def test_features_and_head_in_two_steps_are_the_logits(name):
             assert made.forward_head(features, pre_logits=True).shape == (2, made.head_hidden_size)
             if exit != -1:
                 assert features.shape[1] == made.num_features == made.feature_info[-1]["num_chs"]
-                assert made.feature_info == model.feature_info[:len(made.feature_info)]
+                assert made.feature_info == model.feature_info[: len(made.feature_info)]
                 assert made.feature_info[-1]["module"] == model.exits[exit]
     with pytest.raises(ValueError, match="ensemble .*several levels.*call the model itself"):
         model.truncate("ensemble").forward_head(features)
@@ -140,8 +157,15 @@ def test_test_time_pooling_says_what_to_do():
 
 
 @pytest.mark.parametrize("head", ["bottleneck", "attention", "linear", LinearHead])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet",
-                                  pytest.param("deit_tiny_distilled_patch16_224", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_resnet",
+        "test_vit",
+        "test_efficientnet",
+        pytest.param("deit_tiny_distilled_patch16_224", marks=pytest.mark.slow),
+    ],
+)
 def test_other_classes_renew_all_classifiers(name, head, tmp_path):
     model = wrap_self_distill(small_backbone(name, num_classes=10), head=head, model_args={"num_classes": 10}).eval()
     model.early_exit = {"policy": "confidence", "thresholds": [0.5] * len(model.stages)}
@@ -152,8 +176,11 @@ def test_other_classes_renew_all_classifiers(name, head, tmp_path):
     assert not any(module.training for module in model.modules())
     x = torch.randn(2, *model.pretrained_cfg["input_size"])
     assert {logits.shape for logits in model.forward_exits(x).logits} == {(2, 4)}
-    kept = {key for key, value in model.backbone.state_dict().items()
-            if value.shape == features[key].shape and torch.equal(value, features[key])}
+    kept = {
+        key
+        for key, value in model.backbone.state_dict().items()
+        if value.shape == features[key].shape and torch.equal(value, features[key])
+    }
     assert {key.split(".")[0] for key in features.keys() - kept} <= {"fc", "head", "head_dist", "classifier"}
     EarlyExit(model, 0.5).predict(x)
     model.save_pretrained(tmp_path)
@@ -192,8 +219,7 @@ def test_classes_that_cannot_be_learned_are_refused():
     assert model.backbone.global_pool.pool_type == "max"
 
 
-@pytest.mark.parametrize("name", [
-    "test_vit", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["test_vit", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)])
 def test_another_input_size(name, tmp_path):
     size = 96 if name == "test_vit" else 128
     made_for = timm.create_model(name, num_classes=10).pretrained_cfg["input_size"][-1]

@@ -1,4 +1,5 @@
 """One exit as a network of its own."""
+
 import json
 import re
 
@@ -18,8 +19,20 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout",
-                                  "test_nfnet", "test_byobnet", "crossvit_tiny_240", "hrnet_w18_small"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_resnet",
+        "test_vit",
+        "test_convnext",
+        "test_efficientnet",
+        "test_mambaout",
+        "test_nfnet",
+        "test_byobnet",
+        "crossvit_tiny_240",
+        "hrnet_w18_small",
+    ],
+)
 def test_it_says_what_predict_says_and_the_model_stays_as_it_was(name):
     model = small_model(name).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}

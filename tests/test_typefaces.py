@@ -1,4 +1,5 @@
 """The data sets of typefaces, built from the fonts that matplotlib brings."""
+
 from pathlib import Path
 
 import datasets
@@ -10,8 +11,11 @@ from .conftest import ROOT
 
 SAMPLE = ROOT / "tests/data/typefaces"
 FONTS = Path(matplotlib.get_data_path()) / "fonts/ttf"
-FILES = {"fonts-sans": ["DejaVuSans.ttf", "DejaVuSans-Bold.ttf"], "fonts-mono": ["DejaVuSansMono.ttf"],
-         "fonts-serif": ["DejaVuSerif.ttf", "STIXSizOneSymReg.ttf"]}
+FILES = {
+    "fonts-sans": ["DejaVuSans.ttf", "DejaVuSans-Bold.ttf"],
+    "fonts-mono": ["DejaVuSansMono.ttf"],
+    "fonts-serif": ["DejaVuSerif.ttf", "STIXSizOneSymReg.ttf"],
+}
 
 
 @pytest.fixture
@@ -30,8 +34,10 @@ def from_matplotlib(typefaces, monkeypatch):
 
 def test_every_letter_and_digit_of_every_font_is_in_one_split(from_matplotlib, tmp_path):
     from_matplotlib.build(list(FILES), 4, tmp_path)
-    splits = {name: datasets.Dataset.from_parquet(str(tmp_path / f"families/{name}.parquet"))
-              for name in ("train", "validation", "test")}
+    splits = {
+        name: datasets.Dataset.from_parquet(str(tmp_path / f"families/{name}.parquet"))
+        for name in ("train", "validation", "test")
+    }
     assert [len(rows) for rows in splits.values()] == [150, 50, 4 * 62 - 200]
     assert splits["train"].features["label"].names == ["fonts-mono", "fonts-sans", "fonts-serif"]
     labels = np.concatenate([rows["label"] for rows in splits.values()])
@@ -44,8 +50,10 @@ def test_every_letter_and_digit_of_every_font_is_in_one_split(from_matplotlib, t
 
 def test_no_family_of_the_characters_is_in_two_splits(from_matplotlib, tmp_path):
     from_matplotlib.build(list(FILES), 4, tmp_path)
-    counts = [datasets.Dataset.from_parquet(str(tmp_path / f"characters/{name}.parquet")).num_rows
-              for name in ("train", "validation", "test")]
+    counts = [
+        datasets.Dataset.from_parquet(str(tmp_path / f"characters/{name}.parquet")).num_rows
+        for name in ("train", "validation", "test")
+    ]
     assert sorted(counts) == [62, 62, 124]
     rows = datasets.Dataset.from_parquet(str(tmp_path / "characters/train.parquet"))
     assert rows.features["label"].names[9:12] == ["9", "A", "B"]
@@ -54,8 +62,10 @@ def test_no_family_of_the_characters_is_in_two_splits(from_matplotlib, tmp_path)
 def test_two_builds_give_the_same_bytes(from_matplotlib, tmp_path):
     for name in ("one", "two"):
         from_matplotlib.build(list(FILES), 4, tmp_path / name)
-    one, two = ({path.relative_to(folder): path.read_bytes() for path in folder.glob("*/*")}
-                for folder in (tmp_path / "one", tmp_path / "two"))
+    one, two = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.glob("*/*")}
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
     assert one == two
     assert len(one) == 6
     assert from_matplotlib.read_digests(tmp_path / "one") == from_matplotlib.read_digests(tmp_path / "two")

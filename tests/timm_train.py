@@ -2,6 +2,7 @@
 
 The lines that docs/own_loop.md adds to train.py are executed here. Writes output/distilled/ to the current folder.
 """
+
 import argparse
 import re
 from functools import partial
@@ -47,9 +48,17 @@ def train(epochs, resume=None):
     data_config = resolve_data_config(vars(args), model=names["model"])
     assert data_config == resolve_data_config(vars(args), model=backbone)
     autocast = partial(torch.autocast, device_type="cpu", dtype=torch.bfloat16)
-    loaders = [create_loader(
-        create_dataset("", root="images", split=split), data_config["input_size"], batch_size=32,
-        is_training=split == "train", device=device, num_workers=0) for split in ("train", "validation")]
+    loaders = [
+        create_loader(
+            create_dataset("", root="images", split=split),
+            data_config["input_size"],
+            batch_size=32,
+            is_training=split == "train",
+            device=device,
+            num_workers=0,
+        )
+        for split in ("train", "validation")
+    ]
     exec(tasked, names)
     task = names["task"]
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.01, weight_decay=2e-5)
@@ -60,8 +69,14 @@ def train(epochs, resume=None):
     task.compile(backend="eager", mode=None)
     model, eval_model = task.get_trainable_module(), task.get_eval_model()
     task.compile_ema(backend="eager", mode=None)
-    saver = CheckpointSaver(model=model, optimizer=optimizer, args=args, task=task, checkpoint_dir="output/distilled",
-                            recovery_dir="output/distilled")
+    saver = CheckpointSaver(
+        model=model,
+        optimizer=optimizer,
+        args=args,
+        task=task,
+        checkpoint_dir="output/distilled",
+        recovery_dir="output/distilled",
+    )
     for epoch in range(start, epochs):
         task.get_trainable_module().train()
         for step, (x, y) in enumerate(loaders[0]):

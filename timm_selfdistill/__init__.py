@@ -1,4 +1,5 @@
 """Self-distillation for any timm model."""
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,14 @@ __all__ = [
 ]
 
 
-IMPORTED_LATER = {"SelfDistillTask": ".task", "TrainConfig": ".training", "TrainResult": ".training",
-                  "Trainer": ".training", "load_images": ".training", "model_data_config": ".training"}
+IMPORTED_LATER = {
+    "SelfDistillTask": ".task",
+    "TrainConfig": ".training",
+    "TrainResult": ".training",
+    "Trainer": ".training",
+    "load_images": ".training",
+    "model_data_config": ".training",
+}
 """With the first of these names comes what trains, and with it `timm.task` and Accelerate."""
 
 

@@ -1,4 +1,5 @@
 """python -m timm_selfdistill: the command timm-selfdistill."""
+
 from timm_selfdistill.cli.main import main
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What an exit costs: parameters and multiply-adds, counted on the meta device, and time."""
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,9 +52,9 @@ class Cost(NamedTuple):
 
 
 def count_cost(
-        model: nn.Module,
-        input_size: tuple[int, int, int],
-        call: Callable[[Any, Tensor], Any] = nn.Module.__call__,
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    call: Callable[[Any, Tensor], Any] = nn.Module.__call__,
 ) -> Cost:
     """Parameters used and multiply-adds of `call(model, x)` in eval mode, for one image.
 
@@ -75,7 +76,8 @@ def count_cost(
 
 
 def _run_counted(
-        caller: "_Caller", tensors: dict[str, Tensor], device: torch.device, input_size: tuple[int, int, int]) -> Cost:
+    caller: "_Caller", tensors: dict[str, Tensor], device: torch.device, input_size: tuple[int, int, int]
+) -> Cost:
     params = [p for p in dict.fromkeys(tensors.values()) if isinstance(p, nn.Parameter)]
     dtype = next((p.dtype for p in params if p.is_floating_point()), torch.float32)
     x = torch.zeros(1, *input_size, device=device, dtype=dtype)
@@ -88,16 +90,25 @@ def _run_counted(
 
 
 def measure_speedups(
-        model: nn.Module, plain: Callable[[Tensor], Any], calls: list[Callable[[Tensor], Any]], x: Tensor,
-        rounds: int = 15, seconds: float = 5.0,
+    model: nn.Module,
+    plain: Callable[[Tensor], Any],
+    calls: list[Callable[[Tensor], Any]],
+    x: Tensor,
+    rounds: int = 15,
+    seconds: float = 5.0,
 ) -> list[float]:
     """Time of `plain(x)` over the time of each call, in eval mode: medians of `time_ratios`."""
     return [median(ratios) for ratios in time_ratios(model, plain, calls, x, rounds, seconds)]
 
 
 def time_ratios(
-        model: nn.Module, plain: Callable[[Tensor], Any], calls: list[Callable[[Tensor], Any]], x: Tensor,
-        rounds: int = 15, seconds: float = 5.0, at_least: int = 1,
+    model: nn.Module,
+    plain: Callable[[Tensor], Any],
+    calls: list[Callable[[Tensor], Any]],
+    x: Tensor,
+    rounds: int = 15,
+    seconds: float = 5.0,
+    at_least: int = 1,
 ) -> list[list[float]]:
     """Time of `plain(x)` over the time of each call, in eval mode: for each call the ratios of all rounds, in each of
     which all calls run in turn.

@@ -3,6 +3,7 @@
 A head maps its stage's feature map to `(logits, feature)`: logits (B, K), and a feature (B, D, H', W') with the
 teacher's D channels at about the teacher's resolution, which the hint loss compares with the teacher's own feature.
 """
+
 from collections.abc import Callable
 from inspect import signature
 from itertools import pairwise
@@ -62,7 +63,8 @@ class BottleneckHead(nn.Module):
         stride = 2 if _halvings(stage, teacher) else 1
         self.bottleneck = nn.Sequential(
             *(self._conv(chs, out_chs, stride) for chs, out_chs in pairwise(channels)),
-            ConvNormAct(channels[-1], teacher.channels, 1, apply_act=False))
+            ConvNormAct(channels[-1], teacher.channels, 1, apply_act=False),
+        )
         self.act = nn.ReLU()
         self.fc = nn.Linear(teacher.channels, num_classes)
         self.apply(_init_weights)
@@ -91,7 +93,8 @@ class AttentionHead(BottleneckHead):
         super().__init__(stage, teacher, num_classes, width)
         squeezed = max(stage.channels // 4, 8)
         self.attention = nn.Sequential(
-            SeparableConvNormAct(stage.channels, squeezed, 3, stride=2), nn.Conv2d(squeezed, stage.channels, 1))
+            SeparableConvNormAct(stage.channels, squeezed, 3, stride=2), nn.Conv2d(squeezed, stage.channels, 1)
+        )
         self.attention.apply(_init_weights)
 
     def _conv(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -126,12 +129,12 @@ HEADS: dict[str, HeadFactory] = {"bottleneck": BottleneckHead, "attention": Atte
 
 
 def create_head(
-        head: str | HeadFactory,
-        stage: Stage,
-        teacher: Stage,
-        num_classes: int,
-        head_args: dict[str, Any] | None = None,
-        model_name: str = "the model",
+    head: str | HeadFactory,
+    stage: Stage,
+    teacher: Stage,
+    num_classes: int,
+    head_args: dict[str, Any] | None = None,
+    model_name: str = "the model",
 ) -> nn.Module:
     """Build the head of one stage.
 
@@ -150,7 +153,8 @@ def create_head(
     factory = HEADS[head] if isinstance(head, str) else head
     if not callable(factory) or isinstance(factory, nn.Module):
         raise TypeError(
-            f"head must be one of {names} or a callable that makes a module for each stage, got {type(head).__name__}")
+            f"head must be one of {names} or a callable that makes a module for each stage, got {type(head).__name__}"
+        )
     where, head_args = f"head {head!r} of {model_name} at {stage}", head_args or {}
     try:
         parameters = signature(factory)
@@ -190,7 +194,8 @@ def check_output(output: Any, x: Tensor, num_classes: int, channels: int, where:
     if not fits or len(shapes[1]) != 4 or shapes[1][:2] != (batch, channels):
         raise ValueError(
             f"the head of {where} must return logits {(batch, num_classes)} and a feature ({batch}, {channels}, H, W),"
-            f" got {shapes}; mend the callable that was given as head")
+            f" got {shapes}; mend the callable that was given as head"
+        )
     logits, feature = parts
     return logits, feature
 

@@ -1,4 +1,5 @@
 """The self-distillation loss: what measured best, and that of "Be Your Own Teacher", ICCV 2019, arXiv:1905.08094."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -55,15 +56,15 @@ class SelfDistillLoss(nn.Module):
     """
 
     def __init__(
-            self,
-            temperature: float = 3.0,
-            alpha: float = 0.3,
-            beta: float = 0.03,
-            label_loss: LabelLoss | None = None,
-            hint: str | None = None,
-            teacher: str = "ensemble",
-            t_squared: bool = True,
-            distill: str = "softmax",
+        self,
+        temperature: float = 3.0,
+        alpha: float = 0.3,
+        beta: float = 0.03,
+        label_loss: LabelLoss | None = None,
+        hint: str | None = None,
+        teacher: str = "ensemble",
+        t_squared: bool = True,
+        distill: str = "softmax",
     ):
         super().__init__()
         if not 0 < temperature < float("inf"):
@@ -138,7 +139,8 @@ class SelfDistillLoss(nn.Module):
         target = _check_target(target, logits[-1])
         if self.label_loss is None:
             per_image = F.cross_entropy(
-                _shifted(logits).flatten(0, 1), torch.cat([target] * len(logits)), reduction="none")
+                _shifted(logits).flatten(0, 1), torch.cat([target] * len(logits)), reduction="none"
+            )
             losses = per_image.view(len(logits), -1).mean(1)
         else:
             losses = torch.stack([self.label_loss(z, target) for z in logits])
@@ -170,9 +172,11 @@ class SelfDistillLoss(nn.Module):
         return sum(F.mse_loss(f, teacher) for f in features[:-1])
 
     def extra_repr(self) -> str:
-        return (f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}, hint={self.hint!r},"
-                f" teacher={self.teacher!r}, t_squared={self.t_squared}"
-                + (f", distill={self.distill!r}" if self.distill != "softmax" else ""))
+        return (
+            f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}, hint={self.hint!r},"
+            f" teacher={self.teacher!r}, t_squared={self.t_squared}"
+            + (f", distill={self.distill!r}" if self.distill != "softmax" else "")
+        )
 
 
 def divergence(teacher: Tensor, students: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,4 +1,5 @@
 """One verb turns a timm model into a network that teaches itself."""
+
 import warnings
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def wrap_self_distill(
-        model: nn.Module,
-        *,
-        exits: Sequence[int | str] | None = None,
-        head: str | HeadFactory = "bottleneck",
-        head_args: dict[str, Any] | None = None,
-        model_args: dict[str, Any] | None = None,
-        freeze_backbone: bool = False,
+    model: nn.Module,
+    *,
+    exits: Sequence[int | str] | None = None,
+    head: str | HeadFactory = "bottleneck",
+    head_args: dict[str, Any] | None = None,
+    model_args: dict[str, Any] | None = None,
+    freeze_backbone: bool = False,
 ) -> "SelfDistillModel":
     """Put a shallow classifier at the stage boundaries of a timm model.
 
@@ -53,7 +54,8 @@ def wrap_self_distill(
         ValueError: the model has no classifier, or `exits` or `head` names something unknown.
     """
     return SelfDistillModel(
-        model, exits=exits, head=head, head_args=head_args, model_args=model_args, freeze_backbone=freeze_backbone)
+        model, exits=exits, head=head, head_args=head_args, model_args=model_args, freeze_backbone=freeze_backbone
+    )
 
 
 class TrainedSize:
@@ -113,14 +115,14 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
     """
 
     def __init__(
-            self,
-            model: nn.Module,
-            *,
-            exits: Sequence[int | str] | None = None,
-            head: str | HeadFactory = "bottleneck",
-            head_args: dict[str, Any] | None = None,
-            model_args: dict[str, Any] | None = None,
-            freeze_backbone: bool = False,
+        self,
+        model: nn.Module,
+        *,
+        exits: Sequence[int | str] | None = None,
+        head: str | HeadFactory = "bottleneck",
+        head_args: dict[str, Any] | None = None,
+        model_args: dict[str, Any] | None = None,
+        freeze_backbone: bool = False,
     ):
         super().__init__()
         if isinstance(model, TimmMethods):
@@ -148,7 +150,8 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         """A fresh shallow classifier for every stage, on the backbone's device, in its dtype and this model's mode."""
         heads = nn.ModuleList(
             create_head(self.head, stage, self._last_stage, num_classes, self.head_args, type(self.backbone).__name__)
-            for stage in self.stages)
+            for stage in self.stages
+        )
         move_alike(heads, self.backbone)
         return heads.train(self.training)
 
@@ -228,15 +231,18 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         """Logits (B, K) and feature (B, D, H', W') of a shallow classifier for the feature map of its stage."""
         stage = self.stages[exit]
         where = f"{type(self.backbone).__name__} at {stage}"
-        return check_output(
-            self.heads[exit](feature_map), feature_map, self.num_classes, self.feature_channels, where)
+        return check_output(self.heads[exit](feature_map), feature_map, self.num_classes, self.feature_channels, where)
 
     def run_to(self, exit: int, x: Tensor) -> Tensor:
         """The feature map (B, C, H, W) at a shallow exit for images (B, in_chans, H, W), running no layer behind it."""
         self.note_training(x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            (feature_map,) = self._run(x, lambda x: self.backbone.forward_intermediates(
-                x, indices=[self.stages[exit].index], stop_early=True, intermediates_only=True))
+            (feature_map,) = self._run(
+                x,
+                lambda x: self.backbone.forward_intermediates(
+                    x, indices=[self.stages[exit].index], stop_early=True, intermediates_only=True
+                ),
+            )
         return feature_map
 
     def _run(self, x: Tensor, call: Callable[[Tensor], Any]) -> Any:
@@ -305,7 +311,9 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             warnings.warn(
                 f"the model is saved for images of {height} x {width} pixels, the default of its architecture: its"
                 " weights were loaded from a state dict, which does not hold the size they were trained at; where it"
-                " was another, call set_input_size(PIXELS) before saving", stacklevel=3)
+                " was another, call set_input_size(PIXELS) before saving",
+                stacklevel=3,
+            )
 
     def with_heads(self, heads: nn.ModuleList) -> "SelfDistillModel":
         """The same model, its backbone shared, with other heads of the same kind."""
@@ -326,8 +334,10 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             ValueError: there would be no classes, the backbone is frozen, or a head given as a callable fails.
         """
         if self.freeze_backbone:
-            raise ValueError("the backbone is frozen, so a fresh classifier on it would never learn; train the plain"
-                             " network for its new classes first, then wrap it")
+            raise ValueError(
+                "the backbone is frozen, so a fresh classifier on it would never learn; train the plain"
+                " network for its new classes first, then wrap it"
+            )
         self.reset_heads(num_classes)
         pool = {} if global_pool is None else {"global_pool": global_pool}
         self.backbone.reset_classifier(num_classes, **pool)
@@ -338,7 +348,8 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(
                 f"num_classes must be a whole number of at least 1, got {num_classes!r}; for features without"
-                " classifiers use the plain network, strip()")
+                " classifiers use the plain network, strip()"
+            )
         for exit, head in enumerate(self._create_heads(num_classes)):
             if not isinstance(self.heads[exit], nn.Identity):
                 self.heads[exit] = head
@@ -347,8 +358,11 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         self._update_model_args({"num_classes": num_classes})
 
     def set_input_size(
-            self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None,
-            **more: Any) -> None:
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+        **more: Any,
+    ) -> None:
         """Change the image size that the model is for and is saved with, `input_size`. A backbone that takes one size
         only is changed by its own `set_input_size`; one that takes any size stays as it is.
 
@@ -360,8 +374,10 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         if hasattr(self.backbone, "set_input_size"):
             self.backbone.set_input_size(**sizes)
         elif sizes.keys() - {"img_size"}:
-            raise TypeError(f"{type(self.backbone).__name__} takes images of any size; set_input_size can change its"
-                            f" img_size only, got {', '.join(sizes)}")
+            raise TypeError(
+                f"{type(self.backbone).__name__} takes images of any size; set_input_size can change its"
+                f" img_size only, got {', '.join(sizes)}"
+            )
         channels = self.input_size[0]
         self._trained_size = TrainedSize()
         if img_size is not None:
@@ -407,7 +423,8 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         if "truncated_to" in settings:
             raise ValueError(
                 f"{name} is a truncated model, which has one exit only; load it with"
-                " TruncatedModel.from_pretrained(...)")
+                " TruncatedModel.from_pretrained(...)"
+            )
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *args: Any) -> "SelfDistillModel":

@@ -1,4 +1,5 @@
 """What a self-distilled model and its backbone give."""
+
 from typing import NamedTuple
 
 from torch import Tensor

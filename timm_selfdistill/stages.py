@@ -1,4 +1,5 @@
 """Where the exits stand: the stage boundaries that timm's `feature_info` describes."""
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ def check_timm_classifier(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise TypeError(
             "expected a timm model, got one that torch.compile has wrapped, which can neither be saved nor cut into"
-            " stages; compile last: torch.compile(wrap_self_distill(model))")
+            " stages; compile last: torch.compile(wrap_self_distill(model))"
+        )
     needed = ("feature_info", "forward_intermediates", "forward_head", "pretrained_cfg", "num_classes")
     missing = [name for name in needed if not hasattr(model, name)]
     if not isinstance(model, nn.Module) or missing:
@@ -59,11 +61,13 @@ def check_logits(model: nn.Module, logits: Any, x: Tensor, num_classes: int) -> 
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"{name} gives {len(logits)} logits instead of one in training mode; call its"
-            " set_distilled_training(False), which gives their mean")
+            " set_distilled_training(False), which gives their mean"
+        )
     if logits.shape != shape:
         raise ValueError(
             f"{name} gives logits {tuple(logits.shape)}, expected {shape}; it must pool its features (global_pool), and"
-            " reset_classifier is called on the wrapped model, which then renews all its classifiers")
+            " reset_classifier is called on the wrapped model, which then renews all its classifiers"
+        )
 
 
 def explain_misfit(model: nn.Module, x: Tensor, model_args: dict[str, Any] | None = None) -> str | None:
@@ -130,7 +134,8 @@ def select_stages(model: nn.Module, exits: Sequence[int | str] | None = None) ->
     last = len(stages) - 1
     if last < 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(stages)} feature level(s), but an exit and the teacher need 2")
+            f"{type(model).__name__} has {len(stages)} feature level(s), but an exit and the teacher need 2"
+        )
     if exits is None:
         return choose_exits(model)
 
@@ -143,7 +148,8 @@ def select_stages(model: nn.Module, exits: Sequence[int | str] | None = None) ->
         raise ValueError(f"exits={list(exits)} names no shallow exit; choose from {_describe(stages[:-1])}")
     if chosen != sorted(set(chosen)):
         raise ValueError(
-            f"exits={list(exits)} must be ascending without repeats, shallow to deep: {_describe(stages[:-1])}")
+            f"exits={list(exits)} must be ascending without repeats, shallow to deep: {_describe(stages[:-1])}"
+        )
     return [stages[index] for index in [*chosen, last]]
 
 
@@ -151,7 +157,7 @@ def _count_params(model: nn.Module, name: str) -> int:
     """Parameter tensors up to the end of a module, in the order of registration; 0 where `name` is no module."""
     modules = list(model.named_modules())
     ends = [index for index, (found, _) in enumerate(modules, 1) if f"{found}.".startswith(f"{name}.")]
-    return sum(len(module._parameters) for _, module in modules[:max(ends, default=0)])
+    return sum(len(module._parameters) for _, module in modules[: max(ends, default=0)])
 
 
 def _find_stage(model: nn.Module, stages: list[Stage], exit: int | str) -> int:
@@ -160,7 +166,8 @@ def _find_stage(model: nn.Module, stages: list[Stage], exit: int | str) -> int:
     found = [stage.index for stage in stages if exit in (stage.index, stage.name)]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no level {exit!r} for an exit; choose from {_describe(stages[:-1])}")
+            f"{type(model).__name__} has no level {exit!r} for an exit; choose from {_describe(stages[:-1])}"
+        )
     if len(found) > 1:
         raise ValueError(f"{exit!r} ends the levels {found} of {type(model).__name__}; choose one by its index")
     return found[0]

@@ -1,4 +1,5 @@
 """What each exit costs, as a table."""
+
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -58,8 +59,15 @@ class Summary(tuple[ExitSummary, ...]):
             if row is self.total:
                 table.add_section()
             table.add_row(
-                str(row.exit), row.module, "x".join(map(str, row.feature_shape)), _millions(row.head_params),
-                _millions(row.head_macs), _millions(row.params), _millions(row.macs), f"{row.share:.1%}")
+                str(row.exit),
+                row.module,
+                "x".join(map(str, row.feature_shape)),
+                _millions(row.head_params),
+                _millions(row.head_macs),
+                _millions(row.params),
+                _millions(row.macs),
+                f"{row.share:.1%}",
+            )
         return table
 
     def __str__(self) -> str:
@@ -82,15 +90,23 @@ def summarize(model: Any, stages: list[Stage], input_size: tuple[int, int, int] 
     input_size = expected if input_size is None else input_size
     if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or input_size[0] != expected[0]:
         raise ValueError(f"input_size must be ({expected[0]}, height, width), got {input_size!r}")
-    maps = count_cost(model.backbone, input_size, lambda backbone, x: backbone.forward_intermediates(
-        x, indices=[stage.index for stage in stages], intermediates_only=True)).output
+    maps = count_cost(
+        model.backbone,
+        input_size,
+        lambda backbone, x: backbone.forward_intermediates(
+            x, indices=[stage.index for stage in stages], intermediates_only=True
+        ),
+    ).output
     shapes = [tuple(feature_map.shape[1:]) for feature_map in maps]
     heads = [count_cost(head, shape)[:2] for head, shape in zip(model.heads, shapes)]
     head_costs = [*heads, (0, 0), tuple(map(sum, zip(*heads)))]
-    costs = [count_cost(model, input_size, lambda model, x, exit=exit: model.predict(x, exit))[:2]
-             for exit in [*range(len(stages)), "ensemble"]]
+    costs = [
+        count_cost(model, input_size, lambda model, x, exit=exit: model.predict(x, exit))[:2]
+        for exit in [*range(len(stages)), "ensemble"]
+    ]
     plain_macs = costs[-2][1]
     names = [*enumerate(stage.name for stage in stages), ("ensemble", stages[-1].name)]
     return Summary(
         ExitSummary(*name, shape, *head_cost, *cost, cost[1] / plain_macs)
-        for name, shape, head_cost, cost in zip(names, [*shapes, shapes[-1]], head_costs, costs))
+        for name, shape, head_cost, cost in zip(names, [*shapes, shapes[-1]], head_costs, costs)
+    )

@@ -1,4 +1,5 @@
 """Self distillation as a timm training task."""
+
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -75,11 +76,13 @@ class SelfDistillTask(ClassificationTask):
         model = unwrap_model(self.trainable_module)
         known = model.backbone.pretrained_cfg
         network = {
-            "architecture": known.get("architecture"), "num_classes": model.num_classes,
-            "label_names": known.get("label_names"), "model_args": model.model_args,
+            "architecture": known.get("architecture"),
+            "num_classes": model.num_classes,
+            "label_names": known.get("label_names"),
+            "model_args": model.model_args,
             "pretrained_cfg": resolve_model_data_config(model.backbone) | {"input_size": model.input_size},
-            "self_distill": VERSIONS | {
-                key: value for key, value in model.settings().items() if key != "early_exit"}}
+            "self_distill": VERSIONS | {key: value for key, value in model.settings().items() if key != "early_exit"},
+        }
         return state | {"self_distill": json.loads(json.dumps(network, default=str))}
 
     @property

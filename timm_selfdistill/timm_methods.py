@@ -1,4 +1,5 @@
 """What timm's functions and scripts ask of a model."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -78,10 +79,11 @@ class TimmMethods:
         if not hasattr(self.backbone, "group_matcher"):
             raise ValueError(
                 f"{type(self.backbone).__name__} does not tell its groups of layers (group_matcher), which layer_decay"
-                " needs; leave it out")
+                " needs; leave it out"
+            )
         matcher, prefix = self.backbone.group_matcher(coarse=coarse), self.prefix
         if callable(matcher):
-            return lambda name: matcher(name[len(prefix):]) if name.startswith(prefix) else float("inf")
+            return lambda name: matcher(name[len(prefix) :]) if name.startswith(prefix) else float("inf")
         return {group: _prefixed(pattern, prefix.replace(".", r"\.")) for group, pattern in matcher.items()}
 
     def get_classifier(self, **kwargs: Any) -> Any:

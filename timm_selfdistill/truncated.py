@@ -1,4 +1,5 @@
 """One exit as a network of its own."""
+
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -88,7 +89,7 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
     @property
     def feature_info(self) -> Any:
         info = self.backbone.feature_info
-        return info[:self.model.stages[self.exit].index + 1] if self._is_shallow else info
+        return info[: self.model.stages[self.exit].index + 1] if self._is_shallow else info
 
     @property
     def num_features(self) -> int:
@@ -110,8 +111,10 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
             ValueError: this is the ensemble.
         """
         if self.exit == "ensemble":
-            raise ValueError("the ensemble averages the logits of several levels, which forward_head does not get; call"
-                             " the model itself")
+            raise ValueError(
+                "the ensemble averages the logits of several levels, which forward_head does not get; call"
+                " the model itself"
+            )
         if not self._is_shallow:
             return super().forward_head(x, pre_logits=pre_logits)
         logits, feature = self.model.run_head(self.exit, x)
@@ -131,7 +134,8 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
             self.model.reset_classifier(num_classes, global_pool)
         elif global_pool is not None:
             raise ValueError(
-                f"exit {self.exit} pools with its own classifier; global_pool={global_pool!r} is of the deepest")
+                f"exit {self.exit} pools with its own classifier; global_pool={global_pool!r} is of the deepest"
+            )
         else:
             self.model.reset_heads(num_classes)
             self.whole.reset_classifier(num_classes)
@@ -147,7 +151,8 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
         if "truncated_to" not in settings:
             raise ValueError(
                 f"{name} is a model with all its exits; load it with SelfDistillModel.from_pretrained(...), whose"
-                " truncate(exit) makes one of them a network")
+                " truncate(exit) makes one of them a network"
+            )
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *args: Any) -> "TruncatedModel":
@@ -170,7 +175,10 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
 
 
 def load_pretrained(
-        pretrained_model_name_or_path: str | PathLike, *, revision: str | None = None, **load_args: Any,
+    pretrained_model_name_or_path: str | PathLike,
+    *,
+    revision: str | None = None,
+    **load_args: Any,
 ) -> SelfDistillModel | TruncatedModel:
     """Load a saved model with all its exits or a truncated one, whichever a folder or repository holds.
 

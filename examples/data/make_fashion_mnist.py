@@ -5,6 +5,7 @@ Fashion-MNIST is (c) 2017 Zalando SE, MIT licence (LICENSE-fashion-mnist). Debia
     apt-get install dataset-fashion-mnist
     python examples/data/make_fashion_mnist.py
 """
+
 import gzip
 from pathlib import Path
 

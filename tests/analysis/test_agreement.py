@@ -1,4 +1,5 @@
 """Answers made by hand, whose agreement can be counted on one's fingers."""
+
 from io import StringIO
 
 import pytest
@@ -11,11 +12,13 @@ from timm_selfdistill.analysis import compare_answers, measure_agreement, plot_a
 from ..conftest import small_backbone, small_model
 
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
-ANSWERS = torch.tensor([
-    [0, 0, 1, 1, 1, 1, 0, 1, 2, 0],  # wrong on 2, 3, 6, 9
-    [0, 0, 0, 2, 1, 1, 0, 1, 2, 2],  # wrong on 3, 6
-    [0, 1, 0, 1, 1, 1, 0, 1, 2, 2],  # wrong on 1, 3, 6
-])
+ANSWERS = torch.tensor(
+    [
+        [0, 0, 1, 1, 1, 1, 0, 1, 2, 0],  # wrong on 2, 3, 6, 9
+        [0, 0, 0, 2, 1, 1, 0, 1, 2, 2],  # wrong on 3, 6
+        [0, 1, 0, 1, 1, 1, 0, 1, 2, 2],  # wrong on 1, 3, 6
+    ]
+)
 
 
 def test_hand_made_answers():
@@ -25,10 +28,12 @@ def test_hand_made_answers():
     assert report.same_answer == [pytest.approx(row) for row in ([1, 0.7, 0.7], [0.7, 1, 0.8], [0.7, 0.8, 1])]
     assert report.both_wrong == [pytest.approx(row) for row in ([0.4, 0.2, 0.2], [0.2, 0.2, 0.2], [0.2, 0.2, 0.3])]
     assert report.error_overlap == [
-        pytest.approx(row) for row in ([1, 2 / 4, 2 / 5], [2 / 4, 1, 2 / 3], [2 / 5, 2 / 3, 1])]
+        pytest.approx(row) for row in ([1, 2 / 4, 2 / 5], [2 / 4, 1, 2 / 3], [2 / 5, 2 / 3, 1])
+    ]
     kappa = [(0.8 - 0.56) / (1 - 0.56), (0.7 - 0.54) / (1 - 0.54), (0.9 - 0.62) / (1 - 0.62)]
     assert report.error_kappa == [
-        pytest.approx(row) for row in ([1, kappa[0], kappa[1]], [kappa[0], 1, kappa[2]], [kappa[1], kappa[2], 1])]
+        pytest.approx(row) for row in ([1, kappa[0], kappa[1]], [kappa[0], 1, kappa[2]], [kappa[1], kappa[2], 1])
+    ]
     assert report.overthought == [[1], [1]]
     assert report.any_right == pytest.approx(80)
 
@@ -75,14 +80,17 @@ def test_a_model_is_run_once_for_each_batch(tmp_path):
     assert "exits on 50 images" in out.getvalue()
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (loader(torch.full((4,), -1)), "labels .*0 to 9, got -1 to -1; -1 .*without a label"),
-    (loader(torch.tensor([10])), "labels .*0 to 9, got 10 to 10$"),
-    (loader(torch.rand(4)), r"labels .*\(B,\), got torch.float32 \(4,\)"),
-    (loader(torch.zeros(4, dtype=torch.bool)), r"labels .*\(B,\), got torch.bool \(4,\)"),
-    ([torch.zeros(2, 3, 32, 32)], r"loader .*\(images \(B, C, H, W\), class indices \(B,\)\)"),
-    ([], "loader .*no images"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (loader(torch.full((4,), -1)), "labels .*0 to 9, got -1 to -1; -1 .*without a label"),
+        (loader(torch.tensor([10])), "labels .*0 to 9, got 10 to 10$"),
+        (loader(torch.rand(4)), r"labels .*\(B,\), got torch.float32 \(4,\)"),
+        (loader(torch.zeros(4, dtype=torch.bool)), r"labels .*\(B,\), got torch.bool \(4,\)"),
+        ([torch.zeros(2, 3, 32, 32)], r"loader .*\(images \(B, C, H, W\), class indices \(B,\)\)"),
+        ([], "loader .*no images"),
+    ],
+)
 def test_wrong_data(data, message):
     with pytest.raises(ValueError, match=message):
         measure_agreement(small_model(), data)

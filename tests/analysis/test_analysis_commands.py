@@ -1,4 +1,5 @@
 """flat-minima, gradients, separability and agreement as programs, with right and wrong arguments."""
+
 import json
 import re
 
@@ -46,7 +47,8 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder / "frozen", metrics={"settings": SETTINGS | {"freeze_backbone": True}}, check=False)
     model.truncate(0).save_pretrained(folder / "short", check=False)
     wrap_self_distill(timm.create_model("test_resnet", num_classes=3, in_chans=1)).save_pretrained(
-        folder / "other", check=False)
+        folder / "other", check=False
+    )
     (folder / "afile").write_text("")
     return folder
 
@@ -58,14 +60,33 @@ def written(folder, stem: str) -> dict:
     assert found["device"] == "cpu"
     assert found["batch_size"] in (40, 64)
     assert found["versions"] == {
-        "timm_selfdistill": timm_selfdistill.__version__, "torch": torch.__version__, "timm": timm.__version__}
+        "timm_selfdistill": timm_selfdistill.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
     assert found["hardware"]
     return found["models"]
 
 
 def test_flat_minima_compares_models(call, folder):
-    code, out, _ = call("flat-minima", "plain", "run", "--data", "data", "--levels", "0.3", "0.1", "--draws", "2",
-                        "-j", "1", "--device", "cpu", "--output", "out")
+    code, out, _ = call(
+        "flat-minima",
+        "plain",
+        "run",
+        "--data",
+        "data",
+        "--levels",
+        "0.3",
+        "0.1",
+        "--draws",
+        "2",
+        "-j",
+        "1",
+        "--device",
+        "cpu",
+        "--output",
+        "out",
+    )
     assert code == 0
     assert out.endswith("wrote out/flat_minima.json, out/flat_minima.png\n")
     models = written(folder, "flat_minima")
@@ -74,8 +95,21 @@ def test_flat_minima_compares_models(call, folder):
     assert models["plain"]["images"] == 80
     plain = [row["top1"] for row in models["plain"]["rows"]]
     assert [row["top1"] for row in models["run"]["rows"] if row["exit"] == 1] == plain  # the same weights and noise
-    code, out, _ = call("flat-minima", "run", "--data", "data", "--unscaled", "--levels", "0.01", "--draws", "1",
-                        "--noise-seed", "3", "--output", "out")
+    code, out, _ = call(
+        "flat-minima",
+        "run",
+        "--data",
+        "data",
+        "--unscaled",
+        "--levels",
+        "0.01",
+        "--draws",
+        "1",
+        "--noise-seed",
+        "3",
+        "--output",
+        "out",
+    )
     assert code == 0
     assert "noise the same on every weight; draws: 1, images: 80" in out
     found = written(folder, "flat_minima_unscaled")["run"]
@@ -93,22 +127,30 @@ def test_gradients_measures_models_by_their_own_loss(call, folder):
         assert all(value > 0 for value in report["gradients"])
     assert models["plain"]["criterion"] == "CrossEntropyLoss()"
     assert models["run"]["criterion"] == (
-        "SelfDistillLoss(temperature=2.0, alpha=0.5, beta=0.1, hint=None, teacher='ensemble', t_squared=True)")
+        "SelfDistillLoss(temperature=2.0, alpha=0.5, beta=0.1, hint=None, teacher='ensemble', t_squared=True)"
+    )
 
 
 TRAINED = SETTINGS | {"alpha": 0.3, "hint": "map", "distill_loss_weight": None}
 
 
-@pytest.mark.parametrize(("metrics", "criterion"), [
-    (None, repr(SelfDistillLoss())),
-    ({"settings": {"lr": 0.1}}, repr(SelfDistillLoss())),
-    ({"settings": TRAINED | {"method": "self-distill"}},
-     "SelfDistillLoss(temperature=2.0, alpha=0.3, beta=0.1, hint='map', teacher='ensemble', t_squared=True)"),
-    ({"settings": TRAINED | {"method": "dsn"}},
-     "SelfDistillLoss(temperature=3.0, alpha=0.0, beta=0.0, hint=None, teacher='ensemble', t_squared=True)"),
-    ({"settings": TRAINED | {"method": "dks"}}, "KnowledgeSynergyLoss(distill_loss_weight=1.0)"),
-    ({"settings": {"method": "dks", "distill_loss_weight": 2}}, "KnowledgeSynergyLoss(distill_loss_weight=2)"),
-])
+@pytest.mark.parametrize(
+    ("metrics", "criterion"),
+    [
+        (None, repr(SelfDistillLoss())),
+        ({"settings": {"lr": 0.1}}, repr(SelfDistillLoss())),
+        (
+            {"settings": TRAINED | {"method": "self-distill"}},
+            "SelfDistillLoss(temperature=2.0, alpha=0.3, beta=0.1, hint='map', teacher='ensemble', t_squared=True)",
+        ),
+        (
+            {"settings": TRAINED | {"method": "dsn"}},
+            "SelfDistillLoss(temperature=3.0, alpha=0.0, beta=0.0, hint=None, teacher='ensemble', t_squared=True)",
+        ),
+        ({"settings": TRAINED | {"method": "dks"}}, "KnowledgeSynergyLoss(distill_loss_weight=1.0)"),
+        ({"settings": {"method": "dks", "distill_loss_weight": 2}}, "KnowledgeSynergyLoss(distill_loss_weight=2)"),
+    ],
+)
 def test_the_loss_is_that_of_the_method(metrics, criterion, call, folder):
     model = small_model(in_chans=1)
     model_data_config(model.backbone, 32, 1)
@@ -118,16 +160,19 @@ def test_the_loss_is_that_of_the_method(metrics, criterion, call, folder):
     assert written(folder, "gradients")["own"]["criterion"] == criterion
 
 
-@pytest.mark.parametrize(("metrics", "message"), [
-    ({"settings": [1]}, r"best/config.json .*settings .*got \[1\]"),
-    ({"settings": SETTINGS | {"alpha": "0.3"}}, "best/config.json .*alpha='0.3'"),
-    ({"settings": SETTINGS | {"temperature": None}}, "best/config.json .*temperature=None"),
-    ({"settings": SETTINGS | {"hint": ["map"]}}, r"best/config.json .*hint=\['map'\]"),
-    ({"settings": SETTINGS | {"t_squared": 1}}, "best/config.json .*t_squared=1"),
-    ({"settings": SETTINGS | {"alpha": 2}}, r"best/config.json: .*alpha .*\[0, 1\], got 2"),
-    ({"settings": SETTINGS | {"method": "kd"}}, "best/config.json: .*method .*dsn, self-distill, dks, got 'kd'"),
-    ({"frozen": True}, "run .*frozen backbone.* no gradients"),
-])
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"settings": [1]}, r"best/config.json .*settings .*got \[1\]"),
+        ({"settings": SETTINGS | {"alpha": "0.3"}}, "best/config.json .*alpha='0.3'"),
+        ({"settings": SETTINGS | {"temperature": None}}, "best/config.json .*temperature=None"),
+        ({"settings": SETTINGS | {"hint": ["map"]}}, r"best/config.json .*hint=\['map'\]"),
+        ({"settings": SETTINGS | {"t_squared": 1}}, "best/config.json .*t_squared=1"),
+        ({"settings": SETTINGS | {"alpha": 2}}, r"best/config.json: .*alpha .*\[0, 1\], got 2"),
+        ({"settings": SETTINGS | {"method": "kd"}}, "best/config.json: .*method .*dsn, self-distill, dks, got 'kd'"),
+        ({"frozen": True}, "run .*frozen backbone.* no gradients"),
+    ],
+)
 def test_settings_that_tell_no_loss(metrics, message, call, folder):
     save_metrics(folder / "run/best", metrics)
     code, _, err = call("gradients", "run", "--data", "data")
@@ -157,26 +202,29 @@ def test_agreement(call, folder):
     assert len(report["overthought"]) == 1
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["flat-minima", "--data", "data"], "required: model"),
-    (["flat-minima", "plain"], "plain/best .*images of its run; give --data-dir"),
-    (["flat-minima", "plain", "--data", "data", "--levels", "-1"], r"levels .*above 0, got \[-1.0\]"),
-    (["flat-minima", "plain", "--data", "data", "--draws", "0"], "draws .* 1, got 0"),
-    (["flat-minima", "plain", "nowhere", "--data", "data"], "nowhere .*no folder here"),
-    (["flat-minima", "plain", "--data", "data", "-b", "0"], "--batch-size: .* 1, got 0"),
-    (["flat-minima", "plain", "--data", "data", "-j", "-1"], "--workers: .* 0, got -1"),
-    (["flat-minima", "plain", "--data", "data", "--device", "foo"], "--device: foo .*try --device cpu"),
-    (["flat-minima", "plain", "--data", "data", "--device", "cuda:99"], "--device: cuda:99 .*try --device cpu"),
-    (["gradients", "other", "--data", "data"], "3 classes, and data has 10 "),
-    (["gradients", "frozen", "--data", "data"], "error: frozen .*frozen backbone.* no gradients"),
-    (["gradients", "run", "--data", "data", "--checkpoints"], "run .*checkpoints/; .*--output"),
-    (["gradients", "run", "--data", "nowhere"], "nowhere .*folder or file"),
-    (["separability", "plain", "--data", "data"], "separability .*SelfDistillModel, got ResNet.*wrap_self_distill"),
-    (["separability", "run", "--data", "data", "--classes", "10"], r"classes .*0 to 9, got \[10\]"),
-    (["agreement", "plain", "--data", "data"], "agreement .*SelfDistillModel, got ResNet.*wrap_self_distill"),
-    (["agreement", "short", "--data", "data"], "TruncatedModel, which has one exit only"),
-    (["agreement", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["flat-minima", "--data", "data"], "required: model"),
+        (["flat-minima", "plain"], "plain/best .*images of its run; give --data-dir"),
+        (["flat-minima", "plain", "--data", "data", "--levels", "-1"], r"levels .*above 0, got \[-1.0\]"),
+        (["flat-minima", "plain", "--data", "data", "--draws", "0"], "draws .* 1, got 0"),
+        (["flat-minima", "plain", "nowhere", "--data", "data"], "nowhere .*no folder here"),
+        (["flat-minima", "plain", "--data", "data", "-b", "0"], "--batch-size: .* 1, got 0"),
+        (["flat-minima", "plain", "--data", "data", "-j", "-1"], "--workers: .* 0, got -1"),
+        (["flat-minima", "plain", "--data", "data", "--device", "foo"], "--device: foo .*try --device cpu"),
+        (["flat-minima", "plain", "--data", "data", "--device", "cuda:99"], "--device: cuda:99 .*try --device cpu"),
+        (["gradients", "other", "--data", "data"], "3 classes, and data has 10 "),
+        (["gradients", "frozen", "--data", "data"], "error: frozen .*frozen backbone.* no gradients"),
+        (["gradients", "run", "--data", "data", "--checkpoints"], "run .*checkpoints/; .*--output"),
+        (["gradients", "run", "--data", "nowhere"], "nowhere .*folder or file"),
+        (["separability", "plain", "--data", "data"], "separability .*SelfDistillModel, got ResNet.*wrap_self_distill"),
+        (["separability", "run", "--data", "data", "--classes", "10"], r"classes .*0 to 9, got \[10\]"),
+        (["agreement", "plain", "--data", "data"], "agreement .*SelfDistillModel, got ResNet.*wrap_self_distill"),
+        (["agreement", "short", "--data", "data"], "TruncatedModel, which has one exit only"),
+        (["agreement", "run", "--data", "data", "--split", "nope"], "has no split 'nope'"),
+    ],
+)
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
     code, _, err = call(*arguments)
     assert code == 2
@@ -184,14 +232,17 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
     assert re.search(message, err), err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["flat-minima", "plain", "other"], "3 classes, and data has 10 "),
-    (["gradients", "plain", "other"], "3 classes, and data has 10 "),
-    (["gradients", "plain", "frozen"], "error: frozen .*frozen backbone.* no gradients"),
-    (["gradients", "plain", "run", "--checkpoints"], "plain .*checkpoints/; .*--output"),
-    (["flat-minima", "plain", "--output", "afile"], "afile .*file; .*--output .*folder"),
-    (["agreement", "run", "--output", "afile/folder"], "afile .*file; .*--output .*folder"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["flat-minima", "plain", "other"], "3 classes, and data has 10 "),
+        (["gradients", "plain", "other"], "3 classes, and data has 10 "),
+        (["gradients", "plain", "frozen"], "error: frozen .*frozen backbone.* no gradients"),
+        (["gradients", "plain", "run", "--checkpoints"], "plain .*checkpoints/; .*--output"),
+        (["flat-minima", "plain", "--output", "afile"], "afile .*file; .*--output .*folder"),
+        (["agreement", "run", "--output", "afile/folder"], "afile .*file; .*--output .*folder"),
+    ],
+)
 def test_what_is_wrong_is_found_before_anything_is_measured(arguments, message, call, monkeypatch):
     def measure(*_, **__):
         pytest.fail("measured")
@@ -203,11 +254,15 @@ def test_what_is_wrong_is_found_before_anything_is_measured(arguments, message, 
     assert re.search(message, err), err
 
 
-@pytest.mark.parametrize("make", [
-    lambda: SelfDistillTask(small_model()),
-    lambda: FitNetTask(small_backbone(), small_backbone()),
-    lambda: MutualLearningTask(small_backbone(), small_backbone()),
-], ids=["self-distill", "fitnet", "dml"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SelfDistillTask(small_model()),
+        lambda: FitNetTask(small_backbone(), small_backbone()),
+        lambda: MutualLearningTask(small_backbone(), small_backbone()),
+    ],
+    ids=["self-distill", "fitnet", "dml"],
+)
 def test_checkpoints_hold_the_network_whatever_learns_beside_it(make, tmp_path):
     checkpoints, states = Checkpoints(tmp_path / "checkpoints", keep=2), []
     for step in (3, 7):

@@ -1,4 +1,5 @@
 """Noise on the weights: what it does to a loss whose curvature is known, and that nothing of it stays."""
+
 from io import StringIO
 from math import sqrt
 from statistics import mean, stdev
@@ -21,7 +22,8 @@ from ..conftest import small_backbone, small_model
 def loader(count: int = 40, size: int = 32) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
-        TensorDataset(torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % 10), 20)
+        TensorDataset(torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % 10), 20
+    )
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -46,7 +48,7 @@ def test_a_quadratic_loss_rises_by_half_the_variance_times_the_trace(scaled):
     found = sweep_noise(model, loss, levels=[0.1, 0.5], draws=400, scaled=scaled)
     for level, losses in found.items():
         sigma = level * rms if scaled else level
-        expected = 0.5 * sigma ** 2 * 51
+        expected = 0.5 * sigma**2 * 51
         assert abs(mean(losses) - expected) < 3 * stdev(losses) / sqrt(400)
         assert stdev(losses) / sqrt(400) < 0.05 * expected
     assert torch.equal(model.weight, minimum)
@@ -65,7 +67,7 @@ def test_the_cross_entropy_of_a_linear_classifier_rises_by_its_hessian():
             with shaken(noise, level), torch.no_grad():
                 losses.append(float(F.cross_entropy(model(x), y)))
         rises.append(mean(losses) - untouched)
-    assert abs(mean(rises) - 0.5 * sigma ** 2 * trace) < 3 * stdev(rises) / sqrt(300)
+    assert abs(mean(rises) - 0.5 * sigma**2 * trace) < 3 * stdev(rises) / sqrt(300)
 
 
 def test_noise_is_of_the_size_that_is_asked_for():
@@ -81,7 +83,8 @@ def test_noise_is_of_the_size_that_is_asked_for():
             size = float(before["backbone.layer3.0.conv1.weight"].square().mean().sqrt()) if scaled else 1
             assert float(moved.std()) == pytest.approx(0.1 * size, rel=0.05)
             assert float((model.backbone.layer4[0].bn1.weight - 1).detach().square().mean().sqrt()) == pytest.approx(
-                0.1, rel=0.2)
+                0.1, rel=0.2
+            )
             assert model.backbone.fc.bias.any() != scaled
             buffers = dict(model.named_buffers())
             assert all(torch.equal(buffer, before[name]) for name, buffer in buffers.items())
@@ -141,7 +144,8 @@ def test_a_report_has_every_level_and_exit(tmp_path):
     with torch.no_grad():
         logits = model.forward_exits(x).logits
     assert [row["loss"] for row in report.rows()[:4]] == pytest.approx(
-        [float(F.cross_entropy(part, y)) for part in logits], rel=1e-5)
+        [float(F.cross_entropy(part, y)) for part in logits], rel=1e-5
+    )
     row = report.of_exit(1)[2]
     losses = [exits[1].loss for exits in report.metrics[2]]
     assert (row["loss"], row["loss_std"]) == pytest.approx((mean(losses), stdev(losses)))
@@ -152,8 +156,10 @@ def test_a_report_has_every_level_and_exit(tmp_path):
     Console(file=out, width=160).print(report)
     assert "noise scaled by each tensor; draws: 3, images: 40" in out.getvalue()
     assert out.getvalue().count("±") == 2 * 5 * 2  # two levels, five answers, accuracy and loss
-    plot_flatness(tmp_path / "flat.png", {"plain": measure_flatness(model.backbone, loader(), levels=[0.1], draws=1),
-                                          "self-distilled": report})
+    plot_flatness(
+        tmp_path / "flat.png",
+        {"plain": measure_flatness(model.backbone, loader(), levels=[0.1], draws=1), "self-distilled": report},
+    )
     assert (tmp_path / "flat.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -161,8 +167,10 @@ def test_the_band_goes_from_the_smallest_to_the_largest_draw(monkeypatch):
     """Also where the standard deviation is larger than the mean, which no logarithmic axis could show."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    metrics = [[[ExitMetrics(0, 90.0, 100.0, 0.5)]],
-               [[ExitMetrics(0, top1, 100.0, loss)] for top1, loss in ((80.0, 1.0), (20.0, 30.0), (80.0, 1.0))]]
+    metrics = [
+        [[ExitMetrics(0, 90.0, 100.0, 0.5)]],
+        [[ExitMetrics(0, top1, 100.0, loss)] for top1, loss in ((80.0, 1.0), (20.0, 30.0), (80.0, 1.0))],
+    ]
     plot_flatness("", {"a": FlatMinimaReport([0, 0.1], True, 3, 0, 10, metrics)})
     (figure,) = figures
     for axes, band in zip(figure.axes, ([90, 20, 80], [0.5, 1, 30])):
@@ -181,14 +189,17 @@ def test_noise_that_makes_no_numbers_is_refused_and_taken_back():
         measure_flatness(model, loader(), draws=1)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"levels": []}, r"levels .*above 0, got \[\]"),
-    ({"levels": [0.1, 0]}, r"levels .*above 0, got \[0.1, 0\]"),
-    ({"levels": [0.1, 0.1]}, r"levels .*different .*got \[0.1, 0.1\]"),
-    ({"levels": [float("nan")]}, r"levels .*above 0, got \[nan\]"),
-    ({"draws": 0}, "draws .* 1, got 0"),
-    ({"draws": 1.5}, "draws .*whole number.* 1, got 1.5"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"levels": []}, r"levels .*above 0, got \[\]"),
+        ({"levels": [0.1, 0]}, r"levels .*above 0, got \[0.1, 0\]"),
+        ({"levels": [0.1, 0.1]}, r"levels .*different .*got \[0.1, 0.1\]"),
+        ({"levels": [float("nan")]}, r"levels .*above 0, got \[nan\]"),
+        ({"draws": 0}, "draws .* 1, got 0"),
+        ({"draws": 1.5}, "draws .*whole number.* 1, got 1.5"),
+    ],
+)
 def test_wrong_arguments(arguments, message):
     model = small_backbone()
     model.conv1.register_forward_hook(lambda *_: pytest.fail("measured"))

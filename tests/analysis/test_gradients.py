@@ -1,4 +1,5 @@
 """Gradients of a linear network, by hand; and that measuring them leaves no trace."""
+
 from io import StringIO
 from math import exp
 
@@ -102,16 +103,20 @@ def test_means_are_over_elements_and_batches():
 
 def batches(count: int = 16) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(
-        TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 10), 8)
+    return DataLoader(TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 10), 8)
 
 
 def gradients_by_hand(task: TrainingTask, data: DataLoader, student: nn.Module) -> list[float]:
     """Of a training step, in the convolutions of each stage; the stem counts to the first."""
     task.train()(*next(iter(data)))["loss"].backward()
-    grads = [[p.grad.flatten() for name, p in student.named_parameters()
-              if p.ndim == 4 and (name.startswith(section) or (section == "layer1" and name.startswith("conv1")))]
-             for section in ("layer1", "layer2", "layer3", "layer4")]
+    grads = [
+        [
+            p.grad.flatten()
+            for name, p in student.named_parameters()
+            if p.ndim == 4 and (name.startswith(section) or (section == "layer1" and name.startswith("conv1")))
+        ]
+        for section in ("layer1", "layer2", "layer3", "layer4")
+    ]
     return [float(torch.cat(parts).abs().mean()) for parts in grads]
 
 

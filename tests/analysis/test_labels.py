@@ -1,4 +1,5 @@
 """Labels as loaders may give them."""
+
 import pytest
 import torch
 from torch import Tensor

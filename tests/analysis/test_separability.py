@@ -1,4 +1,5 @@
 """Sums of squares of clusters whose spread is known."""
+
 import re
 from io import StringIO
 
@@ -53,8 +54,8 @@ def test_two_gaussian_clusters():
     features = s * torch.randn(2 * n, dims, generator=generator)
     features[:, 3] += d * (2 * labels - 1)
     sse, ssb = in_batches(features, labels, 2)
-    assert sse == pytest.approx((2 * n - 2) * dims * s ** 2, rel=0.01)
-    assert ssb == pytest.approx(2 * n * d ** 2 + dims * s ** 2, rel=0.02)
+    assert sse == pytest.approx((2 * n - 2) * dims * s**2, rel=0.01)
+    assert ssb == pytest.approx(2 * n * d**2 + dims * s**2, rel=0.02)
     assert (sse, ssb) == pytest.approx(direct(features, labels), rel=1e-9)
 
 
@@ -75,7 +76,11 @@ def test_features_are_what_the_classifiers_are_given(tmp_path):
         assert (row.sse, row.ssb) == pytest.approx(direct(features, y), rel=1e-4)
         assert row.ratio == pytest.approx(row.sse / row.ssb)
     assert [(row.exit, row.module, row.dims) for row in report.rows] == [
-        (0, "layer1", 96), (1, "layer2", 96), (2, "layer3", 96), (3, "layer4", 96)]
+        (0, "layer1", 96),
+        (1, "layer2", 96),
+        (2, "layer3", 96),
+        (3, "layer4", 96),
+    ]
     assert sorted(report.sample_labels.tolist()) == [2] * 6 + [7] * 6
     for sample, features in zip(report.samples, pooled):
         assert torch.allclose(sample, features[(y == 2) | (y == 7)], atol=1e-5)
@@ -150,12 +155,15 @@ def test_axes_of_successive_exits_point_alike(monkeypatch):
         torch.testing.assert_close(drawn, points[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (loader(torch.ones(4, dtype=torch.long)), "all 4 images .*class 1; separability .*two"),
-    (loader(torch.arange(4)), "4 classes .*one image; separability .*two images"),
-    (loader(torch.full((4,), -1)), "labels .*0 to 9, got -1 to -1; -1 .*without a label"),
-    ([], "loader .*no images"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (loader(torch.ones(4, dtype=torch.long)), "all 4 images .*class 1; separability .*two"),
+        (loader(torch.arange(4)), "4 classes .*one image; separability .*two images"),
+        (loader(torch.full((4,), -1)), "labels .*0 to 9, got -1 to -1; -1 .*without a label"),
+        ([], "loader .*no images"),
+    ],
+)
 def test_wrong_data(data, message):
     with pytest.raises(ValueError, match=message):
         measure_separability(small_model(), data)

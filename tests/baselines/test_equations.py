@@ -1,4 +1,5 @@
 """Each method's loss against the equation of its paper, written out in float64."""
+
 import math
 from collections.abc import Callable
 from copy import deepcopy
@@ -74,7 +75,8 @@ def renormalised(x: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
     """Images that are normalised for the student, as the teacher would have them."""
     cfgs = student.pretrained_cfg, teacher.pretrained_cfg
     (mean, std), (other_mean, other_std) = (
-        [torch.tensor(cfg[key]).view(3, 1, 1).to(x) for key in ("mean", "std")] for cfg in cfgs)
+        [torch.tensor(cfg[key]).view(3, 1, 1).to(x) for key in ("mean", "std")] for cfg in cfgs
+    )
     return (x * std + mean - other_mean) / other_std
 
 
@@ -90,11 +92,12 @@ def test_hintons_distillation_is_timms_own():
     student, teacher = pair()
     z, v = leaf(BATCH, CLASSES), leaf(BATCH, CLASSES)
     task = LogitDistillationTask(
-        student, teacher, nn.CrossEntropyLoss(), temperature=4.0, task_loss_weight=0.4, distill_loss_weight=0.7)
+        student, teacher, nn.CrossEntropyLoss(), temperature=4.0, task_loss_weight=0.4, distill_loss_weight=0.7
+    )
     task.trainable_module, task.teacher.model = Given(z), Given(v)
     loss = task(torch.zeros(BATCH, 3, 8, 8), LABELS)["loss"]
     assert gets_no_gradient(loss, v)
-    same(loss, 0.4 * cross_entropy(z) + 0.7 * 4.0 ** 2 * kl(v.detach(), z, 4.0), [z])
+    same(loss, 0.4 * cross_entropy(z) + 0.7 * 4.0**2 * kl(v.detach(), z, 4.0), [z])
 
 
 def test_hintons_teacher_sees_images_in_its_own_normalisation():
@@ -102,7 +105,8 @@ def test_hintons_teacher_sees_images_in_its_own_normalisation():
     task = LogitDistillationTask(student, teacher, nn.CrossEntropyLoss())
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(
-        task.teacher.normalize_input(x, task.student_mean, task.student_std), renormalised(x, student, teacher))
+        task.teacher.normalize_input(x, task.student_mean, task.student_std), renormalised(x, student, teacher)
+    )
 
 
 def fitnet(guided: Tensor, hint: Tensor, regressor: nn.Conv2d) -> Tensor:
@@ -119,23 +123,27 @@ def attention_transfer(maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor
     for own, teacher in zip(maps, teacher_maps):
         for b in range(BATCH):
             q_s, q_t = ((feature[b] ** 2).sum(0).flatten() for feature in (own, teacher))
-            total += ((q_s / torch.sqrt((q_s ** 2).sum()) - q_t / torch.sqrt((q_t ** 2).sum())) ** 2).sum() / (
-                q_s.numel() * BATCH)
+            total += ((q_s / torch.sqrt((q_s**2).sum()) - q_t / torch.sqrt((q_t**2).sum())) ** 2).sum() / (
+                q_s.numel() * BATCH
+            )
     return total
 
 
-@pytest.mark.parametrize(("make", "levels", "equation", "default"), [
-    (FitNetTask, [2], lambda task, own, teacher: fitnet(own[0], teacher[0], task.trainable_module.projection), 100),
-    (AttentionTransferTask, [1, 2, 3, 4], lambda task, own, teacher: attention_transfer(own, teacher), 1000),
-], ids=["fitnet", "at"])
+@pytest.mark.parametrize(
+    ("make", "levels", "equation", "default"),
+    [
+        (FitNetTask, [2], lambda task, own, teacher: fitnet(own[0], teacher[0], task.trainable_module.projection), 100),
+        (AttentionTransferTask, [1, 2, 3, 4], lambda task, own, teacher: attention_transfer(own, teacher), 1000),
+    ],
+    ids=["fitnet", "at"],
+)
 def test_losses_of_feature_maps(make: Callable, levels: list[int], equation: Callable, default: float):
     """The whole task, network and all, in float64; with respect to all weights of student and regressor."""
     task = make(*pair()).double().train()
     student, teacher = deepcopy(task.get_eval_model()), task.teacher.model
     x = torch.randn(BATCH, 3, 64, 64, dtype=torch.float64)
     z, own = student(x), student.forward_intermediates(x, indices=levels, intermediates_only=True)
-    others = teacher.forward_intermediates(
-        renormalised(x, student, teacher), indices=levels, intermediates_only=True)
+    others = teacher.forward_intermediates(renormalised(x, student, teacher), indices=levels, intermediates_only=True)
     assert not teacher.training
 
     got = task(x, LABELS)
@@ -144,9 +152,11 @@ def test_losses_of_feature_maps(make: Callable, levels: list[int], equation: Cal
     torch.testing.assert_close(got["loss"], got["task_loss"] + default * got["kd_loss"])
     got["loss"].backward()
     for name, expected_gradient in zip(
-            dict(student.named_parameters()), torch.autograd.grad(expected, list(student.parameters()))):
+        dict(student.named_parameters()), torch.autograd.grad(expected, list(student.parameters()))
+    ):
         torch.testing.assert_close(
-            task.get_eval_model().get_parameter(name).grad, expected_gradient, rtol=1e-6, atol=1e-9)
+            task.get_eval_model().get_parameter(name).grad, expected_gradient, rtol=1e-6, atol=1e-9
+        )
     assert all(p.grad is not None for p in task.trainable_module.parameters())
     assert all(p.grad is None and not p.requires_grad for p in task.teacher.parameters())
 
@@ -206,17 +216,23 @@ def test_knowledge_synergy_is_of_every_ordered_pair_of_classifiers():
     logits = [leaf(BATCH, CLASSES) for _ in range(3)]
     output = SelfDistillOutput(tuple(logits), tuple(leaf(BATCH, 5, 1, 1) for _ in range(3)))
     expected = sum(cross_entropy(z) for z in logits) + 0.3 * sum(
-        kl(logits[j].detach(), logits[i]) for i in range(3) for j in range(3) if i != j)
+        kl(logits[j].detach(), logits[i]) for i in range(3) for j in range(3) if i != j
+    )
     same(KnowledgeSynergyLoss(distill_loss_weight=0.3)(output, LABELS), expected, logits)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: FitNetTask(*pair()), lambda: AttentionTransferTask(*pair()),
-    lambda: MutualLearningTask(small_backbone(), small_backbone()),
-    lambda: SelfDistillTask(small_model(), KnowledgeSynergyLoss()),
-    lambda: SelfDistillTask(small_model(), deep_supervision_loss()),
-    lambda: LogitDistillationTask(*pair(), nn.CrossEntropyLoss()),
-], ids=["fitnet", "at", "dml", "dks", "dsn", "kd"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FitNetTask(*pair()),
+        lambda: AttentionTransferTask(*pair()),
+        lambda: MutualLearningTask(small_backbone(), small_backbone()),
+        lambda: SelfDistillTask(small_model(), KnowledgeSynergyLoss()),
+        lambda: SelfDistillTask(small_model(), deep_supervision_loss()),
+        lambda: LogitDistillationTask(*pair(), nn.CrossEntropyLoss()),
+    ],
+    ids=["fitnet", "at", "dml", "dks", "dsn", "kd"],
+)
 def test_in_bfloat16_the_loss_is_finite_and_close_to_the_one_in_float32(make: Callable):
     task, x = make().eval(), torch.randn(BATCH, 3, 32, 32)
     exact = task(x, LABELS)["loss"].item()

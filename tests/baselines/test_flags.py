@@ -1,4 +1,5 @@
 """--method and the flags that go with it."""
+
 import re
 
 import pytest
@@ -43,11 +44,17 @@ def build(*argv: str):
     return create_task(parse(*argv), backbone, lambda: small_backbone(in_chans=1))
 
 
-@pytest.mark.parametrize(("argv", "method"), [
-    ([], "self-distill"), (["--baseline"], "plain"), (["--method", "kd", "--kd-model-name", "a", "--no-base"], "kd"),
-    (["--baseline", "--no-baseline"], "self-distill"), (["--baseline", "--method", "dks"], "dks"),
-    (["--method", "dks", "--baseline"], "plain"),
-])
+@pytest.mark.parametrize(
+    ("argv", "method"),
+    [
+        ([], "self-distill"),
+        (["--baseline"], "plain"),
+        (["--method", "kd", "--kd-model-name", "a", "--no-base"], "kd"),
+        (["--baseline", "--no-baseline"], "self-distill"),
+        (["--baseline", "--method", "dks"], "dks"),
+        (["--method", "dks", "--baseline"], "plain"),
+    ],
+)
 def test_baseline_is_another_name_for_the_plain_method(argv, method):
     args = parse(*argv)
     assert args.method == method
@@ -55,61 +62,88 @@ def test_baseline_is_another_name_for_the_plain_method(argv, method):
     assert "baseline" not in train_config(args).settings
 
 
-@pytest.mark.parametrize(("text", "method"), [("method: dsn", "dsn"), ("baseline: true", "plain"),
-                                              ("baseline: false", "self-distill")])
+@pytest.mark.parametrize(
+    ("text", "method"), [("method: dsn", "dsn"), ("baseline: true", "plain"), ("baseline: false", "self-distill")]
+)
 def test_in_a_config_file(text, method, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     assert parse("--config", str(tmp_path / "c.yaml")).method == method
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--method", "kd"], "--method kd .*teacher; .*--kd-model-name, .*local-dir:FOLDER .*hf-hub:ID"),
-    (["--method", "at"], "--method at .*teacher; .*--kd-model-name"),
-    (["--method", "dml", "--kd-model-name", "resnet18"],
-     "^--kd-model-name .*--method kd, fitnet, at, .* dml; leave one out"),
-    (["--kd-temperature", "2"], "^--kd-temperature .*--method kd, .* self-distill; leave one out"),
-    (["--method", "dsn", "--distill-loss-weight", "2"], "--distill-loss-weight .*--method kd, fitnet, at, .* dsn"),
-    (["--method", "dks", "--task-loss-weight", "0"], "^--task-loss-weight .*--method kd, fitnet, at, .* dks"),
-    (["--method", "dks", "--distill-loss-weight", "-1"], "--distill-loss-weight .*>= 0, got -1.0"),
-    (["--method", "dks", "--distill-loss-weight", "nan"], "--distill-loss-weight .*>= 0, got nan"),
-    (["--method", "kd", "--kd-model-name", "a", "--kd-temperature", "0"], "--kd-temperature .*> 0, got 0"),
-    (["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "2"],
-     r"--task-loss-weight.*\[0, 1\], .*got 2.0; .*--distill-loss-weight"),
-    (["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "0", "--distill-loss-weight", "0"],
-     "--task-loss-weight and --distill-loss-weight .*both 0"),
-    (["--method", "at", "--kd-model-name", "a", "--task-loss-weight", "0", "--distill-loss-weight", "0"],
-     "--task-loss-weight and --distill-loss-weight .*both 0"),
-    (["--method", "kd", "--kd-model-name", "a", "--temperature", "8"],
-     "^--temperature .*--method self-distill, .* kd; leave one out"),
-    (["--method", "dsn", "--alpha", "0.3"], "^--alpha .*--method self-distill, .* dsn; leave one out"),
-    (["--method", "dks", "--hint", "map"], "^--hint .*--method self-distill, .* dks; leave one out"),
-    (["--method", "dml", "--no-t-squared"], "^--t-squared .*--method self-distill, .* dml; leave one out"),
-    (["--method", "dks", "--teacher", "ensemble"], "^--teacher .*--method self-distill, .* dks; leave one out"),
-    (["--method", "dks", "--paper"], "^--paper .*--method self-distill, .* dks; leave one out"),
-    (["--method", "dsn", "--beta", "0"], "^--beta .*--method self-distill, .* dsn; leave one out"),
-    (["--method", "fitnet", "--kd-model-name", "a", "--exits", "1"],
-     "^--exits .*--method dsn, self-distill, dks, .* fitnet; leave one out"),
-    (["--method", "at", "--kd-model-name", "a", "--head", "linear"],
-     "^--head .*--method dsn, self-distill, dks, .* at; leave one out"),
-    (["--beta", "0.1"], "--beta 0.1 .*--hint .*none; .*--hint map or --hint pooled"),
-    (["--freeze-backbone", "--hint", "none", "--beta", "0.1"], "--beta 0.1 .*--hint .*none; .*--hint map"),
-    (["--method", "dml", "--initial-checkpoint", "a.pth"],
-     "--initial-checkpoint .*--method dml .*same weights.*leave it out"),
-    (["--method", "foo"], "--method: .*'foo'"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--method", "kd"], "--method kd .*teacher; .*--kd-model-name, .*local-dir:FOLDER .*hf-hub:ID"),
+        (["--method", "at"], "--method at .*teacher; .*--kd-model-name"),
+        (
+            ["--method", "dml", "--kd-model-name", "resnet18"],
+            "^--kd-model-name .*--method kd, fitnet, at, .* dml; leave one out",
+        ),
+        (["--kd-temperature", "2"], "^--kd-temperature .*--method kd, .* self-distill; leave one out"),
+        (["--method", "dsn", "--distill-loss-weight", "2"], "--distill-loss-weight .*--method kd, fitnet, at, .* dsn"),
+        (["--method", "dks", "--task-loss-weight", "0"], "^--task-loss-weight .*--method kd, fitnet, at, .* dks"),
+        (["--method", "dks", "--distill-loss-weight", "-1"], "--distill-loss-weight .*>= 0, got -1.0"),
+        (["--method", "dks", "--distill-loss-weight", "nan"], "--distill-loss-weight .*>= 0, got nan"),
+        (["--method", "kd", "--kd-model-name", "a", "--kd-temperature", "0"], "--kd-temperature .*> 0, got 0"),
+        (
+            ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "2"],
+            r"--task-loss-weight.*\[0, 1\], .*got 2.0; .*--distill-loss-weight",
+        ),
+        (
+            ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "0", "--distill-loss-weight", "0"],
+            "--task-loss-weight and --distill-loss-weight .*both 0",
+        ),
+        (
+            ["--method", "at", "--kd-model-name", "a", "--task-loss-weight", "0", "--distill-loss-weight", "0"],
+            "--task-loss-weight and --distill-loss-weight .*both 0",
+        ),
+        (
+            ["--method", "kd", "--kd-model-name", "a", "--temperature", "8"],
+            "^--temperature .*--method self-distill, .* kd; leave one out",
+        ),
+        (["--method", "dsn", "--alpha", "0.3"], "^--alpha .*--method self-distill, .* dsn; leave one out"),
+        (["--method", "dks", "--hint", "map"], "^--hint .*--method self-distill, .* dks; leave one out"),
+        (["--method", "dml", "--no-t-squared"], "^--t-squared .*--method self-distill, .* dml; leave one out"),
+        (["--method", "dks", "--teacher", "ensemble"], "^--teacher .*--method self-distill, .* dks; leave one out"),
+        (["--method", "dks", "--paper"], "^--paper .*--method self-distill, .* dks; leave one out"),
+        (["--method", "dsn", "--beta", "0"], "^--beta .*--method self-distill, .* dsn; leave one out"),
+        (
+            ["--method", "fitnet", "--kd-model-name", "a", "--exits", "1"],
+            "^--exits .*--method dsn, self-distill, dks, .* fitnet; leave one out",
+        ),
+        (
+            ["--method", "at", "--kd-model-name", "a", "--head", "linear"],
+            "^--head .*--method dsn, self-distill, dks, .* at; leave one out",
+        ),
+        (["--beta", "0.1"], "--beta 0.1 .*--hint .*none; .*--hint map or --hint pooled"),
+        (["--freeze-backbone", "--hint", "none", "--beta", "0.1"], "--beta 0.1 .*--hint .*none; .*--hint map"),
+        (
+            ["--method", "dml", "--initial-checkpoint", "a.pth"],
+            "--initial-checkpoint .*--method dml .*same weights.*leave it out",
+        ),
+        (["--method", "foo"], "--method: .*'foo'"),
+    ],
+)
 def test_flags_that_contradict(argv, message):
     with pytest.raises(ValueError, match=message):
         parse(*argv)
 
 
-@pytest.mark.parametrize("argv", [
-    ["--method", "dks", "--exits", "1", "--head", "linear"], ["--method", "dsn", "--exits", "1", "--head", "linear"],
-    ["--alpha", "0.5", "--head", "linear", "--baseline"],  # added to a command, to compare
-    ["--paper", "--beta", "0.1"], ["--paper", "--baseline"],
-    ["--freeze-backbone", "--beta", "0.1"], ["--beta", "0.1", "--hint", "map"], ["--alpha", "0", "--beta", "0"],
-    ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "2", "--distill-loss-weight", "1"],
-    ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "1"],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--method", "dks", "--exits", "1", "--head", "linear"],
+        ["--method", "dsn", "--exits", "1", "--head", "linear"],
+        ["--alpha", "0.5", "--head", "linear", "--baseline"],  # added to a command, to compare
+        ["--paper", "--beta", "0.1"],
+        ["--paper", "--baseline"],
+        ["--freeze-backbone", "--beta", "0.1"],
+        ["--beta", "0.1", "--hint", "map"],
+        ["--alpha", "0", "--beta", "0"],
+        ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "2", "--distill-loss-weight", "1"],
+        ["--method", "kd", "--kd-model-name", "a", "--task-loss-weight", "1"],
+    ],
+)
 def test_flags_that_go_together(argv):
     parse(*argv)
 
@@ -124,18 +158,34 @@ def test_of_a_file_each_method_takes_what_it_has_a_use_for(method, tmp_path):
 
 
 def test_all_flags_of_the_loss_reach_it():
-    loss = build("--temperature", "2", "--alpha", "0.6", "--beta", "0.1", "--hint", "pooled", "--teacher", "deepest",
-                 "--no-t-squared").criterion
-    assert repr(loss) == ("SelfDistillLoss(temperature=2.0, alpha=0.6, beta=0.1, hint='pooled', teacher='deepest',"
-                          " t_squared=False)")
+    loss = build(
+        "--temperature",
+        "2",
+        "--alpha",
+        "0.6",
+        "--beta",
+        "0.1",
+        "--hint",
+        "pooled",
+        "--teacher",
+        "deepest",
+        "--no-t-squared",
+    ).criterion
+    assert repr(loss) == (
+        "SelfDistillLoss(temperature=2.0, alpha=0.6, beta=0.1, hint='pooled', teacher='deepest', t_squared=False)"
+    )
 
 
 def test_the_loss_is_what_measured_best_or_on_a_frozen_backbone_the_papers():
-    assert repr(build().criterion) == repr(SelfDistillLoss()) == (
-        "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint=None, teacher='ensemble', t_squared=True)")
+    assert (
+        repr(build().criterion)
+        == repr(SelfDistillLoss())
+        == ("SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint=None, teacher='ensemble', t_squared=True)")
+    )
     frozen = build("--freeze-backbone", "--hint", "pooled").criterion
     assert repr(frozen) == (
-        "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint='pooled', teacher='deepest', t_squared=False)")
+        "SelfDistillLoss(temperature=3.0, alpha=0.3, beta=0.03, hint='pooled', teacher='deepest', t_squared=False)"
+    )
     assert repr(build("--freeze-backbone").criterion) == repr(SelfDistillLoss.paper())
     assert repr(build("--freeze-backbone", "--no-freeze-backbone").criterion) == repr(build().criterion)
 
@@ -148,7 +198,8 @@ def test_the_papers_loss_by_one_flag(tmp_path):
     file = ("--config", str(tmp_path / "paper.yaml"))
     assert repr(build(*file).criterion) == repr(SelfDistillLoss.paper(alpha=0.5))
     assert repr(build(*file, "--teacher", "ensemble").criterion) == repr(
-        SelfDistillLoss.paper(alpha=0.5, teacher="ensemble"))
+        SelfDistillLoss.paper(alpha=0.5, teacher="ensemble")
+    )
     assert repr(build(*file, "--no-paper").criterion) == repr(SelfDistillLoss(alpha=0.5))
     assert parse(*file, "--method", "dsn").method == "dsn"
 
@@ -211,10 +262,12 @@ def test_teachers_that_do_not_fit(teacher, tmp_path):
     hub.save_timm_model(small_backbone(), tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
     for name, said in (
-            ("resnet1", r"Unknown model \(resnet1\)"), ("resnet18.no", r"tag \(no\) for resnet18"),
-            ("local-dir:/nowhere", "not found: /nowhere/config.json"),
-            (f"local-dir:{tmp_path / 'empty'}", "checkpoints found in .*/empty"),
-            ("hf-hub:nobody/nothing", "local cache.*")):
+        ("resnet1", r"Unknown model \(resnet1\)"),
+        ("resnet18.no", r"tag \(no\) for resnet18"),
+        ("local-dir:/nowhere", "not found: /nowhere/config.json"),
+        (f"local-dir:{tmp_path / 'empty'}", "checkpoints found in .*/empty"),
+        ("hf-hub:nobody/nothing", "local cache.*"),
+    ):
         with pytest.raises(ValueError, match=rf"^--kd-model-name {name}: .*{said}; .*local-dir:FOLDER .*hf-hub:ID"):
             build("--method", "kd", "--kd-model-name", name)
     hub.save_timm_model(small_backbone(num_classes=7, in_chans=1), tmp_path / "classes")
@@ -252,8 +305,25 @@ def test_a_command_on_two_processes_and_a_word_where_the_teacher_is_missing(meth
     images = load_images(EMBEDDED)
     images.train.select(range(133)).to_parquet(tmp_path / "train.parquet")
     images.val.select(range(51)).to_parquet(tmp_path / "test.parquet")
-    flags = ["examples/train.py", "--data-dir", tmp_path, "--output", tmp_path / "run", "--model", "test_resnet",
-             "--in-chans", 1, "--epochs", 1, "-b", 32, "-j", 0, "--method", method]
+    flags = [
+        "examples/train.py",
+        "--data-dir",
+        tmp_path,
+        "--output",
+        tmp_path / "run",
+        "--model",
+        "test_resnet",
+        "--in-chans",
+        1,
+        "--epochs",
+        1,
+        "-b",
+        32,
+        "-j",
+        0,
+        "--method",
+        method,
+    ]
     done = run_python(*flags, "--kd-model-name", teacher, "--amp", "--amp-dtype", "bfloat16", processes=2)
     assert "SelfDistillModel" not in done.stdout
     assert "--baseline" not in done.stdout

@@ -1,4 +1,5 @@
 """Every method through the `Trainer`: what is trained, kept, evaluated and saved."""
+
 from collections.abc import Callable
 
 import pytest
@@ -26,8 +27,7 @@ from ..training.test_trainer import fit, interrupt_after, same_weights, settings
 
 TASKS: dict[str, Callable[[], TrainingTask]] = {
     "dsn": lambda: SelfDistillTask(small_model(in_chans=1), deep_supervision_loss()),
-    "kd": lambda: LogitDistillationTask(
-        small_backbone(in_chans=1), small_backbone(in_chans=1), nn.CrossEntropyLoss()),
+    "kd": lambda: LogitDistillationTask(small_backbone(in_chans=1), small_backbone(in_chans=1), nn.CrossEntropyLoss()),
     "fitnet": lambda: FitNetTask(small_backbone(in_chans=1), small_backbone(in_chans=1)),
     "at": lambda: AttentionTransferTask(small_backbone(in_chans=1), small_backbone(in_chans=1)),
     "dml": lambda: MutualLearningTask(small_backbone(in_chans=1), small_backbone(in_chans=1)),
@@ -155,8 +155,9 @@ def test_learning_rates_by_layer_know_all_that_learns(method):
 def test_the_classifiers_of_peers_of_other_depths_learn_at_the_same_rate():
     module = MutualLearningTask(small_backbone(), small_backbone("resnet18")).get_trainable_module()
     matcher = module.group_matcher()
-    assert [matcher(name) for name in ("student.conv1.0.weight", "student.fc.weight", "peer.conv1.weight",
-                                       "peer.fc.weight")] == [4, 9, 0, 9]
+    assert [
+        matcher(name) for name in ("student.conv1.0.weight", "student.fc.weight", "peer.conv1.weight", "peer.fc.weight")
+    ] == [4, 9, 0, 9]
     optimizer = create_optimizer(module, TrainConfig(layer_decay=0.5))
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     assert scales[id(module.student.fc.weight)] == scales[id(module.peer.fc.weight)] == 1

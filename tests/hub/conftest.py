@@ -14,10 +14,17 @@ from .server import TOKEN
 @pytest.fixture
 def command(environment, hub_programs, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs a program whose Hub is the one on loopback; `fresh` in a new process. Its output never shows the token."""
+
     def run(*args: object, check: bool = True, fresh: bool = False, **more: str) -> subprocess.CompletedProcess:
         if fresh:
-            done = subprocess.run([*map(str, args)], cwd=tmp_path, env={**environment, **more},
-                                  capture_output=True, text=True, timeout=HANGS)
+            done = subprocess.run(
+                [*map(str, args)],
+                cwd=tmp_path,
+                env={**environment, **more},
+                capture_output=True,
+                text=True,
+                timeout=HANGS,
+            )
         else:
             done = hub_programs.run(*args, cwd=tmp_path, **more)
         assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -30,6 +37,7 @@ def command(environment, hub_programs, tmp_path) -> Callable[..., subprocess.Com
 @pytest.fixture
 def client(command, tmp_path) -> Callable[..., str]:
     """Runs Python code in a process of its own; what it prints."""
+
     def run(code: str, **more) -> str:
         (tmp_path / "client.py").write_text(code)
         return command(sys.executable, tmp_path / "client.py", **more).stdout.strip()

@@ -1,4 +1,5 @@
 """The requests that a Hub on loopback answers, see `server.py`."""
+
 import base64
 import hashlib
 import json
@@ -14,8 +15,16 @@ from yaml import YAMLError
 
 from .repository import LFS_SUFFIXES, Repository
 
-METADATA = {"license": str, "library_name": str, "pipeline_tag": str, "tags": list, "datasets": list, "metrics": list,
-            "base_model": str, "model-index": list}
+METADATA = {
+    "license": str,
+    "library_name": str,
+    "pipeline_tag": str,
+    "tags": list,
+    "datasets": list,
+    "metrics": list,
+    "base_model": str,
+    "model-index": list,
+}
 REPOSITORY = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
@@ -139,8 +148,11 @@ class Handler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> None:
         try:
             data = ModelCard(json.loads(self.body)["content"]).data.to_dict()
-            errors = [f"{key} must be {kind.__name__}" for key, kind in METADATA.items()
-                      if key in data and not isinstance(data[key], kind)]
+            errors = [
+                f"{key} must be {kind.__name__}"
+                for key, kind in METADATA.items()
+                if key in data and not isinstance(data[key], kind)
+            ]
         except (ValueError, KeyError, TypeError, YAMLError) as error:
             errors = [str(error)]
         self.reply(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
@@ -149,8 +161,12 @@ class Handler(BaseHTTPRequestHandler):
         if not self._allowed(write=True) or self._find(repo) is None:
             return
         files = [
-            {"path": file["path"], "shouldIgnore": False, "oid": None,
-             "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"}
+            {
+                "path": file["path"],
+                "shouldIgnore": False,
+                "oid": None,
+                "uploadMode": "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular",
+            }
             for file in json.loads(self.body)["files"]
         ]
         self.reply(200, {"files": files})
@@ -206,11 +222,20 @@ class Handler(BaseHTTPRequestHandler):
         if files is None:
             return
         repository = self.hub.repositories[repo]
-        self.reply(200, {
-            "_id": "0" * 24, "id": repo, "modelId": repo, "private": repository.private,
-            "sha": repository.revisions.get(revision, revision), "tags": [], "downloads": 0, "likes": 0,
-            "siblings": [{"rfilename": path, "size": len(data)} for path, data in files.items()],
-        })
+        self.reply(
+            200,
+            {
+                "_id": "0" * 24,
+                "id": repo,
+                "modelId": repo,
+                "private": repository.private,
+                "sha": repository.revisions.get(revision, revision),
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": [{"rfilename": path, "size": len(data)} for path, data in files.items()],
+            },
+        )
 
     def tree(self, repo: str, revision: str) -> None:
         if not self._allowed(repo=repo):
@@ -240,9 +265,17 @@ class Handler(BaseHTTPRequestHandler):
         if path.endswith(LFS_SUFFIXES):
             oid = hashlib.sha256(data).hexdigest()
             self.hub.objects[oid] = data
-            self.reply(302, None, {
-                "Location": f"{self.hub.storage_url}/lfs/{oid}", "X-Repo-Commit": sha, "X-Linked-Etag": f'"{oid}"',
-                "X-Linked-Size": str(len(data)), "ETag": f'"{oid}"'})
+            self.reply(
+                302,
+                None,
+                {
+                    "Location": f"{self.hub.storage_url}/lfs/{oid}",
+                    "X-Repo-Commit": sha,
+                    "X-Linked-Etag": f'"{oid}"',
+                    "X-Linked-Size": str(len(data)),
+                    "ETag": f'"{oid}"',
+                },
+            )
         else:
             self._send_file(data, hashlib.sha1(data).hexdigest(), sha)
 
@@ -256,6 +289,4 @@ class Handler(BaseHTTPRequestHandler):
             return
         start, end = int(wanted[1]), int(wanted[2] or len(data) - 1)
         headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-        self.reply(206, data[start:end + 1], headers)
-
-
+        self.reply(206, data[start : end + 1], headers)

@@ -1,4 +1,5 @@
 """A repository of the Hub on loopback."""
+
 import hashlib
 from dataclasses import dataclass, field
 

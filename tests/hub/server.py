@@ -5,6 +5,7 @@
 
 Repositories live in memory. `hub.fail(...)` makes requests fail as the real Hub's do.
 """
+
 import re
 import threading
 from collections.abc import Callable
@@ -67,8 +68,7 @@ class HubServer:
                 kept.clear()
         self.stopped = threading.Event()
 
-    def fail(
-            self, pattern: str, status: int | None, times: int = 1, seconds: float = 0.0, **headers: str) -> None:
+    def fail(self, pattern: str, status: int | None, times: int = 1, seconds: float = 0.0, **headers: str) -> None:
         """Let the next requests whose "METHOD /path" matches fail, see `Failure`."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         self.failures.append(Failure(pattern, status, names, times, seconds))

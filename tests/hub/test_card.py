@@ -1,4 +1,5 @@
 """The model card of a saved model."""
+
 import json
 
 import pytest
@@ -10,12 +11,23 @@ from timm_selfdistill.heads import LinearHead
 
 from ..conftest import small_backbone, small_model
 
-EXITS = [{"exit": name, "top1": 80.5 + index, "top5": 99.25, "loss": 0.5} for index, name in
-         enumerate([0, 1, 2, 3, "ensemble"])]
+EXITS = [
+    {"exit": name, "top1": 80.5 + index, "top5": 99.25, "loss": 0.5}
+    for index, name in enumerate([0, 1, 2, 3, "ensemble"])
+]
 METRICS = {
-    "epoch": 4, "exits": EXITS, "hardware": "2 x AMD EPYC", "versions": {"timm": "1.0.31", "torch": "2.14.1"},
-    "dataset": {"name": "zalando/fashion_mnist", "type": "zalando/fashion_mnist", "hub_id": "zalando/fashion_mnist",
-                "config": None, "split": "test", "images": 1000},
+    "epoch": 4,
+    "exits": EXITS,
+    "hardware": "2 x AMD EPYC",
+    "versions": {"timm": "1.0.31", "torch": "2.14.1"},
+    "dataset": {
+        "name": "zalando/fashion_mnist",
+        "type": "zalando/fashion_mnist",
+        "hub_id": "zalando/fashion_mnist",
+        "config": None,
+        "split": "test",
+        "images": 1000,
+    },
     "settings": {"model": "test_resnet", "epochs": 6, "lr": 0.05},
 }
 
@@ -36,14 +48,20 @@ def test_its_metadata_is_what_the_hub_reads(card):
     name, results = model_index_to_eval_results(data["model-index"])
     assert name == "test_resnet-self-distilled"
     assert [(result.metric_type, result.metric_name, result.metric_value) for result in results] == [
-        ("accuracy", "Top-1 accuracy", 0.835), ("top_5_accuracy", "Top-5 accuracy", 0.9925),
-        ("accuracy", "Top-1 accuracy, exit 0", 0.805), ("top_5_accuracy", "Top-5 accuracy, exit 0", 0.9925),
-        ("accuracy", "Top-1 accuracy, exit 1", 0.815), ("top_5_accuracy", "Top-5 accuracy, exit 1", 0.9925),
-        ("accuracy", "Top-1 accuracy, exit 2", 0.825), ("top_5_accuracy", "Top-5 accuracy, exit 2", 0.9925),
-        ("accuracy", "Top-1 accuracy, ensemble", 0.845), ("top_5_accuracy", "Top-5 accuracy, ensemble", 0.9925),
+        ("accuracy", "Top-1 accuracy", 0.835),
+        ("top_5_accuracy", "Top-5 accuracy", 0.9925),
+        ("accuracy", "Top-1 accuracy, exit 0", 0.805),
+        ("top_5_accuracy", "Top-5 accuracy, exit 0", 0.9925),
+        ("accuracy", "Top-1 accuracy, exit 1", 0.815),
+        ("top_5_accuracy", "Top-5 accuracy, exit 1", 0.9925),
+        ("accuracy", "Top-1 accuracy, exit 2", 0.825),
+        ("top_5_accuracy", "Top-5 accuracy, exit 2", 0.9925),
+        ("accuracy", "Top-1 accuracy, ensemble", 0.845),
+        ("top_5_accuracy", "Top-5 accuracy, ensemble", 0.9925),
     ]
     assert {(result.task_type, result.dataset_type, result.dataset_split) for result in results} == {
-        ("image-classification", "zalando/fashion_mnist", "test")}
+        ("image-classification", "zalando/fashion_mnist", "test")
+    }
 
 
 def test_its_text_says_how_good_each_exit_is_and_how_to_load_it(card, tmp_path):
@@ -76,20 +94,32 @@ def test_a_model_without_metrics_has_one_too(tmp_path):
 PAPER = '["Be Your Own Teacher"](https://arxiv.org/abs/1905.08094)'
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-    ({"method": "self-distill", "teacher": "deepest"},
-     f" by self distillation: the deepest teaches the shallow ones while all learn from the labels ({PAPER})."),
-    ({"method": "self-distill", "teacher": "ensemble"},
-     f" by self distillation: the mean of all logits teaches them while they learn from the labels ({PAPER}, with the"
-     " teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299))."),
-    ({"method": "dsn", "teacher": "deepest"},
-     " by deep supervision: from the labels alone ([arXiv:1409.5185](https://arxiv.org/abs/1409.5185))."),
-    ({"method": "dks", "teacher": "deepest"},
-     " by knowledge synergy: each is taught by every other while all learn from the labels"
-     " ([arXiv:1906.00675](https://arxiv.org/abs/1906.00675))."),
-    ({}, "."),
-    ({"method": ["dsn"], "teacher": {}}, "."),
-], ids=["deepest", "ensemble", "dsn", "dks", "unknown", "unknown words"])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"method": "self-distill", "teacher": "deepest"},
+            f" by self distillation: the deepest teaches the shallow ones while all learn from the labels ({PAPER}).",
+        ),
+        (
+            {"method": "self-distill", "teacher": "ensemble"},
+            f" by self distillation: the mean of all logits teaches them while they learn from the labels ({PAPER}, with"
+            " the teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299)).",
+        ),
+        (
+            {"method": "dsn", "teacher": "deepest"},
+            " by deep supervision: from the labels alone ([arXiv:1409.5185](https://arxiv.org/abs/1409.5185)).",
+        ),
+        (
+            {"method": "dks", "teacher": "deepest"},
+            " by knowledge synergy: each is taught by every other while all learn from the labels"
+            " ([arXiv:1906.00675](https://arxiv.org/abs/1906.00675)).",
+        ),
+        ({}, "."),
+        ({"method": ["dsn"], "teacher": {}}, "."),
+    ],
+    ids=["deepest", "ensemble", "dsn", "dks", "unknown", "unknown words"],
+)
 def test_it_says_how_the_classifiers_were_trained(settings, expected):
     card = small_model().generate_model_card(metrics=METRICS | {"settings": settings})
     assert f"\nclasses, one at each of 4 depths. All classifiers were trained together{expected}\n" in card.text
@@ -104,8 +134,10 @@ def test_it_says_how_the_classifiers_were_trained(settings, expected):
 def test_it_says_that_there_were_no_labels():
     settings = {"method": "self-distill", "teacher": "deepest", "unlabelled": True}
     card = small_model().generate_model_card(metrics=METRICS | {"settings": settings, "frozen": True})
-    assert ("Only its shallow classifiers were trained by self distillation: the deepest taught them, without labels ("
-            in card.text)
+    assert (
+        "Only its shallow classifiers were trained by self distillation: the deepest taught them, without labels ("
+        in card.text
+    )
 
 
 def test_names_from_outside_stay_text(tmp_path):
@@ -114,10 +146,13 @@ def test_names_from_outside_stay_text(tmp_path):
     assert "1,000 images of a \\| b # {{ card_data }} 'c' (split" in ModelCard.load(tmp_path / "README.md").text
 
 
-@pytest.mark.parametrize(("license", "expected"), [
-    ("cc-by-nc-4.0", {"license": "cc-by-nc-4.0"}),
-    ("dinov3-license", {"license": "other", "license_name": "dinov3-license"}),
-])
+@pytest.mark.parametrize(
+    ("license", "expected"),
+    [
+        ("cc-by-nc-4.0", {"license": "cc-by-nc-4.0"}),
+        ("dinov3-license", {"license": "other", "license_name": "dinov3-license"}),
+    ],
+)
 def test_the_licence_is_that_of_the_weights_it_began_with(license, expected, tmp_path):
     model = small_model()
     model.backbone.pretrained_cfg["license"] = license
@@ -143,6 +178,7 @@ def test_an_edited_card_stays_and_another_is_renewed(tmp_path):
 
 def test_metrics_are_in_the_config_and_weights_stay_when_they_change(tmp_path):
     from timm_selfdistill.hub import read_metrics, save_metrics
+
     small_model().save_pretrained(tmp_path, metrics=METRICS)
     weights = (tmp_path / "model.safetensors").stat()
     record = json.loads((tmp_path / "config.json").read_text())["self_distill"]["metrics"]
@@ -158,6 +194,7 @@ def test_metrics_are_in_the_config_and_weights_stay_when_they_change(tmp_path):
 
 def test_a_picture_may_be_drawn_later_and_never_shows_another_model(tmp_path):
     from timm_selfdistill.hub import save_metrics
+
     model, picture, card = small_model(), tmp_path / "exits.png", tmp_path / "README.md"
     metrics = METRICS | {"exits": model.card_rows(METRICS)}
     model.save_pretrained(tmp_path, metrics=metrics)
@@ -176,6 +213,7 @@ def test_a_picture_may_be_drawn_later_and_never_shows_another_model(tmp_path):
 
 def test_a_plain_network_has_a_card_too(tmp_path):
     from timm_selfdistill.hub import save_timm_model
+
     rows = [{"exit": 0, "module": "", "top1": 70.0, "top5": 90.0, "macs": 10**6, "share": 1.0}]
     save_timm_model(small_backbone(), tmp_path, metrics=METRICS | {"exits": rows}, rows=rows)
     card = ModelCard.load(tmp_path / "README.md")

@@ -24,15 +24,20 @@ def edit_config(folder, **settings):
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize(("name", "create", "wrap"), [
-    ("test_resnet", {}, {}),
-    ("test_resnet", {"in_chans": 1}, {"exits": ["layer2"], "head": "linear"}),
-    ("test_resnet", {"in_chans": 4}, {"head_args": {"width": 16}}),
-    ("test_vit", {}, {}),
-    ("test_vit", {"img_size": 64}, {}),
-    ("test_convnext", {}, {"exits": [0, 2]}),
-    pytest.param("swin_tiny_patch4_window7_224", {}, {}, marks=pytest.mark.slow),  # makes buffers that are not saved
-])
+@pytest.mark.parametrize(
+    ("name", "create", "wrap"),
+    [
+        ("test_resnet", {}, {}),
+        ("test_resnet", {"in_chans": 1}, {"exits": ["layer2"], "head": "linear"}),
+        ("test_resnet", {"in_chans": 4}, {"head_args": {"width": 16}}),
+        ("test_vit", {}, {}),
+        ("test_vit", {"img_size": 64}, {}),
+        ("test_convnext", {}, {"exits": [0, 2]}),
+        pytest.param(
+            "swin_tiny_patch4_window7_224", {}, {}, marks=pytest.mark.slow
+        ),  # makes buffers that are not saved
+    ],
+)
 def test_two_readers_get_the_same_logits(name, create, wrap, tmp_path):
     backbone = small_backbone(name, **create)
     model = wrap_self_distill(backbone, model_args=create, **wrap).eval()
@@ -70,7 +75,8 @@ def test_a_head_of_ones_own_is_given_again_when_loading(tmp_path):
 def test_class_names_metrics_and_preprocessing_travel(tmp_path):
     model = small_model()
     model.backbone.pretrained_cfg.update(
-        label_names=[f"class {i}" for i in range(10)], mean=(0.1, 0.2, 0.3), input_size=(3, 48, 48))
+        label_names=[f"class {i}" for i in range(10)], mean=(0.1, 0.2, 0.3), input_size=(3, 48, 48)
+    )
     model.save_pretrained(tmp_path, metrics={"top1": 81.5})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["label_names"][9] == "class 9"
@@ -132,14 +138,17 @@ def test_a_missing_folder_is_named(tmp_path):
         SelfDistillModel.from_pretrained(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"format_version": 2}, "version 2, .*timm-selfdistill .* reads 1"),
-    ({"format_version": None}, "version None, .*timm-selfdistill .* reads 1"),
-    ({"exits": [9]}, "ResNet .*level 9 .*layer1"),
-    ({"exits": None}, "damaged.*exits=None"),
-    ({"head": "foo"}, "unknown head 'foo'"),
-    ({"head_args": 3}, "damaged.*head_args=3"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format_version": 2}, "version 2, .*timm-selfdistill .* reads 1"),
+        ({"format_version": None}, "version None, .*timm-selfdistill .* reads 1"),
+        ({"exits": [9]}, "ResNet .*level 9 .*layer1"),
+        ({"exits": None}, "damaged.*exits=None"),
+        ({"head": "foo"}, "unknown head 'foo'"),
+        ({"head_args": 3}, "damaged.*head_args=3"),
+    ],
+)
 def test_a_config_that_does_not_fit_is_refused(copied, settings, message):
     edit_config(copied, **settings)
     with pytest.raises(ValueError, match=message):

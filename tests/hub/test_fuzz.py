@@ -1,4 +1,5 @@
 """Any config.json at all: a whole model, or one clear error."""
+
 import json
 import shutil
 from functools import cache
@@ -15,9 +16,16 @@ from .test_trust import within_limits
 
 KEYS = st.one_of(st.text(max_size=12), st.sampled_from(["img_size", "num_classes", "in_chans", "layers", "width"]))
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.integers() | st.just(10**400) | st.floats()
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 5)
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
     | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8)
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
@@ -49,8 +57,7 @@ def folder(saved, tmp_path_factory):
 
 
 def examples(count: int) -> settings:
-    return settings(
-        max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 def check_changed_config(data, saved: Path, folder: Path) -> None:
@@ -95,7 +102,7 @@ def test_many_flipped_bytes(position, wrong, saved, folder):
 def check_flipped_bytes(position: int, wrong: bytes, saved: Path, folder: Path) -> None:
     content = (saved / "config.json").read_bytes()
     position %= len(content)
-    (folder / "config.json").write_bytes(content[:position] + wrong + content[position + len(wrong):])
+    (folder / "config.json").write_bytes(content[:position] + wrong + content[position + len(wrong) :])
     load_or_refuse(folder, saved)
 
 

@@ -1,4 +1,5 @@
 """Everything that can go wrong on the way to the Hub."""
+
 import re
 
 import pytest
@@ -25,14 +26,12 @@ FAILURES = {
     "403": ({"pattern": COMMIT, "status": 403}, TWICE, "", "403: .*token .*user/model", 1),
     "404": ({"pattern": PREUPLOAD, "status": 404}, TWICE, "", "404: .*user/model .*token", 1),
     "409": ({"pattern": COMMIT, "status": 409}, TWICE, "", "409: .*another commit", 3),
-    "429": ({"pattern": CREATE, "status": 429, "Retry_After": "1"}, TWICE, "",
-            "429: .*wait 1 s", 3),
+    "429": ({"pattern": CREATE, "status": 429, "Retry_After": "1"}, TWICE, "", "429: .*wait 1 s", 3),
     "429 for an hour": ({"pattern": CREATE, "status": 429, "Retry_After": "3600"}, TWICE, "", "429: .*wait 3600 s", 1),
     "500": ({"pattern": COMMIT, "status": 500}, TWICE, "", "500: .*server", 3),
     "a time-out": ({"pattern": COMMIT, "status": 500, "seconds": 30}, ONCE, "", "the Hub .*in time", 1),
     "a lost connection": ({"pattern": COMMIT, "status": None}, TWICE, "", "connection .*lost", 3),
-    "a connection lost in the middle of a file": (
-        {"pattern": PUT, "status": None}, ONCE, "", "connection .*lost", 1),
+    "a connection lost in the middle of a file": ({"pattern": PUT, "status": None}, ONCE, "", "connection .*lost", 1),
 }
 
 
@@ -61,7 +60,8 @@ def test_what_passes_by_itself_is_tried_again(hub, client, saved):
     assert said.startswith(f"{hub.url}/user/model/commit/")
     files = hub.repositories["user/model"].files("main")
     assert {name: files[name] for name in ("config.json", "model.safetensors", "self_distill.safetensors")} == {
-        name: (saved / name).read_bytes() for name in ("config.json", "model.safetensors", "self_distill.safetensors")}
+        name: (saved / name).read_bytes() for name in ("config.json", "model.safetensors", "self_distill.safetensors")
+    }
     assert b"user/model" in files["README.md"]
     assert b"user/name" not in files["README.md"]
     assert "user/name" in (saved / "README.md").read_text()
@@ -89,14 +89,21 @@ def test_what_lies_beside_is_neither_uploaded_nor_removed(hub, client, copied):
     said = client(PUSH.format(folder=str(copied), waits=ONCE, silence=30.0, arguments=""))
     assert said.startswith(f"{hub.url}/user/model/commit/")
     files = hub.repositories["user/model"].files("main")
-    assert set(files) == {"config.json", "model.safetensors", "self_distill.safetensors", "README.md",
-                          "pytorch_model.bin", "old.ckpt"}
+    assert set(files) == {
+        "config.json",
+        "model.safetensors",
+        "self_distill.safetensors",
+        "README.md",
+        "pytorch_model.bin",
+        "old.ckpt",
+    }
     assert files["pytorch_model.bin"] == files["old.ckpt"] == b"theirs"
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_half_a_model_is_not_pushed(missing, copied):
     from timm_selfdistill.hub import push_folder
+
     (copied / missing).unlink()
     with pytest.raises(FileNotFoundError, match=f"no saved model: {missing} "):
         push_folder(copied, "user/model")

@@ -1,4 +1,5 @@
 """A process that dies while it saves leaves the old model or the new one, whole."""
+
 import os
 import signal
 import time
@@ -37,6 +38,7 @@ def die_at_call(monkeypatch, count: int) -> None:
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args)
+
         return call
 
     for name in ("rename", "replace", "rmdir"):
@@ -44,8 +46,11 @@ def die_at_call(monkeypatch, count: int) -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {f"{name}: {key}": value for name in ("model.safetensors", "self_distill.safetensors")
-            for key, value in load_file(folder / name).items()}
+    return {
+        f"{name}: {key}": value
+        for name in ("model.safetensors", "self_distill.safetensors")
+        for key, value in load_file(folder / name).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +101,10 @@ def test_killed_at_any_time(models, tmp_path):
         os.waitpid(child, 0)
         SelfDistillModel.from_pretrained(tmp_path)
         found = weights(tmp_path)
-        assert any(found.keys() == whole.keys() and all(torch.equal(found[key], whole[key]) for key in whole)
-                   for whole in (before, after))
+        assert any(
+            found.keys() == whole.keys() and all(torch.equal(found[key], whole[key]) for key in whole)
+            for whole in (before, after)
+        )
 
 
 def test_an_error_leaves_the_old_files_and_nothing_else(tmp_path):

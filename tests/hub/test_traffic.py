@@ -1,4 +1,5 @@
 """The real huggingface_hub client and a Hub on loopback: pushing, and loading in another process."""
+
 import re
 
 import pytest
@@ -36,16 +37,23 @@ def test_a_pushed_model_loads_and_only_its_files_are_fetched(hub, client):
     repository = hub.repositories["user/model"]
     assert repository.private
     assert set(repository.files("main")) == {
-        "config.json", "model.safetensors", "self_distill.safetensors", "README.md"}
+        "config.json",
+        "model.safetensors",
+        "self_distill.safetensors",
+        "README.md",
+    }
     assert b'SelfDistillModel.from_pretrained("user/model")' in repository.files("main")["README.md"]
 
     hub.add("user/model", {"evil.py": b"raise SystemExit"})
-    assert client(MODEL + """
+    assert client(
+        MODEL
+        + """
 loaded = SelfDistillModel.from_pretrained("user/model")
 for got, expected in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
     assert torch.equal(got, expected)
 print("equal")
-""").endswith("equal")
+"""
+    ).endswith("equal")
     assert hub.count("GET .*resolve") > 0
     assert hub.count("resolve/.*(evil.py|README.md)") == 0
 
@@ -70,8 +78,9 @@ def test_branches_pull_requests_and_what_stands_in_the_way(hub, client, pushed):
     assert not any("pytorch_model.bin" in request for request in hub.requests[before:])
     before = len(hub.requests)
     hub.add("user/model", {"model.safetensors": None})
-    assert re.match("ValueError user/model has no model.safetensors, only 'pytorch_model.bin'",
-                    client(LOAD.format(arguments="")))
+    assert re.match(
+        "ValueError user/model has no model.safetensors, only 'pytorch_model.bin'", client(LOAD.format(arguments=""))
+    )
     assert not any("resolve" in request for request in hub.requests[before:])
 
 
@@ -86,8 +95,11 @@ def test_all_files_are_of_the_commit_that_the_first_is_of(load, hub, client, pus
         pushes.append(hub.add("user/model", other))
 
     hub.before("GET .*resolve/.*/config.json", push)
-    said = client(LOAD.format(arguments="").replace("SelfDistillModel.from_pretrained", load).replace(
-        "import SelfDistillModel", "import SelfDistillModel, load_pretrained"))
+    said = client(
+        LOAD.format(arguments="")
+        .replace("SelfDistillModel.from_pretrained", load)
+        .replace("import SelfDistillModel", "import SelfDistillModel, load_pretrained")
+    )
     assert "layer1" in said
     assert len(pushes) == 1
     weights = [request for request in hub.requests if "resolve" in request and "safetensors" in request]
@@ -134,8 +146,9 @@ sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.1))
 """
     for failure, message in (
-            ({"status": None}, r"OSError user/model .*connection .*lost \(peer closed"),
-            ({"status": 500, "seconds": 3}, "OSError user/model .*the Hub .*in time")):
+        ({"status": None}, r"OSError user/model .*connection .*lost \(peer closed"),
+        ({"status": 500, "seconds": 3}, "OSError user/model .*the Hub .*in time"),
+    ):
         hub.failures.clear()
         hub.fail("GET /lfs/", times=99, **failure)
         said = client(impatient + LOAD.format(arguments=""))
@@ -146,7 +159,9 @@ time.sleep = lambda seconds: sleep(min(seconds, 0.1))
 
 
 def test_a_truncated_model_is_pushed_and_loaded(hub, client):
-    said = client(MODEL + """
+    said = client(
+        MODEL
+        + """
 small = model.truncate(0)
 small.push_to_hub("user/small")
 from timm_selfdistill import TruncatedModel
@@ -154,7 +169,8 @@ loaded = TruncatedModel.from_pretrained("user/small")
 x = torch.randn(2, 3, 160, 160)
 assert torch.equal(loaded(x), model.predict(x, 0))
 print(type(loaded).__name__, loaded.exit)
-""")
+"""
+    )
     assert said == "TruncatedModel 0"
     card = hub.repositories["user/small"].files("main")["README.md"]
     assert b'TruncatedModel.from_pretrained("user/small")(images)' in card

@@ -1,4 +1,5 @@
 """Training runs that push, as a user starts them, and what others load."""
+
 import json
 import re
 import subprocess
@@ -26,8 +27,22 @@ def flags(tmp_path):
     images.train.select(range(256)).to_parquet(tmp_path / "images/train.parquet")
     images.val.select(range(64)).to_parquet(tmp_path / "images/test.parquet")
     images.val[0]["image"].save(tmp_path / "boot.png")
-    return [str(ROOT / "examples/train.py"), "--data-dir", tmp_path / "images", "--output", tmp_path / "run", "--model",
-            "test_resnet", "-b", 32, "-j", 0, "--push-to-hub", "--hub-model-id", "user/model"]
+    return [
+        str(ROOT / "examples/train.py"),
+        "--data-dir",
+        tmp_path / "images",
+        "--output",
+        tmp_path / "run",
+        "--model",
+        "test_resnet",
+        "-b",
+        32,
+        "-j",
+        0,
+        "--push-to-hub",
+        "--hub-model-id",
+        "user/model",
+    ]
 
 
 LOGITS = """
@@ -37,10 +52,12 @@ x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 
 
 def test_pushed_every_epoch_without_waiting_and_loaded_by_both_readers(
-        hub, hub_programs, client, command, flags, tmp_path):
+    hub, hub_programs, client, command, flags, tmp_path
+):
     hub_answers = hub.hold("POST .*/preupload/")
     run = hub_programs.start(
-        *flags, "--epochs", 3, "--hub-strategy", "epoch", "--hub-private", cwd=tmp_path, processes=2)
+        *flags, "--epochs", 3, "--hub-strategy", "epoch", "--hub-private", cwd=tmp_path, processes=2
+    )
 
     def waits_for_the_last_upload() -> bool:
         return any("speedup" in path.read_text() for path in (tmp_path / "run").glob(".upload-*/config.json"))
@@ -73,19 +90,26 @@ def test_pushed_every_epoch_without_waiting_and_loaded_by_both_readers(
     assert TOKEN.encode() not in published + written + (done.stdout + done.stderr).encode()
     assert str(tmp_path).encode() not in published
 
-    client(LOGITS + """
+    client(
+        LOGITS
+        + """
 from timm_selfdistill import SelfDistillModel
 model = SelfDistillModel.from_pretrained("user/model")
 torch.save(model(x), "logits.pt")
-""")
-    client(LOGITS + """
+"""
+    )
+    client(
+        LOGITS
+        + """
 import sys, timm
 model = timm.create_model("hf-hub:user/model", pretrained=True).eval()
 assert torch.equal(model(x), torch.load("logits.pt"))
 assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
 assert model.pretrained_cfg["label_names"][9] == "Ankle boot"
 assert "timm_selfdistill" not in sys.modules
-""", fresh=True)
+""",
+        fresh=True,
+    )
     predict = [sys.executable, ROOT / "examples/predict.py", tmp_path / "boot.png", "--model", "user/model"]
     lines = command(*predict, "--exit", 0).stdout.splitlines()
     assert len(lines) == 5
@@ -95,8 +119,14 @@ assert "timm_selfdistill" not in sys.modules
 @pytest.mark.slow
 def test_a_process_that_has_pushed_ends(hub, environment, flags, tmp_path):
     """A new one, with all that Python does at its end: a fork of the other tests leaves out the last part."""
-    done = subprocess.run([sys.executable, *map(str, flags), "--epochs", "1"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=HANGS)
+    done = subprocess.run(
+        [sys.executable, *map(str, flags), "--epochs", "1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert hub.repositories["user/model"].commits
 
@@ -117,8 +147,12 @@ def test_a_run_that_cannot_push_trains_to_its_end_and_says_how_to_upload(hub, co
     assert line == f"  timm-selfdistill push {tmp_path}/run/best user/model"
     assert command(*line.split()).stdout.startswith(f"{hub.url}/user/model/commit/")
     info = command("timm-selfdistill", "info", "user/model").stdout
-    for part in ("user/model: test_resnet, 10 classes, 32 x 32 pixels, bottleneck heads",
-                 "accuracy on images, split test", "ensemble", "MB  self_distill.safetensors"):
+    for part in (
+        "user/model: test_resnet, 10 classes, 32 x 32 pixels, bottleneck heads",
+        "accuracy on images, split test",
+        "ensemble",
+        "MB  self_distill.safetensors",
+    ):
         assert part in info
 
 
@@ -139,6 +173,7 @@ def test_a_signal_ends_the_last_wait_and_the_table_and_the_command_are_there(hub
 @pytest.fixture
 def uploader(tmp_path, monkeypatch):
     """One whose last wait is interrupted where `interrupt` returns, and whose uploads are calls of `push`."""
+
     def run(push, interrupt) -> upload.HubUploader:
         def wait(*_):
             interrupt(uploader)
@@ -204,11 +239,32 @@ def test_pretrained_weights_from_the_hub_are_fine_tuned_and_get_exits(hub, comma
     command(sys.executable, ROOT / "examples/efficientnet_lite0.py", "lite0")
     command("hf", "upload", "user/lite0", "lite0", ".")
     train, small = [sys.executable, *flags[:3], *flags[7:]], ["--in-chans", 3, "--img-size", 32, "--epochs", 1]
-    tuned = command(*train, *small, "--model", "hf-hub:user/lite0", "--pretrained", "--output", "tuned",
-                    "--hub-model-id", "user/tuned")
+    tuned = command(
+        *train,
+        *small,
+        "--model",
+        "hf-hub:user/lite0",
+        "--pretrained",
+        "--output",
+        "tuned",
+        "--hub-model-id",
+        "user/tuned",
+    )
     assert tuned.stderr == ""
-    command(*train, *small, "--model", "hf-hub:user/tuned", "--pretrained", "--freeze-backbone", "--no-aug",
-            "--cache-features", "--output", "exits", "--hub-model-id", "user/exits")
+    command(
+        *train,
+        *small,
+        "--model",
+        "hf-hub:user/tuned",
+        "--pretrained",
+        "--freeze-backbone",
+        "--no-aug",
+        "--cache-features",
+        "--output",
+        "exits",
+        "--hub-model-id",
+        "user/exits",
+    )
     files = {name: hub.repositories[f"user/{name}"].files("main") for name in ("lite0", "tuned", "exits")}
     assert files["exits"]["model.safetensors"] == files["tuned"]["model.safetensors"]
     config = json.loads(files["exits"]["config.json"])
@@ -221,8 +277,23 @@ def test_exits_from_the_hub_go_on(hub, command, flags, tmp_path):
     torch.manual_seed(1)
     small_model(exits=["layer3"], head="linear").save_pretrained(tmp_path / "model")
     command("timm-selfdistill", "push", "model", "user/exits")
-    done = command(sys.executable, *flags[:5], "--model", "hf-hub:user/exits", "--pretrained", "--epochs", 1, "--lr", 0,
-                   "--warmup-epochs", 0, "-b", 32, "-j", 0)
+    done = command(
+        sys.executable,
+        *flags[:5],
+        "--model",
+        "hf-hub:user/exits",
+        "--pretrained",
+        "--epochs",
+        1,
+        "--lr",
+        0,
+        "--warmup-epochs",
+        0,
+        "-b",
+        32,
+        "-j",
+        0,
+    )
     assert "the exit at layer3 goes on with the heads of user/exits" in done.stdout
     before, after = (load_file(tmp_path / name / "self_distill.safetensors") for name in ("model", "run/best"))
     assert before.keys() == after.keys()

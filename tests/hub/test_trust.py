@@ -1,4 +1,5 @@
 """Repositories that a stranger has damaged or made to harm: one clear error, and nothing built from them."""
+
 import gc
 import json
 import os
@@ -29,6 +30,7 @@ BACKBONE, HEADS = "model.safetensors", "self_distill.safetensors"
 
 def config(**changes) -> Callable[[Path], None]:
     """Change config.json; names with dots reach into it."""
+
     def damage(folder: Path) -> None:
         value = json.loads((folder / "config.json").read_text())
         for name, change in changes.items():
@@ -38,6 +40,7 @@ def config(**changes) -> Callable[[Path], None]:
                 target, place = target.setdefault(place, {}), step
             target[place] = change
         (folder / "config.json").write_text(json.dumps(value))
+
     return damage
 
 
@@ -59,20 +62,24 @@ def tensors(name: str, change: Callable[[dict], dict]) -> Callable[[Path], None]
 
 def header_text(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """Change the text of a safetensors file's header."""
+
     def damage(folder: Path) -> None:
         data = (folder / name).read_bytes()
         length = struct.unpack("<Q", data[:8])[0]
-        fresh = change(data[8:8 + length])
-        (folder / name).write_bytes(struct.pack("<Q", len(fresh)) + fresh + data[8 + length:])
+        fresh = change(data[8 : 8 + length])
+        (folder / name).write_bytes(struct.pack("<Q", len(fresh)) + fresh + data[8 + length :])
+
     return damage
 
 
 def header(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]:
     """Change the values of a safetensors file's header."""
+
     def changed(text: bytes) -> bytes:
         values = json.loads(text)
         change(values)
         return json.dumps(values).encode()
+
     return header_text(name, changed)
 
 
@@ -95,9 +102,11 @@ def renamed(name: str, other: str) -> Callable[[Path], None]:
 
 def instead(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
     """Something else in a file's place."""
+
     def damage(folder: Path) -> None:
         (folder / name).unlink()
         make(folder / name)
+
     return damage
 
 
@@ -115,9 +124,11 @@ def folder_instead(name: str) -> Callable[[Path], None]:
 
 def twice(name: str) -> Callable[[Path], None]:
     """The first tensor of a safetensors file under the name of the second."""
+
     def renamed(text: bytes) -> bytes:
         first, second = re.findall(rb'"([^"]+)":\{"dtype"', text)[:2]
         return text.replace(b'"' + first + b'":', b'"' + second + b'":')
+
     return header_text(name, renamed)
 
 
@@ -154,8 +165,10 @@ HOSTILE = {
     "a thousand exits": (config(self_distill__exits=list(range(1000))), "1000 exits are more than 256"),
     "exits that are no levels": (config(self_distill__exits=[{"a": 1}]), "exits .*feature_info indices, got .*'a': 1"),
     "deep JSON": (text("[" * 200_000), "config.json .*nested too deeply"),
-    "a key twice": (raw("config.json", lambda data: data.replace(b"{", b'{"architecture": "resnet18",', 1)),
-                    "key 'architecture' .*twice"),
+    "a key twice": (
+        raw("config.json", lambda data: data.replace(b"{", b'{"architecture": "resnet18",', 1)),
+        "key 'architecture' .*twice",
+    ),
     "a pickle instead": (renamed(BACKBONE, "model.pth"), "no model.safetensors, only 'model.pth', .*run code"),
     "a pickle in capitals": (renamed(BACKBONE, "Model.PKL"), "no model.safetensors, only 'Model.PKL', .*run code"),
     "a pickle of transformers": (renamed(BACKBONE, "pytorch_model.bin"), "only 'pytorch_model.bin', .*run code"),
@@ -174,15 +187,17 @@ HOSTILE = {
     "too few names": (config(label_names=["shoe"]), r"label_names .*10 printable names, got \['shoe'\]"),
     "names that are none": (config(label_names=[["shoe"]] * 10), r"label_names .*10 printable names, got \[\["),
     "a tensor twice": (twice(HEADS), f"{HEADS} .*damaged"),
-    "a list as config": (text("[1, 2]"), "config.json .*\"architecture\".*timm model"),
-    "a plain network's config": (config(self_distill=None), "no \"self_distill\" entry.*timm.create_model"),
+    "a list as config": (text("[1, 2]"), 'config.json .*"architecture".*timm model'),
+    "a plain network's config": (config(self_distill=None), 'no "self_distill" entry.*timm.create_model'),
     "an empty config": (text(""), "not valid JSON"),
     "binary config": (raw("config.json", lambda data: b"\xff\xfe\x00" * 100), "not valid JSON"),
     "a huge config": (text(json.dumps({"a": "x" * 2**24})), "config.json .*bytes, more than .*16777216"),
     "a pickle as weights": (raw(BACKBONE, lambda data: b"\x80\x04\x95" + data[3:]), f"{BACKBONE} .*damaged"),
     "a giant header": (raw(HEADS, lambda data: struct.pack("<Q", 2**62) + data[8:]), f"{HEADS} .*damaged"),
     "flipped bytes in the header": (
-        raw(HEADS, lambda data: data[:20] + bytes(b ^ 255 for b in data[20:60]) + data[60:]), f"{HEADS} .*damaged"),
+        raw(HEADS, lambda data: data[:20] + bytes(b ^ 255 for b in data[20:60]) + data[60:]),
+        f"{HEADS} .*damaged",
+    ),
     "a cut file": (raw(BACKBONE, lambda data: data[:-100]), f"{BACKBONE} .*damaged"),
     "a longer file": (raw(BACKBONE, lambda data: data + b"0" * 100), f"{BACKBONE} .*damaged"),
     "a header of 20 MB": (header_text(HEADS, lambda text: text + b" " * 20 * 2**20), "header of 209[0-9]+ bytes"),
@@ -192,23 +207,33 @@ HOSTILE = {
     "an argument with 400 digits": (config(model_args__drop_rate=10**400), "'drop_rate' .*at most 65536, got a number"),
     "a million digits": (text('{"a": ' + "9" * 10**6 + "}"), "not valid JSON: .*limit"),
     "huge tensors that no file holds": (
-        network("swin_tiny_patch4_window7_224", img_size=4096), "303265508 bytes .*more than 268435456"),
+        network("swin_tiny_patch4_window7_224", img_size=4096),
+        "303265508 bytes .*more than 268435456",
+    ),
     "a huge table": (network("beit_large_patch16_512", img_size=4096), "tensor of 4295098369 elements"),
     "a huge layer": (network("resnet152", base_width=65536), "tensor of 38654705664 elements"),
     "two thousand blocks under another name": (network("hiera_tiny_224", stages=[512] * 4), "too many layers: .*64000"),
     "a tree of blocks": (network("dla34", levels=[20] * 6), "too many layers: .*64000"),
     "a tree without end": (network("dla34", levels=[1, 1, 512, 2, 2, 1]), "model_args: .*recursion"),
     "the widest head": (config(self_distill__head_args={"width": 65536}), "tensor of 2147483648 elements"),
-    "overlapping tensors": (header(HEADS, lambda h: [v.update(data_offsets=[0, 4]) for k, v in h.items()
-                                                     if k != "__metadata__"]), f"{HEADS} .*damaged"),
+    "overlapping tensors": (
+        header(HEADS, lambda h: [v.update(data_offsets=[0, 4]) for k, v in h.items() if k != "__metadata__"]),
+        f"{HEADS} .*damaged",
+    ),
     "a shape that its data do not fill": (
-        header(HEADS, lambda h: h["0.fc.bias"].update(shape=[10**9])), f"{HEADS} .*damaged"),
+        header(HEADS, lambda h: h["0.fc.bias"].update(shape=[10**9])),
+        f"{HEADS} .*damaged",
+    ),
     "a tensor less": (tensors(HEADS, lambda t: {k: v for k, v in t.items() if k != "0.fc.bias"}), "1 missing"),
     "a tensor more": (tensors(HEADS, lambda t: {**t, "../../evil": torch.zeros(2)}), "1 foreign"),
-    "integers as weights": (tensors(BACKBONE, lambda t: {k: v.to(torch.int8) if v.ndim == 4 else v
-                                                         for k, v in t.items()}), " int8, expected torch.float32"),
-    "transposed weights": (tensors(HEADS, lambda t: {**t, "0.fc.weight": t["0.fc.weight"].T.contiguous()}),
-                           "0.fc.weight has shape"),
+    "integers as weights": (
+        tensors(BACKBONE, lambda t: {k: v.to(torch.int8) if v.ndim == 4 else v for k, v in t.items()}),
+        " int8, expected torch.float32",
+    ),
+    "transposed weights": (
+        tensors(HEADS, lambda t: {**t, "0.fc.weight": t["0.fc.weight"].T.contiguous()}),
+        "0.fc.weight has shape",
+    ),
 }
 
 
@@ -257,8 +282,18 @@ def test_there_are_forty():
     assert len(HOSTILE) >= 40
 
 
-STRAY = ["pytorch_model.bin", "model.pth", "self_distill.pt", "Model.PKL", "optimizer.ckpt", "model.pth.tar",
-         "timm_selfdistill.py", "modeling_resnet.py", "__init__.py", "sitecustomize.py"]
+STRAY = [
+    "pytorch_model.bin",
+    "model.pth",
+    "self_distill.pt",
+    "Model.PKL",
+    "optimizer.ckpt",
+    "model.pth.tar",
+    "timm_selfdistill.py",
+    "modeling_resnet.py",
+    "__init__.py",
+    "sitecustomize.py",
+]
 EVIL = b"raise SystemExit('run')\n"
 
 
@@ -277,7 +312,8 @@ def test_what_lies_beside_a_model_is_neither_read_nor_touched(copied, monkeypatc
     model = SelfDistillModel.from_pretrained(copied)
     plain = load_any_model(str(copied), None)
     assert timm.create_model(f"local-dir:{copied}", pretrained=True).eval().state_dict().keys() == (
-        model.backbone.state_dict().keys())
+        model.backbone.state_dict().keys()
+    )
     assert type(plain) is SelfDistillModel
     model.save_pretrained(copied)
     assert not set(opened) & set(STRAY)

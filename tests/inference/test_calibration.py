@@ -1,4 +1,5 @@
 """Temperatures, thresholds and promises, on answers whose truth is known."""
+
 import json
 from io import StringIO
 
@@ -74,16 +75,21 @@ def test_an_image_pays_for_its_stages_and_the_heads_on_its_way():
 def test_the_curve_is_no_worse_than_any_pair_of_thresholds():
     generator = torch.Generator().manual_seed(0)
     sureness = torch.rand(2, 120, generator=generator).double()
-    right = torch.stack([torch.rand(120, generator=generator) < sure for sure in (
-        0.4 + 0.6 * sureness[0], 0.5 + 0.5 * sureness[1], torch.full((120,), 0.9))])
+    right = torch.stack(
+        [
+            torch.rand(120, generator=generator) < sure
+            for sure in (0.4 + 0.6 * sureness[0], 0.5 + 0.5 * sureness[1], torch.full((120,), 0.9))
+        ]
+    )
     curve = find_curve(sureness, right, COSTS)
     assert [point.cost for point in curve] == sorted(point.cost for point in curve)
     assert [point.accuracy for point in curve] == sorted(point.accuracy for point in curve)
     grid = [None, *torch.linspace(0, 1, 25).tolist()]
     grid_points = [(simulate(sureness, [first, second], COSTS)) for first in grid for second in grid]
     for budget in (15.0, 20.0, 25.0, 30.0, 35.0):
-        best = max(float(right.gather(0, exits[None]).double().mean()) for exits, cost in grid_points
-                   if cost.mean() <= budget)
+        best = max(
+            float(right.gather(0, exits[None]).double().mean()) for exits, cost in grid_points if cost.mean() <= budget
+        )
         assert max(point.accuracy for point in curve if point.cost <= budget) >= best - 0.04
     for weight in (0.003, 0.01, 0.03):
         reached = max(point.accuracy - weight * point.cost for point in curve)
@@ -104,9 +110,16 @@ def synthetic(seed: int, count: int) -> Answers:
     return Answers(sureness.double(), right)
 
 
-@pytest.mark.parametrize(("budget", "count", "least"), [
-    ({"max_accuracy_drop": 1.0}, 1000, 26), ({"max_macs": 11.0}, 300, 40), ({"max_macs": 25.0}, 300, 36),
-    ({"min_speedup": 3.6}, 300, 40), pytest.param({"max_accuracy_drop": 1.0}, 5000, 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("budget", "count", "least"),
+    [
+        ({"max_accuracy_drop": 1.0}, 1000, 26),
+        ({"max_macs": 11.0}, 300, 40),
+        ({"max_macs": 25.0}, 300, 36),
+        ({"min_speedup": 3.6}, 300, 40),
+        pytest.param({"max_accuracy_drop": 1.0}, 5000, 30, marks=pytest.mark.slow),
+    ],
+)
 def test_a_promise_that_can_be_kept_is_mostly_kept_on_other_images(budget, count, least):
     kept = []
     for seed in range(40):
@@ -132,7 +145,7 @@ def loader(count: int = 600, classes: int = 10, noise: float = 1.0) -> DataLoade
     labels = torch.arange(count) % classes
     images = noise * torch.randn(count, 3, 32, 32, generator=generator)
     for row, label in enumerate(labels.tolist()):
-        images[row, :, 3 * label:3 * label + 3] += 1 + 2 * (row % 3)  # some are easy
+        images[row, :, 3 * label : 3 * label + 3] += 1 + 2 * (row % 3)  # some are easy
     return DataLoader(TensorDataset(images, labels), 100)
 
 
@@ -164,7 +177,7 @@ def test_a_report_says_what_predict_does(policy, trained):
     assert report.shares == pytest.approx((torch.bincount(found.exit, minlength=4) / 200).tolist())
     rows = trained.summary((3, 32, 32))
     used = [threshold is not None for threshold in report.thresholds]
-    heads = [sum(row.head_macs for row, use in zip(rows, used[:exit + 1]) if use) for exit in range(4)]
+    heads = [sum(row.head_macs for row, use in zip(rows, used[: exit + 1]) if use) for exit in range(4)]
     each = [row.macs - row.head_macs + head for row, head in zip(rows, heads)]
     assert report.macs == pytest.approx(sum(share * macs for share, macs in zip(report.shares, each)))
     assert report.plain_macs == rows.plain.macs
@@ -237,9 +250,10 @@ def test_a_promise_that_is_not_kept_changes_nothing(trained):
     assert trained.early_exit is None
 
 
-@pytest.mark.parametrize(("name", "stops"), [
-    ("test_resnet", [0, 1, 2]), ("efficientvim_m1", [0, 2]),
-    pytest.param("coat_tiny", [1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [("test_resnet", [0, 1, 2]), ("efficientvim_m1", [0, 2]), pytest.param("coat_tiny", [1], marks=pytest.mark.slow)],
+)
 @pytest.mark.filterwarnings("ignore:.*images cannot leave")
 def test_the_cost_of_who_cannot_leave_is_that_of_going_on(name, stops):
     model = small_model(name).eval()
@@ -265,14 +279,17 @@ def test_logits_that_are_no_numbers_are_refused():
         EarlyExit(model).calibrate(loader(), max_accuracy_drop=1.0)
 
 
-@pytest.mark.parametrize(("early_exit", "message"), [
-    (5, "early_exit .*got 5"),
-    ([1], r"early_exit .*got \[1\]"),
-    ({"thresholds": [0.5]}, r"3 thresholds, .*got \[0.5\]"),
-    ({"thresholds": ["a", "b", "c"]}, "threshold .*got 'a'"),
-    ({"policy": "os.system", "thresholds": [0.5] * 3}, "policy .*got 'os.system'"),
-    ({"thresholds": [0.5] * 3, "temperatures": [0] * 4}, "temperature .*got 0"),
-])
+@pytest.mark.parametrize(
+    ("early_exit", "message"),
+    [
+        (5, "early_exit .*got 5"),
+        ([1], r"early_exit .*got \[1\]"),
+        ({"thresholds": [0.5]}, r"3 thresholds, .*got \[0.5\]"),
+        ({"thresholds": ["a", "b", "c"]}, "threshold .*got 'a'"),
+        ({"policy": "os.system", "thresholds": [0.5] * 3}, "policy .*got 'os.system'"),
+        ({"thresholds": [0.5] * 3, "temperatures": [0] * 4}, "temperature .*got 0"),
+    ],
+)
 def test_a_damaged_record_is_refused(early_exit, message, tmp_path):
     small_model().save_pretrained(tmp_path, check=False)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -286,30 +303,39 @@ def labelled(labels: torch.Tensor) -> DataLoader:
     return DataLoader(TensorDataset(torch.zeros(len(labels), 3, 32, 32), labels), 100)
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (loader(299), "calibration .*300 images, got 299"),
-    (labelled(torch.zeros(300, dtype=torch.long)), "all 300 images .*class 0; calibration .*two"),
-    (labelled(torch.arange(300) % 11), "labels .*0 to 9, got 0 to 10"),
-    (labelled(torch.arange(300) % 3 - 1), "labels .*0 to 9, got -1 to 1"),
-    (labelled(torch.rand(300)), r"labels .*\(B,\), got torch.float32 \(100,\)"),
-    ([], "loader .*no images"),
-    ([torch.zeros(2, 3, 32, 32)], r"loader .*\(images \(B, C, H, W\), class indices \(B,\)\)"),
-    ([(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))], r"torch\.uint8 .*x\.to"),
-    ([(torch.zeros(2, 1, 32, 32), torch.zeros(2, dtype=torch.long))], r"images .*\(B, 3, H, W\), got \(2, 1, 32, 32\)"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (loader(299), "calibration .*300 images, got 299"),
+        (labelled(torch.zeros(300, dtype=torch.long)), "all 300 images .*class 0; calibration .*two"),
+        (labelled(torch.arange(300) % 11), "labels .*0 to 9, got 0 to 10"),
+        (labelled(torch.arange(300) % 3 - 1), "labels .*0 to 9, got -1 to 1"),
+        (labelled(torch.rand(300)), r"labels .*\(B,\), got torch.float32 \(100,\)"),
+        ([], "loader .*no images"),
+        ([torch.zeros(2, 3, 32, 32)], r"loader .*\(images \(B, C, H, W\), class indices \(B,\)\)"),
+        ([(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))], r"torch\.uint8 .*x\.to"),
+        (
+            [(torch.zeros(2, 1, 32, 32), torch.zeros(2, dtype=torch.long))],
+            r"images .*\(B, 3, H, W\), got \(2, 1, 32, 32\)",
+        ),
+    ],
+)
 def test_wrong_data(data, message):
     with pytest.raises(ValueError, match=message):
         EarlyExit(small_model().eval()).calibrate(data, max_accuracy_drop=1.0)
 
 
-@pytest.mark.parametrize(("budget", "message"), [
-    ({}, "one of max_accuracy_drop, max_macs, min_speedup, got none"),
-    ({"max_macs": 1e6, "min_speedup": 2}, "one of .*, got max_macs, min_speedup"),
-    ({"max_accuracy_drop": -1}, "max_accuracy_drop .* 0, got -1"),
-    ({"max_macs": float("nan")}, "max_macs .* 1, got nan"),
-    ({"min_speedup": 0.5}, "min_speedup .* 1, got 0.5"),
-    ({"min_speedup": "2"}, "min_speedup .* 1, got '2'"),
-])
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "one of max_accuracy_drop, max_macs, min_speedup, got none"),
+        ({"max_macs": 1e6, "min_speedup": 2}, "one of .*, got max_macs, min_speedup"),
+        ({"max_accuracy_drop": -1}, "max_accuracy_drop .* 0, got -1"),
+        ({"max_macs": float("nan")}, "max_macs .* 1, got nan"),
+        ({"min_speedup": 0.5}, "min_speedup .* 1, got 0.5"),
+        ({"min_speedup": "2"}, "min_speedup .* 1, got '2'"),
+    ],
+)
 def test_wrong_budgets(budget, message):
     with pytest.raises(ValueError, match=message):
         EarlyExit(small_model().eval()).calibrate(loader(), **budget)

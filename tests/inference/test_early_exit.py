@@ -1,4 +1,5 @@
 """Every image gets the answer of its exit, whoever else is in the batch."""
+
 import copy
 import io
 import pickle
@@ -18,15 +19,57 @@ from timm_selfdistill.inference.policy import POLICIES
 from ..conftest import small_backbone, small_model
 
 CLASSES = [  # a small network of each of 30 model classes
-    "test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout", "test_nfnet", "test_byobnet",
-    "test_coatnet", "test_vit_relpos", "lcnet_035", "starnet_s050", "repghostnet_050", "edgenext_xx_small",
-    "ghostnet_050", "efficientvit_b0", "efficientvit_m0", "regnetx_002", "cspnext_tiny", "fasternet_t0", "pit_ti_224",
-    "cpubone_nano", "deit_tiny_distilled_patch16_224", "shvit_s1", "levit_128s", "vit_tiny_patch16_dinov3_qkvb",
-    "visformer_tiny", "crossvit_tiny_240", "lowformer_b0", "inception_next_atto", "rexnet_100"]
-QUICK = {"test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet", "test_nfnet", "test_coatnet",
-         "levit_128s", "edgenext_xx_small", "deit_tiny_distilled_patch16_224", "efficientvim_m1", "hrnet_w18_small"}
+    "test_resnet",
+    "test_vit",
+    "test_convnext",
+    "test_efficientnet",
+    "test_mambaout",
+    "test_nfnet",
+    "test_byobnet",
+    "test_coatnet",
+    "test_vit_relpos",
+    "lcnet_035",
+    "starnet_s050",
+    "repghostnet_050",
+    "edgenext_xx_small",
+    "ghostnet_050",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "regnetx_002",
+    "cspnext_tiny",
+    "fasternet_t0",
+    "pit_ti_224",
+    "cpubone_nano",
+    "deit_tiny_distilled_patch16_224",
+    "shvit_s1",
+    "levit_128s",
+    "vit_tiny_patch16_dinov3_qkvb",
+    "visformer_tiny",
+    "crossvit_tiny_240",
+    "lowformer_b0",
+    "inception_next_atto",
+    "rexnet_100",
+]
+QUICK = {
+    "test_resnet",
+    "test_vit",
+    "test_convnext",
+    "test_efficientnet",
+    "test_byobnet",
+    "test_nfnet",
+    "test_coatnet",
+    "levit_128s",
+    "edgenext_xx_small",
+    "deit_tiny_distilled_patch16_224",
+    "efficientvim_m1",
+    "hrnet_w18_small",
+}
 STUBBORN = {  # images cannot leave the batch at some or all stages: the exit at which those finished at each exit leave
-    "efficientvim_m1": [0, 2], "hrnet_w18_small": [3, 3, 3], "coat_tiny": [1], "mvitv2_tiny": [3, 3, 3]}
+    "efficientvim_m1": [0, 2],
+    "hrnet_w18_small": [3, 3, 3],
+    "coat_tiny": [1],
+    "mvitv2_tiny": [3, 3, 3],
+}
 
 
 def images(model: SelfDistillModel, count: int) -> torch.Tensor:
@@ -71,15 +114,18 @@ def check_every_share(early_exit: EarlyExit, policy: str = "confidence") -> set[
         torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.confidence, expected.softmax(1).amax(1), rtol=1e-4, atol=1e-4)
         for row, exit in enumerate(found.exit.tolist()):
-            leaves = [POLICIES[policy].leaves(part[row:row + 1].softmax(1), threshold).item()
-                      for part, threshold in zip(full, early_exit.thresholds)]
+            leaves = [
+                POLICIES[policy].leaves(part[row : row + 1].softmax(1), threshold).item()
+                for part, threshold in zip(full, early_exit.thresholds)
+            ]
             assert exit == (leaves.index(True) if True in leaves else len(leaves))
         taken |= set(found.exit.tolist())
     return taken
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CLASSES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CLASSES]
+)
 def test_answers_are_those_of_forward_exits(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -87,8 +133,10 @@ def test_answers_are_those_of_forward_exits(name):
     assert len(check_every_share(early_exit)) >= 2
 
 
-@pytest.mark.parametrize(("name", "stops"), [
-    pytest.param(name, stops, marks=() if name in QUICK else pytest.mark.slow) for name, stops in STUBBORN.items()])
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [pytest.param(name, stops, marks=() if name in QUICK else pytest.mark.slow) for name, stops in STUBBORN.items()],
+)
 def test_where_rows_cannot_leave_the_batch_runs_on_with_one_warning(name, stops):
     model = small_model(name).eval()
     kept = ", ".join(model.exits[exit] for exit, stop in enumerate(stops) if stop > exit)
@@ -118,15 +166,22 @@ def test_layers_run_once_and_on_fewer_and_fewer_images(model, monkeypatch):
     with torch.no_grad():
         full = model.forward_exits(x).logits
     rows = []
-    handles = [module.register_forward_pre_hook(lambda module, args, name=name: rows.append((name, len(args[0]))))
-               for name, module in model.backbone.named_modules() if name in {"layer1", "layer2", "layer3", "layer4"}]
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: rows.append((name, len(args[0]))))
+        for name, module in model.backbone.named_modules()
+        if name in {"layer1", "layer2", "layer3", "layer4"}
+    ]
     found = EarlyExit(model, quantiles(full, 0.5)).predict(x)
     counts = torch.bincount(found.exit, minlength=4)
     rows = rows[-4:]
     for handle in handles:
         handle.remove()
-    assert rows == [("layer1", 32), ("layer2", 32 - int(counts[0])), ("layer3", 32 - int(counts[:2].sum())),
-                    ("layer4", int(counts[3]))]
+    assert rows == [
+        ("layer1", 32),
+        ("layer2", 32 - int(counts[0])),
+        ("layer3", 32 - int(counts[:2].sum())),
+        ("layer4", int(counts[3])),
+    ]
 
 
 def test_when_all_are_gone_no_layer_runs_any_more(model):
@@ -270,7 +325,8 @@ def test_other_precisions(dtype):
     found = mixed(model, x).predict(x)
     assert found.logits.dtype == dtype
     torch.testing.assert_close(
-        found.logits, row_by_row(model, x, found.exit), rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-6)
+        found.logits, row_by_row(model, x, found.exit), rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-6
+    )
 
 
 def test_autocast_and_channels_last(model):
@@ -283,7 +339,8 @@ def test_autocast_and_channels_last(model):
     nhwc = copy.deepcopy(model).to(memory_format=torch.channels_last)
     formats = []
     nhwc.backbone.layer2.register_forward_pre_hook(
-        lambda _, args: formats.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+        lambda _, args: formats.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
     found = EarlyExit(nhwc, early_exit.thresholds).predict(x.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
     assert formats[-1]
@@ -305,30 +362,39 @@ def test_a_head_of_ones_own():
     check_every_share(EarlyExit(wrap_self_distill(small_backbone("test_vit"), head=LinearHead).eval(), 0.5))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (([0.5, 0.5],), r"3 thresholds, .*got \[0.5, 0.5\]"),
-    (("0.5",), "3 thresholds, .*got '0.5'"),
-    (([0.5, 0.5, 1.5],), "'confidence' .*0 to 1, .*None .*got 1.5"),
-    (([0.5, 0.5, -0.1],), "'confidence' .*0 to 1, .*None .*got -0.1"),
-    (([0.5, 0.5, float("nan")],), "got nan"),
-    (([0.5, True, 0.5],), "got True"),
-    ((2.5, "entropy"), "'entropy' .*0 to 2.303, .*got 2.5"),
-    ((0.5, "surprise"), "policy .*confidence, entropy, margin, got 'surprise'"),
-    ((0.5, None, [1.0]), r"4 temperatures, .*got \[1.0\]"),
-    ((0.5, None, [1.0, 1.0, 1.0, 0.0]), "temperature .*above 0, got 0.0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0.5, 0.5],), r"3 thresholds, .*got \[0.5, 0.5\]"),
+        (("0.5",), "3 thresholds, .*got '0.5'"),
+        (([0.5, 0.5, 1.5],), "'confidence' .*0 to 1, .*None .*got 1.5"),
+        (([0.5, 0.5, -0.1],), "'confidence' .*0 to 1, .*None .*got -0.1"),
+        (([0.5, 0.5, float("nan")],), "got nan"),
+        (([0.5, True, 0.5],), "got True"),
+        ((2.5, "entropy"), "'entropy' .*0 to 2.303, .*got 2.5"),
+        ((0.5, "surprise"), "policy .*confidence, entropy, margin, got 'surprise'"),
+        ((0.5, None, [1.0]), r"4 temperatures, .*got \[1.0\]"),
+        ((0.5, None, [1.0, 1.0, 1.0, 0.0]), "temperature .*above 0, got 0.0"),
+    ],
+)
 def test_wrong_settings(arguments, message, model):
     with pytest.raises(ValueError, match=message):
         EarlyExit(model, *arguments)
 
 
-@pytest.mark.parametrize(("x", "message"), [
-    (torch.zeros(3, 160, 160), r"ResNet .*\(B, 3, H, W\), got \(3, 160, 160\)"),
-    (torch.zeros(1, 1, 160, 160), r"ResNet .*\(B, 3, H, W\), got \(1, 1, 160, 160\)"),
-    (torch.zeros(1, 3, 160, 160, dtype=torch.float64), r"torch\.float64 on cpu, .*torch\.float32 on cpu; .*x\.to\("),
-    (torch.zeros(1, 3, 160, 160, dtype=torch.uint8), r"torch\.uint8 on cpu, .*torch\.float32 on cpu; .*x\.to\("),
-    ([[0.0]], r"images .*tensor \(B, C, H, W\), got list"),
-])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 160, 160), r"ResNet .*\(B, 3, H, W\), got \(3, 160, 160\)"),
+        (torch.zeros(1, 1, 160, 160), r"ResNet .*\(B, 3, H, W\), got \(1, 1, 160, 160\)"),
+        (
+            torch.zeros(1, 3, 160, 160, dtype=torch.float64),
+            r"torch\.float64 on cpu, .*torch\.float32 on cpu; .*x\.to\(",
+        ),
+        (torch.zeros(1, 3, 160, 160, dtype=torch.uint8), r"torch\.uint8 on cpu, .*torch\.float32 on cpu; .*x\.to\("),
+        ([[0.0]], r"images .*tensor \(B, C, H, W\), got list"),
+    ],
+)
 def test_wrong_images(x, message, model):
     with pytest.raises(ValueError, match=message):
         EarlyExit(model, 0.5).predict(x)
@@ -376,8 +442,10 @@ def test_who_is_done_leaves_also_at_an_exit_that_nobody_takes():
         early_exit = mixed(model, x)
     early_exit.thresholds[1:] = [None, None]
     rows = []
-    handles = [getattr(model.backbone, name).register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-               for name in ("layer2", "layer3")]
+    handles = [
+        getattr(model.backbone, name).register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        for name in ("layer2", "layer3")
+    ]
     found = early_exit.predict(x)
     for handle in handles:
         handle.remove()
@@ -412,7 +480,8 @@ def test_a_network_made_in_inference_mode_and_images_made_there():
         x = images(model, 8)
         early_exit = mixed(model, x)
     torch.testing.assert_close(
-        early_exit.predict(x).logits, row_by_row(model, x, early_exit.predict(x).exit), rtol=1e-4, atol=1e-4)
+        early_exit.predict(x).logits, row_by_row(model, x, early_exit.predict(x).exit), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_head_that_works_in_place_is_found_in_inference_mode():
@@ -429,8 +498,12 @@ def over_a_file(early_exit: EarlyExit) -> EarlyExit:
     return torch.load(file, weights_only=False)
 
 
-COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda found: pickle.loads(pickle.dumps(found)),
-          "torch.save": over_a_file}
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda found: pickle.loads(pickle.dumps(found)),
+    "torch.save": over_a_file,
+}
 
 
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)

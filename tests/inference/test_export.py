@@ -1,4 +1,5 @@
 """Exits and stages in other runtimes."""
+
 import importlib.util
 import json
 import runpy
@@ -27,9 +28,13 @@ def run_file(path, *inputs) -> list[np.ndarray]:
     return session.run(None, {entry.name: value for entry, value in zip(session.get_inputs(), inputs, strict=True)})
 
 
-@pytest.mark.parametrize(("name", "exits"), [
-    ("test_resnet", [0, "ensemble"]),
-    *(pytest.param(name, [0, 1, 2, 3, "ensemble"], marks=pytest.mark.slow) for name in ("test_resnet", "test_vit"))])
+@pytest.mark.parametrize(
+    ("name", "exits"),
+    [
+        ("test_resnet", [0, "ensemble"]),
+        *(pytest.param(name, [0, 1, 2, 3, "ensemble"], marks=pytest.mark.slow) for name in ("test_resnet", "test_vit")),
+    ],
+)
 def test_exits_with_a_batch_of_any_size(name, exits, tmp_path):
     model = small_model(name).eval()
     size = model.backbone.pretrained_cfg["input_size"]
@@ -40,8 +45,9 @@ def test_exits_with_a_batch_of_any_size(name, exits, tmp_path):
             x = torch.randn(count, *size)
             with torch.no_grad():
                 expected = model.predict(x, exit)
-            torch.testing.assert_close(torch.from_numpy(run_file(tmp_path / "exit.onnx", x.numpy())[0]), expected,
-                                       rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                torch.from_numpy(run_file(tmp_path / "exit.onnx", x.numpy())[0]), expected, rtol=1e-4, atol=1e-4
+            )
             torch.testing.assert_close(program(x), expected)
 
 
@@ -61,18 +67,30 @@ def test_names_are_what_a_reader_expects(tmp_path):
     assert isinstance(images.shape[0], str)
 
 
-@pytest.mark.parametrize(("name", "head", "exits"), [
-    ("test_resnet", "linear", ["layer2"]),
-    *(pytest.param(name, head, None, marks=pytest.mark.slow) for name, head in (
-        ("test_resnet", "attention"), ("test_vit", LinearHead), ("test_convnext", "linear"),
-        ("test_mambaout", "bottleneck")))])
+@pytest.mark.parametrize(
+    ("name", "head", "exits"),
+    [
+        ("test_resnet", "linear", ["layer2"]),
+        *(
+            pytest.param(name, head, None, marks=pytest.mark.slow)
+            for name, head in (
+                ("test_resnet", "attention"),
+                ("test_vit", LinearHead),
+                ("test_convnext", "linear"),
+                ("test_mambaout", "bottleneck"),
+            )
+        ),
+    ],
+)
 def test_the_stages_one_after_the_other_are_the_network(name, head, exits, tmp_path):
     model = wrap_self_distill(small_backbone(name), exits=exits, head=head).eval()
     x = torch.randn(4, *model.backbone.pretrained_cfg["input_size"])
     with torch.no_grad():
         expected = model.forward_exits(x).logits
     paths = export_stages(model, tmp_path)
-    assert [path.name for path in paths] == ["stage0.onnx", "stage1.onnx", "stage2.onnx", "stage3.onnx"][:len(expected)]
+    assert [path.name for path in paths] == ["stage0.onnx", "stage1.onnx", "stage2.onnx", "stage3.onnx"][
+        : len(expected)
+    ]
     carried = [x.numpy()]
     for exit, path in enumerate(paths):
         logits, *carried = run_file(path, *carried)
@@ -130,8 +148,14 @@ def test_answers_that_differ_are_not_accepted(tmp_path, monkeypatch):
 def test_the_example_prepares_pictures_as_timm_does(size, tmp_path):
     noise = Image.effect_noise(size, 90).convert("RGB").resize(size)
     noise.save(tmp_path / "picture.png")
-    about = {"input_size": [3, 96, 96], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic",
-             "crop_pct": 0.9, "crop_mode": "center"}
+    about = {
+        "input_size": [3, 96, 96],
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+    }
     example = runpy.run_path(str(ROOT / "examples/onnx_early_exit.py"))
     found = example["load_image"](tmp_path / "picture.png", about)
     expected = create_transform(**about)(noise)
@@ -139,22 +163,34 @@ def test_the_example_prepares_pictures_as_timm_does(size, tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", [
-    "turned", "16 bits", "32 bits", "float", "palette", "CMYK", "transparent", "grey", "bilevel"])
+@pytest.mark.parametrize(
+    "kind", ["turned", "16 bits", "32 bits", "float", "palette", "CMYK", "transparent", "grey", "bilevel"]
+)
 def test_the_example_reads_files_as_training_does(kind, channels, tmp_path):
     path, image = tmp_path / "picture.tif", Image.effect_noise((60, 40), 90)
     colours = Image.merge("RGB", [image, image.rotate(180), image])
     values, exif = np.arange(2400).reshape(40, 60) / 2400, Image.Exif()
     exif[0x0112] = 6 if kind == "turned" else 1
-    made = {"16 bits": lambda: Image.fromarray((values * 65535).astype(np.uint16)),
-            "32 bits": lambda: Image.fromarray((values * 65535).astype(np.int32)),
-            "float": lambda: Image.fromarray((values * 255).astype(np.float32)),
-            "palette": lambda: colours.quantize(16), "CMYK": lambda: colours.convert("CMYK"),
-            "transparent": lambda: Image.merge("RGBA", [*colours.split(), image]), "grey": lambda: image,
-            "bilevel": lambda: image.convert("1"), "turned": lambda: colours}[kind]()
+    made = {
+        "16 bits": lambda: Image.fromarray((values * 65535).astype(np.uint16)),
+        "32 bits": lambda: Image.fromarray((values * 65535).astype(np.int32)),
+        "float": lambda: Image.fromarray((values * 255).astype(np.float32)),
+        "palette": lambda: colours.quantize(16),
+        "CMYK": lambda: colours.convert("CMYK"),
+        "transparent": lambda: Image.merge("RGBA", [*colours.split(), image]),
+        "grey": lambda: image,
+        "bilevel": lambda: image.convert("1"),
+        "turned": lambda: colours,
+    }[kind]()
     made.save(path, exif=exif)
-    about = {"input_size": [channels, 32, 32], "mean": [0.0] * channels, "std": [1.0] * channels,
-             "interpolation": "nearest", "crop_pct": 1.0, "crop_mode": "center"}
+    about = {
+        "input_size": [channels, 32, 32],
+        "mean": [0.0] * channels,
+        "std": [1.0] * channels,
+        "interpolation": "nearest",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
     load = runpy.run_path(str(ROOT / "examples/onnx_early_exit.py"))["load_image"]
     for ranges in ({}, {"I": (100, 50000), "F": (3.0, 200.0)}):
         found = load(path, {**about, "value_ranges": ranges})

@@ -1,4 +1,5 @@
 """What calibration finds is never worse than one exit for all images."""
+
 from itertools import product
 
 import pytest
@@ -67,8 +68,11 @@ def measure(point: OperatingPoint, data: Answers, costs: ExitCosts) -> Operating
 def check_no_worse(data: Answers, costs: ExitCosts, curve: list[OperatingPoint], budget: dict[str, float]) -> None:
     found = measure(choose_point(curve, data, costs, budget), data, costs)
     tiny, plain = 1e-9, data.plain_accuracy
-    kept = [fixed for fixed in fixed_exits(data.right, costs)
-            if is_met(calibration._pessimistic(fixed, data, costs), plain, costs, budget)]
+    kept = [
+        fixed
+        for fixed in fixed_exits(data.right, costs)
+        if is_met(calibration._pessimistic(fixed, data, costs), plain, costs, budget)
+    ]
     if kept:
         assert is_met(found, plain, costs, budget)
     if "max_accuracy_drop" in budget:
@@ -99,7 +103,10 @@ def test_no_fixed_exit_is_better_on_the_images_that_thresholds_are_found_on(kind
 def test_a_fixed_exit_costs_what_its_stages_and_its_head_cost():
     right = torch.tensor([[True, False], [True, True], [False, False]])
     assert fixed_exits(right, COSTS) == [
-        ([EVERYBODY, None], 0.5, 11.0), ([None, EVERYBODY], 1.0, 22.0), ([None, None], 0.0, 40.0)]
+        ([EVERYBODY, None], 0.5, 11.0),
+        ([None, EVERYBODY], 1.0, 22.0),
+        ([None, None], 0.0, 40.0),
+    ]
 
 
 def test_the_second_exit_is_found_where_it_alone_keeps_a_speed_up():
@@ -110,11 +117,14 @@ def test_the_second_exit_is_found_where_it_alone_keeps_a_speed_up():
     data.sureness[:] = torch.rand(data.sureness.shape).double()  # which say nothing
     data.right[0] = False
     assert choose_point(find_curve(data.sureness, data.right, COSTS), data, COSTS, {"max_macs": 22.0}).thresholds == [
-        None, EVERYBODY]
+        None,
+        EVERYBODY,
+    ]
 
 
-@pytest.mark.parametrize(("wins", "losses", "expected"), [
-    (0, 0, 1.0), (1, 0, 0.5), (5, 0, 1 / 32), (2, 2, 11 / 16), (0, 3, 1.0)])
+@pytest.mark.parametrize(
+    ("wins", "losses", "expected"), [(0, 0, 1.0), (1, 0, 0.5), (5, 0, 1 / 32), (2, 2, 11 / 16), (0, 3, 1.0)]
+)
 def test_the_sign_test_counts_the_images_that_one_of_the_two_has_right(wins, losses, expected):
     first = torch.tensor([True] * wins + [False] * losses + [True] * 4)
     second = torch.tensor([False] * wins + [True] * losses + [True] * 4)
@@ -156,12 +166,14 @@ def images(count: int = 450) -> DataLoader:
     return DataLoader(TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), labels), 150)
 
 
-@pytest.mark.parametrize(("exit", "policy"), [
-    (0, "confidence"), (0, "entropy"), (1, "margin"), (2, "entropy"), (3, "margin")])
+@pytest.mark.parametrize(
+    ("exit", "policy"), [(0, "confidence"), (0, "entropy"), (1, "margin"), (2, "entropy"), (3, "margin")]
+)
 def test_a_budget_that_an_exit_just_keeps(exit, policy, monkeypatch):
     """Of a network whose exits are equally good, by multiply-adds and by time."""
-    monkeypatch.setattr(early_exit, "times_of_exits", lambda model, stops, x: macs_of_exits(
-        model, stops, tuple(x.shape[1:])))
+    monkeypatch.setattr(
+        early_exit, "times_of_exits", lambda model, stops, x: macs_of_exits(model, stops, tuple(x.shape[1:]))
+    )
     torch.manual_seed(exit)
     model = small_model().eval()
     macs = model.summary((3, 32, 32))[exit].macs
@@ -176,7 +188,7 @@ def test_a_budget_that_an_exit_just_keeps(exit, policy, monkeypatch):
         assert report.met
         assert report.macs <= macs * (1 + 1e-9)
         answers = found.predict(x).logits.argmax(1)
-        assert float((answers == y).double().mean()) >= max(fixed[:exit + 1])
+        assert float((answers == y).double().mean()) >= max(fixed[: exit + 1])
         if exit == 0:
             assert report.fixed_exit == 0
             assert report.thresholds[1:] == [None, None]

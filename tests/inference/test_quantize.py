@@ -1,4 +1,5 @@
 """Exits as graphs of torch.fx, and in eight bits by both of PyTorch's ways, beside the same exits in float."""
+
 import copy
 import importlib
 import pickle

@@ -1,4 +1,5 @@
 """The networks for CIFAR behave as every timm model does, and have the published sizes."""
+
 from functools import partial
 
 import pytest
@@ -11,11 +12,25 @@ from torch import nn
 from timm_selfdistill import wrap_self_distill
 from timm_selfdistill.models.cifar_resnetv2 import CifarResNetV2, PyramidBottleneck
 
-ALL = ["cifar_pyramidnet101_240", "cifar_resnet101", "cifar_resnet152", "cifar_resnet18", "cifar_resnet50",
-       "cifar_resnext29_8x64d", "cifar_vgg19_bn", "cifar_wide_resnet20_8", "cifar_wide_resnet28_12",
-       "cifar_wide_resnet44_8"]
-KINDS = ["cifar_resnet18", "cifar_wide_resnet20_8", "cifar_resnext29_8x64d", "cifar_pyramidnet101_240",
-         "cifar_vgg19_bn"]
+ALL = [
+    "cifar_pyramidnet101_240",
+    "cifar_resnet101",
+    "cifar_resnet152",
+    "cifar_resnet18",
+    "cifar_resnet50",
+    "cifar_resnext29_8x64d",
+    "cifar_vgg19_bn",
+    "cifar_wide_resnet20_8",
+    "cifar_wide_resnet28_12",
+    "cifar_wide_resnet44_8",
+]
+KINDS = [
+    "cifar_resnet18",
+    "cifar_wide_resnet20_8",
+    "cifar_resnext29_8x64d",
+    "cifar_pyramidnet101_240",
+    "cifar_vgg19_bn",
+]
 
 
 def create(name: str, **kwargs) -> nn.Module:
@@ -31,14 +46,17 @@ def test_timm_lists_them():
     assert timm.list_models("cifar_*", pretrained=True) == []
 
 
-@pytest.mark.parametrize(("name", "classes", "millions"), [
-    ("cifar_resnet18", 100, 11.2),           # github.com/weiaicunzai/pytorch-cifar100, as the next three
-    ("cifar_resnet50", 100, 23.7),
-    ("cifar_resnet101", 100, 42.7),
-    ("cifar_resnet152", 100, 58.3),
-    ("cifar_wide_resnet28_12", 10, 52.5),    # arXiv:1605.07146, table 4
-    ("cifar_resnext29_8x64d", 10, 34.4),     # arXiv:1611.05431, table 7
-])
+@pytest.mark.parametrize(
+    ("name", "classes", "millions"),
+    [
+        ("cifar_resnet18", 100, 11.2),  # github.com/weiaicunzai/pytorch-cifar100, as the next three
+        ("cifar_resnet50", 100, 23.7),
+        ("cifar_resnet101", 100, 42.7),
+        ("cifar_resnet152", 100, 58.3),
+        ("cifar_wide_resnet28_12", 10, 52.5),  # arXiv:1605.07146, table 4
+        ("cifar_resnext29_8x64d", 10, 34.4),  # arXiv:1611.05431, table 7
+    ],
+)
 def test_parameter_counts_are_the_published_ones(name, classes, millions):
     digits = len(str(millions).split(".")[1])
     assert round(params(create(name, num_classes=classes)), digits) == millions
@@ -60,14 +78,16 @@ def pyramid(depth: int, alpha: int, num_classes: int) -> nn.Module:
     return CifarResNetV2(PyramidBottleneck, [blocks // 3] * 3, channels, stem_norm=True, num_classes=num_classes)
 
 
-@pytest.mark.parametrize(("depth", "width", "millions"), [
-    (28, 10, 36.5), (22, 8, 17.2), (16, 8, 11.0), (40, 4, 8.9)])  # arXiv:1605.07146, tables 4 and 5
+@pytest.mark.parametrize(
+    ("depth", "width", "millions"), [(28, 10, 36.5), (22, 8, 17.2), (16, 8, 11.0), (40, 4, 8.9)]
+)  # arXiv:1605.07146, tables 4 and 5
 def test_the_family_of_wide_resnets_has_the_published_parameter_counts(depth, width, millions):
     assert round(params(wide(depth, width, num_classes=10)), 1) == millions
 
 
-@pytest.mark.parametrize(("depth", "alpha", "millions"), [
-    (164, 270, 27.0), (200, 240, 26.6), (236, 220, 26.8), (272, 200, 26.0)])  # github.com/jhkim89/PyramidNet
+@pytest.mark.parametrize(
+    ("depth", "alpha", "millions"), [(164, 270, 27.0), (200, 240, 26.6), (236, 220, 26.8), (272, 200, 26.0)]
+)  # github.com/jhkim89/PyramidNet
 def test_the_family_of_pyramidnets_has_the_published_parameter_counts(depth, alpha, millions):
     with torch.device("meta"):
         model = pyramid(depth, alpha, num_classes=10)
@@ -75,9 +95,15 @@ def test_the_family_of_pyramidnets_has_the_published_parameter_counts(depth, alp
     assert weights / 1e6 == pytest.approx(millions, abs=0.06)  # published without the norms' parameters
 
 
-@pytest.mark.parametrize(("name", "family", "size"), [
-    ("cifar_wide_resnet20_8", wide, (20, 8)), ("cifar_wide_resnet44_8", wide, (44, 8)),
-    ("cifar_wide_resnet28_12", wide, (28, 12)), ("cifar_pyramidnet101_240", pyramid, (101, 240))])
+@pytest.mark.parametrize(
+    ("name", "family", "size"),
+    [
+        ("cifar_wide_resnet20_8", wide, (20, 8)),
+        ("cifar_wide_resnet44_8", wide, (44, 8)),
+        ("cifar_wide_resnet28_12", wide, (28, 12)),
+        ("cifar_pyramidnet101_240", pyramid, (101, 240)),
+    ],
+)
 def test_networks_are_those_of_their_family(name, family, size):
     with torch.device("meta"):
         networks = create(name), family(*size, num_classes=100)
@@ -99,11 +125,16 @@ def test_resnet18_has_11_22_million_parameters():
     assert params(create("cifar_resnet18")) == 11.220132
 
 
-@pytest.mark.parametrize(("name", "sections"), [
-    ("cifar_wide_resnet20_8", [2, 3, 1, 2]), ("cifar_wide_resnet44_8", [6, 7, 2, 5]),
-    ("cifar_wide_resnet28_12", [4, 4, 1, 3]), ("cifar_resnext29_8x64d", [3, 3, 1, 2]),
-    ("cifar_pyramidnet101_240", [11, 11, 3, 8]),
-])
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("cifar_wide_resnet20_8", [2, 3, 1, 2]),
+        ("cifar_wide_resnet44_8", [6, 7, 2, 5]),
+        ("cifar_wide_resnet28_12", [4, 4, 1, 3]),
+        ("cifar_resnext29_8x64d", [3, 3, 1, 2]),
+        ("cifar_pyramidnet101_240", [11, 11, 3, 8]),
+    ],
+)
 def test_three_groups_are_cut_into_four_sections(name, sections):
     with torch.device("meta"):
         model = create(name)
@@ -116,8 +147,11 @@ def test_each_has_four_classifiers_at_the_ends_of_its_sections(name):
         model = wrap_self_distill(create(name))
         output = model.forward_exits(torch.empty(2, 3, 32, 32))
     by_group = tuple(f"stages.{index}" for index in range(4))
-    names = {"CifarResNet": ("layer1", "layer2", "layer3", "layer4"), "CifarResNetV2": by_group,
-             "CifarVGG": ("features.12", "features.25", "features.38", "features.52")}[type(model.backbone).__name__]
+    names = {
+        "CifarResNet": ("layer1", "layer2", "layer3", "layer4"),
+        "CifarResNetV2": by_group,
+        "CifarVGG": ("features.12", "features.25", "features.38", "features.52"),
+    }[type(model.backbone).__name__]
     assert model.exits == names
     assert [tuple(logits.shape) for logits in output.logits] == [(2, 100)] * 4
 

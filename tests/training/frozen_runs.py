@@ -1,4 +1,5 @@
 """Short runs in which exits learn on a frozen backbone."""
+
 import torch
 
 from timm_selfdistill import SelfDistillLoss, SelfDistillModel, SelfDistillTask, TrainConfig, Trainer
@@ -12,8 +13,9 @@ def frozen_model(name: str = "test_resnet", seed: int = 0, **kwargs) -> SelfDist
 
 
 def fit(model: SelfDistillModel, data, output, criterion: SelfDistillLoss | None = None, **settings) -> Trainer:
-    config = TrainConfig(output=str(output), warmup_epochs=0, seed=0,
-                         **{"epochs": 3, "batch_size": 40, "workers": 0, **settings})
+    config = TrainConfig(
+        output=str(output), warmup_epochs=0, seed=0, **{"epochs": 3, "batch_size": 40, "workers": 0, **settings}
+    )
     trainer = Trainer(SelfDistillTask(model, criterion), *data, config)
     trainer.fit()
     return trainer

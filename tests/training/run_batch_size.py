@@ -1,7 +1,8 @@
 """Two processes, of which the second has less memory: both take the batch that it found.
 
-    torchrun --nproc_per_node 2 tests/training/run_batch_size.py
+torchrun --nproc_per_node 2 tests/training/run_batch_size.py
 """
+
 import torch
 from accelerate import Accelerator
 

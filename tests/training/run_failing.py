@@ -2,6 +2,7 @@
 
 Where it is "staying", the process that fails lives on.
 """
+
 import sys
 import time
 

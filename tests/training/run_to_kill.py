@@ -6,6 +6,7 @@ MOMENT is "update" (between backward and optimizer step), "evaluation", "checkpo
 "rename" (they are written, but do not have their name yet), the NUMBERth of its kind in this process. What each update
 saw goes to OUTPUT/seen-RANK.txt.
 """
+
 import hashlib
 import os
 import signal
@@ -21,8 +22,12 @@ from timm_selfdistill.training.outputs.metrics import ExitMeter
 from timm_selfdistill.training.state import checkpoint
 
 GLOBAL_BATCH, IMAGES, EPOCHS = 24, 205, 3
-MOMENTS = {"update": (Updater, "_clip"), "evaluation": (ExitMeter, "update"), "checkpoint": (torch, "save"),
-           "rename": (checkpoint, "_write_checksums")}
+MOMENTS = {
+    "update": (Updater, "_clip"),
+    "evaluation": (ExitMeter, "update"),
+    "checkpoint": (torch, "save"),
+    "rename": (checkpoint, "_write_checksums"),
+}
 
 
 def kill_at(moment: str, number: int) -> None:
@@ -56,15 +61,28 @@ def main(output: Path, workers: int) -> None:
     torch.manual_seed(0)
     images = load_images("examples/data")
     images.train, images.val = images.train.select(range(IMAGES)), images.val.select(range(30))
-    backbone = create_backbone(
-        "test_resnet", None, pretrained=False, num_classes=10, in_chans=1, drop_rate=0.2)
+    backbone = create_backbone("test_resnet", None, pretrained=False, num_classes=10, in_chans=1, drop_rate=0.2)
     train, val = images.transformed(
-        model_data_config(backbone, 32, 1), auto_augment="rand-m9-mstd0.5", color_jitter=None, re_prob=0.3)
+        model_data_config(backbone, 32, 1), auto_augment="rand-m9-mstd0.5", color_jitter=None, re_prob=0.3
+    )
     world = int(os.environ.get("WORLD_SIZE", 1))
     config = TrainConfig(
-        output=str(output), resume="auto", epochs=EPOCHS, batch_size=GLOBAL_BATCH // world, workers=workers,
-        opt="adamw", lr=1e-3, mixup=0.2, smoothing=0.1, model_ema=True, model_ema_decay=0.9, grad_accum_steps=2,
-        clip_grad=1.0, checkpoint_interval="2", log_interval=3)
+        output=str(output),
+        resume="auto",
+        epochs=EPOCHS,
+        batch_size=GLOBAL_BATCH // world,
+        workers=workers,
+        opt="adamw",
+        lr=1e-3,
+        mixup=0.2,
+        smoothing=0.1,
+        model_ema=True,
+        model_ema_decay=0.9,
+        grad_accum_steps=2,
+        clip_grad=1.0,
+        checkpoint_interval="2",
+        log_interval=3,
+    )
     output.mkdir(parents=True, exist_ok=True)
     record(output / f"seen-{os.environ.get('RANK', 0)}.txt")
     Trainer(SelfDistillTask(wrap_self_distill(backbone)), train, val, config).fit()

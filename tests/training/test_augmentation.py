@@ -8,8 +8,13 @@ from torchvision.transforms import AutoAugment, RandomCrop, RandomHorizontalFlip
 
 from timm_selfdistill.training.data.transforms import Cutout, create_train_transform
 
-CONFIG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear",
-          "crop_pct": 1.0}
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5,) * 3,
+    "std": (0.25,) * 3,
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+}
 
 
 def test_cutout_zeroes_a_square_that_a_border_may_cut_off():
@@ -35,7 +40,14 @@ def test_the_cifar_recipe_is_crop_flip_policy_and_cutout_in_this_order():
     transform = create_train_transform(CONFIG, train_crop_mode="pad", auto_augment="cifar10", cutout=16)
     kinds = [type(step).__name__ for step in transform.transforms]
     assert kinds == [
-        "Resize", "RandomCrop", "RandomHorizontalFlip", "AutoAugment", "MaybeToTensor", "Cutout", "Normalize"]
+        "Resize",
+        "RandomCrop",
+        "RandomHorizontalFlip",
+        "AutoAugment",
+        "MaybeToTensor",
+        "Cutout",
+        "Normalize",
+    ]
     crop, flip, policy = transform.transforms[1:4]
     assert isinstance(crop, RandomCrop)
     assert (crop.size, crop.padding) == ((32, 32), (4, 4))
@@ -71,11 +83,14 @@ def test_without_augmentation_nothing_is_random():
     assert torch.equal(transform(image), transform(image))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"cutout": -1}, r"cutout .*got -1$"),
-    ({"cutout": 1.5}, r"cutout .*got 1\.5$"),
-    ({"train_crop_mode": "padd"}, r"train_crop_mode .*rrc, rkrc, rkrr, pad, got 'padd'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cutout": -1}, r"cutout .*got -1$"),
+        ({"cutout": 1.5}, r"cutout .*got 1\.5$"),
+        ({"train_crop_mode": "padd"}, r"train_crop_mode .*rrc, rkrc, rkrr, pad, got 'padd'"),
+    ],
+)
 def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         create_train_transform(CONFIG, **arguments)

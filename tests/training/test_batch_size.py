@@ -1,4 +1,5 @@
 """The search of `batch_size="auto"` by itself; tests/test_cuda.py has it on a GPU."""
+
 import random
 
 import numpy as np
@@ -52,8 +53,10 @@ def test_the_largest_power_of_two_that_fits_is_found():
     assert memory.tried == [64, 32, 32]  # no more than there are images; two updates of what fits
 
 
-@pytest.mark.parametrize(("fits", "most", "found"), [
-    (10**6, 10**6, 1024), (10**6, 400, 256), (2, 400, 2), (1, 400, 0), (10**6, 3, 2), (10**6, 1, 2)])
+@pytest.mark.parametrize(
+    ("fits", "most", "found"),
+    [(10**6, 10**6, 1024), (10**6, 400, 256), (2, 400, 2), (1, 400, 0), (10**6, 3, 2), (10**6, 1, 2)],
+)
 def test_between_two_images_and_1024(fits, most, found):
     def attempt(batch_size):
         if batch_size > fits:
@@ -70,9 +73,14 @@ def test_another_error_is_not_taken_for_full_memory():
         search(attempt, 400)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"opt": "adamw", "mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1, "model_ema": True, "channels_last": True},
-    {"amp": True, "amp_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"opt": "adamw", "mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1, "model_ema": True, "channels_last": True},
+        {"amp": True, "amp_dtype": "bfloat16"},
+    ],
+)
 def test_nothing_is_left_of_the_search(changes):
     task, _ = limited_task(20)
     expected = make_task()

@@ -11,26 +11,29 @@ from timm_selfdistill.cli import parse_args, train_config, train_parser
 from ..conftest import small_backbone
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ({"epochs": 0}, r"^epochs .*1, got 0"),
-    ({"batch_size": 0}, r"^batch_size .*1, got 0"),
-    ({"batch_size": "big"}, r"^batch_size .*\"auto\", got 'big'"),
-    ({"validation_batch_size": "auto"}, r"^validation_batch_size .*number, got 'auto'"),
-    ({"grad_accum_steps": 0}, r"^grad_accum_steps .*1, got 0"),
-    ({"lr": math.nan}, r"^lr .*>= 0, got nan"),
-    ({"seed": -1}, r"^seed .*>= 0, got -1"),
-    ({"smoothing": 1.0}, r"^smoothing .*\[0, 1\), got 1\.0"),
-    ({"clip_grad": 0.0}, r"^clip_grad .*> 0, got 0\.0"),
-    ({"mixup": 0.2, "batch_size": 15}, r"mixup .*batch_size .*even, got 15"),
-    ({"opt": "sgdd"}, r"optimizer 'sgdd'; did you mean sgd, "),
-    ({"sched": "cubic"}, r"schedule 'cubic'; .*cosine, tanh"),
-    ({"mixup_mode": "foo"}, r"^mixup_mode .*batch, pair, elem, got 'foo'"),
-    ({"mixup_prob": 7}, r"^mixup_prob .*\[0, 1\], got 7"),
-    ({"model_ema_decay": 5}, r"^model_ema_decay .*\[0, 1\], got 5"),
-    ({"validation_batch_size": 0}, r"^validation_batch_size .*1, got 0"),
-    ({"momentum": -1}, r"^momentum .*>= 0, got -1"),
-    ({"amp_dtype": "fp8"}, r"^amp_dtype .*float16, bfloat16, got 'fp8'"),
-])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"epochs": 0}, r"^epochs .*1, got 0"),
+        ({"batch_size": 0}, r"^batch_size .*1, got 0"),
+        ({"batch_size": "big"}, r"^batch_size .*\"auto\", got 'big'"),
+        ({"validation_batch_size": "auto"}, r"^validation_batch_size .*number, got 'auto'"),
+        ({"grad_accum_steps": 0}, r"^grad_accum_steps .*1, got 0"),
+        ({"lr": math.nan}, r"^lr .*>= 0, got nan"),
+        ({"seed": -1}, r"^seed .*>= 0, got -1"),
+        ({"smoothing": 1.0}, r"^smoothing .*\[0, 1\), got 1\.0"),
+        ({"clip_grad": 0.0}, r"^clip_grad .*> 0, got 0\.0"),
+        ({"mixup": 0.2, "batch_size": 15}, r"mixup .*batch_size .*even, got 15"),
+        ({"opt": "sgdd"}, r"optimizer 'sgdd'; did you mean sgd, "),
+        ({"sched": "cubic"}, r"schedule 'cubic'; .*cosine, tanh"),
+        ({"mixup_mode": "foo"}, r"^mixup_mode .*batch, pair, elem, got 'foo'"),
+        ({"mixup_prob": 7}, r"^mixup_prob .*\[0, 1\], got 7"),
+        ({"model_ema_decay": 5}, r"^model_ema_decay .*\[0, 1\], got 5"),
+        ({"validation_batch_size": 0}, r"^validation_batch_size .*1, got 0"),
+        ({"momentum": -1}, r"^momentum .*>= 0, got -1"),
+        ({"amp_dtype": "fp8"}, r"^amp_dtype .*float16, bfloat16, got 'fp8'"),
+    ],
+)
 def test_values_that_cannot_work_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**setting)
@@ -48,10 +51,20 @@ def test_precision_by_accelerates_name():
 
 def test_scalars_of_other_libraries_and_paths_are_recorded_as_plain_yaml(tmp_path):
     config = TrainConfig(
-        output=tmp_path / "run", epochs=np.int64(3), batch_size=torch.tensor(8), lr=np.float32(0.5), model_ema=np.True_,
-        momentum=torch.tensor(0.75), report_to="tensorboard", decay_milestones=30,
-        settings={"model": np.str_("resnet18"), "scale": (np.float64(0.5), torch.tensor(1)),
-                  "found": {"folder": tmp_path, "counts": {np.int64(1): np.arange(2)}}})
+        output=tmp_path / "run",
+        epochs=np.int64(3),
+        batch_size=torch.tensor(8),
+        lr=np.float32(0.5),
+        model_ema=np.True_,
+        momentum=torch.tensor(0.75),
+        report_to="tensorboard",
+        decay_milestones=30,
+        settings={
+            "model": np.str_("resnet18"),
+            "scale": (np.float64(0.5), torch.tensor(1)),
+            "found": {"folder": tmp_path, "counts": {np.int64(1): np.arange(2)}},
+        },
+    )
     assert (config.report_to, config.decay_milestones, config.epochs) == (("tensorboard",), (30,), 3)
     config.settings["hflip"] = np.float64(0.25)  # added later
     text = yaml.safe_dump(config.to_dict())

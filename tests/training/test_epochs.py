@@ -1,4 +1,5 @@
 """How long a run is, when it is measured, where it begins, and by what its best model is chosen."""
+
 import csv
 import warnings
 
@@ -29,18 +30,28 @@ def timms_schedule(config: TrainConfig, updates_per_epoch: int):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         schedule, epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(config), updates_per_epoch=updates_per_epoch)
+            optimizer, **scheduler_kwargs(config), updates_per_epoch=updates_per_epoch
+        )
     return optimizer, schedule, epochs
 
 
 @pytest.mark.parametrize("on_updates", [True, False])
-@pytest.mark.parametrize(("changes", "epochs"), [
-    ({}, 4), ({"cooldown_epochs": 2}, 6), ({"warmup_prefix": True, "warmup_epochs": 3.0}, 7),
-    ({"lr_cycle_limit": 3, "lr_cycle_mul": 2.0}, 28), ({"sched": "tanh", "cooldown_epochs": 1}, 5),
-    ({"sched": "step", "decay_epochs": 2.0, "warmup_prefix": True, "warmup_epochs": 2.0}, 6),
-    ({"sched": "wsd", "decay_epochs": 0.5}, 4), ({"sched": "rsqrt", "warmup_epochs": 1.0}, 4),
-    ({"sched": "constant"}, 4), ({"sched": "poly", "decay_rate": 0.9}, 4), ({"sched": "none"}, 4),
-])
+@pytest.mark.parametrize(
+    ("changes", "epochs"),
+    [
+        ({}, 4),
+        ({"cooldown_epochs": 2}, 6),
+        ({"warmup_prefix": True, "warmup_epochs": 3.0}, 7),
+        ({"lr_cycle_limit": 3, "lr_cycle_mul": 2.0}, 28),
+        ({"sched": "tanh", "cooldown_epochs": 1}, 5),
+        ({"sched": "step", "decay_epochs": 2.0, "warmup_prefix": True, "warmup_epochs": 2.0}, 6),
+        ({"sched": "wsd", "decay_epochs": 0.5}, 4),
+        ({"sched": "rsqrt", "warmup_epochs": 1.0}, 4),
+        ({"sched": "constant"}, 4),
+        ({"sched": "poly", "decay_rate": 0.9}, 4),
+        ({"sched": "none"}, 4),
+    ],
+)
 def test_the_length_and_learning_rates_of_a_run(changes, epochs, on_updates, few, tmp_path):
     """As timm's."""
     config = settings(tmp_path, epochs=4, lr=0.4, min_lr=0.01, sched_on_updates=on_updates, **changes)
@@ -67,8 +78,15 @@ def test_a_run_with_a_cooldown_is_longer(few, tmp_path):
 
 def test_the_plateau_schedule_and_its_resumption(few, tmp_path, monkeypatch):
     """Stopped and resumed, too, it goes by the metrics of all epochs."""
-    changes = {"sched": "plateau", "epochs": 5, "lr": 1.0, "patience_epochs": 0, "decay_rate": 0.5,
-               "warmup_epochs": 1.0, "warmup_lr": 0.5}
+    changes = {
+        "sched": "plateau",
+        "epochs": 5,
+        "lr": 1.0,
+        "patience_epochs": 0,
+        "decay_rate": 0.5,
+        "warmup_epochs": 1.0,
+        "warmup_lr": 0.5,
+    }
     whole, _ = fit(tmp_path / "whole", few, **changes)
     reference, schedule, _ = timms_schedule(settings(tmp_path, **changes, sched_on_updates=False), 8)
     for row in whole.history:
@@ -95,7 +113,10 @@ def test_measured_every_second_epoch(few, tmp_path):
         rows = list(csv.DictReader(file))
     assert [bool(row["top1_exit_3"]) for row in rows] == [False, True, False, True, True]
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == [
-        "step-00000004", "step-00000008", "step-00000010"]
+        "step-00000004",
+        "step-00000008",
+        "step-00000010",
+    ]
     assert read_metrics(tmp_path / "run/best")["epoch"] in (2, 4, 5)
     assert (tmp_path / "run/curves.png").is_file()
 
@@ -127,15 +148,18 @@ def test_resuming_without_the_state_of_the_optimizer(few, tmp_path):
     assert [row["epoch"] for row in result.history] == [1, 2]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"sched": "step", "cooldown_epochs": 2}, "cooldown_epochs is of the schedules cosine, tanh, poly, and sched"),
-    ({"sched": "plateau", "warmup_prefix": True}, "warmup_prefix is of schedules that know their end"),
-    ({"no_resume_opt": True}, "none is resumed; give resume, too"),
-    ({"val_interval": 0}, "val_interval must be at least 1"),
-    ({"eval_metric": "f1"}, "eval_metric must be one of top1, top5, loss, got 'f1'"),
-    ({"aug_repeats": 0.5}, "aug_repeats must be 0 .off. or at least 1"),
-    ({"start_epoch": -1}, "start_epoch must be a number >= 0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sched": "step", "cooldown_epochs": 2}, "cooldown_epochs is of the schedules cosine, tanh, poly, and sched"),
+        ({"sched": "plateau", "warmup_prefix": True}, "warmup_prefix is of schedules that know their end"),
+        ({"no_resume_opt": True}, "none is resumed; give resume, too"),
+        ({"val_interval": 0}, "val_interval must be at least 1"),
+        ({"eval_metric": "f1"}, "eval_metric must be one of top1, top5, loss, got 'f1'"),
+        ({"aug_repeats": 0.5}, "aug_repeats must be 0 .off. or at least 1"),
+        ({"start_epoch": -1}, "start_epoch must be a number >= 0"),
+    ],
+)
 def test_settings_that_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
@@ -146,10 +170,14 @@ def test_a_schedule_that_does_not_fit_into_its_epochs(few, tmp_path):
         Trainer(make_task(), *few, settings(tmp_path, sched="wsd", decay_epochs=30.0))
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("cuda:99", "there is no device cuda:99 here"), ("xla", "there is no device xla here"),
-    ("gpu", "device must be cpu, cuda, cuda:1, ..., got 'gpu'"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda:99", "there is no device cuda:99 here"),
+        ("xla", "there is no device xla here"),
+        ("gpu", "device must be cpu, cuda, cuda:1, ..., got 'gpu'"),
+    ],
+)
 def test_devices_that_are_not_there(name, message, few, tmp_path):
     with pytest.raises(ValueError, match=message):
         Trainer(make_task(), *few, settings(tmp_path, device=name))

@@ -1,18 +1,31 @@
 """An error on one of two processes, which nobody but the run itself ends."""
+
 import pytest
 
 from ..conftest import ENVIRONMENT
 from ..programs import Program, Programs, free_port
 
-FAILED = {"images": "ValueError: image 53 cannot be read", "saving": "ValueError: the model cannot be saved",
-          "staying": "ValueError: image 53 cannot be read"}
+FAILED = {
+    "images": "ValueError: image 53 cannot be read",
+    "saving": "ValueError: the model cannot be saved",
+    "staying": "ValueError: image 53 cannot be read",
+}
 
 
 def start_two(*command: object) -> tuple[Programs, list[Program]]:
     programs, port = Programs(ENVIRONMENT), free_port()
-    return programs, [programs.start(
-        *command, RANK=str(own), LOCAL_RANK=str(own), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port)) for own in (0, 1)]
+    return programs, [
+        programs.start(
+            *command,
+            RANK=str(own),
+            LOCAL_RANK=str(own),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        for own in (0, 1)
+    ]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 """What happens when disks, processes, images, losses or trackers fail: what was saved stays."""
+
 import json
 import math
 import os
@@ -97,8 +98,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(few_images, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     script = ON_A_SMALL_DISK.format(folder=folder, images=few_images, python=sys.executable)
-    done = subprocess.run([*namespace, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          env=ENVIRONMENT)
+    done = subprocess.run([*namespace, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert "No space left on device" in done.stderr
     assert "the run goes on" in done.stderr
     assert f"{folder}/run/checkpoints/step-" in done.stdout.splitlines()[-1]  # a whole one
@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, few, tmp_path):
     path = newest / WEIGHTS_FILE
     content = path.read_bytes()
     if damage == "truncated":
-        path.write_bytes(content[:len(content) // 2])
+        path.write_bytes(content[: len(content) // 2])
     elif damage == "flipped":
         path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     elif damage == "missing":
@@ -273,6 +273,7 @@ def test_a_scheduler_may_signal_again_and_again(number, few, tmp_path, monkeypat
 
 def test_weights_that_are_not_finite_are_no_checkpoint(few, tmp_path, monkeypatch):
     """A finite loss whose gradients are not: the next loss would show it, the checkpoint comes before."""
+
     def poison_gradients(updater):
         model = updater.plain_task.get_trainable_module()
         handle = model.backbone.fc.weight.register_hook(lambda grad: (handle.remove(), grad * float("nan"))[1])
@@ -306,8 +307,9 @@ def test_the_schedule_follows_the_epochs_when_batches_change_between_them(few, t
     fit(tmp_path, few, epochs=4, batch_size=10, sched="cosine", warmup_epochs=0)
     checkpoint = list_checkpoints(tmp_path / "checkpoints")[0]  # at the end of the second epoch
     with pytest.warns(UserWarning, match="batch_size 50 instead of 10"):
-        result, _ = fit(tmp_path / "b", few, epochs=4, batch_size=50, sched="cosine", warmup_epochs=0,
-                        resume=str(checkpoint))
+        result, _ = fit(
+            tmp_path / "b", few, epochs=4, batch_size=50, sched="cosine", warmup_epochs=0, resume=str(checkpoint)
+        )
 
     def cosine(position: float) -> float:
         return 0.02 * (1 + math.cos(math.pi * position)) / 2
@@ -364,8 +366,13 @@ def test_a_checkpoint_of_a_newer_format(few, tmp_path, monkeypatch):
 def test_batch_norm_and_one_image(few, tmp_path):
     with pytest.raises(ValueError, match=r"\(BatchNorm2d\) .*batch_size .*2\b"):
         fit(tmp_path, few, batch_size=1)
-    fit(tmp_path, tuple(Subset(part, range(4)) for part in few), make_task("test_convnext", head="linear"),
-        batch_size=1, epochs=1)
+    fit(
+        tmp_path,
+        tuple(Subset(part, range(4)) for part in few),
+        make_task("test_convnext", head="linear"),
+        batch_size=1,
+        epochs=1,
+    )
 
 
 def test_sync_bn_on_a_cpu_is_refused(few, tmp_path):
@@ -375,9 +382,13 @@ def test_sync_bn_on_a_cpu_is_refused(few, tmp_path):
         fit(tmp_path, few, sync_bn=True)
 
 
-@pytest.mark.parametrize(("variable", "value", "changes", "message"), [
-    ("ACCELERATE_MIXED_PRECISION", "fp16", {"amp": True, "amp_dtype": "bfloat16"}, "mixed_precision fp16, .*bf16"),
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {"grad_accum_steps": 2}, r"accumulation_steps 4, .*\b2")])
+@pytest.mark.parametrize(
+    ("variable", "value", "changes", "message"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "fp16", {"amp": True, "amp_dtype": "bfloat16"}, "mixed_precision fp16, .*bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {"grad_accum_steps": 2}, r"accumulation_steps 4, .*\b2"),
+    ],
+)
 def test_a_launcher_that_contradicts_the_flags(variable, value, changes, message, few, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=f"accelerate launch .*{message}; "):

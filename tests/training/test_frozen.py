@@ -1,4 +1,5 @@
 """Exits on a backbone that must not change: what stays, what learns, and from whom."""
+
 import copy
 import json
 import os
@@ -79,7 +80,8 @@ def test_optimizer_average_and_checkpoints_hold_the_heads_only(few, tmp_path):
     weights = load_file(run.checkpoints.newest / "model.safetensors")
     names = model.heads.state_dict().keys()
     assert weights.keys() == {f"trainable_module.heads.{name}" for name in names} | {
-        f"trainable_module_ema.module.{name}" for name in names}
+        f"trainable_module_ema.module.{name}" for name in names
+    }
 
 
 def test_the_average_of_the_heads_is_what_is_evaluated_and_saved(few, tmp_path):
@@ -105,9 +107,16 @@ def test_a_checkpoint_of_heads_on_another_backbone_is_refused(few, tmp_path):
         fit(frozen_model(seed=1), few, tmp_path, resume="latest")
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"batch_size": 20, "grad_accum_steps": 2, "workers": 2}, {"channels_last": True, "smoothing": 0.1},
-    {"amp": True, "amp_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"batch_size": 20, "grad_accum_steps": 2, "workers": 2},
+        {"channels_last": True, "smoothing": 0.1},
+        {"amp": True, "amp_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
 def test_cached_features_give_the_same_result(settings, few, tmp_path):
     seen = fit(frozen_model(), few, tmp_path / "seen", **settings)
     cached = fit(frozen_model(), few, tmp_path / "cached", cache_features=True, **settings)
@@ -121,8 +130,11 @@ def test_cached_features_give_the_same_result(settings, few, tmp_path):
 def test_with_cached_features_the_backbone_sees_each_image_once(few, tmp_path):
     model, seen = frozen_model(), []
     model.backbone.layer1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    trainer = Trainer(SelfDistillTask(model), *few, TrainConfig(
-        output=str(tmp_path), workers=0, batch_size=40, epochs=3, cache_features=True))
+    trainer = Trainer(
+        SelfDistillTask(model),
+        *few,
+        TrainConfig(output=str(tmp_path), workers=0, batch_size=40, epochs=3, cache_features=True),
+    )
     saved, counts = trainer.saved, []
     save_missing = saved.save_missing
     saved.save_missing = lambda *args: (counts.append(sum(seen)), save_missing(*args))[1]
@@ -134,8 +146,22 @@ def test_with_cached_features_the_backbone_sees_each_image_once(few, tmp_path):
 
 
 def test_two_processes_train_frozen_exits_and_share_the_cache(few_images, tmp_path):
-    command = [ROOT / "examples/train.py", "--data-dir", few_images, "--model", "test_resnet", "--epochs", 2, "-b", 40,
-               "-j", 0, "--freeze-backbone", "--no-aug", "--unlabelled"]
+    command = [
+        ROOT / "examples/train.py",
+        "--data-dir",
+        few_images,
+        "--model",
+        "test_resnet",
+        "--epochs",
+        2,
+        "-b",
+        40,
+        "-j",
+        0,
+        "--freeze-backbone",
+        "--no-aug",
+        "--unlabelled",
+    ]
     run_python(*command, "--output", tmp_path / "seen", processes=2)
     run_python(*command, "--output", tmp_path / "cached", "--cache-features", processes=2)
     seen, cached = (load_file(tmp_path / name / "last/self_distill.safetensors") for name in ("seen", "cached"))
@@ -146,31 +172,43 @@ def test_two_processes_train_frozen_exits_and_share_the_cache(few_images, tmp_pa
 
 
 def test_the_best_exits_are_those_of_the_best_mean():
-    metrics = [ExitMetrics(0, 40.0, 90, 1), ExitMetrics(1, 60.0, 90, 1), ExitMetrics(2, 80.0, 90, 1),
-               ExitMetrics("ensemble", 70.0, 90, 1)]
+    metrics = [
+        ExitMetrics(0, 40.0, 90, 1),
+        ExitMetrics(1, 60.0, 90, 1),
+        ExitMetrics(2, 80.0, 90, 1),
+        ExitMetrics("ensemble", 70.0, 90, 1),
+    ]
     assert deciding_metric(metrics, frozen=True) == 50
     assert deciding_metric(metrics, frozen=False) == 80
     assert deciding_metric([ExitMetrics(0, 30.0, 90, 1)], frozen=False) == 30
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"unlabelled": True}, r"unlabelled \(--unlabelled\) .*frozen backbone, .*\(--freeze-backbone\)"),
-    ({"cache_features": True}, r"cache_features \(--cache-features\) .*frozen backbone, .*\(--freeze-backbone\)"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unlabelled": True}, r"unlabelled \(--unlabelled\) .*frozen backbone, .*\(--freeze-backbone\)"),
+        ({"cache_features": True}, r"cache_features \(--cache-features\) .*frozen backbone, .*\(--freeze-backbone\)"),
+    ],
+)
 def test_what_needs_a_frozen_backbone(settings, message, few, tmp_path):
-    for task in (SelfDistillTask(small_model(in_chans=1)),
-                 ClassificationTask(small_backbone(in_chans=1), verbose=False)):
+    for task in (
+        SelfDistillTask(small_model(in_chans=1)),
+        ClassificationTask(small_backbone(in_chans=1), verbose=False),
+    ):
         with pytest.raises(ValueError, match=message):
             Trainer(task, *few, TrainConfig(output=str(tmp_path / "out"), **settings))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"unlabelled": True, "smoothing": 0.1}, "smoothing .*unlabelled .*leave one"),
-    ({"cache_features": True, "mixup": 0.2}, r"cache_features .*mixup \(--mixup\) .*leave one"),
-    ({"cache_features": True, "cutmix": 1.0}, r"cache_features .*cutmix \(--cutmix\) .*leave one"),
-    ({"cache_features": True, "on_bad_sample": "skip"}, "cache_features .*on_bad_sample .*'raise'"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unlabelled": True, "smoothing": 0.1}, "smoothing .*unlabelled .*leave one"),
+        ({"cache_features": True, "mixup": 0.2}, r"cache_features .*mixup \(--mixup\) .*leave one"),
+        ({"cache_features": True, "cutmix": 1.0}, r"cache_features .*cutmix \(--cutmix\) .*leave one"),
+        ({"cache_features": True, "on_bad_sample": "skip"}, "cache_features .*on_bad_sample .*'raise'"),
+    ],
+)
 def test_settings_that_contradict(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
@@ -229,6 +267,7 @@ def test_a_folder_of_the_users_own_stays(few, tmp_path):
 
 def test_a_signal_while_the_backbone_looks_at_the_images(few, tmp_path):
     """It is heeded before the next batch; the run goes on afterwards as if nothing had been."""
+
     def forward(x):
         if len(x) == 40:
             seen.append(len(x))
@@ -237,8 +276,19 @@ def test_a_signal_while_the_backbone_looks_at_the_images(few, tmp_path):
 
     whole = fit(frozen_model(), few, tmp_path / "whole", epochs=1, cache_features=True)
     model, seen = frozen_model(), []
-    trainer = Trainer(SelfDistillTask(model), *few, TrainConfig(
-        output=str(tmp_path / "run"), epochs=1, batch_size=40, workers=0, warmup_epochs=0, seed=0, cache_features=True))
+    trainer = Trainer(
+        SelfDistillTask(model),
+        *few,
+        TrainConfig(
+            output=str(tmp_path / "run"),
+            epochs=1,
+            batch_size=40,
+            workers=0,
+            warmup_epochs=0,
+            seed=0,
+            cache_features=True,
+        ),
+    )
     model.forward_backbone = forward
     result = trainer.fit()
     assert result.interrupted_by == signal.SIGTERM
@@ -249,8 +299,11 @@ def test_a_signal_while_the_backbone_looks_at_the_images(few, tmp_path):
 
 
 def test_a_cache_is_the_images_before_and_after_a_run(few, tmp_path):
-    trainer = Trainer(SelfDistillTask(frozen_model()), *few, TrainConfig(
-        output=str(tmp_path), epochs=1, batch_size=40, workers=0, cache_features=True))
+    trainer = Trainer(
+        SelfDistillTask(frozen_model()),
+        *few,
+        TrainConfig(output=str(tmp_path), epochs=1, batch_size=40, workers=0, cache_features=True),
+    )
     before = trainer.evaluate()
     trainer.fit()
     assert trainer.evaluate() == trainer.metrics
@@ -283,8 +336,22 @@ def test_the_class_names_of_a_frozen_network_are_kept(few_images, tmp_path):
     backbone = small_backbone()
     backbone.pretrained_cfg.update(label_names=[f"own{index}" for index in range(10)], input_size=(3, 32, 32))
     wrap_self_distill(backbone).save_pretrained(tmp_path / "own")
-    command = [ROOT / "examples/train.py", "--model", f"local-dir:{tmp_path / 'own'}", "--pretrained", "--epochs", 1,
-               "--data-dir", few_images, "-b", 50, "-j", 0, "--freeze-backbone", "--no-aug"]
+    command = [
+        ROOT / "examples/train.py",
+        "--model",
+        f"local-dir:{tmp_path / 'own'}",
+        "--pretrained",
+        "--epochs",
+        1,
+        "--data-dir",
+        few_images,
+        "-b",
+        50,
+        "-j",
+        0,
+        "--freeze-backbone",
+        "--no-aug",
+    ]
     done = run_python(*command, "--output", tmp_path / "a", check=False)
     assert done.returncode == 2
     assert re.fullmatch("train.py: error: .*'own0', .*'T-shirt/top', .*--unlabelled.*\n", done.stderr)

@@ -1,4 +1,5 @@
 """Image files as they are: whole, damaged, with more than 8 bits, turned."""
+
 import io
 import random
 import struct
@@ -11,8 +12,17 @@ from PIL import ExifTags, Image, ImageOps
 
 from timm_selfdistill.training.data.images import open_image, read_image
 
-FORMATS = {"PNG": {}, "JPEG": {}, "WEBP": {}, "TIFF": {"compression": "tiff_lzw"}, "GIF": {}, "BMP": {}, "AVIF": {},
-           "DDS": {}, "JPEG2000": {}}
+FORMATS = {
+    "PNG": {},
+    "JPEG": {},
+    "WEBP": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "GIF": {},
+    "BMP": {},
+    "AVIF": {},
+    "DDS": {},
+    "JPEG2000": {},
+}
 SIDES = np.linspace(0, 255, 24)[:, None] * np.ones(32)
 PICTURE = Image.fromarray(np.stack([SIDES, SIDES[::-1], SIDES.T[:24, :24].repeat(2, 1)[:, :32]], 2).astype(np.uint8))
 
@@ -34,9 +44,9 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
         for _ in range(length):
             changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
     elif kind == "set":
-        changed[place:place + length] = draw.choice([b"\0", b"\xff"]) * length
+        changed[place : place + length] = draw.choice([b"\0", b"\xff"]) * length
     elif kind == "leave out":
-        del changed[place:place + length]
+        del changed[place : place + length]
     else:
         changed[place:place] = draw.randbytes(length)
     return bytes(changed)
@@ -94,9 +104,18 @@ def exif_of_a_phone(orientation: int) -> bytes:
     return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + tags + b"\0" * 4 + struct.pack(">ii", -1, 0)
 
 
-@pytest.mark.parametrize("exif", [
-    exif_of_a_phone(6), b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0garbage", b"Exif\0\0MM\0*" + b"\xff" * 40, b"",
-    b"\0\x08\0\x02"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        exif_of_a_phone(6),
+        b"Exif\0\0",
+        b"Exif\0\0II*\0",
+        b"Exif\0\0garbage",
+        b"Exif\0\0MM\0*" + b"\xff" * 40,
+        b"",
+        b"\0\x08\0\x02",
+    ],
+)
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
 def test_exif_that_cannot_be_read_turns_nothing(format, exif, tmp_path):
     whole = encoded(PICTURE, format)
@@ -123,17 +142,20 @@ def test_exif_that_cannot_be_read_turns_nothing(format, exif, tmp_path):
 GREYS = np.linspace(0, 1, 64 * 64).reshape(64, 64)
 
 
-@pytest.mark.parametrize(("values", "ending", "warned", "distinct"), [
-    ((GREYS * 65535).astype(np.uint16), "png", None, 256),
-    ((GREYS * 4095).astype(np.uint16), "png", "from 0 to 4095", 16),
-    ((GREYS * 255).astype(np.uint16), "png", "from 0 to 255", 1),
-    ((GREYS * 255).astype(np.int32), "tif", "from 0 to 255", 1),
-    ((GREYS * 65535).astype(np.int32), "tif", None, 256),
-    ((GREYS * 2**31 * 0.9).astype(np.int32), "tif", "from 0 to 1.9", None),
-    (GREYS.astype(np.float32), "tif", "0 is taken for black and 1 for white", 256),
-    ((GREYS * 255).astype(np.float32), "tif", None, 256),
-    ((GREYS * 65535).astype(np.float32), "tif", "from 0 to 65535", None),
-])
+@pytest.mark.parametrize(
+    ("values", "ending", "warned", "distinct"),
+    [
+        ((GREYS * 65535).astype(np.uint16), "png", None, 256),
+        ((GREYS * 4095).astype(np.uint16), "png", "from 0 to 4095", 16),
+        ((GREYS * 255).astype(np.uint16), "png", "from 0 to 255", 1),
+        ((GREYS * 255).astype(np.int32), "tif", "from 0 to 255", 1),
+        ((GREYS * 65535).astype(np.int32), "tif", None, 256),
+        ((GREYS * 2**31 * 0.9).astype(np.int32), "tif", "from 0 to 1.9", None),
+        (GREYS.astype(np.float32), "tif", "0 is taken for black and 1 for white", 256),
+        ((GREYS * 255).astype(np.float32), "tif", None, 256),
+        ((GREYS * 65535).astype(np.float32), "tif", "from 0 to 65535", None),
+    ],
+)
 def test_more_than_8_bits(values, ending, warned, distinct, tmp_path, recwarn):
     path = tmp_path / f"picture.{ending}"
     Image.fromarray(values).save(path)
@@ -156,10 +178,22 @@ def test_numbers_of_the_other_byte_order(tmp_path):
     """Which Pillow reads in a mode of their own."""
     values = (GREYS * 65535).astype(">u2")
     header = b"MM\0*\0\0\0\x08"
-    tags = [(256, 4, 64), (257, 4, 64), (258, 3, 16 << 16), (259, 3, 1 << 16), (262, 3, 1 << 16),
-            (273, 4, 8 + 2 + 12 * 9 + 4), (277, 3, 1 << 16), (278, 4, 64), (279, 4, values.nbytes)]
-    directory = struct.pack(">H", len(tags)) + b"".join(struct.pack(">HHII", number, kind, 1, value)
-                                                        for number, kind, value in tags) + b"\0" * 4
+    tags = [
+        (256, 4, 64),
+        (257, 4, 64),
+        (258, 3, 16 << 16),
+        (259, 3, 1 << 16),
+        (262, 3, 1 << 16),
+        (273, 4, 8 + 2 + 12 * 9 + 4),
+        (277, 3, 1 << 16),
+        (278, 4, 64),
+        (279, 4, values.nbytes),
+    ]
+    directory = (
+        struct.pack(">H", len(tags))
+        + b"".join(struct.pack(">HHII", number, kind, 1, value) for number, kind, value in tags)
+        + b"\0" * 4
+    )
     (tmp_path / "picture.tif").write_bytes(header + directory + values.tobytes())
     assert Image.open(tmp_path / "picture.tif").mode == "I;16B"
     assert np.array_equal(open_image(tmp_path / "picture.tif", 1), (values // 256).astype(np.uint8))

@@ -1,4 +1,5 @@
 """Networks that users have already."""
+
 import argparse
 
 import pytest
@@ -30,10 +31,19 @@ def test_a_checkpoint_gives_every_tensor(trained, tmp_path):
     state = trained.state_dict()
     average = {key: value + 1 for key, value in state.items()}
     cases = {
-        ".safetensors": (state, 0), ".pth": (state, 0), ".pt": ({"state_dict": state}, 0),
-        ".pth.tar": ({"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3,
-                      "args": argparse.Namespace(lr=0.1)}, 0),
-        ".tar": ({"state_dict": state, "state_dict_ema": average}, 1)}
+        ".safetensors": (state, 0),
+        ".pth": (state, 0),
+        ".pt": ({"state_dict": state}, 0),
+        ".pth.tar": (
+            {
+                "state_dict": {f"module.{key}": value for key, value in state.items()},
+                "epoch": 3,
+                "args": argparse.Namespace(lr=0.1),
+            },
+            0,
+        ),
+        ".tar": ({"state_dict": state, "state_dict_ema": average}, 1),
+    }
     for suffix, (content, added) in cases.items():
         path = write(tmp_path, content, suffix)
         model = create_backbone("test_resnet", initial_checkpoint=str(path), num_classes=12, in_chans=1)
@@ -45,8 +55,11 @@ def test_a_checkpoint_as_pretrained_weights_gives_all_but_the_classifier(trained
     path = write(tmp_path, trained.state_dict(), ".pth")
     model = create_backbone("test_resnet", pretrained_path=str(path), num_classes=10, in_chans=1)
     assert model.fc.weight.shape[0] == 10
-    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in model.state_dict().items()
-               if not key.startswith("fc."))
+    assert all(
+        torch.equal(value, trained.state_dict()[key])
+        for key, value in model.state_dict().items()
+        if not key.startswith("fc.")
+    )
     with pytest.raises(ValueError, match=rf"{path} .*ConvNeXt: .*stem\.0\.weight is missing.*--model, "):
         create_backbone("test_convnext", pretrained_path=str(path), num_classes=10, in_chans=1)
     with pytest.raises(ValueError, match=r"conv1\.0\.weight \(\d+, 1, 3, 3\) instead of \(\d+, 3, 3, 3\).*--in-chans"):
@@ -55,11 +68,18 @@ def test_a_checkpoint_as_pretrained_weights_gives_all_but_the_classifier(trained
         create_backbone("test_resnet", pretrained_path=str(path), initial_checkpoint=str(path))
 
 
-@pytest.mark.parametrize(("name", "classes", "message"), [
-    ("test_resnet", 10, r"ResNet: fc\.weight \(12, 96\) instead of \(10, 96\), fc\.bias \(12,\) instead of \(10,\); "
-     ".*12 classes.* 10: --num-classes 12 .*--pretrained-path instead of --initial-checkpoint"),
-    ("test_convnext", 12, r"ConvNeXt: .*stem\.0\.weight is missing.* \d+ more; .*--model, .*--num-classes"),
-])
+@pytest.mark.parametrize(
+    ("name", "classes", "message"),
+    [
+        (
+            "test_resnet",
+            10,
+            r"ResNet: fc\.weight \(12, 96\) instead of \(10, 96\), fc\.bias \(12,\) instead of \(10,\); "
+            ".*12 classes.* 10: --num-classes 12 .*--pretrained-path instead of --initial-checkpoint",
+        ),
+        ("test_convnext", 12, r"ConvNeXt: .*stem\.0\.weight is missing.* \d+ more; .*--model, .*--num-classes"),
+    ],
+)
 def test_a_checkpoint_of_another_network(name, classes, message, trained, tmp_path):
     path = write(tmp_path, trained.state_dict(), ".safetensors")
     with pytest.raises(ValueError, match=message):
@@ -77,8 +97,15 @@ def test_what_is_no_checkpoint(tmp_path, trained):
     whole = write(tmp_path, trained.state_dict(), ".safetensors").read_bytes()
     torch.save(trained.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     legacy = (tmp_path / "legacy.pth").read_bytes()
-    broken = {"junk.pth": b"junk", "legacy.pth": legacy[:29], "cut.safetensors": whole[:5000],
-              "empty.pth": b"", "text.pth": b"hello", "cut.pth": whole[:99], "empty.safetensors": b""}
+    broken = {
+        "junk.pth": b"junk",
+        "legacy.pth": legacy[:29],
+        "cut.safetensors": whole[:5000],
+        "empty.pth": b"",
+        "text.pth": b"hello",
+        "cut.pth": whole[:99],
+        "empty.safetensors": b"",
+    }
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{tmp_path}/{name} \(.+\); .*\.safetensors, .*weights_only=True"):
@@ -87,8 +114,14 @@ def test_what_is_no_checkpoint(tmp_path, trained):
     with pytest.raises(ValueError, match=rf"{tmp_path}/pickled\.pth \(.+\); .*\.safetensors, .*weights_only=True"):
         create(tmp_path / "pickled.pth")
     weights = torch.zeros(3)
-    for name, content in {"numbers": {"lr": 0.1}, "list": [weights], "tensor": weights, "text": {"state_dict": "x"},
-                          "none": {"model": None}, "keys": {1: weights}}.items():
+    for name, content in {
+        "numbers": {"lr": 0.1},
+        "list": [weights],
+        "tensor": weights,
+        "text": {"state_dict": "x"},
+        "none": {"model": None},
+        "keys": {1: weights},
+    }.items():
         torch.save(content, tmp_path / f"{name}.pth")
         with pytest.raises(ValueError, match=rf"{tmp_path}/{name}\.pth .*(state dict: |weights_only=True)"):
             create(tmp_path / f"{name}.pth")
@@ -107,9 +140,27 @@ def test_weights_that_are_not_finite(value, fashion_tensors, tmp_path):
 
 def test_a_network_of_more_classes_than_the_images_get_its_exits(trained, few_images, tmp_path):
     path = write(tmp_path, trained.state_dict(), ".safetensors")
-    command = [ROOT / "examples/train.py", "--model", "test_resnet", "--initial-checkpoint", path, "--data-dir",
-               few_images, "--epochs", 1, "-b", 50, "-j", 0, "--freeze-backbone", "--no-aug", "--in-chans", 1,
-               "--output", tmp_path / "run"]
+    command = [
+        ROOT / "examples/train.py",
+        "--model",
+        "test_resnet",
+        "--initial-checkpoint",
+        path,
+        "--data-dir",
+        few_images,
+        "--epochs",
+        1,
+        "-b",
+        50,
+        "-j",
+        0,
+        "--freeze-backbone",
+        "--no-aug",
+        "--in-chans",
+        1,
+        "--output",
+        tmp_path / "run",
+    ]
     refused = run_python(*command, check=False)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

@@ -1,4 +1,5 @@
 """A run that is killed at any moment and resumed ends as if nothing had happened, to the last bit."""
+
 import hashlib
 import random
 import signal
@@ -68,7 +69,8 @@ def seen(output: Path, processes: int) -> dict[int, list[str]]:
 
 
 def kill_and_resume(
-        output: Path, undisturbed, processes: int, workers: int, moment: str, number: int, fresh: bool = False) -> None:
+    output: Path, undisturbed, processes: int, workers: int, moment: str, number: int, fresh: bool = False
+) -> None:
     expected = undisturbed(processes)
     killed = processes - 1 if moment == "update" else 0  # the others are done by the main process alone
     code = start(output, workers, moment, number, processes=processes, killed=killed, fresh=fresh)
@@ -99,8 +101,10 @@ def test_two_processes_see_the_same_images_in_every_update(undisturbed):
     assert seen(undisturbed(2), 2) == seen(undisturbed(1), 1)
 
 
-@pytest.mark.parametrize(("processes", "workers", "moment", "number"), [
-    (1, 0, "evaluation", 1), (1, 2, "checkpoint", 3), (2, 2, "update", 9)])
+@pytest.mark.parametrize(
+    ("processes", "workers", "moment", "number"),
+    [(1, 0, "evaluation", 1), (1, 2, "checkpoint", 3), (2, 2, "update", 9)],
+)
 def test_a_killed_run(processes, workers, moment, number, undisturbed, tmp_path):
     kill_and_resume(tmp_path, undisturbed, processes, workers, moment, number)
 
@@ -114,8 +118,13 @@ def test_a_killed_run_in_processes_with_other_hashes(undisturbed, tmp_path):
 def random_moments() -> list[tuple[int, int, str, int]]:
     draw = random.Random(0)
     highest = {"update": UPDATES, "evaluation": EPOCHS, "checkpoint": UPDATES // 2, "rename": UPDATES // 2}
-    return [(processes, workers, moment, draw.randint(1, highest[moment]))
-            for processes in (1, 2) for workers in (0, 2) for moment in highest for _ in range(5)]
+    return [
+        (processes, workers, moment, draw.randint(1, highest[moment]))
+        for processes in (1, 2)
+        for workers in (0, 2)
+        for moment in highest
+        for _ in range(5)
+    ]
 
 
 @pytest.mark.slow
@@ -126,8 +135,16 @@ def test_a_run_killed_at_a_random_moment(processes, workers, moment, number, und
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_group_again_by_itself(undisturbed, tmp_path):
-    done = run_python(SCRIPT, tmp_path, 0, "update", 9, launcher=(*TWO_PROCESSES, "--max-restarts", "3"),
-                      KILLED_RANK="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    done = run_python(
+        SCRIPT,
+        tmp_path,
+        0,
+        "update",
+        9,
+        launcher=(*TWO_PROCESSES, "--max-restarts", "3"),
+        KILLED_RANK="1",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+    )
     assert "resumed" in done.stdout
     check_same(tmp_path, undisturbed(2))
     assert seen(tmp_path, 2) == seen(undisturbed(2), 2)
@@ -156,10 +173,28 @@ def test_a_node_that_vanishes_and_comes_back(undisturbed, tmp_path):
     port = free_port()
 
     def agent(number: int) -> subprocess.Popen:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
-                   "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}",
-                   "--rdzv-conf", f"is_host={1 - number},join_timeout={HANGS}", "--local-addr", "localhost",
-                   SCRIPT, str(tmp_path), "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc_per_node",
+            "1",
+            "--max-restarts",
+            "3",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"localhost:{port}",
+            "--rdzv-conf",
+            f"is_host={1 - number},join_timeout={HANGS}",
+            "--local-addr",
+            "localhost",
+            SCRIPT,
+            str(tmp_path),
+            "0",
+        ]
         env = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else none joins old ones
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

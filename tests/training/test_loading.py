@@ -1,4 +1,5 @@
 """The loading processes of a run keep nothing of what they have read."""
+
 import io
 import os
 import sys
@@ -33,7 +34,8 @@ def noise(tmp_path_factory):
         rows = {"image": [{"bytes": file.getvalue()} for file in files], "label": [0, 1] * (len(files) // 2)}
         datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"train-{number}.parquet", batch_size=50)
     datasets.Dataset.from_dict({key: column[:2] for key, column in rows.items()}, features).to_parquet(
-        folder / "test-0.parquet")
+        folder / "test-0.parquet"
+    )
     return folder
 
 
@@ -53,8 +55,7 @@ def test_memory_is_flat(streaming, noise):
     images = load_images(noise, streaming=streaming)
     data, _ = images.transformed(model_data_config(small_backbone(), 32, 3))
     steps = {"steps_per_epoch": IMAGES // 16, "shuffle_buffer": 50} if streaming else {}
-    accelerator = SimpleNamespace(
-        num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
+    accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=torch.device("cpu"))
     batches = train_batches(data, TrainConfig(batch_size=16, workers=2, **steps), accelerator)
     memory, others = [], children()
     for number, _ in enumerate(batches.batches(0, 0)):
@@ -62,5 +63,5 @@ def test_memory_is_flat(streaming, noise):
             memory.append(own_memory(children() - others))
     assert len(memory) >= 27
     quarter = len(memory) // 4
-    second, last = mean(memory[quarter:2 * quarter]), mean(memory[-quarter:])
+    second, last = mean(memory[quarter : 2 * quarter]), mean(memory[-quarter:])
     assert last - second < 11, memory  # of 33 MB that each process reads in between; it goes up and down with the files

@@ -1,4 +1,5 @@
 """Learning rates by layer and for the shallow classifiers; heads that learn alone first."""
+
 import copy
 
 import pytest
@@ -18,8 +19,11 @@ from ..conftest import ROOT, run_python, small_backbone, small_model
 def scales(model: nn.Module, **settings) -> dict[str, tuple[float, float]]:
     """Factor of the learning rate, and weight decay, of every parameter."""
     optimizer = create_optimizer(model, TrainConfig(weight_decay=0.1, **settings))
-    found = {id(param): (group.get("lr_scale", 1.0), group["weight_decay"])
-             for group in optimizer.param_groups for param in group["params"]}
+    found = {
+        id(param): (group.get("lr_scale", 1.0), group["weight_decay"])
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
     return {name: found[id(param)] for name, param in model.named_parameters()}
 
 
@@ -58,6 +62,7 @@ def hide(hidden: str):
         if name == hidden:
             raise AttributeError(name)
         return nn.Module.__getattribute__(self, name)
+
     return get
 
 
@@ -97,37 +102,62 @@ def test_the_classifiers_learn_alone_first(few, tmp_path):
 
     for key, value in backbone_at(2).items():
         assert torch.equal(value, begin[key.removeprefix("trainable_module.")]), key
-    changed = {key for key, value in backbone_at(4).items()
-               if not torch.equal(value, begin[key.removeprefix("trainable_module.")])}
+    changed = {
+        key
+        for key, value in backbone_at(4).items()
+        if not torch.equal(value, begin[key.removeprefix("trainable_module.")])
+    }
     assert changed == backbone_at(4).keys()
 
 
 def test_the_classifiers_learn_alone_first_on_two_processes(few_images, tmp_path):
-    command = [ROOT / "examples/train.py", "--data-dir", few_images, "--model", "test_resnet", "--epochs", 2, "-b", 22,
-               "-j", 0, "--head-warmup-epochs", 1, "--layer-decay", 0.7, "--head-lr-scale", 2]
+    command = [
+        ROOT / "examples/train.py",
+        "--data-dir",
+        few_images,
+        "--model",
+        "test_resnet",
+        "--epochs",
+        2,
+        "-b",
+        22,
+        "-j",
+        0,
+        "--head-warmup-epochs",
+        1,
+        "--layer-decay",
+        0.7,
+        "--head-lr-scale",
+        2,
+    ]
     run_python(*command, "--output", tmp_path / "a", processes=2)
-    run_python(*command, "--output", tmp_path / "b", "--resume", tmp_path / "a/checkpoints/step-00000007",
-               processes=2)
+    run_python(*command, "--output", tmp_path / "b", "--resume", tmp_path / "a/checkpoints/step-00000007", processes=2)
     for name in ("history.csv", "last/model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"layer_decay": 0.0}, r"^layer_decay .*\(0, 1\], got 0\.0"),
-    ({"layer_decay": 1.5}, r"^layer_decay .*\(0, 1\], got 1\.5"),
-    ({"head_lr_scale": -1.0}, r"^head_lr_scale .*>= 0, got -1\.0"),
-    ({"head_warmup_epochs": -1}, r"^head_warmup_epochs .*>= 0, got -1"),
-    ({"head_warmup_epochs": 6}, r"^head_warmup_epochs .*epochs \(6\), got 6; .*freeze the backbone"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_decay": 0.0}, r"^layer_decay .*\(0, 1\], got 0\.0"),
+        ({"layer_decay": 1.5}, r"^layer_decay .*\(0, 1\], got 1\.5"),
+        ({"head_lr_scale": -1.0}, r"^head_lr_scale .*>= 0, got -1\.0"),
+        ({"head_warmup_epochs": -1}, r"^head_warmup_epochs .*>= 0, got -1"),
+        ({"head_warmup_epochs": 6}, r"^head_warmup_epochs .*epochs \(6\), got 6; .*freeze the backbone"),
+    ],
+)
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"head_lr_scale": 2.0}, "^head_lr_scale .*without exits"),
-    ({"head_warmup_epochs": 1}, "^head_warmup_epochs .*shallow classifiers .*learns"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"head_lr_scale": 2.0}, "^head_lr_scale .*without exits"),
+        ({"head_warmup_epochs": 1}, "^head_warmup_epochs .*shallow classifiers .*learns"),
+    ],
+)
 def test_a_plain_model_has_no_heads(settings, message, few, tmp_path):
     task = ClassificationTask(timm.create_model("test_resnet", num_classes=10, in_chans=1), verbose=False)
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,7 @@ def global_batches(world: int, epoch: int = 0, start: int = 0) -> list[set[int]]
     shares = [[draw.index for draw in sampler] for sampler in samplers]
     assert {len(share) for share in shares} == {len(samplers[0])}
     size = 8 // world
-    return [{i for share in shares for i in share[k:k + size]} for k in range(0, len(shares[0]), size)]
+    return [{i for share in shares for i in share[k : k + size]} for k in range(0, len(shares[0]), size)]
 
 
 def test_an_epoch_sees_every_usable_image_once():
@@ -47,7 +47,7 @@ def test_repeated_augmentation_is_timms(repeats, size, world, batch, monkeypatch
         sampler = EpochSampler(size, batch * world, rank, world, seed=1, repeats=repeats)
         draws = list(sampler)
         expected = list(RepeatAugSampler(data, world, rank, num_repeats=repeats))
-        assert [draw.index for draw in draws] == expected[:len(expected) // batch * batch]
+        assert [draw.index for draw in draws] == expected[: len(expected) // batch * batch]
         seeds |= {draw.seed for draw in draws}
     assert len(seeds) == sampler.usable
 

@@ -1,4 +1,5 @@
 """What is recorded, and so published, of a run."""
+
 import json
 
 import pytest
@@ -33,8 +34,16 @@ def record(tmp_path, model: nn.Module | None = None, source=None, **config) -> d
 def test_no_place_on_this_machine_is_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs/data").mkdir(parents=True)
-    private = {"data_dir": "data", "dataset": "theirs/data", "model": "local-dir:runs/first/best", "a": str(tmp_path),
-               "b": "~/secret", "c": "../secret", "d": ["C:\\secret"], "e": {"f": "/secret"}}
+    private = {
+        "data_dir": "data",
+        "dataset": "theirs/data",
+        "model": "local-dir:runs/first/best",
+        "a": str(tmp_path),
+        "b": "~/secret",
+        "c": "../secret",
+        "d": ["C:\\secret"],
+        "e": {"f": "/secret"},
+    }
     public = {"head": "linear", "aa": "rand-m9-mstd0.5", "dataset_config": "user/name", "scale": [0.5, 1.0]}
     settings = record(tmp_path, output=str(tmp_path / "run"), settings={**private, **public})["settings"]
     assert not settings.keys() & {"output", "resume", *private}
@@ -42,13 +51,18 @@ def test_no_place_on_this_machine_is_recorded(tmp_path, monkeypatch):
     assert settings["lr"] == 0.05
 
 
-@pytest.mark.parametrize(("config", "expected"), [
-    ({"settings": {"pretrained": False}}, {"license": "apache-2.0"}),
-    ({"settings": {"pretrained": True}}, {"base_model": "timm/test_resnet.r160_in1k"}),
-    ({"settings": {"pretrained": True}, "hub_license": "mit"},
-     {"base_model": "timm/test_resnet.r160_in1k", "license": "mit"}),
-    ({}, {}),
-])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"settings": {"pretrained": False}}, {"license": "apache-2.0"}),
+        ({"settings": {"pretrained": True}}, {"base_model": "timm/test_resnet.r160_in1k"}),
+        (
+            {"settings": {"pretrained": True}, "hub_license": "mit"},
+            {"base_model": "timm/test_resnet.r160_in1k", "license": "mit"},
+        ),
+        ({}, {}),
+    ],
+)
 def test_licence_and_base_model_are_those_of_the_weights_it_began_with(config, expected, tmp_path):
     found = record(tmp_path, **config)
     assert {key: found[key] for key in ("license", "base_model") if key in found} == expected
@@ -57,8 +71,11 @@ def test_licence_and_base_model_are_those_of_the_weights_it_began_with(config, e
 def test_the_licence_of_a_run_is_the_cards(tmp_path):
     model = small_model()
     model.backbone.pretrained_cfg["license"] = "cc-by-nc-4.0"
-    for config, expected in (({}, "cc-by-nc-4.0"), ({"settings": {"pretrained": False}}, "apache-2.0"),
-                             ({"hub_license": "mit"}, "mit")):
+    for config, expected in (
+        ({}, "cc-by-nc-4.0"),
+        ({"settings": {"pretrained": False}}, "apache-2.0"),
+        ({"hub_license": "mit"}, "mit"),
+    ):
         record(tmp_path, model, **config)
         assert f"license: {expected}" in (tmp_path / "run/best/README.md").read_text()
 
@@ -77,6 +94,7 @@ def test_a_data_set_that_says_where_it_is_from(tmp_path):
 def test_the_picture_of_each_model_shows_its_own_figures(tmp_path, monkeypatch):
     drawn = {"saved": [], "run": []}
     for kind, place in (("saved", "hub.saving.plot_exits"), ("run", "hub.plot_exits")):
+
         def plot(path, name, rows, kind=kind, **_):
             path.write_text(kind)
             drawn[kind].append([row["top1"] for row in rows])

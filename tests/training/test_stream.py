@@ -1,4 +1,5 @@
 """Streams: every image once a pass, and on from any batch as if nothing had happened."""
+
 import io
 import itertools
 import json
@@ -43,12 +44,15 @@ def parquet(tmp_path_factory):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
     begin = 0
     for number, size in enumerate(SHARDS):
-        rows = {"image": [{"bytes": picture(i)} for i in range(begin, begin + size)],
-                "label": [i % 10 for i in range(begin, begin + size)]}
+        rows = {
+            "image": [{"bytes": picture(i)} for i in range(begin, begin + size)],
+            "label": [i % 10 for i in range(begin, begin + size)],
+        }
         datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"train-{number}.parquet", batch_size=7)
         begin += size
     datasets.Dataset.from_dict({key: column[:13] for key, column in rows.items()}, features).to_parquet(
-        folder / "test-0.parquet")
+        folder / "test-0.parquet"
+    )
     return folder
 
 
@@ -74,7 +78,8 @@ def streamed(folder, batch_size: int = 4, rank: int = 0, world: int = 1, **setti
     train.transform = numbers
     config = TrainConfig(batch_size=batch_size, **{"steps_per_epoch": 10, "shuffle_buffer": 16, **settings})
     accelerator = SimpleNamespace(
-        num_processes=world, process_index=rank, is_main_process=rank == 0, device=torch.device("cpu"))
+        num_processes=world, process_index=rank, is_main_process=rank == 0, device=torch.device("cpu")
+    )
     return StreamedBatches(train, config, accelerator, {"num_workers": config.workers, "persistent_workers": False})
 
 
@@ -125,9 +130,14 @@ def test_shards_and_images_come_in_another_order_in_every_pass(parquet):
     assert passes[0] != first_pass(streamed(parquet, 1, workers=0, seed=1))
 
 
-@pytest.mark.parametrize(("form", "workers"), [
-    ("parquet", 0), ("webdataset", 2),
-    *(pytest.param("parquet", workers, marks=pytest.mark.slow) for workers in (2, 3))])
+@pytest.mark.parametrize(
+    ("form", "workers"),
+    [
+        ("parquet", 0),
+        ("webdataset", 2),
+        *(pytest.param("parquet", workers, marks=pytest.mark.slow) for workers in (2, 3)),
+    ],
+)
 def test_it_goes_on_from_any_batch(form, workers, request):
     """Through the end of a pass, also where loading processes come to their ends at different times."""
     folder, total = request.getfixturevalue(form), COUNT // 4 + 12
@@ -139,7 +149,7 @@ def test_it_goes_on_from_any_batch(form, workers, request):
     for done in range(1, total, 3):
         resumed = streamed(folder, workers=workers)
         resumed.load_state_dicts([states[done - 1]])
-        for expected in images[done:done + 8]:
+        for expected in images[done : done + 8]:
             assert torch.equal(resumed.next_batch()[0], expected), done
 
 
@@ -150,11 +160,14 @@ def test_a_state_survives_a_checkpoint(parquet, tmp_path):
     assert torch.load(tmp_path / "state.pt", weights_only=True) == batches.state_dict()
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"workers": 1}, "loading processes 1 instead of 2"),
-    ({"shuffle_buffer": 20}, "rows in a block 20 instead of 16"),
-    ({"world": 5}, "processes 5 instead of 1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workers": 1}, "loading processes 1 instead of 2"),
+        ({"shuffle_buffer": 20}, "rows in a block 20 instead of 16"),
+        ({"world": 5}, "processes 5 instead of 1"),
+    ],
+)
 def test_another_division_is_refused(parquet, changes, message):
     state = streamed(parquet, workers=2).state_dict()
     with pytest.raises(ValueError, match=f"{message}.*; .*same processes, workers, files and shuffle_buffer"):
@@ -219,12 +232,12 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
     train = datasets.Dataset.from_dict(rows, features)
     train.to_parquet(tmp_path / "train.parquet")
     train.to_parquet(tmp_path / "test.parquet")
+
     def make(on_bad_sample: str) -> StreamedBatches:
         data, _ = load_images(tmp_path, streaming=True).transformed(model_data_config(small_backbone(), 32, 1))
         data.transform = numbers
         accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device="cpu")
-        config = TrainConfig(
-            batch_size=4, steps_per_epoch=8, workers=0, shuffle_buffer=40, on_bad_sample=on_bad_sample)
+        config = TrainConfig(batch_size=4, steps_per_epoch=8, workers=0, shuffle_buffer=40, on_bad_sample=on_bad_sample)
         return StreamedBatches(data, config, accelerator, {})
 
     _, val = load_images(tmp_path, streaming=True).transformed(model_data_config(small_backbone(), 32, 1))
@@ -244,7 +257,8 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
 def test_rows_that_are_not_mixed(tmp_path):
     rows = datasets.Dataset.from_dict(
         {"image": [{"bytes": picture(index)} for index in range(40)], "label": [index // 10 for index in range(40)]},
-        datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(4)}))
+        datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(4)}),
+    )
     for split in ("train", "test"):
         rows.to_parquet(tmp_path / f"{split}.parquet")
     data, _ = load_images(tmp_path, streaming=True).transformed(model_data_config(small_backbone(), 32, 1))
@@ -297,10 +311,13 @@ def test_a_run_on_a_stream(webdataset, tmp_path):
     assert state["updates"] == 5
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({}, r"stream .*length; .*steps_per_epoch \(--steps-per-epoch\)"),
-    ({"steps_per_epoch": 0}, "^steps_per_epoch .*1, got 0"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"stream .*length; .*steps_per_epoch \(--steps-per-epoch\)"),
+        ({"steps_per_epoch": 0}, "^steps_per_epoch .*1, got 0"),
+    ],
+)
 def test_epochs_of_unknown_length(webdataset, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         train(webdataset, tmp_path, **settings)
@@ -328,12 +345,15 @@ def test_too_few_images_for_a_batch(webdataset, tmp_path):
         run.fit()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({}, r"column 'cls' .*num_classes \(--num-classes\)"),
-    ({"num_classes": 3}, r"column 'cls' .*0\.\.2, got \d"),
-    ({"num_classes": 10, "val_split": "dev"}, "split 'dev'; .*'train', 'validation'"),
-    ({"num_classes": 10, "label_column": "__key__"}, "'__key__' .*class indices, .*string.*leave out streaming"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"column 'cls' .*num_classes \(--num-classes\)"),
+        ({"num_classes": 3}, r"column 'cls' .*0\.\.2, got \d"),
+        ({"num_classes": 10, "val_split": "dev"}, "split 'dev'; .*'train', 'validation'"),
+        ({"num_classes": 10, "label_column": "__key__"}, "'__key__' .*class indices, .*string.*leave out streaming"),
+    ],
+)
 def test_streams_that_cannot_work(webdataset, arguments, message):
     def read() -> None:
         images = load_images(webdataset, streaming=True, **arguments)
@@ -346,15 +366,18 @@ def test_streams_that_cannot_work(webdataset, arguments, message):
 def test_a_stream_without_a_validation_split(tmp_path):
     rows = datasets.Dataset.from_dict(
         {"image": [{"bytes": picture(0)}], "label": [0]},
-        datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)}))
+        datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)}),
+    )
     rows.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=rf"{tmp_path} .*validation split, .*\(--val-split\), .*leave out streaming"):
         load_images(tmp_path, streaming=True)
 
 
 def test_one_split_streamed_and_one_not(parquet):
-    splits = {"train": datasets.load_dataset(str(parquet), split="train"),
-              "test": datasets.load_dataset(str(parquet), split="test", streaming=True)}
+    splits = {
+        "train": datasets.load_dataset(str(parquet), split="train"),
+        "test": datasets.load_dataset(str(parquet), split="test", streaming=True),
+    }
     with pytest.raises(TypeError, match="streamed .*got Dataset and IterableDataset"):
         load_images(splits)
 
@@ -366,9 +389,35 @@ def test_webdataset_shards_without_streaming(webdataset):
 
 def test_the_command_on_two_processes_is_resumed_exactly(parquet, tmp_path):
     """Stopped in the middle of its second epoch, and as if it had not been."""
-    command = [str(ROOT / "examples/train.py"), "--data-dir", parquet, "--streaming", "--steps-per-epoch", 6, "--model",
-               "test_resnet", "--img-size", 32, "--epochs", 2, "-b", 4, "-j", 2, "--checkpoint-interval", 4,
-               "--shuffle-buffer", 10, "--checkpoint-hist", 9, "--grad-accum-steps", 2, "--mixup", 0.2, "--model-ema"]
+    command = [
+        str(ROOT / "examples/train.py"),
+        "--data-dir",
+        parquet,
+        "--streaming",
+        "--steps-per-epoch",
+        6,
+        "--model",
+        "test_resnet",
+        "--img-size",
+        32,
+        "--epochs",
+        2,
+        "-b",
+        4,
+        "-j",
+        2,
+        "--checkpoint-interval",
+        4,
+        "--shuffle-buffer",
+        10,
+        "--checkpoint-hist",
+        9,
+        "--grad-accum-steps",
+        2,
+        "--mixup",
+        0.2,
+        "--model-ema",
+    ]
     run_python(*command, "--output", tmp_path / "a", processes=2)
     checkpoints = sorted((tmp_path / "a/checkpoints").iterdir())
     assert [path.name[-2:] for path in checkpoints] == ["04", "06", "08", "12"]
@@ -385,8 +434,24 @@ def assert_equal_runs(*runs) -> None:
 @pytest.mark.slow
 def test_processes_with_other_hashes_train_the_same(parquet, tmp_path):
     """Each process that is started has another seed of Python's hashes; forks share theirs."""
-    command = [str(ROOT / "examples/train.py"), "--data-dir", parquet, "--streaming", "--steps-per-epoch", 6, "--model",
-               "test_resnet", "--img-size", 32, "--epochs", 1, "-b", 4, "-j", 2]
+    command = [
+        str(ROOT / "examples/train.py"),
+        "--data-dir",
+        parquet,
+        "--streaming",
+        "--steps-per-epoch",
+        6,
+        "--model",
+        "test_resnet",
+        "--img-size",
+        32,
+        "--epochs",
+        1,
+        "-b",
+        4,
+        "-j",
+        2,
+    ]
     for seed in ("1", "2"):
         done = run_python(*command, "--output", tmp_path / seed, launcher=TWO_PROCESSES, PYTHONHASHSEED=seed)
         assert "Traceback" not in done.stderr

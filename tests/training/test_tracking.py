@@ -1,4 +1,5 @@
 """What each tracker gets, read back with its own reader; none needs a server or the net."""
+
 import json
 import os
 import struct
@@ -48,7 +49,7 @@ def wandb_records(path: Path) -> Iterator:
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
-        record += data[position + 7:position + 7 + length]
+        record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last piece
             yield Record.FromString(record)
@@ -65,8 +66,9 @@ def read_wandb(path: Path) -> tuple[str, dict[str, object], dict[int, dict[str, 
         elif kind == "config":
             config |= {item.key: json.loads(item.value_json) for item in record.config.update}
         elif kind == "history":
-            values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json)
-                      for item in record.history.item}
+            values = {
+                "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+            }
             steps[record.history.step.num] = values
     return id, config, steps
 
@@ -159,8 +161,25 @@ def test_all_together_on_two_processes(fashion, tmp_path, elsewhere):
     fashion.val.select(range(100)).to_parquet(tmp_path / "images/test.parquet")
     environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
     run = tmp_path / "run"
-    command = [ROOT / "examples/train.py", "--data-dir", tmp_path / "images", "--output", run, "-j", 0, "--model",
-               "test_resnet", "-b", 25, "--log-interval", 1, "--epochs", 2, "--report-to", *names]
+    command = [
+        ROOT / "examples/train.py",
+        "--data-dir",
+        tmp_path / "images",
+        "--output",
+        run,
+        "-j",
+        0,
+        "--model",
+        "test_resnet",
+        "-b",
+        25,
+        "--log-interval",
+        1,
+        "--epochs",
+        2,
+        "--report-to",
+        *names,
+    ]
     for more in ([], ["--epochs", 3, "--resume"]):
         done = programs().run(*command, *more, processes=2, cwd=Path.cwd(), **environment)
         assert done.returncode == 0, done.stderr
@@ -180,8 +199,24 @@ def test_a_process_that_has_reported_ends(few_images, tmp_path, elsewhere):
     installed = {tracker.value for tracker in get_available_trackers()}
     names = [name for name in ("tensorboard", "wandb", "mlflow") if name in installed]
     done = run_python(
-        ROOT / "examples/train.py", "--data-dir", few_images, "--output", tmp_path / "run", "-j", 2, "--model",
-        "test_resnet", "-b", 25, "--epochs", 1, "--report-to", *names, fresh=True, WANDB_MODE="offline")
+        ROOT / "examples/train.py",
+        "--data-dir",
+        few_images,
+        "--output",
+        tmp_path / "run",
+        "-j",
+        2,
+        "--model",
+        "test_resnet",
+        "-b",
+        25,
+        "--epochs",
+        1,
+        "--report-to",
+        *names,
+        fresh=True,
+        WANDB_MODE="offline",
+    )
     assert "Traceback" not in done.stderr
     assert "epoch 1, the best of 1" in done.stdout
 
@@ -197,8 +232,9 @@ def check_tensorboard(run: Path) -> None:
 
 
 def check_trackio(run: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run([sys.executable, "-c", READ_TRACKIO], env=ENVIRONMENT | environment, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_TRACKIO], env=ENVIRONMENT | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     ((name, config, rows),) = json.loads(done.stdout.splitlines()[-1])
     assert name.startswith("run-")

@@ -1,4 +1,5 @@
 """Exits that were trained before go on."""
+
 import argparse
 import json
 import re
@@ -24,8 +25,23 @@ TRAIN = (ROOT / "examples/train.py", "--no-aug", "--in-chans", 1, "--epochs", 1,
 def run(few_images, tmp_path_factory):
     """A run with a moving average."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    run_python(*TRAIN, "--model", "test_resnet", "--data-dir", few_images, "--model-ema", "--model-ema-decay", 0.5,
-               "--head", "attention", "--exits", 1, 3, "--output", folder)
+    run_python(
+        *TRAIN,
+        "--model",
+        "test_resnet",
+        "--data-dir",
+        few_images,
+        "--model-ema",
+        "--model-ema-decay",
+        0.5,
+        "--head",
+        "attention",
+        "--exits",
+        1,
+        3,
+        "--output",
+        folder,
+    )
     return folder
 
 
@@ -45,8 +61,13 @@ def begin(*flags: object, num_classes: int = 10, in_chans: int = 3) -> tuple[nn.
     weights = find_saved_weights(args.model, args.pretrained, args.initial_checkpoint, args.pretrained_path)
     take_over_exits(args, weights)
     backbone = create_backbone(
-        args.model, pretrained=args.pretrained, num_classes=num_classes, in_chans=in_chans,
-        initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path)
+        args.model,
+        pretrained=args.pretrained,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        initial_checkpoint=args.initial_checkpoint,
+        pretrained_path=args.pretrained_path,
+    )
     return create_task(args, backbone, lambda: None, weights).get_trainable_module(), args
 
 
@@ -57,9 +78,11 @@ def same(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("more", [[], ["--freeze-backbone"], ["--method", "dsn"], ["--method", "dks"]])
 def test_a_saved_model_goes_on_with_its_exits(more, saved, capsys):
-    for flags in (["--model", f"local-dir:{saved}", "--pretrained"],
-                  ["--model", "test_resnet", "--initial-checkpoint", saved / "model.safetensors"],
-                  ["--model", "test_resnet", "--initial-checkpoint", saved]):
+    for flags in (
+        ["--model", f"local-dir:{saved}", "--pretrained"],
+        ["--model", "test_resnet", "--initial-checkpoint", saved / "model.safetensors"],
+        ["--model", "test_resnet", "--initial-checkpoint", saved],
+    ):
         model, args = begin(*flags, *more)
         assert same(model, SelfDistillModel.from_pretrained(saved).state_dict())
         assert (args.exits, args.head) == (["1", "3"], "attention")
@@ -80,13 +103,17 @@ def test_what_differs_begins_anew_and_it_is_said(saved, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"the exit at layer3 goes on with the heads of {saved}",
         f"the exit at layer2 begins anew: {saved} has no exit there",
-        f"trained exits of {saved} left out: layer1"]
+        f"trained exits of {saved} left out: layer1",
+    ]
     model, _ = begin("--model", f"local-dir:{saved}", "--pretrained", "--head", "linear")
     assert model.exits == ("layer1", "layer3", "layer4")
     assert capsys.readouterr().out.splitlines() == [
-        f"the exits at layer1, layer3 begin anew: {saved} has attention heads, this model has linear heads"]
-    for flags in (["--model", f"local-dir:{saved}", "--pretrained"],
-                  ["--model", "test_resnet", "--pretrained-path", saved / "model.safetensors"]):
+        f"the exits at layer1, layer3 begin anew: {saved} has attention heads, this model has linear heads"
+    ]
+    for flags in (
+        ["--model", f"local-dir:{saved}", "--pretrained"],
+        ["--model", "test_resnet", "--pretrained-path", saved / "model.safetensors"],
+    ):
         model, _ = begin(*flags, num_classes=7)
         assert model.num_classes == model.heads[0].fc.out_features == 7
         assert same(model.backbone.layer1, trained.backbone.layer1.state_dict())
@@ -104,15 +131,20 @@ def test_what_differs_begins_anew_and_it_is_said(saved, capsys):
 
 def test_heads_of_a_callable_and_truncated_models(saved, tmp_path, capsys):
     small_model(exits=["layer2"], head=lambda stage, teacher, classes: Pooled(stage, teacher, classes)).save_pretrained(
-        tmp_path / "own")
-    for flags in (["--model", f"local-dir:{tmp_path / 'own'}", "--pretrained"],
-                  ["--model", "test_resnet", "--initial-checkpoint", tmp_path / "own"]):
+        tmp_path / "own"
+    )
+    for flags in (
+        ["--model", f"local-dir:{tmp_path / 'own'}", "--pretrained"],
+        ["--model", "test_resnet", "--initial-checkpoint", tmp_path / "own"],
+    ):
         assert begin(*flags)[0].exits == ("layer2", "layer4")
         assert "layer2 begins anew: the heads of" in (said := capsys.readouterr().out)
         assert "made by a callable" in said
     SelfDistillModel.from_pretrained(saved).truncate(0).save_pretrained(tmp_path / "cut")
-    for flags in (["--model", f"local-dir:{tmp_path / 'cut'}", "--pretrained"],
-                  ["--model", "test_resnet", "--initial-checkpoint", tmp_path / "cut"]):
+    for flags in (
+        ["--model", f"local-dir:{tmp_path / 'cut'}", "--pretrained"],
+        ["--model", "test_resnet", "--initial-checkpoint", tmp_path / "cut"],
+    ):
         with pytest.raises(ValueError, match="truncated model, which has one exit only.*whole model"):
             begin(*flags)
     with pytest.raises(ValueError, match=r"self_distill\.safetensors holds only the exits; give .*model\.safetensors"):
@@ -147,8 +179,9 @@ def write_timm_checkpoint(folder, model, ema: bool = False, **more):
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_checkpoint_of_timms_training_script(ema, frozen, saved, tmp_path, capsys):
     model = SelfDistillModel.from_pretrained(saved)
-    model = wrap_self_distill(model.backbone, exits=[1, 3], head="attention", head_args={"width": 24},
-                              freeze_backbone=frozen)
+    model = wrap_self_distill(
+        model.backbone, exits=[1, 3], head="attention", head_args={"width": 24}, freeze_backbone=frozen
+    )
     path, task = write_timm_checkpoint(tmp_path / "timm", model, ema)
     loaded, _ = begin("--model", "test_resnet", "--initial-checkpoint", path)
     assert same(loaded, unwrap_model(task.get_eval_model(ema=ema)).state_dict())
@@ -207,9 +240,24 @@ def test_checkpoints_and_directories_of_a_run(run, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_a_frozen_backbone(run, few_images, tmp_path):
-    command = [*TRAIN, "--model", f"local-dir:{run / 'best'}", "--pretrained", "--freeze-backbone", "--data-dir",
-               few_images, "--lr", 0, "--warmup-epochs", 0, "--model-ema", "--model-ema-decay", 0, "--output",
-               tmp_path / "frozen"]
+    command = [
+        *TRAIN,
+        "--model",
+        f"local-dir:{run / 'best'}",
+        "--pretrained",
+        "--freeze-backbone",
+        "--data-dir",
+        few_images,
+        "--lr",
+        0,
+        "--warmup-epochs",
+        0,
+        "--model-ema",
+        "--model-ema-decay",
+        0,
+        "--output",
+        tmp_path / "frozen",
+    ]
     done = run_python(*command)
     assert f"the exits at layer1, layer3 go on with the heads of {run / 'best'}" in done.stdout
     names = [name for name, _ in SelfDistillModel.from_pretrained(run / "best").named_parameters()]
@@ -235,11 +283,15 @@ def test_images_of_other_classes_are_refused_with_both_lists(run, few_images, tm
         feature = rows.features[images.label_column]
         feature = type(feature)(names=names)
         rows.cast_column(images.label_column, type(feature)(num_classes=10)).cast_column(
-            images.label_column, feature).to_parquet(tmp_path / f"images/{split}.parquet")
-    for weights in (["--model", f"local-dir:{run / 'best'}", "--pretrained"],
-                    ["--model", "test_resnet", "--initial-checkpoint", run / "best/model.safetensors"]):
-        refused = run_python(*TRAIN, *weights, "--data-dir", tmp_path / "images", "--output", tmp_path / "out",
-                             check=False)
+            images.label_column, feature
+        ).to_parquet(tmp_path / f"images/{split}.parquet")
+    for weights in (
+        ["--model", f"local-dir:{run / 'best'}", "--pretrained"],
+        ["--model", "test_resnet", "--initial-checkpoint", run / "best/model.safetensors"],
+    ):
+        refused = run_python(
+            *TRAIN, *weights, "--data-dir", tmp_path / "images", "--output", tmp_path / "out", check=False
+        )
         assert refused.returncode == 2
         for part in ("T-shirt", "'boat'", "--pretrained-path"):
             assert part in refused.stderr

@@ -74,8 +74,12 @@ def test_a_run_learns_and_leaves_its_directory(fashion_tensors, tmp_path):
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     assert float(rows[-1]["train_loss"]) < 0.8 * float(rows[0]["train_loss"])
     assert float(rows[0]["train_loss"]) == pytest.approx(
-        sum(weight * float(rows[0][f"train_{name}_loss"]) for name, weight in
-            (("label", 1), ("distill", 0.3), ("hint", 0.03))), rel=1e-5)
+        sum(
+            weight * float(rows[0][f"train_{name}_loss"])
+            for name, weight in (("label", 1), ("distill", 0.3), ("hint", 0.03))
+        ),
+        rel=1e-5,
+    )
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == result.summary
@@ -89,13 +93,18 @@ def test_a_run_learns_and_leaves_its_directory(fashion_tensors, tmp_path):
 
 @pytest.mark.parametrize(("seconds", "times"), [(1, 1), (31, 4)])
 def test_pictures_are_drawn_at_the_end_and_every_30_seconds_at_most(
-        seconds, times, fashion_tensors, tmp_path, monkeypatch):
+    seconds, times, fashion_tensors, tmp_path, monkeypatch
+):
     """Three epochs of so many seconds, by a clock of the test's own."""
     now, drawn = [0.0], []
-    monkeypatch.setattr("timm_selfdistill.training.runtime.progress.time", SimpleNamespace(
-        monotonic=lambda: now[0], perf_counter=time.perf_counter))
-    monkeypatch.setattr("timm_selfdistill.training.outputs.run_directory.plot_curves", lambda *_: drawn.append(
-        [(tmp_path / name / "exits.png").exists() for name in ("best", "last")]))
+    monkeypatch.setattr(
+        "timm_selfdistill.training.runtime.progress.time",
+        SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter),
+    )
+    monkeypatch.setattr(
+        "timm_selfdistill.training.outputs.run_directory.plot_curves",
+        lambda *_: drawn.append([(tmp_path / name / "exits.png").exists() for name in ("best", "last")]),
+    )
     evaluate = Trainer.evaluate
     monkeypatch.setattr(Trainer, "evaluate", lambda self: (now.append(now.pop() + seconds), evaluate(self))[1])
     fit(tmp_path, tuple(Subset(part, range(100)) for part in fashion_tensors), epochs=3)
@@ -123,11 +132,16 @@ def test_the_saved_models_are_the_evaluated_ones(fashion_tensors, tmp_path):
     assert best[3]["top1"] == max(row["top1_exit_3"] for row in result.history)
 
 
-@pytest.mark.parametrize("task", [
-    lambda: ClassificationTask(small_backbone(in_chans=1), nn.CrossEntropyLoss(), verbose=False),
-    lambda: LogitDistillationTask(
-        small_backbone(in_chans=1), small_backbone(in_chans=1), criterion=nn.CrossEntropyLoss(), verbose=False),
-], ids=["plain", "knowledge distillation"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        lambda: ClassificationTask(small_backbone(in_chans=1), nn.CrossEntropyLoss(), verbose=False),
+        lambda: LogitDistillationTask(
+            small_backbone(in_chans=1), small_backbone(in_chans=1), criterion=nn.CrossEntropyLoss(), verbose=False
+        ),
+    ],
+    ids=["plain", "knowledge distillation"],
+)
 def test_any_timm_task_trains_in_the_same_loop(task, fashion_tensors, tmp_path):
     result, task = fit(tmp_path, fashion_tensors, task(), epochs=1)
     (row,) = result.summary["exits"]
@@ -142,8 +156,17 @@ def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(fashion_
         task.get_trainable_module().backbone.drop_rate = 0.3
         return task
 
-    changes = {"mixup": 0.2, "smoothing": 0.1, "model_ema": True, "model_ema_decay": 0.9, "grad_accum_steps": 2,
-               "clip_grad": 1.0, "opt": "adamw", "lr": 1e-3, "batch_size": 20}
+    changes = {
+        "mixup": 0.2,
+        "smoothing": 0.1,
+        "model_ema": True,
+        "model_ema_decay": 0.9,
+        "grad_accum_steps": 2,
+        "clip_grad": 1.0,
+        "opt": "adamw",
+        "lr": 1e-3,
+        "batch_size": 20,
+    }
     undisturbed, task = fit(tmp_path / "a", fashion_tensors, task_with_dropout(), **changes)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 13)
@@ -159,8 +182,9 @@ def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(fashion_
     assert resumed.history == undisturbed.history
 
 
-@pytest.mark.parametrize("resume", [
-    "", pytest.param("checkpoints", marks=pytest.mark.slow), "checkpoints/step-00000008"])
+@pytest.mark.parametrize(
+    "resume", ["", pytest.param("checkpoints", marks=pytest.mark.slow), "checkpoints/step-00000008"]
+)
 def test_resume_from_a_run_directory_or_one_checkpoint(resume, fashion_tensors, tmp_path):
     fit(tmp_path, fashion_tensors)
     task = make_task()
@@ -318,10 +342,13 @@ def test_nothing_to_resume(fashion_tensors, tmp_path):
     assert not (tmp_path / "config.yaml").exists()
 
 
-@pytest.mark.parametrize(("change", "first"), [
-    ({"exits": [1]}, "trainable_module.heads.1.bottleneck.0.bn.bias"),
-    ({"num_classes": 12}, "trainable_module.backbone.fc.bias"),
-])
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        ({"exits": [1]}, "trainable_module.heads.1.bottleneck.0.bn.bias"),
+        ({"num_classes": 12}, "trainable_module.backbone.fc.bias"),
+    ],
+)
 def test_a_checkpoint_of_another_model_is_refused(change, first, fashion_tensors, tmp_path):
     data = tuple(Subset(part, range(100)) for part in fashion_tensors)
     fit(tmp_path, data, epochs=1)
@@ -453,8 +480,9 @@ def test_a_constructor_writes_nothing(few, tmp_path, monkeypatch):
 
 def test_two_runs_begun_in_one_second(few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("timm_selfdistill.training.outputs.run_directory.datetime",
-                        SimpleNamespace(now=lambda: datetime(2020, 1, 2)))
+    monkeypatch.setattr(
+        "timm_selfdistill.training.outputs.run_directory.datetime", SimpleNamespace(now=lambda: datetime(2020, 1, 2))
+    )
     trainers = [Trainer(make_task(), *few, settings("", epochs=1)) for _ in range(2)]
     assert [trainer.output for trainer in trainers] == [None, None]
     outputs = [str(trainer.fit().output) for trainer in trainers]
@@ -528,7 +556,10 @@ def test_loading_processes_end_with_the_run(end, few, tmp_path, monkeypatch):
         error = caught  # and with it all frames
     assert (error is not None) == (end == "error")
     left = set(psutil.Process().children(recursive=True)) - before
-    assert [process for process in left if process.status() != psutil.STATUS_ZOMBIE and "tracker" not in
-            " ".join(process.cmdline())] == []
+    assert [
+        process
+        for process in left
+        if process.status() != psutil.STATUS_ZOMBIE and "tracker" not in " ".join(process.cmdline())
+    ] == []
     assert trainer.evaluate()  # begins new ones
     trainer.val_batches.end_workers()

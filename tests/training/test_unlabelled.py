@@ -1,4 +1,5 @@
 """Exits that learn without labels, from the deepest classifier alone."""
+
 import copy
 
 import datasets
@@ -33,18 +34,24 @@ def without_labels(few):
     return tuple(map(Images, few))
 
 
-@pytest.mark.parametrize(("loss", "learns"), [
-    ({"alpha": 0.3, "beta": 0.03}, "bottleneck fc"),
-    ({"alpha": 0.5, "hint": None}, "bottleneck fc"),
-    ({"alpha": 0.0, "beta": 1.0}, "bottleneck"),
-    ({"alpha": 0.0, "beta": 1.0, "hint": "pooled"}, "bottleneck")], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "learns"),
+    [
+        ({"alpha": 0.3, "beta": 0.03}, "bottleneck fc"),
+        ({"alpha": 0.5, "hint": None}, "bottleneck fc"),
+        ({"alpha": 0.0, "beta": 1.0}, "bottleneck"),
+        ({"alpha": 0.0, "beta": 1.0, "hint": "pooled"}, "bottleneck"),
+    ],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore:.*alpha=0 and no labels")
 def test_exits_learn_without_labels_from_maps_and_logits(loss, learns, without_labels, tmp_path):
     model = frozen_model()
     before = copy.deepcopy(model.heads.state_dict())
     run = fit(model, without_labels, tmp_path, SelfDistillLoss.paper(**loss), unlabelled=True, weight_decay=0.0)
-    changed = {key.split(".")[1] for key, value in model.heads.state_dict().items()
-               if not torch.equal(value, before[key])}
+    changed = {
+        key.split(".")[1] for key, value in model.heads.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert changed == set(learns.split())
     rows = run.state.history
     assert rows[0]["train_label_loss"] == 0
@@ -75,8 +82,11 @@ def test_mixup_of_images_without_labels(without_labels, tmp_path):
 
 def test_a_task_that_needs_labels(few, tmp_path):
     with pytest.raises(TypeError, match=r"\(--unlabelled\) .*SelfDistillTask, .* ClassificationTask .*labels"):
-        Trainer(ClassificationTask(frozen_model(), verbose=False), *few,
-                TrainConfig(output=str(tmp_path / "out"), unlabelled=True))
+        Trainer(
+            ClassificationTask(frozen_model(), verbose=False),
+            *few,
+            TrainConfig(output=str(tmp_path / "out"), unlabelled=True),
+        )
 
 
 def test_nothing_to_learn_from(without_labels, tmp_path):
@@ -112,9 +122,16 @@ def test_images_alone_in_a_folder_for_each_split(tmp_path):
         load_images(tmp_path / "images")
 
 
-@pytest.mark.parametrize(("labels", "column", "warned"), [
-    ([None] * 4, None, False), ([-1] * 4, None, False), ([0, 1, None, 1], None, True), ([0, -1, 1, 0], None, True),
-    ([0, 1, 1, 0], "label", False)])
+@pytest.mark.parametrize(
+    ("labels", "column", "warned"),
+    [
+        ([None] * 4, None, False),
+        ([-1] * 4, None, False),
+        ([0, 1, None, 1], None, True),
+        ([0, -1, 1, 0], None, True),
+        ([0, 1, 1, 0], "label", False),
+    ],
+)
 def test_labels_that_are_there_in_part(labels, column, warned, fashion, recwarn):
     rows = fashion.train.select(range(4)).remove_columns("label")
     rows = rows.add_column("label", labels, feature=datasets.ClassLabel(names=["a", "b"]))

@@ -1,4 +1,5 @@
 """The paper's explanations, measured on a model and data of your own."""
+
 from .agreement import AgreementReport, compare_answers, measure_agreement, plot_agreement
 from .flat_minima import FlatMinimaReport, measure_flatness, plot_flatness, sweep_noise
 from .gradients import (

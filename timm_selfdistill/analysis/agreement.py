@@ -1,4 +1,5 @@
 """Agreement: which exits err on the same images."""
+
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,18 +46,26 @@ class AgreementReport:
 
     def __rich__(self) -> Table:
         table = Table(
-            title=f"exits on {self.images} images", title_justify="left", caption_justify="left",
+            title=f"exits on {self.images} images",
+            title_justify="left",
+            caption_justify="left",
             caption=f"at least one exit is right on {self.any_right:.2f} %; overthought: right here, wrong at the"
-                    " deepest; same answer, same errors (Jaccard) and their kappa: with the deepest")
+            " deepest; same answer, same errors (Jaccard) and their kappa: with the deepest",
+        )
         for name in ("exit", "stage", "top-1 %", "overthought", "same answer", "same errors", "kappa"):
             table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
         for exit, name in enumerate(self.exits):
             shallow = exit < len(self.overthought)
             table.add_row(
-                str(exit), name, f"{self.top1[exit]:.2f}",
+                str(exit),
+                name,
+                f"{self.top1[exit]:.2f}",
                 f"{len(self.overthought[exit]) / self.images:.2%}" if shallow else "",
-                *(_number(matrix[exit][-1]) if shallow else ""
-                  for matrix in (self.same_answer, self.error_overlap, self.error_kappa)))
+                *(
+                    _number(matrix[exit][-1]) if shallow else ""
+                    for matrix in (self.same_answer, self.error_overlap, self.error_kappa)
+                ),
+            )
         return table
 
 
@@ -94,8 +103,9 @@ def compare_answers(answers: Tensor, labels: Tensor, exits: list[str] | None = N
         ValueError: the shapes do not fit, or there is no image.
     """
     if answers.ndim != 2 or labels.shape != answers.shape[1:] or not labels.numel():
-        raise ValueError(f"expected answers (C, N) and labels (N,), N >= 1, got {tuple(answers.shape)} and"
-                         f" {tuple(labels.shape)}")
+        raise ValueError(
+            f"expected answers (C, N) and labels (N,), N >= 1, got {tuple(answers.shape)} and {tuple(labels.shape)}"
+        )
     wrong = (answers != labels).double()
     same_answer = (answers[:, None] == answers[None]).double().mean(2)
     both_wrong = wrong @ wrong.T / len(labels)
@@ -105,10 +115,16 @@ def compare_answers(answers: Tensor, labels: Tensor, exits: list[str] | None = N
     chance = torch.outer(error, error) + torch.outer(1 - error, 1 - error)
     overthought = [((row == 0) & (wrong[-1] == 1)).nonzero()[:, 0].tolist() for row in wrong[:-1]]
     return AgreementReport(
-        exits=exits or [str(exit) for exit in range(len(answers))], images=len(labels),
-        top1=(100 * (1 - error)).tolist(), same_answer=same_answer.tolist(), both_wrong=both_wrong.tolist(),
-        error_overlap=_ratio(both_wrong, either_wrong), error_kappa=_ratio(agree - chance, 1 - chance),
-        overthought=overthought, any_right=100 * float((wrong.sum(0) < len(wrong)).double().mean()))
+        exits=exits or [str(exit) for exit in range(len(answers))],
+        images=len(labels),
+        top1=(100 * (1 - error)).tolist(),
+        same_answer=same_answer.tolist(),
+        both_wrong=both_wrong.tolist(),
+        error_overlap=_ratio(both_wrong, either_wrong),
+        error_kappa=_ratio(agree - chance, 1 - chance),
+        overthought=overthought,
+        any_right=100 * float((wrong.sum(0) < len(wrong)).double().mean()),
+    )
 
 
 def plot_agreement(path: str | Path, report: AgreementReport) -> None:
@@ -116,8 +132,11 @@ def plot_agreement(path: str | Path, report: AgreementReport) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.4), layout="constrained")
-    panels = (("same answer", report.same_answer), ("errors in common (Jaccard)", report.error_overlap),
-              ("errors beyond chance (kappa)", report.error_kappa))
+    panels = (
+        ("same answer", report.same_answer),
+        ("errors in common (Jaccard)", report.error_overlap),
+        ("errors beyond chance (kappa)", report.error_kappa),
+    )
     names = [f"exit {exit}\n{top1:.1f} %" for exit, top1 in enumerate(report.top1)]
     for axes, (title, matrix) in zip(figure.subplots(1, 3), panels):
         lowest = min([0.9, *(value for row in matrix for value in row if value is not None)])
@@ -125,8 +144,14 @@ def plot_agreement(path: str | Path, report: AgreementReport) -> None:
         axes.imshow(values, cmap="Blues", vmin=lowest, vmax=1)
         for row, line in enumerate(matrix):
             for column, value in enumerate(line):
-                axes.text(column, row, _number(value), ha="center", va="center",
-                          color="white" if values[row][column] > 0.4 * lowest + 0.6 else "black")
+                axes.text(
+                    column,
+                    row,
+                    _number(value),
+                    ha="center",
+                    va="center",
+                    color="white" if values[row][column] > 0.4 * lowest + 0.6 else "black",
+                )
         axes.set(title=title, xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
         axes.tick_params(length=0)
     figure.suptitle(f"which exits say the same, and err on the same, of {report.images:,} images; below each its top-1")
@@ -135,8 +160,10 @@ def plot_agreement(path: str | Path, report: AgreementReport) -> None:
 
 def _ratio(values: Tensor, others: Tensor) -> Matrix:
     """values / others, None where that would divide by zero."""
-    return [[value / other if other > 1e-12 else None for value, other in zip(*rows)]
-            for rows in zip(values.tolist(), others.tolist())]
+    return [
+        [value / other if other > 1e-12 else None for value, other in zip(*rows)]
+        for rows in zip(values.tolist(), others.tolist())
+    ]
 
 
 def _number(value: float | None) -> str:

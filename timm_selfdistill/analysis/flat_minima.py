@@ -1,4 +1,5 @@
 """Flat minima: how fast accuracy falls where the weights are shaken ("Be Your Own Teacher", arXiv:1905.08094, 4.4)."""
+
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,8 +52,12 @@ class FlatMinimaReport:
                 row = {"level": level, "exit": of_exit[0].exit}
                 for name in ("top1", "loss"):
                     values = [getattr(metrics, name) for metrics in of_exit]
-                    row |= {name: mean(values), f"{name}_std": stdev(values) if len(values) > 1 else None,
-                            f"{name}_min": min(values), f"{name}_max": max(values)}
+                    row |= {
+                        name: mean(values),
+                        f"{name}_std": stdev(values) if len(values) > 1 else None,
+                        f"{name}_min": min(values),
+                        f"{name}_max": max(values),
+                    }
                 rows.append(row)
         return rows
 
@@ -73,19 +78,24 @@ class FlatMinimaReport:
             table.add_column(name, justify="left" if name == "exit" else "right")
         exits = len(self.metrics[0][0])
         for number, row in enumerate(self.rows(), 1):
-            table.add_row(f"{row['level']:g}", str(row["exit"]), _with_spread(row, "top1", 2),
-                          _with_spread(row, "loss", 3), end_section=exits > 1 and number % exits == 0)
+            table.add_row(
+                f"{row['level']:g}",
+                str(row["exit"]),
+                _with_spread(row, "top1", 2),
+                _with_spread(row, "loss", 3),
+                end_section=exits > 1 and number % exits == 0,
+            )
         return table
 
 
 def measure_flatness(
-        model: nn.Module,
-        loader: Iterable[tuple[Tensor, Tensor]],
-        *,
-        levels: Sequence[float] | None = None,
-        draws: int = 5,
-        scaled: bool = True,
-        seed: int = 0,
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    levels: Sequence[float] | None = None,
+    draws: int = 5,
+    scaled: bool = True,
+    seed: int = 0,
 ) -> FlatMinimaReport:
     """Accuracy and loss of every exit with Gaussian noise of growing size on all weights, in eval mode.
 
@@ -126,12 +136,17 @@ def measure_flatness(
         images = int(meter.totals[0, 3])
         found = sweep_noise(model, measure, levels, draws, scaled, seed)
     return FlatMinimaReport(
-        [0, *sorted(levels)], scaled, draws, seed, images, [[untouched], *(found[level] for level in sorted(levels))])
+        [0, *sorted(levels)], scaled, draws, seed, images, [[untouched], *(found[level] for level in sorted(levels))]
+    )
 
 
 def sweep_noise(
-        model: nn.Module, measure: Callable[[float], T], levels: Sequence[float], draws: int = 5, scaled: bool = True,
-        seed: int = 0,
+    model: nn.Module,
+    measure: Callable[[float], T],
+    levels: Sequence[float],
+    draws: int = 5,
+    scaled: bool = True,
+    seed: int = 0,
 ) -> dict[float, list[T]]:
     """Measure a model with Gaussian noise on its parameters; buffers, such as batch norm's statistics, stay.
 
@@ -206,18 +221,28 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
         for key, axes in panels.items():
             _draw_band(axes, deepest, key, color=color, label=f"{name}, deepest exit")
             for exit in range(deepest[0]["exit"]):
-                axes.plot(report.levels, [row[key] for row in report.of_exit(exit)], color=color, alpha=0.6,
-                          linestyle=STYLES[exit % len(STYLES)])
+                axes.plot(
+                    report.levels,
+                    [row[key] for row in report.of_exit(exit)],
+                    color=color,
+                    alpha=0.6,
+                    linestyle=STYLES[exit % len(STYLES)],
+                )
     scaled = next(iter(reports.values())).scaled
     for axes in panels.values():
-        axes.set(xlabel="noise over the root mean square of each tensor" if scaled else
-                 "standard deviation of the noise on every weight")
+        axes.set(
+            xlabel="noise over the root mean square of each tensor"
+            if scaled
+            else "standard deviation of the noise on every weight"
+        )
         axes.grid(alpha=0.3)
     panels["top1"].set(ylabel="top-1 %", title="accuracy under noise on the weights")
     shallow = max(report.of_exit()[0]["exit"] for report in reports.values())
     handles, _ = panels["top1"].get_legend_handles_labels()
-    others = [Line2D([], [], color="grey", linestyle=STYLES[exit % len(STYLES)], label=f"exit {exit}")
-              for exit in range(shallow)]
+    others = [
+        Line2D([], [], color="grey", linestyle=STYLES[exit % len(STYLES)], label=f"exit {exit}")
+        for exit in range(shallow)
+    ]
     panels["top1"].legend(handles=[*handles, *others], loc="lower left")
     panels["loss"].set(ylabel="cross entropy, nats", yscale="log", title="loss under noise on the weights")
     for which in (panels["loss"].yaxis.set_major_formatter, panels["loss"].yaxis.set_minor_formatter):

@@ -1,5 +1,6 @@
 """Gradients: how much of the loss reaches each section of the backbone ("Be Your Own Teacher", arXiv:1905.08094,
 "vanishing gradients")."""
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -40,7 +41,8 @@ class GradientReport:
 
     def __rich__(self) -> Table:
         table = Table(
-            title=f"loss {self.loss:.4f}, {self.batches} batches of {self.batch_size} images", title_justify="left")
+            title=f"loss {self.loss:.4f}, {self.batches} batches of {self.batch_size} images", title_justify="left"
+        )
         for name in ("stage", "weights", "mean |gradient|"):
             table.add_column(name, justify="left" if name == "stage" else "right")
         for name, count, value in zip(self.sections, self.weights, self.gradients):
@@ -49,7 +51,10 @@ class GradientReport:
 
 
 def measure_gradients(
-        task: TrainingTask, loader: Iterable[tuple[Tensor, Tensor]], *, exits: Sequence[int | str] | None = None,
+    task: TrainingTask,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    exits: Sequence[int | str] | None = None,
 ) -> GradientReport:
     """Mean absolute gradient of each section of the backbone, at the weights as they are, in training mode.
 
@@ -74,7 +79,8 @@ def measure_gradients(
     if not isinstance(task, TrainingTask):
         raise TypeError(
             f"expected a timm.task.TrainingTask, got {type(task).__name__}; give SelfDistillTask(model), or of a plain"
-            " network timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss())")
+            " network timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss())"
+        )
     model = unwrap_model(task.get_eval_model())
     if isinstance(model, SelfDistillModel) and model.freeze_backbone:
         raise ValueError("the model was trained with a frozen backbone, whose weights get no gradients")
@@ -88,15 +94,15 @@ def measure_gradients(
             loss = task(x, y.to(x.device))["loss"]
             if not loss.isfinite():
                 raise ValueError(
-                    f"the loss is {float(loss.detach())}, no finite number; the weights or the images are damaged")
+                    f"the loss is {float(loss.detach())}, no finite number; the weights or the images are damaged"
+                )
             found = torch.tensor(section_gradients(loss, sections.values()), dtype=torch.double)
             sums = found if sums is None else sums + found
             losses.append(float(loss.detach()))
             images += len(x)
     counts = [sum(weight.numel() for weight in weights) for weights in sections.values()]
     means = [value / len(losses) if count else None for value, count in zip(sums.tolist(), counts)]
-    return GradientReport(
-        list(sections), means, counts, sum(losses) / len(losses), len(losses), images, batch_size)
+    return GradientReport(list(sections), means, counts, sum(losses) / len(losses), len(losses), images, batch_size)
 
 
 def section_gradients(loss: Tensor, sections: Iterable[Sequence[nn.Parameter]]) -> list[float]:
@@ -105,8 +111,11 @@ def section_gradients(loss: Tensor, sections: Iterable[Sequence[nn.Parameter]]) 
     The weights' own gradients stay as they are, and so does the graph of the loss.
     """
     sections = list(sections)
-    gradients = iter(torch.autograd.grad(
-        loss, [weight for weights in sections for weight in weights], retain_graph=True, allow_unused=True))
+    gradients = iter(
+        torch.autograd.grad(
+            loss, [weight for weights in sections for weight in weights], retain_graph=True, allow_unused=True
+        )
+    )
     means = []
     for weights in sections:
         found = [gradient for _ in weights if (gradient := next(gradients)) is not None]
@@ -116,7 +125,8 @@ def section_gradients(loss: Tensor, sections: Iterable[Sequence[nn.Parameter]]) 
 
 
 def find_sections(
-        model: nn.Module, x: Tensor, exits: Sequence[int | str] | None = None) -> dict[str, list[nn.Parameter]]:
+    model: nn.Module, x: Tensor, exits: Sequence[int | str] | None = None
+) -> dict[str, list[nn.Parameter]]:
     """The weights that learn in each section of a backbone, by the name of the module that ends it.
 
     Which weights a feature map needs is read from autograd, whatever the order in which a network registers its layers.
@@ -135,12 +145,15 @@ def find_sections(
     stages = select_stages(backbone, exits)
     left = _learning_weights(backbone)
     if not left:
-        raise ValueError(f"nothing in the backbone {type(backbone).__name__} learns, so it has no gradients;"
-                         " requires_grad_(True) lets its weights learn")
+        raise ValueError(
+            f"nothing in the backbone {type(backbone).__name__} learns, so it has no gradients;"
+            " requires_grad_(True) lets its weights learn"
+        )
     sections = {}
     with evaluating(backbone), torch.enable_grad():
         maps = backbone.forward_intermediates(
-            x, indices=[stage.index for stage in stages[:-1]], intermediates_only=True)
+            x, indices=[stage.index for stage in stages[:-1]], intermediates_only=True
+        )
         for stage, feature_map in zip(stages, maps):
             gradients = [None] * len(left)
             if left and feature_map.requires_grad:
@@ -181,18 +194,29 @@ def plot_gradients(path: str | Path, reports: Mapping[str, GradientReport]) -> N
     names = list(dict.fromkeys(name for report in reports.values() for name in report.sections))
     for index, (name, report) in enumerate(reports.items()):
         values = dict(zip(report.sections, report.gradients))
-        axes.plot(range(len(names)), [values.get(section) or float("nan") for section in names], marker="o",
-                  color=f"C{index % 10}", label=name)
-    axes.set(xticks=range(len(names)), xticklabels=[f"to {name}" for name in names], yscale="log",
-             ylabel="mean absolute gradient of the weights", title="gradients by section of the backbone")
+        axes.plot(
+            range(len(names)),
+            [values.get(section) or float("nan") for section in names],
+            marker="o",
+            color=f"C{index % 10}",
+            label=name,
+        )
+    axes.set(
+        xticks=range(len(names)),
+        xticklabels=[f"to {name}" for name in names],
+        yscale="log",
+        ylabel="mean absolute gradient of the weights",
+        title="gradients by section of the backbone",
+    )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def plot_gradient_history(
-        path: str | Path, histories: Mapping[str, Sequence[GradientReport]],
-        updates: Mapping[str, Sequence[int]] | None = None,
+    path: str | Path,
+    histories: Mapping[str, Sequence[GradientReport]],
+    updates: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Draw the mean absolute gradient over training, a panel a section, a line a model.
 
@@ -209,9 +233,13 @@ def plot_gradient_history(
         for index, (name, history) in enumerate(histories.items()):
             if section in history[0].sections:
                 place = history[0].sections.index(section)
-                axes.plot(updates[name] if updates else range(1, len(history) + 1),
-                          [report.gradients[place] or float("nan") for report in history],
-                          marker=".", color=f"C{index % 10}", label=name)
+                axes.plot(
+                    updates[name] if updates else range(1, len(history) + 1),
+                    [report.gradients[place] or float("nan") for report in history],
+                    marker=".",
+                    color=f"C{index % 10}",
+                    label=name,
+                )
         axes.set(title=f"to {section}", xlabel="updates" if updates else "epoch", yscale="log")
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,5 +1,6 @@
 """Separability: how well the features in front of each classifier tell the classes apart ("Be Your Own Teacher",
 arXiv:1905.08094, "more discriminating features")."""
+
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,13 +52,19 @@ class SeparabilityReport:
     """(M,)"""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "classes": self.classes,
-                "exits": [vars(row) | {"ratio": row.ratio} for row in self.rows]}
+        return {
+            "images": self.images,
+            "classes": self.classes,
+            "exits": [vars(row) | {"ratio": row.ratio} for row in self.rows],
+        }
 
     def __rich__(self) -> Table:
-        table = Table(title=f"features of {self.images} images of {self.classes} classes", title_justify="left",
-                      caption="SSE within classes, SSB between them; lower SSE / SSB tells them apart better",
-                      caption_justify="left")
+        table = Table(
+            title=f"features of {self.images} images of {self.classes} classes",
+            title_justify="left",
+            caption="SSE within classes, SSB between them; lower SSE / SSB tells them apart better",
+            caption_justify="left",
+        )
         for name in ("exit", "stage", "dimensions", "SSE", "SSB", "SSE / SSB"):
             table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
         for row in self.rows:
@@ -103,7 +110,10 @@ class ClassSums:
 
 
 def measure_separability(
-        model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, classes: Sequence[int] | None = None,
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    classes: Sequence[int] | None = None,
 ) -> SeparabilityReport:
     """Sums of squares within and between classes at every exit, in eval mode, with one forward pass over the images.
 
@@ -138,11 +148,17 @@ def measure_separability(
                 samples[exit].append(features[kept].float())
     count = sums[0].count
     _check_counts(count, classes)
-    rows = [ExitSeparability(exit, name, part.sums.shape[1], *part.sums_of_squares())
-            for exit, (name, part) in enumerate(zip(model.exits, sums))]
+    rows = [
+        ExitSeparability(exit, name, part.sums.shape[1], *part.sums_of_squares())
+        for exit, (name, part) in enumerate(zip(model.exits, sums))
+    ]
     return SeparabilityReport(
-        rows, int(count.sum()), int((count > 0).sum()), [torch.cat(parts) for parts in samples],
-        torch.cat(sample_labels))
+        rows,
+        int(count.sum()),
+        int((count > 0).sum()),
+        [torch.cat(parts) for parts in samples],
+        torch.cat(sample_labels),
+    )
 
 
 @contextmanager
@@ -154,8 +170,9 @@ def classifier_inputs(model: SelfDistillModel) -> Iterator[dict[int, Tensor]]:
         parts = classifier.modules() if isinstance(classifier, nn.Module) else ()
         layers = [part for part in parts if isinstance(part, nn.Linear) and part.out_features == model.num_classes]
         if layers:
-            handles.append(layers[-1].register_forward_pre_hook(
-                lambda _, args, exit=exit: inputs.__setitem__(exit, args[0])))
+            handles.append(
+                layers[-1].register_forward_pre_hook(lambda _, args, exit=exit: inputs.__setitem__(exit, args[0]))
+            )
     try:
         yield inputs
     finally:
@@ -200,8 +217,15 @@ def plot_separability(path: str | Path, report: SeparabilityReport, class_names:
         axes.set(xlabel=f"first axis, {shares[0]:.0%} of the variance", ylabel=f"second, {shares[1]:.0%}")
     handles, names = figure.axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=8, markerscale=2,
-                      frameon=False)
+        figure.legend(
+            handles,
+            names,
+            loc="outside lower center",
+            ncols=min(len(names), 5),
+            fontsize=8,
+            markerscale=2,
+            frameon=False,
+        )
     figure.savefig(path, dpi=120)
 
 
@@ -224,7 +248,8 @@ def _take(room: dict[int, int], labels: Tensor) -> list[int]:
 
 def _check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
     if classes is not None and not (
-            classes and all(isinstance(label, int) and 0 <= label < num_classes for label in classes)):
+        classes and all(isinstance(label, int) and 0 <= label < num_classes for label in classes)
+    ):
         raise ValueError(f"classes to draw must be class indices from 0 to {num_classes - 1}, got {list(classes)}")
 
 
@@ -233,7 +258,8 @@ def _check_counts(count: Tensor, classes: Sequence[int] | None) -> None:
     seen = count[count > 0]
     if len(seen) < 2:
         raise ValueError(
-            f"all {int(count.sum())} images are of class {int(count.argmax())}; separability needs two or more")
+            f"all {int(count.sum())} images are of class {int(count.argmax())}; separability needs two or more"
+        )
     if not (seen > 1).any():
         raise ValueError(f"each of the {len(seen)} classes has one image; separability needs two images of a class")
     if empty := [label for label in classes or () if not count[label]]:

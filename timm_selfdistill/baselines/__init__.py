@@ -2,6 +2,7 @@
 
 Hinton's KD (arXiv:1503.02531) is timm's own `timm.task.LogitDistillationTask`.
 """
+
 from .attention_transfer import AttentionTransferTask
 from .deep_supervision import deep_supervision_loss
 from .feature_maps import check_teacher

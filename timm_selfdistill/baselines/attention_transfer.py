@@ -1,4 +1,5 @@
 """Attention transfer (AT), ICLR 2017, arXiv:1612.03928."""
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,17 +28,25 @@ class AttentionTransferTask(FeatureMapTask):
     """
 
     def __init__(
-            self, student: nn.Module, teacher: nn.Module, criterion: LabelLoss | None = None,
-            distill_loss_weight: float = 1000.0, task_loss_weight: float = 1.0):
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        criterion: LabelLoss | None = None,
+        distill_loss_weight: float = 1000.0,
+        task_loss_weight: float = 1.0,
+    ):
         pairs = pair_stages(student, teacher)
         super().__init__(
-            student, teacher, pairs, None, compare_attention, criterion, distill_loss_weight, task_loss_weight)
+            student, teacher, pairs, None, compare_attention, criterion, distill_loss_weight, task_loss_weight
+        )
 
 
 def compare_attention(maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
     """Mean squared difference of the attention, summed over the stages."""
-    return sum(F.mse_loss(attention(own), attention(teacher, own.shape[2:]))
-               for own, teacher in zip(maps, teacher_maps, strict=True))
+    return sum(
+        F.mse_loss(attention(own), attention(teacher, own.shape[2:]))
+        for own, teacher in zip(maps, teacher_maps, strict=True)
+    )
 
 
 def attention(feature: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -46,6 +55,9 @@ def attention(feature: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     strength = feature.square().sum(1, keepdim=True)
     if size is not None and strength.shape[2:] != size:
         smaller = all(new <= old for new, old in zip(size, strength.shape[2:]))
-        strength = (F.adaptive_avg_pool2d(strength, size) if smaller  # interpolation would pass over pixels
-                    else F.interpolate(strength, size, mode="bilinear"))
+        strength = (
+            F.adaptive_avg_pool2d(strength, size)
+            if smaller  # interpolation would pass over pixels
+            else F.interpolate(strength, size, mode="bilinear")
+        )
     return F.normalize(strength.flatten(1))

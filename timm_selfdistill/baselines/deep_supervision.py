@@ -1,4 +1,5 @@
 """Deeply-supervised nets (DSN), arXiv:1409.5185, on the same shallow classifiers as self distillation."""
+
 from ..loss import LabelLoss, SelfDistillLoss
 
 

@@ -1,4 +1,5 @@
 """Students that learn from the feature maps of a teacher network."""
+
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,20 +58,34 @@ class FeatureMapTask(FeatureDistillationTask):
     """
 
     def __init__(
-            self, student: nn.Module, teacher: nn.Module, pairs: Sequence[Pair], projection: nn.Module | None,
-            compare: Callable[[list[Tensor], list[Tensor]], Tensor], criterion: LabelLoss | None,
-            distill_loss_weight: float, task_loss_weight: float):
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairs: Sequence[Pair],
+        projection: nn.Module | None,
+        compare: Callable[[list[Tensor], list[Tensor]], Tensor],
+        criterion: LabelLoss | None,
+        distill_loss_weight: float,
+        task_loss_weight: float,
+    ):
         check_weight("distill_loss_weight", distill_loss_weight)
         check_weight("task_loss_weight", task_loss_weight)
         if teacher is student:
-            raise ValueError("student and teacher are one model, and a teacher is frozen; give a trained model of its"
-                             " own as teacher")
+            raise ValueError(
+                "student and teacher are one model, and a teacher is frozen; give a trained model of its own as teacher"
+            )
         scale, shift = renormalisation(student, teacher)
         super().__init__(
-            student, teacher.requires_grad_(False), nn.CrossEntropyLoss() if criterion is None else criterion,
-            distill_loss_weight=distill_loss_weight, task_loss_weight=task_loss_weight,
-            student_feature_dim=0, teacher_feature_dim=0,  # equal, so that timm makes no projection of its own
-            device=next(student.parameters()).device, verbose=False)
+            student,
+            teacher.requires_grad_(False),
+            nn.CrossEntropyLoss() if criterion is None else criterion,
+            distill_loss_weight=distill_loss_weight,
+            task_loss_weight=task_loss_weight,
+            student_feature_dim=0,
+            teacher_feature_dim=0,  # equal, so that timm makes no projection of its own
+            device=next(student.parameters()).device,
+            verbose=False,
+        )
         self.compare_maps = compare
         own, others = zip(*pairs)
         self.trainable_module = StudentMaps(student, own, projection)
@@ -101,7 +116,8 @@ class FeatureMapTask(FeatureDistillationTask):
         if self.scale is not None:
             input = input * self.scale + self.shift
         return self.teacher.model.forward_intermediates(
-            input, indices=self.teacher_indices, stop_early=True, intermediates_only=True)
+            input, indices=self.teacher_indices, stop_early=True, intermediates_only=True
+        )
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module, role: str = "teacher") -> None:
@@ -121,7 +137,8 @@ def check_teacher(student: nn.Module, teacher: nn.Module, role: str = "teacher")
         if found != wanted:
             raise ValueError(
                 f"the {role} ({type(teacher).__name__}) has {found} {what}, the student ({type(student).__name__})"
-                f" {wanted}; take a {role} that was trained on the same images and classes")
+                f" {wanted}; take a {role} that was trained on the same images and classes"
+            )
 
 
 def renormalisation(student: nn.Module, teacher: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -139,7 +156,8 @@ def renormalisation(student: nn.Module, teacher: nn.Module) -> tuple[Tensor, Ten
         if any(len(value) not in (1, channels) for value in values):
             raise ValueError(
                 f"the {role}'s mean and std, {values[0]} and {values[1]}, are not of images of {channels} channel(s);"
-                f" call model_data_config(model, size, {channels}) on student and teacher, which settles them")
+                f" call model_data_config(model, size, {channels}) on student and teacher, which settles them"
+            )
     like = next(student.parameters())
     mean, std, other_mean, other_std = (torch.tensor(values).view(-1, 1, 1) for values in (*own, *others))
     return (std / other_std).to(like), ((mean - other_mean) / other_std).to(like)
@@ -161,5 +179,6 @@ def pair_stages(student: nn.Module, teacher: nn.Module) -> list[Pair]:
     if len(own) != len(others):
         raise ValueError(
             f"{type(student).__name__} has {len(own)} stages to compare ({', '.join(map(str, own))}), its teacher"
-            f" {type(teacher).__name__} {len(others)} ({', '.join(map(str, others))}); take a teacher of as many")
+            f" {type(teacher).__name__} {len(others)} ({', '.join(map(str, others))}); take a teacher of as many"
+        )
     return list(zip(own, others))

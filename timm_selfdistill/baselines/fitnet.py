@@ -1,4 +1,5 @@
 """FitNets: hints for thin deep nets, ICLR 2015, arXiv:1412.6550."""
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ class FitNetTask(FeatureMapTask):
 
     With the guided map v of the student, the hint u of the teacher and a regressor r (equation 3)::
 
-        loss = task_loss_weight * CE(z, y)  +  distill_loss_weight * mean (u - r(v))^2
+        loss = task_loss_weight * CE(z, y) + distill_loss_weight * mean(u - r(v)) ^ 2
 
     Equation 3 is half the squared L2 distance: it is this mean times half the number of elements of u. Divided by it,
     the weight means the same for every network and image size. Guided and hint layer are the second of the four stages
@@ -31,26 +32,41 @@ class FitNetTask(FeatureMapTask):
     """
 
     def __init__(
-            self, student: nn.Module, teacher: nn.Module, criterion: LabelLoss | None = None,
-            distill_loss_weight: float = 100.0, task_loss_weight: float = 1.0):
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        criterion: LabelLoss | None = None,
+        distill_loss_weight: float = 100.0,
+        task_loss_weight: float = 1.0,
+    ):
         pairs = pair_stages(student, teacher)
         guided, hint = pairs[(len(pairs) - 1) // 2]
         if guided.reduction != hint.reduction:
             raise ValueError(
                 f"the maps in the middle have other sizes: {guided} of {type(student).__name__} is 1/{guided.reduction}"
                 f" of the image's, {hint} of its teacher {type(teacher).__name__} 1/{hint.reduction}; take a teacher of"
-                " the same resolution, or attention transfer, which resizes")
+                " the same resolution, or attention transfer, which resizes"
+            )
         regressor = nn.Conv2d(guided.channels, hint.channels, 1)
         move_alike(regressor, student)
         super().__init__(
-            student, teacher, [(guided, hint)], regressor, compare_hints, criterion, distill_loss_weight,
-            task_loss_weight)
+            student,
+            teacher,
+            [(guided, hint)],
+            regressor,
+            compare_hints,
+            criterion,
+            distill_loss_weight,
+            task_loss_weight,
+        )
 
 
 def compare_hints(maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
     """Mean squared difference of one map and its hint."""
     (guided,), (hint,) = maps, teacher_maps
     if guided.shape != hint.shape:
-        raise ValueError(f"the student's map {tuple(guided.shape)} and the teacher's {tuple(hint.shape)} cannot be"
-                         " compared; take images whose size both networks divide alike, e.g. a multiple of 32")
+        raise ValueError(
+            f"the student's map {tuple(guided.shape)} and the teacher's {tuple(hint.shape)} cannot be"
+            " compared; take images whose size both networks divide alike, e.g. a multiple of 32"
+        )
     return F.mse_loss(guided, hint)

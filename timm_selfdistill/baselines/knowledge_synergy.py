@@ -1,4 +1,5 @@
 """Deeply-supervised knowledge synergy (DKS), CVPR 2019, arXiv:1906.00675."""
+
 from torch import Tensor
 
 from ..loss import LabelLoss, SelfDistillLoss, divergence

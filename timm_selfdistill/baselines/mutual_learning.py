@@ -1,4 +1,5 @@
 """Deep mutual learning (DML), CVPR 2018, arXiv:1706.00384."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,8 @@ class MutualLearningTask(ClassificationTask):
     """
 
     def __init__(
-            self, student: nn.Module, peer: nn.Module, criterion: LabelLoss | None = None,
-            distill_loss_weight: float = 1.0):
+        self, student: nn.Module, peer: nn.Module, criterion: LabelLoss | None = None, distill_loss_weight: float = 1.0
+    ):
         check_teacher(student, peer, "peer")
         check_weight("distill_loss_weight", distill_loss_weight)
         _check_different(student, peer)
@@ -77,8 +78,8 @@ class MutualLearningTask(ClassificationTask):
         return {} if module is None else {"peer": unwrap_model(module).peer.state_dict()}
 
     def load_task_state(
-            self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None,
-            ema: bool = False) -> None:
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
         if state:
             module = self.get_trainable_module(ema) if module is None else module
             unwrap_model(module).peer.load_state_dict(state["peer"], strict=strict)
@@ -96,23 +97,34 @@ class Peers(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay."""
-        return {f"{name}.{parameter}" for name, model in self.named_children()
-                for parameter in getattr(model, "no_weight_decay", set)()}
+        return {
+            f"{name}.{parameter}"
+            for name, model in self.named_children()
+            for parameter in getattr(model, "no_weight_decay", set)()
+        }
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Layers in groups, for timm's layer-wise learning rates; those of the two networks are counted apart, so that
         both classifiers are in the last group."""
-        groups = {name: group_parameters(model, model.group_matcher(coarse), reverse=True)
-                  for name, model in self.named_children()}
+        groups = {
+            name: group_parameters(model, model.group_matcher(coarse), reverse=True)
+            for name, model in self.named_children()
+        }
         last = max(max(own.values()) for own in groups.values())
-        aligned = {f"{name}.{parameter}": group + last - max(own.values())
-                   for name, own in groups.items() for parameter, group in own.items()}
+        aligned = {
+            f"{name}.{parameter}": group + last - max(own.values())
+            for name, own in groups.items()
+            for parameter, group in own.items()
+        }
         return aligned.__getitem__
 
 
 def _check_different(student: nn.Module, peer: nn.Module) -> None:
     own, others = student.state_dict(), peer.state_dict()
     if own.keys() == others.keys() and all(
-            own[key].shape == others[key].shape and torch.equal(own[key], others[key]) for key in own):
-        raise ValueError("student and peer have the same weights, so neither has anything to teach the other; at least"
-                         " their classifiers must begin with other values")
+        own[key].shape == others[key].shape and torch.equal(own[key], others[key]) for key in own
+    ):
+        raise ValueError(
+            "student and peer have the same weights, so neither has anything to teach the other; at least"
+            " their classifiers must begin with other values"
+        )

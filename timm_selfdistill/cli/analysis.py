@@ -1,4 +1,5 @@
 """flat-minima, gradients, separability and agreement of the command `timm-selfdistill`."""
+
 import argparse
 from collections.abc import Callable
 from pathlib import Path
@@ -46,9 +47,20 @@ from .saved import saved_model
 
 NUMBER, NONE = (int, float), type(None)
 SETTINGS = {
-    "method": (str,), "temperature": NUMBER, "alpha": NUMBER, "beta": NUMBER, "hint": (str, NONE), "teacher": (str,),
-    "t_squared": (bool,), "distill_loss_weight": (*NUMBER, NONE), "freeze_backbone": (bool,), "bce_loss": (bool,),
-    "bce_sum": (bool,), "bce_target_thresh": (*NUMBER, NONE), "bce_pos_weight": (*NUMBER, NONE)}
+    "method": (str,),
+    "temperature": NUMBER,
+    "alpha": NUMBER,
+    "beta": NUMBER,
+    "hint": (str, NONE),
+    "teacher": (str,),
+    "t_squared": (bool,),
+    "distill_loss_weight": (*NUMBER, NONE),
+    "freeze_backbone": (bool,),
+    "bce_loss": (bool,),
+    "bce_sum": (bool,),
+    "bce_target_thresh": (*NUMBER, NONE),
+    "bce_pos_weight": (*NUMBER, NONE),
+}
 """Settings of a run that its gradients hang on, and their types in config.json."""
 
 
@@ -65,30 +77,52 @@ def add_parsers(commands: Any) -> None:
         add_model_flags(parser)
     for parser in (flat_minima, gradients, separability, agreement):
         add_measuring_flags(parser)
-        parser.add_argument("--output", type=Path, metavar="DIR", default=Path("."),
-                            help="gets the picture and the figures as JSON (default: this folder)")
-    flat_minima.add_argument("--levels", type=float, nargs="+", metavar="NUMBER",
-                             help="sizes of the noise, over the root mean square of each tensor of weights")
-    flat_minima.add_argument("--unscaled", action="store_true",
-                             help="levels are standard deviations, the same for every weight")
+        parser.add_argument(
+            "--output",
+            type=Path,
+            metavar="DIR",
+            default=Path("."),
+            help="gets the picture and the figures as JSON (default: this folder)",
+        )
+    flat_minima.add_argument(
+        "--levels",
+        type=float,
+        nargs="+",
+        metavar="NUMBER",
+        help="sizes of the noise, over the root mean square of each tensor of weights",
+    )
+    flat_minima.add_argument(
+        "--unscaled", action="store_true", help="levels are standard deviations, the same for every weight"
+    )
     flat_minima.add_argument("--draws", type=int, default=5, help="of noise, for each level")
     flat_minima.add_argument("--noise-seed", type=int, default=0, metavar="SEED", help="of the noise")
-    gradients.add_argument("--checkpoints", action="store_true",
-                           help="over training: at each checkpoint that the run directories hold (train.py's"
-                                " --checkpoint-hist says how many)")
-    separability.add_argument("--classes", type=int, nargs="+", metavar="INDEX",
-                              help="in the picture (default: the first ten)")
+    gradients.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="over training: at each checkpoint that the run directories hold (train.py's"
+        " --checkpoint-hist says how many)",
+    )
+    separability.add_argument(
+        "--classes", type=int, nargs="+", metavar="INDEX", help="in the picture (default: the first ten)"
+    )
 
 
 def flat_minima(args: argparse.Namespace) -> int:
     opened, data = _open(args, args.models)
     reports = {
         name: measure_flatness(
-            model, loader, levels=args.levels, draws=args.draws, scaled=not args.unscaled, seed=args.noise_seed)
-        for name, (model, loader, _) in opened.items()}
+            model, loader, levels=args.levels, draws=args.draws, scaled=not args.unscaled, seed=args.noise_seed
+        )
+        for name, (model, loader, _) in opened.items()
+    }
     _print_all(reports)
-    return _write(args, data, "flat_minima_unscaled" if args.unscaled else "flat_minima", _figures(reports),
-                  lambda path: plot_flatness(path, reports))
+    return _write(
+        args,
+        data,
+        "flat_minima_unscaled" if args.unscaled else "flat_minima",
+        _figures(reports),
+        lambda path: plot_flatness(path, reports),
+    )
 
 
 def gradients(args: argparse.Namespace) -> int:
@@ -108,8 +142,13 @@ def gradients(args: argparse.Namespace) -> int:
         return _write_history(args, data, histories, figures)
     reports = {name: measure(name) for name in opened}
     _print_all(reports)
-    return _write(args, data, "gradients", {name: figures(name, report) for name, report in reports.items()},
-                  lambda path: plot_gradients(path, reports))
+    return _write(
+        args,
+        data,
+        "gradients",
+        {name: figures(name, report) for name, report in reports.items()},
+        lambda path: plot_gradients(path, reports),
+    )
 
 
 def separability(args: argparse.Namespace) -> int:
@@ -118,8 +157,9 @@ def separability(args: argparse.Namespace) -> int:
     report = measure_separability(model, loader, classes=args.classes)
     Console(soft_wrap=True).print(report)
     names = model.backbone.pretrained_cfg.get("label_names")
-    return _write(args, data, "separability", _figures({args.model: report}),
-                  lambda path: plot_separability(path, report, names))
+    return _write(
+        args, data, "separability", _figures({args.model: report}), lambda path: plot_separability(path, report, names)
+    )
 
 
 def agreement(args: argparse.Namespace) -> int:
@@ -134,7 +174,8 @@ COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": 
 
 
 def _open(
-        args: argparse.Namespace, names: list[str],
+    args: argparse.Namespace,
+    names: list[str],
 ) -> tuple[dict[str, tuple[nn.Module, MeasuredImages, Record]], dict[str, Any]]:
     """Models on their device, by the names that they were given, with the images as each takes them and its record; and
     where the images come from, see `ImageSplits.source`. The folder of --output is made. What is wrong with any model
@@ -177,17 +218,29 @@ def _task(name: str, model: nn.Module, record: Record) -> TrainingTask:
 
 
 def _write_history(
-        args: argparse.Namespace, data: dict[str, Any], histories: dict[str, dict[int, GradientReport]],
-        figures: Callable[[str, GradientReport], dict[str, Any]],
+    args: argparse.Namespace,
+    data: dict[str, Any],
+    histories: dict[str, dict[int, GradientReport]],
+    figures: Callable[[str, GradientReport], dict[str, Any]],
 ) -> int:
     """Reports by model and number of updates."""
     for name, history in histories.items():
         _print_all({f"{name}, {update} updates": report for update, report in history.items()})
-    models = {name: [{"updates": update, **figures(name, report)} for update, report in history.items()]
-              for name, history in histories.items()}
-    return _write(args, data, "gradient_history", models, lambda path: plot_gradient_history(
-        path, {name: list(history.values()) for name, history in histories.items()},
-        {name: list(history) for name, history in histories.items()}))
+    models = {
+        name: [{"updates": update, **figures(name, report)} for update, report in history.items()]
+        for name, history in histories.items()
+    }
+    return _write(
+        args,
+        data,
+        "gradient_history",
+        models,
+        lambda path: plot_gradient_history(
+            path,
+            {name: list(history.values()) for name, history in histories.items()},
+            {name: list(history) for name, history in histories.items()},
+        ),
+    )
 
 
 def _print_all(reports: dict[str, Any]) -> None:
@@ -201,19 +254,26 @@ def _figures(reports: dict[str, Any]) -> dict[str, Any]:
     return {name: report.to_dict() for name, report in reports.items()}
 
 
-def _write(args: argparse.Namespace, data: dict[str, Any], stem: str, models: dict[str, Any],
-           draw: Callable[[Path], None]) -> int:
+def _write(
+    args: argparse.Namespace, data: dict[str, Any], stem: str, models: dict[str, Any], draw: Callable[[Path], None]
+) -> int:
     """The figures of each model as JSON, with what they were measured on, and their picture.
 
     Args:
         data: see `ImageSplits.source`.
     """
     paths = [args.output / f"{stem}.json", args.output / f"{stem}.png"]
-    write_json(paths[0], {
-        "data": data, "batch_size": args.batch_size, "device": args.device,
-        "hardware": device_name(args.device),
-        "versions": {"timm_selfdistill": __version__, "torch": torch.__version__, "timm": timm.__version__},
-        "models": models})
+    write_json(
+        paths[0],
+        {
+            "data": data,
+            "batch_size": args.batch_size,
+            "device": args.device,
+            "hardware": device_name(args.device),
+            "versions": {"timm_selfdistill": __version__, "torch": torch.__version__, "timm": timm.__version__},
+            "models": models,
+        },
+    )
     draw(paths[1])
     print(f"wrote {paths[0]}, {paths[1]}")
     return 0

@@ -1,4 +1,5 @@
 """A YAML file of flags, as if they had been typed."""
+
 import argparse
 import difflib
 from collections.abc import Collection

@@ -1,4 +1,5 @@
 """export --format timm: a saved model of any checkpoint."""
+
 import argparse
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ def _make_recorded(saved: SavedWeights) -> nn.Module:
     if not saved.heads:
         return build_backbone(saved.config, saved.source)
     if saved.own_head:
-        raise ValueError(f"the heads of {saved.source} were made by a callable, and code is never loaded; wrap the"
-                         " network with it in Python, load the weights and call save_pretrained")
+        raise ValueError(
+            f"the heads of {saved.source} were made by a callable, and code is never loaded; wrap the"
+            " network with it in Python, load the weights and call save_pretrained"
+        )
     SelfDistillModel.sketch(saved.config, saved.source)  # refuses what is beyond the limits
     return SelfDistillModel.from_config(saved.config, saved.source)
 
@@ -81,8 +84,10 @@ def _make_recorded(saved: SavedWeights) -> nn.Module:
 def _make_named(saved: SavedWeights, name: Any) -> nn.Module:
     """A network by its name, with as many classes and channels as the weights have."""
     if not isinstance(name, str) or not timm.is_model(name):
-        raise ValueError(f"{saved.source} does not tell its network; name the timm model with --model"
-                         + (f", got {name!r}" if name else ""))
+        raise ValueError(
+            f"{saved.source} does not tell its network; name the timm model with --model"
+            + (f", got {name!r}" if name else "")
+        )
     known = timm.get_pretrained_cfg(name).to_dict()
     sizes = {}
     for argument, key, dimension in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
@@ -97,9 +102,11 @@ def _make_named(saved: SavedWeights, name: Any) -> nn.Module:
     wrapped = wrap_self_distill(model, head=saved.head or "bottleneck")
     count = len({tensor.split(".")[0] for tensor in saved.heads})
     if count != len(wrapped.stages):
-        raise ValueError(f"{saved.source} has {count} heads without a record of their exits, {name} has"
-                         f" {len(wrapped.stages)} by default; export the checkpoints that it was made of, which record"
-                         " them, or wrap the network in Python, load the weights and call save_pretrained")
+        raise ValueError(
+            f"{saved.source} has {count} heads without a record of their exits, {name} has"
+            f" {len(wrapped.stages)} by default; export the checkpoints that it was made of, which record"
+            " them, or wrap the network in Python, load the weights and call save_pretrained"
+        )
     return wrapped
 
 

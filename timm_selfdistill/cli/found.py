@@ -1,4 +1,5 @@
 """What a run says of its images before it begins, and records."""
+
 import argparse
 from typing import Any
 
@@ -14,8 +15,7 @@ from .program import printable
 KINDS = {"I": "integers of more than 8 bits", "F": "floating-point numbers"}
 
 
-def found_lines(
-        images: ImageSplits, backbone: nn.Module, img_size: int | None, args: argparse.Namespace) -> list[str]:
+def found_lines(images: ImageSplits, backbone: nn.Module, img_size: int | None, args: argparse.Namespace) -> list[str]:
     """A line for each split, and how the images are read, and why so.
 
     Args:
@@ -25,18 +25,25 @@ def found_lines(
     """
     channels, *own_size = default_input_size(backbone)
     height, width = [img_size] * 2 if img_size else own_size
-    lines = [*images.lines(), f"read at {width} x {height} pixels ({_why_size(images, img_size, own_size, args)}) in"
-                              f" {channels} channel{'s' * (channels > 1)} ({_why_channels(channels, args)})"]
+    lines = [
+        *images.lines(),
+        f"read at {width} x {height} pixels ({_why_size(images, img_size, own_size, args)}) in"
+        f" {channels} channel{'s' * (channels > 1)} ({_why_channels(channels, args)})",
+    ]
     if args.value_range:
         lines.append("of images with more than 8 bits {:g} is black and {:g} is white".format(*args.value_range))
     else:
-        lines += [f"of {KINDS[kind]} {black:g} is black and {white:g} is white"
-                  for kind, (black, white) in images.sample.ranges.items()]
+        lines += [
+            f"of {KINDS[kind]} {black:g} is black and {white:g} is white"
+            for kind, (black, white) in images.sample.ranges.items()
+        ]
     if images.sample.grey and channels == 3:
         lines.append("all images that were looked at are grey: --in-chans 1 would do")
     if (args.pretrained or args.initial_checkpoint) and has_new_classifier(backbone):
-        lines.append(f"the classifier is new: {backbone.num_classes} classes, those of the weights are"
-                     f" {backbone.pretrained_cfg['num_classes']}")
+        lines.append(
+            f"the classifier is new: {backbone.num_classes} classes, those of the weights are"
+            f" {backbone.pretrained_cfg['num_classes']}"
+        )
     if record := starting_record(args):
         lines += trained_before(images, args.dataset or args.data_dir, record)
     return [printable(line) for line in lines]
@@ -45,7 +52,7 @@ def found_lines(
 def found_settings(images: ImageSplits, lines: list[str]) -> dict[str, Any]:
     """What a run records of its images: `found`, and what is black and white, by kind of images."""
     ranges = {kind: list(found) for kind, found in images.sample.ranges.items()}
-    found = {"splits": images.found, "read": lines[len(images.found):], "class_names": images.class_names}
+    found = {"splits": images.found, "read": lines[len(images.found) :], "class_names": images.class_names}
     return {"found": found, **({"value_ranges": ranges} if ranges else {})}
 
 

@@ -1,4 +1,5 @@
 """evaluate, calibrate, tradeoff and export of the command `timm-selfdistill`."""
+
 import argparse
 from pathlib import Path
 from typing import Any
@@ -47,28 +48,44 @@ def add_parsers(commands: Any) -> None:
     export = commands.add_parser("export", help="write ONNX files, or make a saved model of a checkpoint")
     for parser in (evaluate, calibrate, tradeoff, export):
         add_model_flags(parser)
-    export.add_argument("--format", choices=("onnx", "timm"), default="onnx",
-                        help="timm: a saved model, which timm and this package load; MODEL may then be a checkpoint of"
-                             " a run, or one of timm's training script, too")
-    export.add_argument("--model", dest="network", metavar="NAME",
-                        help="with --format timm, the timm model of a checkpoint that does not tell it")
+    export.add_argument(
+        "--format",
+        choices=("onnx", "timm"),
+        default="onnx",
+        help="timm: a saved model, which timm and this package load; MODEL may then be a checkpoint of"
+        " a run, or one of timm's training script, too",
+    )
+    export.add_argument(
+        "--model",
+        dest="network",
+        metavar="NAME",
+        help="with --format timm, the timm model of a checkpoint that does not tell it",
+    )
     export.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the plain network; ensemble is the mean")
     export.add_argument("--staged", action="store_true", help="instead of one exit, a file for each stage")
     export.add_argument("--output", type=Path, required=True, metavar="PATH", help="file, or with --staged folder")
     for parser in (evaluate, calibrate, tradeoff):
         add_measuring_flags(parser)
     for parser in (calibrate, tradeoff):
-        parser.add_argument("--policy", choices=POLICIES,
-                            help="what makes an image leave (default: the model's own, else confidence)")
-    for name, words in zip(BUDGETS, ("points of top-1 below the plain network", "mean multiply-adds of an image",
-                                     "over the plain network")):
+        parser.add_argument(
+            "--policy", choices=POLICIES, help="what makes an image leave (default: the model's own, else confidence)"
+        )
+    for name, words in zip(
+        BUDGETS, ("points of top-1 below the plain network", "mean multiply-adds of an image", "over the plain network")
+    ):
         calibrate.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="NUMBER", help=words)
-    calibrate.add_argument("--split-seed", type=int, default=0, metavar="SEED",
-                           help="of the split of the images into three parts")
+    calibrate.add_argument(
+        "--split-seed", type=int, default=0, metavar="SEED", help="of the split of the images into three parts"
+    )
     calibrate.add_argument("--output", type=Path, metavar="DIR", help="where to save it (default: where it is)")
     tradeoff.add_argument("--baseline", metavar="DIR", help="saved plain network, to compare with")
-    tradeoff.add_argument("--output", type=Path, metavar="DIR", default=Path("."),
-                          help="gets tradeoff.json, exits.png and gallery.png (default: this folder)")
+    tradeoff.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=Path("."),
+        help="gets tradeoff.json, exits.png and gallery.png (default: this folder)",
+    )
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -133,13 +150,24 @@ def tradeoff(args: argparse.Namespace) -> int:
     name = model_name(model)
     hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline)
     chosen = choose_images(output, columns=10)
-    pictures = {position: _as_picture(loader.data.data_config, loader.data[loader.kept[position]][0])
-              for row in chosen.values() for position in row}
+    pictures = {
+        position: _as_picture(loader.data.data_config, loader.data[loader.kept[position]][0])
+        for row in chosen.values()
+        for position in row
+    }
     names = model.backbone.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     plot_gallery(args.output / "gallery.png", pictures, chosen, output, labels, names)
-    write_json(args.output / "tradeoff.json", {
-        "model": name, "images": len(loader.kept), "exits": rows, "early_exit": curve, "calibrated": calibrated,
-        "baseline": baseline})
+    write_json(
+        args.output / "tradeoff.json",
+        {
+            "model": name,
+            "images": len(loader.kept),
+            "exits": rows,
+            "early_exit": curve,
+            "calibrated": calibrated,
+            "baseline": baseline,
+        },
+    )
     print(f"wrote {', '.join(str(args.output / file) for file in ('tradeoff.json', 'exits.png', 'gallery.png'))}")
     _say_unreadable(loader)
     return 0
@@ -149,8 +177,10 @@ def export(args: argparse.Namespace) -> int:
     if args.format == "timm":
         return export_timm(args)
     if args.network:
-        raise ValueError(f"--model {args.network} names the network of a checkpoint for --format timm, and the format"
-                         " is onnx; leave one out")
+        raise ValueError(
+            f"--model {args.network} names the network of a checkpoint for --format timm, and the format"
+            " is onnx; leave one out"
+        )
     record = read_record(args.model, args.revision)
     model = load_any_model(record.model, record.revision)
     if args.staged:
@@ -204,8 +234,14 @@ def _evaluate_early_exit(early_exit: EarlyExit, loader: MeasuredImages) -> dict[
     costs = early_exit.find_costs("macs", x)
     macs = float(costs.paths([threshold is not None for threshold in early_exit.thresholds])[output.exit].mean())
     (speedup,) = find_speedups(early_exit.model, [early_exit.predict], x)
-    return {**metrics._asdict(), "exit": "early", "module": "", "macs": macs, "share": macs / costs.plain,
-            **({} if speedup is None else {"speedup": speedup})}
+    return {
+        **metrics._asdict(),
+        "exit": "early",
+        "module": "",
+        "macs": macs,
+        "share": macs / costs.plain,
+        **({} if speedup is None else {"speedup": speedup}),
+    }
 
 
 def _as_picture(config: dict[str, Any], image: torch.Tensor) -> torch.Tensor:

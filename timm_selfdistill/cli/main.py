@@ -1,4 +1,5 @@
 """timm-selfdistill: what to do with a saved model."""
+
 import argparse
 import sys
 from typing import Any
@@ -19,8 +20,15 @@ from .recipes import print_recipes
 from .saved import saved_model
 from .train import DESCRIPTION, train
 
-COLUMNS = {"exit": "{}", "module": "{}", "top1": "{:.2f}", "top5": "{:.2f}", "macs": "{:,.1f}", "share": "{:.1%}",
-           "speedup": "{:.2f}x"}
+COLUMNS = {
+    "exit": "{}",
+    "module": "{}",
+    "top1": "{:.2f}",
+    "top5": "{:.2f}",
+    "macs": "{:,.1f}",
+    "share": "{:.1%}",
+    "speedup": "{:.2f}x",
+}
 
 
 def main() -> None:
@@ -77,9 +85,16 @@ def _push(args: argparse.Namespace) -> None:
     check_repo_id(args.repo_id, "repo_id")
     folder = saved_model(args.folder)
     try:
-        print(hub.push_folder(
-            folder, args.repo_id, commit_message=args.commit_message, private=args.private or None,
-            revision=args.revision, create_pr=args.create_pr))
+        print(
+            hub.push_folder(
+                folder,
+                args.repo_id,
+                commit_message=args.commit_message,
+                private=args.private or None,
+                revision=args.revision,
+                create_pr=args.create_pr,
+            )
+        )
     except Exception as error:
         raise OSError(f"{folder} is not on the Hub: {hub.explain_failure(error, args.repo_id)}") from error
 
@@ -93,8 +108,12 @@ def _info(model: str, revision: str | None) -> None:
         heads = f", {head or 'own'} heads"
     height, width = config["pretrained_cfg"]["input_size"][1:]
     one = hub.facts(config).get("truncated_to")
-    print(printable(f"{model}: {config['architecture']}, {config['num_classes']} classes, {height} x {width} pixels"
-                    f"{heads}{'' if one is None else f', truncated to exit {one}'}"))
+    print(
+        printable(
+            f"{model}: {config['architecture']}, {config['num_classes']} classes, {height} x {width} pixels"
+            f"{heads}{'' if one is None else f', truncated to exit {one}'}"
+        )
+    )
     early_exit = hub.facts(config).get("early_exit")
     if isinstance(early_exit, dict):
         print(printable(f"early exit: {early_exit.get('policy')}, thresholds {early_exit.get('thresholds')}"[:200]))

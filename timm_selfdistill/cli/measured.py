@@ -1,4 +1,5 @@
 """The images that a command measures a saved model on."""
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ class Choice:
 
 
 def find_images(
-        args: argparse.Namespace, record: Record, others: Sequence[Record] = ()) -> tuple[ImageSplits, list[str]]:
+    args: argparse.Namespace, record: Record, others: Sequence[Record] = ()
+) -> tuple[ImageSplits, list[str]]:
     """The images for flags of `add_image_flags`; what the flags leave open is as in the run.
 
     Args:
@@ -54,8 +56,10 @@ def find_images(
         drawn = _load(moved, args, record)
         if drawn.source["drawn_from"] == record.drawn_from:
             choice, images = moved, drawn
-            notes.append(f"{choice.source} seems to hold the {sum(record.images)} images of the run; measured are those"
-                         " that the run left out of training")
+            notes.append(
+                f"{choice.source} seems to hold the {sum(record.images)} images of the run; measured are those"
+                " that the run left out of training"
+            )
     notes += trained_on(choice, record, images.source["split"])
     for other in others:
         owns = other.source is not None and _is_same(choice.source, other.source)
@@ -81,16 +85,20 @@ def _choose(args: argparse.Namespace, record: Record) -> Choice:
     source = given or record.source
     if source is None:
         raise FileNotFoundError(
-            f"{record.model} does not tell the images of its run; give --data-dir FOLDER or --dataset NAME")
+            f"{record.model} does not tell the images of its run; give --data-dir FOLDER or --dataset NAME"
+        )
     if given is None and record.text("data_dir") == source and not record.text("dataset") and not Path(source).exists():
-        raise FileNotFoundError(f"there is no {source}, where the run of {record.model} had its images; give --data-dir"
-                                " FOLDER")
+        raise FileNotFoundError(
+            f"there is no {source}, where the run of {record.model} had its images; give --data-dir FOLDER"
+        )
     owns = None if record.source is None else _is_same(source, record.source)
     drawing = _drawing_flags(args)
     if args.val_split is not None:
         if drawing:
-            raise ValueError(f"--val-split {args.val_split} measures a split as a whole, and {drawing} a part that is"
-                             " drawn from the training split; leave one out")
+            raise ValueError(
+                f"--val-split {args.val_split} measures a split as a whole, and {drawing} a part that is"
+                " drawn from the training split; leave one out"
+            )
         return Choice(source, owns, args.val_split, None)
     if not drawing and not (owns and record.fraction):
         return Choice(source, owns, record.val_split if owns else None, None)
@@ -102,8 +110,9 @@ def _choose(args: argparse.Namespace, record: Record) -> Choice:
 def _drawing_flags(args: argparse.Namespace) -> str:
     """Those that were given of the flags that tell how validation images are drawn."""
     names = ("train_split", "val_fraction", "seed")
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name in names
-                    if (value := getattr(args, name)) is not None)
+    return " ".join(
+        f"--{name.replace('_', '-')} {value}" for name in names if (value := getattr(args, name)) is not None
+    )
 
 
 def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSplits:
@@ -111,32 +120,48 @@ def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSpli
         "name": args.dataset_config or (record.dataset_config if choice.owns else None),
         "image_column": args.input_key or (record.text("input_key") if choice.owns else None),
         "label_column": args.target_key or (record.text("target_key") if choice.owns else None),
-        "value_range": as_range(args.value_range) or record.value_range}
+        "value_range": as_range(args.value_range) or record.value_range,
+    }
     if choice.fraction is None:
         return load_split(choice.source, choice.split, **columns)
     classes = record.settings.get("num_classes") if choice.owns else None
     images = load_images(
-        choice.source, train_split=args.train_split or record.train_split, val_fraction=choice.fraction.share,
-        seed=choice.fraction.seed, num_classes=classes if isinstance(classes, int) else None,
-        unlabelled=choice.owns is True and record.settings.get("unlabelled") is True, **columns)
+        choice.source,
+        train_split=args.train_split or record.train_split,
+        val_fraction=choice.fraction.share,
+        seed=choice.fraction.seed,
+        num_classes=classes if isinstance(classes, int) else None,
+        unlabelled=choice.owns is True and record.settings.get("unlabelled") is True,
+        **columns,
+    )
     if "val_fraction" not in images.source:
         split = images.source["split"]
         drawing = _drawing_flags(args) or f"the run's --val-fraction {choice.fraction.share:g}"
-        raise ValueError(f"{choice.source} has a split to measure, {split}, so that {drawing} draws nothing; give"
-                         f" --val-split {split}" + (" alone" if _drawing_flags(args) else ""))
+        raise ValueError(
+            f"{choice.source} has a split to measure, {split}, so that {drawing} draws nothing; give"
+            f" --val-split {split}" + (" alone" if _drawing_flags(args) else "")
+        )
     if images.label_column is None:
-        raise ValueError(f"the images in {choice.source} have no labels to measure accuracy by; give others with"
-                         " --data-dir FOLDER")
+        raise ValueError(
+            f"the images in {choice.source} have no labels to measure accuracy by; give others with --data-dir FOLDER"
+        )
     return images
 
 
 def _say_changed(args: argparse.Namespace, record: Record) -> list[str]:
     """A line where images are read in another way than in the run."""
-    own = {"train_split": record.train_split, "dataset_config": record.dataset_config,
-           "input_key": record.text("input_key"), "target_key": record.text("target_key"),
-           "value_range": record.settings.get("value_range")}
-    changed = [f"--{name.replace('_', '-')} {as_text(given)} instead of {as_text(own[name]) or 'none'}"
-               for name in own if (given := getattr(args, name)) is not None and given != own[name]]
+    own = {
+        "train_split": record.train_split,
+        "dataset_config": record.dataset_config,
+        "input_key": record.text("input_key"),
+        "target_key": record.text("target_key"),
+        "value_range": record.settings.get("value_range"),
+    }
+    changed = [
+        f"--{name.replace('_', '-')} {as_text(given)} instead of {as_text(own[name]) or 'none'}"
+        for name in own
+        if (given := getattr(args, name)) is not None and given != own[name]
+    ]
     return [f"read with {', '.join(changed)} in the run"] if changed else []
 
 
@@ -165,10 +190,14 @@ def trained_on(choice: Choice, record: Record, measured: str) -> list[str]:
         held_out += f", drawn by seed {record.fraction.seed}"
     share = f"{1 - record.fraction.share:.0%}" if record.fraction else "all"
     if choice.fraction is None:
-        return [f"warning: {record.model} was trained on {share} of these images, since {measured} is its training"
-                f" split; {held_out}"]
-    return [f"warning: {record.model} was trained on about {share} of these images, drawn by --val-fraction"
-            f" {choice.fraction.share:g} --seed {choice.fraction.seed}; {held_out}"]
+        return [
+            f"warning: {record.model} was trained on {share} of these images, since {measured} is its training"
+            f" split; {held_out}"
+        ]
+    return [
+        f"warning: {record.model} was trained on about {share} of these images, drawn by --val-fraction"
+        f" {choice.fraction.share:g} --seed {choice.fraction.seed}; {held_out}"
+    ]
 
 
 def trained_before(images: ImageSplits, source: str, record: Record) -> list[str]:
@@ -199,15 +228,19 @@ def _check_counts(choice: Choice, images: ImageSplits, record: Record) -> list[s
             raise ValueError(
                 f"{choice.source} has {count} images, and had {sum(record.images)} when {record.model} was trained, so"
                 " the part that the run left out cannot be drawn again; give other images with --data-dir, or measure"
-                f" all of these with --val-split {record.train_split}")
+                f" all of these with --val-split {record.train_split}"
+            )
         if record.drawn_from not in (None, images.source["drawn_from"]):
             raise ValueError(
                 f"the images in {choice.source} have other names or labels than when {record.model} was trained, so the"
                 " part that the run left out cannot be drawn again; give the images as they were, other ones with"
-                f" --data-dir, or measure all of these with --val-split {record.train_split}")
+                f" --data-dir, or measure all of these with --val-split {record.train_split}"
+            )
     elif choice.split == record.val_split and len(images.val_rows) != record.images[1]:
-        return [f"warning: the split {choice.split} has {len(images.val_rows)} images, and had {record.images[1]} when"
-                f" {record.model} was trained"]
+        return [
+            f"warning: the split {choice.split} has {len(images.val_rows)} images, and had {record.images[1]} when"
+            f" {record.model} was trained"
+        ]
     return []
 
 

@@ -1,4 +1,5 @@
 """What examples/train.py can train with: --method, the flags that go with it, and the task that they make."""
+
 import argparse
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -67,8 +68,13 @@ KD_TEMPERATURE = 4.0
 class _Baseline(argparse.BooleanOptionalAction):
     """Another name for --method plain; with --no- it is taken back."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         if not option_string.startswith("--no-"):
             namespace.method = "plain"
         elif namespace.method == "plain":
@@ -77,29 +83,43 @@ class _Baseline(argparse.BooleanOptionalAction):
 
 def add_method_flags(group: Any) -> None:
     """timm's names, but for --method and --baseline."""
-    group.add_argument("--method", choices=METHODS,
-                       help="plain network; labels at every classifier (dsn); self distillation; with a teacher network"
-                            " Hinton's kd, fitnet or attention transfer (at); two networks that learn from each other"
-                            " (dml); classifiers that do (dks) (default: self-distill, or with --kd-model-name kd)")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        help="plain network; labels at every classifier (dsn); self distillation; with a teacher network"
+        " Hinton's kd, fitnet or attention transfer (at); two networks that learn from each other"
+        " (dml); classifiers that do (dks) (default: self-distill, or with --kd-model-name kd)",
+    )
     group.add_argument("--baseline", action=_Baseline, default=argparse.SUPPRESS, help="--method plain")
-    group.add_argument("--kd-model-name", metavar="NAME",
-                       help="teacher of kd, fitnet and at: a timm model with pretrained weights, local-dir:FOLDER or"
-                            " hf-hub:ID")
-    group.add_argument("--kd-distill-type", choices=KD_TASKS,
-                       help="what kd compares: logits, pooled features, or the teacher and the distillation token of a"
-                            " model that has one (default: logit)")
+    group.add_argument(
+        "--kd-model-name",
+        metavar="NAME",
+        help="teacher of kd, fitnet and at: a timm model with pretrained weights, local-dir:FOLDER or hf-hub:ID",
+    )
+    group.add_argument(
+        "--kd-distill-type",
+        choices=KD_TASKS,
+        help="what kd compares: logits, pooled features, or the teacher and the distillation token of a"
+        " model that has one (default: logit)",
+    )
     group.add_argument("--kd-temperature", type=float, help=f"of both softmaxes in kd (default: {KD_TEMPERATURE:g})")
     group.add_argument("--kd-student-feature-dim", type=int, help="of pooled features in kd (default: found)")
     group.add_argument("--kd-teacher-feature-dim", type=int, help="of pooled features in kd (default: found)")
-    group.add_argument("--kd-token-distill-type", choices=["soft", "hard"],
-                       help="what the token learns in kd: the teacher's softmax or its most likely class (default:"
-                            " soft)")
-    group.add_argument("--distill-loss-weight", type=float,
-                       help="of what kd, fitnet, at, dml and dks add to the labels (default: 100 for fitnet, 1000 for"
-                            " at, else 1)")
-    group.add_argument("--task-loss-weight", type=float,
-                       help="of the labels in kd, fitnet and at (default: 1); in kd, given alone, the distillation has"
-                            " the rest to 1")
+    group.add_argument(
+        "--kd-token-distill-type",
+        choices=["soft", "hard"],
+        help="what the token learns in kd: the teacher's softmax or its most likely class (default: soft)",
+    )
+    group.add_argument(
+        "--distill-loss-weight",
+        type=float,
+        help="of what kd, fitnet, at, dml and dks add to the labels (default: 100 for fitnet, 1000 for at, else 1)",
+    )
+    group.add_argument(
+        "--task-loss-weight",
+        type=float,
+        help="of the labels in kd, fitnet and at (default: 1); in kd, given alone, the distillation has the rest to 1",
+    )
 
 
 def check_method_flags(args: argparse.Namespace) -> None:
@@ -118,36 +138,49 @@ def check_method_flags(args: argparse.Namespace) -> None:
         kind = args.kd_distill_type or "logit"
         for name, kinds in KD_FLAGS.items():
             if getattr(args, name) is not None and kind not in kinds:
-                raise ValueError(f"{_flag(name)} belongs to --kd-distill-type {', '.join(kinds)}, which is {kind};"
-                                 " leave one out")
+                raise ValueError(
+                    f"{_flag(name)} belongs to --kd-distill-type {', '.join(kinds)}, which is {kind}; leave one out"
+                )
     _check_splits(args)
     if args.method == "self-distill" and args.hint == "none" and args.beta not in (0, SelfDistillLoss().beta):
-        raise ValueError(f"--beta {args.beta:g} is the weight of the hint, and --hint is none; add --hint map or --hint"
-                         " pooled, or leave --beta out")
+        raise ValueError(
+            f"--beta {args.beta:g} is the weight of the hint, and --hint is none; add --hint map or --hint"
+            " pooled, or leave --beta out"
+        )
     if args.bce_loss and args.method in SOFTMAX_METHODS:
-        raise ValueError(f"--bce-loss takes each class on its own, and --method {args.method} compares the softmaxes of"
-                         " two classifiers; leave one out")
+        raise ValueError(
+            f"--bce-loss takes each class on its own, and --method {args.method} compares the softmaxes of"
+            " two classifiers; leave one out"
+        )
     for name in ("bce_sum", "bce_target_thresh", "bce_pos_weight"):
         if getattr(args, name) and not args.bce_loss:
             raise ValueError(f"{_flag(name)} belongs to --bce-loss, which is off; add it")
     weights = args.task_loss_weight, args.distill_loss_weight
     if args.method == "kd" and weights[1] is None and (weights[0] or 0) > 1:
-        raise ValueError("--task-loss-weight, given alone, must lie in [0, 1], since the distillation has the rest to"
-                         f" 1, got {weights[0]}; or give --distill-loss-weight, too")
+        raise ValueError(
+            "--task-loss-weight, given alone, must lie in [0, 1], since the distillation has the rest to"
+            f" 1, got {weights[0]}; or give --distill-loss-weight, too"
+        )
     if weights == (0, 0):
         raise ValueError("--task-loss-weight and --distill-loss-weight are both 0, which leaves nothing to learn from")
     if args.kd_temperature == 0:
         raise ValueError("--kd-temperature must be a number > 0, got 0")
     loads = args.pretrained or args.initial_checkpoint or args.pretrained_path
     if args.model.startswith(("local-dir:", "hf-hub:")) and not loads:
-        warnings.warn(f"the weights of {args.model}, exits included, are not loaded; add --pretrained to start from"
-                      " them", stacklevel=2)
+        warnings.warn(
+            f"the weights of {args.model}, exits included, are not loaded; add --pretrained to start from them",
+            stacklevel=2,
+        )
     if args.method == "dml" and args.initial_checkpoint:
-        raise ValueError("--initial-checkpoint gives both networks of --method dml the same weights, so that neither"
-                         " has anything to teach the other; leave it out")
+        raise ValueError(
+            "--initial-checkpoint gives both networks of --method dml the same weights, so that neither"
+            " has anything to teach the other; leave it out"
+        )
     if "kd_model_name" in METHODS[args.method] and not args.kd_model_name:
-        raise ValueError(f"--method {args.method} needs a teacher; give --kd-model-name, a timm model with pretrained"
-                         " weights for these classes, local-dir:FOLDER (best/ of another run) or hf-hub:ID")
+        raise ValueError(
+            f"--method {args.method} needs a teacher; give --kd-model-name, a timm model with pretrained"
+            " weights for these classes, local-dir:FOLDER (best/ of another run) or hf-hub:ID"
+        )
 
 
 def _check_splits(args: argparse.Namespace) -> None:
@@ -164,12 +197,15 @@ def _check_splits(args: argparse.Namespace) -> None:
             raise ValueError(f"{_flag(users[0])} is for several views of an image; give --aug-splits, e.g. 3")
         return
     if not (args.jsd_loss or args.split_bn):
-        raise ValueError(f"--aug-splits {args.aug_splits} makes views of each image, for which there is no loss; give"
-                         " --jsd-loss, or --split-bn")
+        raise ValueError(
+            f"--aug-splits {args.aug_splits} makes views of each image, for which there is no loss; give"
+            " --jsd-loss, or --split-bn"
+        )
     for name in ("mixup", "cutmix", "cutmix_minmax", "no_aug", "unlabelled", "freeze_backbone"):
         if getattr(args, name):
-            raise ValueError(f"--aug-splits compares views of one image, which does not go with {_flag(name)}; leave"
-                             " one out")
+            raise ValueError(
+                f"--aug-splits compares views of one image, which does not go with {_flag(name)}; leave one out"
+            )
     if args.split_bn and args.sync_bn:
         raise ValueError("--split-bn and --sync-bn are two kinds of batch norm; leave one out")
     if args.batch_size == "auto":
@@ -200,7 +236,8 @@ def _check_belonging(args: argparse.Namespace, names: Iterable[str], method: str
         if getattr(args, name) is not None and name not in METHODS[method]:
             methods = [other for other, own in METHODS.items() if name in own]
             raise ValueError(
-                f"{_flag(name)} belongs to --method {', '.join(methods)}, and the method is {method}; leave one out")
+                f"{_flag(name)} belongs to --method {', '.join(methods)}, and the method is {method}; leave one out"
+            )
 
 
 def _flag(name: str) -> str:
@@ -218,8 +255,11 @@ def take_over_exits(args: argparse.Namespace, saved: SavedWeights | None) -> dic
 
 
 def create_task(
-        args: argparse.Namespace, backbone: nn.Module, create_peer: Callable[[], nn.Module],
-        saved: SavedWeights | None = None) -> TrainingTask:
+    args: argparse.Namespace,
+    backbone: nn.Module,
+    create_peer: Callable[[], nn.Module],
+    saved: SavedWeights | None = None,
+) -> TrainingTask:
     """The task of a method around a timm model, whose preprocessing is settled. A line says what becomes of exits that
     were trained before.
 
@@ -249,12 +289,13 @@ def create_task(
     if args.method == "kd":
         return _distillation_task(args, backbone, teacher, criterion or nn.CrossEntropyLoss(), weights)
     return {"fitnet": FitNetTask, "at": AttentionTransferTask}[args.method](
-        backbone, teacher, criterion=criterion, **weights)
+        backbone, teacher, criterion=criterion, **weights
+    )
 
 
 def _distillation_task(
-        args: argparse.Namespace, backbone: nn.Module, teacher: nn.Module, criterion: nn.Module,
-        weights: dict[str, float]) -> TrainingTask:
+    args: argparse.Namespace, backbone: nn.Module, teacher: nn.Module, criterion: nn.Module, weights: dict[str, float]
+) -> TrainingTask:
     """timm's task for --kd-distill-type.
 
     Raises:
@@ -262,11 +303,16 @@ def _distillation_task(
     """
     kind = args.kd_distill_type or "logit"
     settings = {"temperature": KD_TEMPERATURE} if kind in KD_FLAGS["kd_temperature"] else {}
-    settings |= {{"kd_token_distill_type": "distill_type"}.get(name, name.removeprefix("kd_")): value
-                 for name in KD_FLAGS if (value := getattr(args, name)) is not None}
+    settings |= {
+        {"kd_token_distill_type": "distill_type"}.get(name, name.removeprefix("kd_")): value
+        for name in KD_FLAGS
+        if (value := getattr(args, name)) is not None
+    }
     if kind == "token" and not hasattr(backbone, "set_distilled_training"):
-        raise ValueError(f"--kd-distill-type token teaches a distillation token, which {args.model} does not have; take"
-                         " a distilled model, such as deit_tiny_distilled_patch16_224, or --kd-distill-type logit")
+        raise ValueError(
+            f"--kd-distill-type token teaches a distillation token, which {args.model} does not have; take"
+            " a distilled model, such as deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
+        )
     return KD_TASKS[kind](backbone, teacher, criterion, verbose=False, **weights, **settings)
 
 
@@ -275,8 +321,13 @@ def _wrap(args: argparse.Namespace, backbone: nn.Module, saved: SavedWeights | N
     head = args.head or HEAD
     head_args = saved.head_args if saved and saved.head == head else None
     model = wrap_self_distill(
-        backbone, exits=exits, head=head, head_args=head_args, model_args=network_args(args),
-        freeze_backbone=args.freeze_backbone)
+        backbone,
+        exits=exits,
+        head=head,
+        head_args=head_args,
+        model_args=network_args(args),
+        freeze_backbone=args.freeze_backbone,
+    )
     if args.split_bn:
         convert_splitbn_model(model.heads, args.aug_splits)
     if saved and saved.has_exits:
@@ -302,30 +353,41 @@ def create_teacher(name: str, student: nn.Module) -> nn.Module:
         ValueError: it cannot be loaded, has no pretrained weights, or other classes or channels than the student.
     """
     if "." not in name and timm.is_model(name) and not timm.is_model_pretrained(name):
-        raise ValueError(f"--kd-model-name {name} has no pretrained weights, and a random teacher teaches nothing;"
-                         " train it first and give local-dir:FOLDER, best/ of its run")
+        raise ValueError(
+            f"--kd-model-name {name} has no pretrained weights, and a random teacher teaches nothing;"
+            " train it first and give local-dir:FOLDER, best/ of its run"
+        )
     size = default_input_size(student)[-1]
     try:
         teacher = create_backbone(name, size, pretrained=True)
     except (OSError, *UNREADABLE) as error:
         said = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"--kd-model-name {name}: {said}; give a timm model with pretrained weights, local-dir:FOLDER"
-                         " (best/ of another run) or hf-hub:ID") from error
+        raise ValueError(
+            f"--kd-model-name {name}: {said}; give a timm model with pretrained weights, local-dir:FOLDER"
+            " (best/ of another run) or hf-hub:ID"
+        ) from error
     check_teacher(student, teacher)
     own_size = default_input_size(teacher)[-1]
     if own_size != size:
-        warnings.warn(f"the teacher {name} was made for images of {own_size} pixels and sees the student's, of {size},"
-                      f" which may cost it accuracy; train a teacher at that size, or give --img-size {own_size}",
-                      stacklevel=2)
+        warnings.warn(
+            f"the teacher {name} was made for images of {own_size} pixels and sees the student's, of {size},"
+            f" which may cost it accuracy; train a teacher at that size, or give --img-size {own_size}",
+            stacklevel=2,
+        )
     names, own = own_class_names(teacher), own_class_names(student)
     if names and own and names != own and set(names) == set(own):
-        raise ValueError(f"the teacher {name} has {listed(names, own)}, and the images have {listed(own, names)}: the"
-                         " same classes in another order, which would teach wrong ones; train a teacher on these images"
-                         ", or give both the same order")
+        raise ValueError(
+            f"the teacher {name} has {listed(names, own)}, and the images have {listed(own, names)}: the"
+            " same classes in another order, which would teach wrong ones; train a teacher on these images"
+            ", or give both the same order"
+        )
     if names and own and names != own:
         index = next(i for i, pair in enumerate(zip(names, own)) if len(set(pair)) > 1)
-        warnings.warn(f"class {index} is {names[index]!r} for the teacher {name} and {own[index]!r} in the data; they"
-                      " must mean the same classes in the same order", stacklevel=2)
+        warnings.warn(
+            f"class {index} is {names[index]!r} for the teacher {name} and {own[index]!r} in the data; they"
+            " must mean the same classes in the same order",
+            stacklevel=2,
+        )
     return _alike(teacher, student).eval()
 
 
@@ -366,8 +428,11 @@ def label_criterion(settings: Mapping[str, Any]) -> nn.Module | None:
     if not settings.get("bce_loss"):
         return None
     return BinaryCrossEntropy(
-        smoothing=0.0, target_threshold=settings.get("bce_target_thresh"), sum_classes=bool(settings.get("bce_sum")),
-        pos_weight=settings.get("bce_pos_weight"))
+        smoothing=0.0,
+        target_threshold=settings.get("bce_target_thresh"),
+        sum_classes=bool(settings.get("bce_sum")),
+        pos_weight=settings.get("bce_pos_weight"),
+    )
 
 
 def loss_settings(loss: SelfDistillLoss) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 """The saved models and the images that a command is given."""
+
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,12 +45,19 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     add_image_flags(group, defaults={})
     group.add_argument("--seed", type=int, help="of the draw of --val-fraction")
     add_preprocessing_flags(group)
-    group.add_argument("--on-bad-sample", choices=("raise", "skip"),
-                       help="an image that cannot be read ends the command, or is left out and counted")
+    group.add_argument(
+        "--on-bad-sample",
+        choices=("raise", "skip"),
+        help="an image that cannot be read ends the command, or is left out and counted",
+    )
     parser.add_argument("-b", "--batch-size", type=_whole_number(1), default=64)
     parser.add_argument("-j", "--workers", type=_whole_number(0), default=0, help="data-loading processes")
-    parser.add_argument("--device", type=_usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, cuda:1, ... (default: the GPU, where there is one)")
+    parser.add_argument(
+        "--device",
+        type=_usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ... (default: the GPU, where there is one)",
+    )
 
 
 def starting_record(args: argparse.Namespace) -> Record | None:
@@ -131,8 +139,10 @@ def open_data(model: nn.Module, record: Record, images: ImageSplits, args: argpa
         if images.is_reordered:
             print(REORDERED, flush=True)
     elif images.num_classes != model.num_classes:
-        raise ValueError(f"{record.model} has {model.num_classes} classes, and {images.found[-1]['from']} has"
-                         f" {listed(images.class_names)}; give images of its classes")
+        raise ValueError(
+            f"{record.model} has {model.num_classes} classes, and {images.found[-1]['from']} has"
+            f" {listed(images.class_names)}; give images of its classes"
+        )
     _, val_data = images.transformed(preprocessing(model, record, args))
     on_bad_sample = args.on_bad_sample or record.settings.get("on_bad_sample")
     return MeasuredImages(val_data, args.batch_size, args.workers, "skip" if on_bad_sample == "skip" else "raise")
@@ -156,17 +166,18 @@ def _load_checkpoint(model: nn.Module, checkpoint: Path) -> int:
     weights = load_file(checkpoint / WEIGHTS_FILE)
     student = "trainable_module.student."  # of fitnet, at and dml, where a regressor or a peer stands beside it
     prefix = student if any(key.startswith(student) for key in weights) else "trainable_module."
-    model.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
+    model.load_state_dict({key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def _whole_number(lowest: int) -> Callable[[str], int]:
     """The type of a flag."""
+
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < lowest:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {lowest}, got {text}")
         return int(text)
+
     return parse
 
 

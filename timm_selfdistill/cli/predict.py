@@ -1,4 +1,5 @@
 """The classes that a model sees in a picture, a self-distilled one at any exit."""
+
 import argparse
 import os
 
@@ -21,8 +22,13 @@ def add_predict_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the deepest; ensemble is the mean of all")
     parser.add_argument("--topk", type=int, default=5, help="classes to print")
     group = parser.add_argument_group("image", "what is left out is as in the model's run")
-    group.add_argument("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                       help="black and white of an image with more than 8 bits (default: the full range of its type)")
+    group.add_argument(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="black and white of an image with more than 8 bits (default: the full range of its type)",
+    )
     add_preprocessing_flags(group)
 
 

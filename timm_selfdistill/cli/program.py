@@ -1,4 +1,5 @@
 """What every program of the package does: errors in one line, and exit codes."""
+
 import argparse
 import difflib
 import os

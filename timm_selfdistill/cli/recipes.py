@@ -1,4 +1,5 @@
 """recipes: the flags of published trainings, by name."""
+
 import difflib
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """What a saved model tells of the run that trained it."""
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,12 @@ def record_in(folder: Path, model: str, revision: str | None = None) -> Record:
     saved, dataset, images = (metrics.get(key) for key in ("settings", "dataset", "images"))
     counted = isinstance(images, list) and [type(count) for count in images] == [int, int]
     return Record(
-        model, _run_settings(folder) or (saved if isinstance(saved, dict) else {}),
-        dataset if isinstance(dataset, dict) else {}, tuple(images) if counted else None, revision)
+        model,
+        _run_settings(folder) or (saved if isinstance(saved, dict) else {}),
+        dataset if isinstance(dataset, dict) else {},
+        tuple(images) if counted else None,
+        revision,
+    )
 
 
 def _run_settings(model: Path) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
 """The names of models, the same in every command: a run directory, a saved folder, a repository on the Hub."""
+
 from pathlib import Path
 
 import timm

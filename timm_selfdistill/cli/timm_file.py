@@ -1,4 +1,5 @@
 """args.yaml of a run of timm's train.py, as flags of this package."""
+
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,40 @@ from .timm_flags import PASSED_OVER, REFUSED
 MARKS = {"worker_seeding", "no_prefetcher", "pin_mem", "use_multi_epochs_loader"}
 """Keys of every args.yaml, and of no other file of flags."""
 DEFAULTS = {
-    "dataset_download": False, "dataset_trust_remote_code": False, "torchscript": False, "fast_norm": False,
-    "no_ddp_bb": False, "model_ema_force_cpu": False, "save_images": False, "tta": 0,
-    "train_size_schedule": "constant", "train_size_schedule_spread": 0.65,
-    "train_size_random_mix": 0.1, "variable_batch_loss_scale": "none", "naflex_loader": False,
-    "naflex_train_seq_lens": [128, 256, 576, 784, 1024], "naflex_max_seq_len": 576, "naflex_loss_scale": "linear",
-    "naflex_patchify_channels_first": False, "model_dtype": "float32"}
+    "dataset_download": False,
+    "dataset_trust_remote_code": False,
+    "torchscript": False,
+    "fast_norm": False,
+    "no_ddp_bb": False,
+    "model_ema_force_cpu": False,
+    "save_images": False,
+    "tta": 0,
+    "train_size_schedule": "constant",
+    "train_size_schedule_spread": 0.65,
+    "train_size_random_mix": 0.1,
+    "variable_batch_loss_scale": "none",
+    "naflex_loader": False,
+    "naflex_train_seq_lens": [128, 256, 576, 784, 1024],
+    "naflex_max_seq_len": 576,
+    "naflex_loss_scale": "linear",
+    "naflex_patchify_channels_first": False,
+    "model_dtype": "float32",
+}
 """Of timm, for the flags that are refused; the others have none."""
 UNSET = (None, [], {})
-EMPTY = {"dataset", "class_map", "initial_checkpoint", "resume", "interpolation", "fuser", "output", "experiment",
-         "wandb_resume_id", "lr_base_scale", "data_dir"}
+EMPTY = {
+    "dataset",
+    "class_map",
+    "initial_checkpoint",
+    "resume",
+    "interpolation",
+    "fuser",
+    "output",
+    "experiment",
+    "wandb_resume_id",
+    "lr_base_scale",
+    "data_dir",
+}
 """Those of which timm takes an empty text for not given."""
 CANNOT_BE_EMPTY = {
     "dist_bn": "batch norm's statistics of several processes are brought together; give reduce or broadcast",
@@ -44,8 +69,9 @@ def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, 
     Raises:
         ValueError: a value would change the result and cannot be done, or a key is not known.
     """
-    given = {name: value for name, value in values.items()
-             if value not in UNSET and not (value == "" and name in EMPTY)}
+    given = {
+        name: value for name, value in values.items() if value not in UNSET and not (value == "" and name in EMPTY)
+    }
     defaults = {**dict.fromkeys(REFUSED), **DEFAULTS}
     for name, value in given.items():
         if name in defaults and value != defaults[name] and name not in _idle(given):
@@ -57,8 +83,10 @@ def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, 
             raise ValueError(f"{path}: an empty {name} cannot be done: {reason}")
     odd = given.keys() - known - defaults.keys() - PASSED_OVER.keys() - {"data"}
     if unknown := sorted(name for name in odd if given[name] is not False):
-        raise ValueError(f"{path}: unknown here, as flags of another version of timm may be: {', '.join(unknown)};"
-                         " remove them, or give flags that do the same")
+        raise ValueError(
+            f"{path}: unknown here, as flags of another version of timm may be: {', '.join(unknown)};"
+            " remove them, or give flags that do the same"
+        )
     passed = [name for name in PASSED_OVER.keys() & given.keys() if given[name] not in (False, 0, "all", "kl")]
     passed += [name for name, changes in _idle(given).items() if changes] + list(odd)
     if passed:
@@ -87,12 +115,16 @@ def _idle(given: dict[str, Any]) -> dict[str, bool]:
         idle |= dict.fromkeys(BCE, True)
     info = get_optimizer_info(given["opt"]) if given.get("opt") in list_optimizers() else None
     for name, condition in (
-            ("wandb_project", given.get("log_wandb")), ("wandb_tags", given.get("log_wandb")),
-            ("torchcompile_mode", given.get("torchcompile")), ("no_resume_opt", given.get("resume")),
-            ("opt_eps", info is None or info.has_eps), ("opt_betas", info is None or info.has_betas),
-            ("epoch_repeats", str(given.get("dataset", "")).startswith("hfids/")),
-            ("train_num_samples", str(given.get("dataset", "")).startswith("hfids/")),
-            ("drop_connect", False)):
+        ("wandb_project", given.get("log_wandb")),
+        ("wandb_tags", given.get("log_wandb")),
+        ("torchcompile_mode", given.get("torchcompile")),
+        ("no_resume_opt", given.get("resume")),
+        ("opt_eps", info is None or info.has_eps),
+        ("opt_betas", info is None or info.has_betas),
+        ("epoch_repeats", str(given.get("dataset", "")).startswith("hfids/")),
+        ("train_num_samples", str(given.get("dataset", "")).startswith("hfids/")),
+        ("drop_connect", False),
+    ):
         if not condition:
             idle[name] = bool(given.get(name))
     if given.get("input_img_mode") == {1: "L", 3: "RGB"}.get(given.get("in_chans", 3)):

@@ -1,4 +1,5 @@
 """The flags of timm's train.py that are known here, but change nothing, or cannot be done."""
+
 import argparse
 import warnings
 from typing import Any
@@ -17,7 +18,7 @@ PASSED_OVER = {
 """By their names, and why they change nothing here."""
 REFUSED = {
     "dataset_download": "data sets are not downloaded from torchvision or TFDS; give --dataset with the id of one on"
-                        " the Hub, or --data-dir",
+    " the Hub, or --data-dir",
     "dataset_trust_remote_code": "code of a data set is never run; give one with files of images or parquet",
     "input_img_mode": "images are read as the network takes them: --in-chans 1 reads grey, 3 RGB",
     "torchscript": "torch.jit cannot script several exits; --torchcompile compiles them",
@@ -30,7 +31,7 @@ REFUSED = {
     "tta": "validation looks at each image once",
     "wandb_resume_id": "a resumed run goes on in W&B by itself",
     "train_img_sizes": "the size stays the same for the whole run; train in several with --img-size and"
-                       " --initial-checkpoint",
+    " --initial-checkpoint",
     "train_batch_sizes": "the size of a batch stays the same for the whole run; give --batch-size",
     "train_size_probs": "it belongs to --train-img-sizes, which is not supported",
     "train_size_schedule": "it belongs to --train-img-sizes, which is not supported",
@@ -46,7 +47,7 @@ REFUSED = {
     "naflex_loss_scale": "it belongs to --naflex-loader, which is not supported",
     "naflex_patchify_channels_first": "it belongs to --naflex-loader, which is not supported",
     "model_dtype": "weights stay in full precision, in which they are measured and saved; give --amp --amp-dtype"
-                   " bfloat16",
+    " bfloat16",
 }
 """By their names, why they cannot be done and what to do."""
 SWITCHES = {"pin_mem", "no_prefetcher", "use_multi_epochs_loader", "synchronize_step"}
@@ -74,5 +75,12 @@ def add_timm_flags(parser: argparse.ArgumentParser) -> None:
         for name in table:
             options = {f"--{name.replace('_', '-')}": None, **dict.fromkeys(MORE_NAMES.get(name, ()))}
             values = "*" if table is REFUSED else 0 if name in SWITCHES else None
-            parser.add_argument(*options, dest=name, nargs=values, action=action, default=argparse.SUPPRESS,
-                                choices=["kl"] if name == "kd_loss_type" else None, help=argparse.SUPPRESS)
+            parser.add_argument(
+                *options,
+                dest=name,
+                nargs=values,
+                action=action,
+                default=argparse.SUPPRESS,
+                choices=["kl"] if name == "kd_loss_type" else None,
+                help=argparse.SUPPRESS,
+            )

@@ -1,4 +1,5 @@
 """train: a self-distilled timm model, or with --method the plain one or one by another kind of distillation."""
+
 import difflib
 import os
 import shlex
@@ -36,10 +37,18 @@ from .upload_lines import upload_lines
 NETWORK_FLAGS = ("model_kwargs", "bn_momentum", "bn_eps", "drop", "drop_path", "drop_block", "gp")
 """What a model may not take."""
 OWN_FLAGS = {
-    "num_classes": "--num-classes", "in_chans": "--in-chans", "img_size": "--img-size", "global_pool": "--gp",
-    "drop_rate": "--drop", "drop_path_rate": "--drop-path", "drop_block_rate": "--drop-block",
-    "bn_momentum": "--bn-momentum", "bn_eps": "--bn-eps", "pretrained": "--pretrained",
-    "checkpoint_path": "--initial-checkpoint"}
+    "num_classes": "--num-classes",
+    "in_chans": "--in-chans",
+    "img_size": "--img-size",
+    "global_pool": "--gp",
+    "drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+    "drop_block_rate": "--drop-block",
+    "bn_momentum": "--bn-momentum",
+    "bn_eps": "--bn-eps",
+    "pretrained": "--pretrained",
+    "checkpoint_path": "--initial-checkpoint",
+}
 """Of arguments of `timm.create_model`."""
 DESCRIPTION = "train a self-distilled timm model, or with --method the plain one or one by another kind of distillation"
 
@@ -76,7 +85,8 @@ def train(argv: list[str] | None = None, default_data: str | Path | None = None,
     say(*lines)
     interpolation = data_config["interpolation"] if args.no_aug else args.train_interpolation
     data = images.transformed(
-        data_config, interpolation=interpolation or data_config["interpolation"], **_augmentation(args))
+        data_config, interpolation=interpolation or data_config["interpolation"], **_augmentation(args)
+    )
     trainer = Trainer(create_task(args, backbone, create, saved), *data, config)
     result = trainer.fit()
     _report(result, args, Console(quiet=not trainer.accelerator.is_main_process, soft_wrap=True))
@@ -87,10 +97,19 @@ def train(argv: list[str] | None = None, default_data: str | Path | None = None,
 
 def _load_images(args: Namespace) -> ImageSplits:
     images = load_images(
-        args.dataset or args.data_dir, name=args.dataset_config, train_split=args.train_split, val_split=args.val_split,
-        val_fraction=args.val_fraction, image_column=args.input_key, label_column=args.target_key,
-        num_classes=None if args.class_map else args.num_classes, streaming=args.streaming, unlabelled=args.unlabelled,
-        value_range=args.value_range and tuple(args.value_range), seed=args.seed)
+        args.dataset or args.data_dir,
+        name=args.dataset_config,
+        train_split=args.train_split,
+        val_split=args.val_split,
+        val_fraction=args.val_fraction,
+        image_column=args.input_key,
+        label_column=args.target_key,
+        num_classes=None if args.class_map else args.num_classes,
+        streaming=args.streaming,
+        unlabelled=args.unlabelled,
+        value_range=args.value_range and tuple(args.value_range),
+        seed=args.seed,
+    )
     if not args.class_map:
         return images
     return in_mapped_order(images, args.class_map, args.data_dir, args.num_classes)
@@ -107,16 +126,27 @@ def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
         raise ValueError(f"--model-kwargs {taken[0]} has a flag of its own; give {OWN_FLAGS[taken[0]]}")
     try:
         backbone = create_backbone(
-            args.model, args.img_size, pretrained=args.pretrained,
-            in_chans=args.in_chans, num_classes=args.num_classes or (None if args.unlabelled else images.num_classes),
-            drop_rate=args.drop, drop_path_rate=args.drop_path, drop_block_rate=args.drop_block, global_pool=args.gp,
-            initial_checkpoint=args.initial_checkpoint, pretrained_path=args.pretrained_path, **network_args(args))
+            args.model,
+            args.img_size,
+            pretrained=args.pretrained,
+            in_chans=args.in_chans,
+            num_classes=args.num_classes or (None if args.unlabelled else images.num_classes),
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            drop_block_rate=args.drop_block,
+            global_pool=args.gp,
+            initial_checkpoint=args.initial_checkpoint,
+            pretrained_path=args.pretrained_path,
+            **network_args(args),
+        )
     except (TypeError, AttributeError, LookupError, AssertionError) as error:
         given = [f"--{name.replace('_', '-')}" for name in NETWORK_FLAGS if getattr(args, name) not in (None, {})]
         if not given:
             raise
-        raise ValueError(f"{args.model} does not take all of {', '.join(given)}: {' '.join(str(error).split())}; leave"
-                         " out what it does not know") from error
+        raise ValueError(
+            f"{args.model} does not take all of {', '.join(given)}: {' '.join(str(error).split())}; leave"
+            " out what it does not know"
+        ) from error
     init_classifier(backbone, args.head_init_scale, args.head_init_bias)
     if args.split_bn:
         if not any(isinstance(part, _BatchNorm) for part in backbone.modules()):
@@ -133,8 +163,10 @@ def _check_model_name(name: str) -> None:
     if ":" in name or "/" in name or timm.is_model(architecture):
         return
     close = difflib.get_close_matches(architecture, timm.list_models(), 3)
-    raise ValueError(f"timm has no model {name}; " + (f"did you mean {', '.join(close)}?" if close else
-                     "timm.list_models() names all"))
+    raise ValueError(
+        f"timm has no model {name}; "
+        + (f"did you mean {', '.join(close)}?" if close else "timm.list_models() names all")
+    )
 
 
 def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[ImageSplits, dict, list[str]]:
@@ -151,8 +183,15 @@ def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[Ima
         img_size = images.fitting_size(backbone)
     lines = found_lines(images, backbone, img_size, args)
     data_config = model_data_config(
-        backbone, img_size, default_input_size(backbone)[0], class_names=class_names, mean=args.mean, std=args.std,
-        interpolation=args.interpolation, crop_pct=args.crop_pct)
+        backbone,
+        img_size,
+        default_input_size(backbone)[0],
+        class_names=class_names,
+        mean=args.mean,
+        std=args.std,
+        interpolation=args.interpolation,
+        crop_pct=args.crop_pct,
+    )
     return images, data_config, lines
 
 
@@ -160,11 +199,24 @@ def _augmentation(args: Namespace) -> dict:
     """Arguments of `create_train_transform`."""
     if args.no_aug:
         return {"no_aug": True}
-    return {"train_crop_mode": args.train_crop_mode, "scale": args.scale, "ratio": args.ratio, "hflip": args.hflip,
-            "vflip": args.vflip, "color_jitter": args.color_jitter, "color_jitter_prob": args.color_jitter_prob,
-            "grayscale_prob": args.grayscale_prob, "gaussian_blur_prob": args.gaussian_blur_prob,
-            "auto_augment": args.aa, "re_prob": args.reprob, "re_mode": args.remode, "re_count": args.recount,
-            "cutout": args.cutout, "aug_splits": args.aug_splits, "resplit": args.resplit}
+    return {
+        "train_crop_mode": args.train_crop_mode,
+        "scale": args.scale,
+        "ratio": args.ratio,
+        "hflip": args.hflip,
+        "vflip": args.vflip,
+        "color_jitter": args.color_jitter,
+        "color_jitter_prob": args.color_jitter_prob,
+        "grayscale_prob": args.grayscale_prob,
+        "gaussian_blur_prob": args.gaussian_blur_prob,
+        "auto_augment": args.aa,
+        "re_prob": args.reprob,
+        "re_mode": args.remode,
+        "re_count": args.recount,
+        "cutout": args.cutout,
+        "aug_splits": args.aug_splits,
+        "resplit": args.resplit,
+    }
 
 
 def _report(result: TrainResult, args: Namespace, console: Console) -> None:
@@ -186,8 +238,10 @@ def next_lines(output: Path, args: Namespace) -> str:
         lines += [f"  SelfDistillModel.from_pretrained('{output}/best')               # all exits"]
         if args.method == "self-distill" and "--resume" not in sys.argv and not args.freeze_backbone:
             no_push = ["--no-push-to-hub"] if args.push_to_hub else []  # it would take the model's place
-            lines += ["or train the plain network, to compare:",
-                      f"  {same_command('--baseline', '--output', f'{output}-baseline', *no_push)}"]
+            lines += [
+                "or train the plain network, to compare:",
+                f"  {same_command('--baseline', '--output', f'{output}-baseline', *no_push)}",
+            ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
 """What a run says about its uploads at its end."""
+
 import shlex
 
 from ..training.outputs.upload import UploadResult
@@ -9,5 +10,7 @@ def upload_lines(upload: UploadResult, private: bool) -> str:
     if upload.failure is None:
         return f"on the Hub: {upload.url}"
     command = ["timm-selfdistill", "push", str(upload.folder), upload.repo_id, *(["--private"] if private else [])]
-    return (f"the model is not on the Hub: {upload.failure}\n"
-            f"it is in {upload.folder}; upload it with:\n  {shlex.join(command)}")
+    return (
+        f"the model is not on the Hub: {upload.failure}\n"
+        f"it is in {upload.folder}; upload it with:\n  {shlex.join(command)}"
+    )

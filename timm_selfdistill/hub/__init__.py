@@ -1,4 +1,5 @@
 """A saved model on disk and on the Hub."""
+
 from .card import measured_rows
 from .client import explain_failure
 from .download import fetch_model, file_sizes, pin

@@ -1,4 +1,5 @@
 """Making the network that a config.json describes, quickly and within limits."""
+
 from os import PathLike
 from pathlib import Path
 from textwrap import shorten
@@ -25,9 +26,19 @@ class NoRandomInit(TorchFunctionMode):
     For networks whose parameters are all loaded afterwards.
     """
 
-    SKIPPED = frozenset({
-        Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_, init.kaiming_normal_,
-        init.kaiming_uniform_, init.xavier_normal_, init.xavier_uniform_})
+    SKIPPED = frozenset(
+        {
+            Tensor.normal_,
+            Tensor.uniform_,
+            init.normal_,
+            init.uniform_,
+            init.trunc_normal_,
+            init.kaiming_normal_,
+            init.kaiming_uniform_,
+            init.xavier_normal_,
+            init.xavier_uniform_,
+        }
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -60,7 +71,8 @@ def build_backbone(config: dict[str, Any], folder: str | PathLike) -> nn.Module:
     path = Path(folder) / "config.json"
     try:
         return timm.create_model(
-            config["architecture"], pretrained_cfg=preprocessing(config, path), **(config.get("model_args") or {}))
+            config["architecture"], pretrained_cfg=preprocessing(config, path), **(config.get("model_args") or {})
+        )
     except Exception as error:  # whatever timm's code does with arguments that it was not written for
         reason = shorten(repr(error), 200)
         raise ValueError(f"{path}: timm does not make a network of its model_args: {reason}") from error

@@ -1,4 +1,5 @@
 """The model card: what a model is, how good each exit is, how to load it, and how it was made."""
+
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,35 @@ PAPER = '["Be Your Own Teacher"](https://arxiv.org/abs/1905.08094)'
 TAUGHT_BY = {
     "dsn": "by deep supervision: from the labels alone ([arXiv:1409.5185](https://arxiv.org/abs/1409.5185))",
     "dks": "by knowledge synergy: each is taught by every other while all learn from the labels"
-           " ([arXiv:1906.00675](https://arxiv.org/abs/1906.00675))",
+    " ([arXiv:1906.00675](https://arxiv.org/abs/1906.00675))",
     "deepest": f"by self distillation: the deepest teaches the shallow ones while all learn from the labels ({PAPER})",
     "ensemble": "by self distillation: the mean of all logits teaches them while they learn from the labels"
-                f" ({PAPER}, with the teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299))",
+    f" ({PAPER}, with the teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299))",
     "unlabelled": f"by self distillation: the deepest taught them, without labels ({PAPER})",
 }
 """How classifiers were trained, by method or teacher."""
-HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-ascl", "apple-amlr", "gemma",
-                "unknown"}
+HUB_LICENSES = {
+    "apache-2.0",
+    "mit",
+    "bsd-3-clause",
+    "cc-by-4.0",
+    "cc-by-nc-4.0",
+    "apple-ascl",
+    "apple-amlr",
+    "gemma",
+    "unknown",
+}
 """Those that timm names and the Hub knows."""
 
 
 def create_card(
-        config: dict[str, Any],
-        rows: list[dict[str, Any]],
-        metrics: dict[str, Any] | None = None,
-        *,
-        repo_id: str = PLACEHOLDER,
-        picture: bool = False,
-        **card_data: Any,
+    config: dict[str, Any],
+    rows: list[dict[str, Any]],
+    metrics: dict[str, Any] | None = None,
+    *,
+    repo_id: str = PLACEHOLDER,
+    picture: bool = False,
+    **card_data: Any,
 ) -> ModelCard:
     """A card from a model's config.json and what is known of its training.
 
@@ -58,34 +68,51 @@ def create_card(
         name += f"-{_exit_name(truncated).replace(' ', '-')}"
     agreement = metrics.get("reference") is not None
     results = _eval_results(rows, dataset) if dataset and not agreement else []
-    data = ModelCardData(**{
-        **_license(metrics.get("license") or config["pretrained_cfg"].get("license")),
-        "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "tags": [*TAGS, *(["self-distillation"] * self_distilled), *(["timm-selfdistill"] * bool(settings))],
-        "datasets": [dataset["hub_id"]] if dataset.get("hub_id") else None,
-        "base_model": metrics.get("base_model"),
-        "metrics": ["accuracy"] if results else None,
-        "model_name": name,
-        "eval_results": results or None,
-        **card_data,
-    })
+    data = ModelCardData(
+        **{
+            **_license(metrics.get("license") or config["pretrained_cfg"].get("license")),
+            "library_name": "timm",
+            "pipeline_tag": "image-classification",
+            "tags": [*TAGS, *(["self-distillation"] * self_distilled), *(["timm-selfdistill"] * bool(settings))],
+            "datasets": [dataset["hub_id"]] if dataset.get("hub_id") else None,
+            "base_model": metrics.get("base_model"),
+            "metrics": ["accuracy"] if results else None,
+            "model_name": name,
+            "eval_results": results or None,
+            **card_data,
+        }
+    )
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["cell"] = _cell
     template = environment.from_string((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
-    return ModelCard(template.render(
-        card_data=data.to_yaml(), mark=MARK, model_name=name, repo_id=repo_id, architecture=config["architecture"],
-        exits=len(settings["exits"]) + 1 if settings else 0,
-        truncated=None if truncated is None else _exit_name(truncated),
-        frozen=metrics.get("frozen") is True, taught_by=TAUGHT_BY.get(method), self_distilled=self_distilled,
-        agreement=agreement,
-        own_head=bool(settings) and settings["head"] is None, early_exit=_early_exit_words(settings),
-        num_classes=config["num_classes"], input_size=config["pretrained_cfg"]["input_size"],
-        rows=[_table_row(row) for row in rows],
-        has_speedup=any("speedup" in row for row in rows), picture=picture, dataset=dataset, epoch=metrics.get("epoch"),
-        epochs=training.get("epochs"),
-        training_yaml=yaml.safe_dump(training, sort_keys=False).strip() if training else "",
-        hardware=metrics.get("hardware"), versions=versions))
+    return ModelCard(
+        template.render(
+            card_data=data.to_yaml(),
+            mark=MARK,
+            model_name=name,
+            repo_id=repo_id,
+            architecture=config["architecture"],
+            exits=len(settings["exits"]) + 1 if settings else 0,
+            truncated=None if truncated is None else _exit_name(truncated),
+            frozen=metrics.get("frozen") is True,
+            taught_by=TAUGHT_BY.get(method),
+            self_distilled=self_distilled,
+            agreement=agreement,
+            own_head=bool(settings) and settings["head"] is None,
+            early_exit=_early_exit_words(settings),
+            num_classes=config["num_classes"],
+            input_size=config["pretrained_cfg"]["input_size"],
+            rows=[_table_row(row) for row in rows],
+            has_speedup=any("speedup" in row for row in rows),
+            picture=picture,
+            dataset=dataset,
+            epoch=metrics.get("epoch"),
+            epochs=training.get("epochs"),
+            training_yaml=yaml.safe_dump(training, sort_keys=False).strip() if training else "",
+            hardware=metrics.get("hardware"),
+            versions=versions,
+        )
+    )
 
 
 def _method(training: dict[str, Any]) -> str:
@@ -99,7 +126,9 @@ def measured_rows(metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
     rows = _dict(metrics).get("exits")
     return [
         {key: value for key, value in row.items() if key in ("exit", "module") or _is_finite(value)}
-        for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict) and "exit" in row]
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict) and "exit" in row
+    ]
 
 
 def _is_finite(value: Any) -> bool:
@@ -126,11 +155,19 @@ def _eval_results(rows: list[dict[str, Any]], dataset: dict[str, Any]) -> list[E
         for key, name in (("top1", "Top-1 accuracy"), ("top5", "Top-5 accuracy")):
             if key not in row:
                 continue
-            results.append(EvalResult(
-                task_type="image-classification", task_name="Image Classification", dataset_type=dataset["type"],
-                dataset_name=dataset["name"], dataset_config=dataset.get("config"), dataset_split=dataset["split"],
-                metric_type="accuracy" if key == "top1" else "top_5_accuracy", metric_name=name + which,
-                metric_value=round(row[key] / 100, 6)))
+            results.append(
+                EvalResult(
+                    task_type="image-classification",
+                    task_name="Image Classification",
+                    dataset_type=dataset["type"],
+                    dataset_name=dataset["name"],
+                    dataset_config=dataset.get("config"),
+                    dataset_split=dataset["split"],
+                    metric_type="accuracy" if key == "top1" else "top_5_accuracy",
+                    metric_name=name + which,
+                    metric_value=round(row[key] / 100, 6),
+                )
+            )
     return results
 
 
@@ -147,8 +184,10 @@ def _early_exit_words(settings: dict[str, Any] | None) -> str | None:
     if not all(map(_is_finite, figures)) or figures[3] <= 0:
         return None
     accuracy, plain_accuracy, macs, plain_macs = figures
-    return (f"top-1 {accuracy:.2f} % at {macs / plain_macs:.0%} of the multiply-adds, where the deepest exit alone has"
-            f" {plain_accuracy:.2f} %")
+    return (
+        f"top-1 {accuracy:.2f} % at {macs / plain_macs:.0%} of the multiply-adds, where the deepest exit alone has"
+        f" {plain_accuracy:.2f} %"
+    )
 
 
 def _exit_name(exit: int | str) -> str:
@@ -163,5 +202,8 @@ def _cell(text: str) -> str:
 def _table_row(row: dict[str, Any]) -> list[str]:
     forms = {"top1": "{:.2f}", "top5": "{:.2f}", "macs": "{:,.1f} M", "share": "{:.1%}", "speedup": "{:.2f}x"}
     numbers = row | {"macs": row["macs"] / 1e6} if "macs" in row else row
-    return [str(row["exit"]), row.get("module", ""),
-            *(form.format(numbers[key]) if key in numbers else "" for key, form in forms.items())]
+    return [
+        str(row["exit"]),
+        row.get("module", ""),
+        *(form.format(numbers[key]) if key in numbers else "" for key, form in forms.items()),
+    ]

@@ -1,4 +1,5 @@
 """What both ways of the traffic need of huggingface_hub's client, and what it says when something fails."""
+
 import importlib
 
 from huggingface_hub.errors import (

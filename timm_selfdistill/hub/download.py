@@ -1,4 +1,5 @@
 """A model's files from the Hub."""
+
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -21,15 +22,15 @@ from .trust import check_names
 
 
 def fetch_model(
-        model_id: str | PathLike,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | PathLike | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        only_config: bool = False,
-        check_sizes: Callable[[dict[str, int]], None] | None = None,
+    model_id: str | PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    only_config: bool = False,
+    check_sizes: Callable[[dict[str, int]], None] | None = None,
 ) -> Path:
     """The folder of a saved model: `model_id` itself where it is one, else the files of that repository, cached.
 
@@ -64,17 +65,25 @@ def fetch_model(
             if check_sizes:
                 check_sizes(sizes)
         folder = snapshot_download(
-            name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
-            force_download=force_download, allow_patterns=[CONFIG] if only_config else [CONFIG, BACKBONE, HEADS])
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            allow_patterns=[CONFIG] if only_config else [CONFIG, BACKBONE, HEADS],
+        )
     except HFValidationError as error:
-        raise FileNotFoundError(f"{name} is no folder here, and no id of a repository on the Hub"
-                                " (user/name, without a prefix)") from error
+        raise FileNotFoundError(
+            f"{name} is no folder here, and no id of a repository on the Hub (user/name, without a prefix)"
+        ) from error
     except GatedRepoError as error:
         raise PermissionError(f"{name} is gated: ask for access on its page, then log in: `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{name} is no folder here, and no repository on the Hub that this token may read; log in with"
-            " `hf auth login`, or pass token=..., if it is private") from error
+            " `hf auth login`, or pass token=..., if it is private"
+        ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name} has no revision {revision!r}") from error
     except LocalEntryNotFoundError as error:

@@ -4,6 +4,7 @@
 pretrained=True)` without this package. Our key "self_distill" in config.json and `self_distill.safetensors`, the
 heads, ride along; README.md is the model card, with exits.png.
 """
+
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,10 @@ def read_network(folder: str | PathLike) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     finish_replacing(Path(folder))
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a folder written by save_pretrained, best/ or"
-                                " last/ of a run, or what timm-selfdistill export --format timm makes of a checkpoint")
+        raise FileNotFoundError(
+            f"{path} does not exist; expected a folder written by save_pretrained, best/ or"
+            " last/ of a run, or what timm-selfdistill export --format timm makes of a checkpoint"
+        )
     check_links(Path(folder), (CONFIG, BACKBONE, HEADS))
     config = read_json(path)
     if not isinstance(config, dict) or "architecture" not in config:
@@ -69,7 +72,8 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
     for key, kind in expected.items():
         if key not in settings or not isinstance(settings[key], kind):
             raise ValueError(
-                f'{path} is damaged: "self_distill" has {key}={short(settings.get(key))}; save the model again')
+                f'{path} is damaged: "self_distill" has {key}={short(settings.get(key))}; save the model again'
+            )
     check_exits(settings, path)
     return config
 

@@ -1,4 +1,5 @@
 """Saving, loading and pushing, as methods of a model."""
+
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -28,17 +29,17 @@ class HubMixin(ModelHubMixin):
     """See `save_timm_model`."""
 
     def save_pretrained(
-            self,
-            save_directory: str | PathLike,
-            *,
-            metrics: dict[str, Any] | None = None,
-            check: bool = True,
-            picture: bool = True,
-            data_config: dict[str, Any] | None = None,
-            push_to_hub: bool = False,
-            repo_id: str | None = None,
-            model_card_kwargs: dict[str, Any] | None = None,
-            **push_to_hub_kwargs: Any,
+        self,
+        save_directory: str | PathLike,
+        *,
+        metrics: dict[str, Any] | None = None,
+        check: bool = True,
+        picture: bool = True,
+        data_config: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Save to a folder that both `SelfDistillModel.from_pretrained` and plain timm read.
 
@@ -69,10 +70,20 @@ class HubMixin(ModelHubMixin):
         if "input_size" not in (data_config or {}):
             self.warn_of_unknown_size()
         save_timm_model(
-            self.backbone, save_directory, whole=self.whole, model_args=self.model_args, heads=self.heads,
-            settings=self.settings(), metrics=metrics, rows=self.card_rows(metrics), check=check, picture=picture,
-            rebuild=self.rebuild, card_data=model_card_kwargs,
-            data_config={"input_size": self.input_size, **(data_config or {})})
+            self.backbone,
+            save_directory,
+            whole=self.whole,
+            model_args=self.model_args,
+            heads=self.heads,
+            settings=self.settings(),
+            metrics=metrics,
+            rows=self.card_rows(metrics),
+            check=check,
+            picture=picture,
+            rebuild=self.rebuild,
+            card_data=model_card_kwargs,
+            data_config={"input_size": self.input_size, **(data_config or {})},
+        )
         if not push_to_hub:
             return None
         return push_folder(save_directory, repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)
@@ -85,22 +96,23 @@ class HubMixin(ModelHubMixin):
         measured = measured_rows(metrics)
         if measured and all({"module", "macs", "share"} <= row.keys() for row in measured):
             return measured
-        costs = [{"exit": row.exit, "module": row.module, "macs": row.macs, "share": row.share}
-                 for row in self.summary()]
+        costs = [
+            {"exit": row.exit, "module": row.module, "macs": row.macs, "share": row.share} for row in self.summary()
+        ]
         return [cost | next((row for row in measured if row["exit"] == cost["exit"]), {}) for cost in costs]
 
     @classmethod
     def from_pretrained(
-            cls: type[T],
-            pretrained_model_name_or_path: str | PathLike,
-            *,
-            num_classes: int | None = None,
-            head: Callable[..., nn.Module] | None = None,
-            revision: str | None = None,
-            token: str | bool | None = None,
-            cache_dir: str | PathLike | None = None,
-            local_files_only: bool = False,
-            force_download: bool = False,
+        cls: type[T],
+        pretrained_model_name_or_path: str | PathLike,
+        *,
+        num_classes: int | None = None,
+        head: Callable[..., nn.Module] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ) -> T:
         """Load a saved model, in eval mode on the CPU.
 
@@ -124,18 +136,26 @@ class HubMixin(ModelHubMixin):
             TypeError: `head` cannot be one.
         """
         fetch = partial(
-            fetch_model, pretrained_model_name_or_path, token=token, cache_dir=cache_dir,
-            local_files_only=local_files_only, force_download=force_download)
+            fetch_model,
+            pretrained_model_name_or_path,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
         folder = fetch(revision=revision, only_config=True)
         config = read_config(folder)
         cls.check_kind(config["self_distill"], pretrained_model_name_or_path)
         if config["self_distill"]["head"] is None and head is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved with a head of its own; pass it:"
-                " from_pretrained(..., head=...)")
+                " from_pretrained(..., head=...)"
+            )
         sketch = cls.sketch(config, folder, head)  # files of another model are refused before they are fetched
-        fetch(revision=pin(pretrained_model_name_or_path, folder, revision),
-              check_sizes=partial(check_sizes, backbone=sketch.backbone, heads=sketch.heads))
+        fetch(
+            revision=pin(pretrained_model_name_or_path, folder, revision),
+            check_sizes=partial(check_sizes, backbone=sketch.backbone, heads=sketch.heads),
+        )
         check_model_files(folder, sketch.backbone, sketch.heads)
         with NoRandomInit() if head is None else nullcontext():  # what a head of one's own draws is not always saved
             model = cls.from_config(config, folder, head)
@@ -157,10 +177,10 @@ class HubMixin(ModelHubMixin):
 
     @classmethod
     def sketch(
-            cls: type[T],
-            config: dict[str, Any],
-            folder: str | PathLike,
-            head: Callable[..., nn.Module] | None = None,
+        cls: type[T],
+        config: dict[str, Any],
+        folder: str | PathLike,
+        head: Callable[..., nn.Module] | None = None,
     ) -> T:
         """The model of `from_config` on the meta device, where it takes no memory.
 
@@ -174,32 +194,36 @@ class HubMixin(ModelHubMixin):
 
     @classmethod
     def from_config(
-            cls: type[T],
-            config: dict[str, Any],
-            folder: str | PathLike,
-            head: Callable[..., nn.Module] | None = None,
+        cls: type[T],
+        config: dict[str, Any],
+        folder: str | PathLike,
+        head: Callable[..., nn.Module] | None = None,
     ) -> T:
         """The model that the config.json of a folder describes, as `read_config` read it, with fresh weights."""
         settings = config["self_distill"]
         return cls(
-            build_backbone(config, folder), exits=settings["exits"], head=head or settings["head"],
-            head_args=settings["head_args"], model_args=config.get("model_args"))
+            build_backbone(config, folder),
+            exits=settings["exits"],
+            head=head or settings["head"],
+            head_args=settings["head_args"],
+            model_args=config.get("model_args"),
+        )
 
     def push_to_hub(
-            self,
-            repo_id: str,
-            *,
-            commit_message: str = "Upload self-distilled model",
-            private: bool | None = None,
-            token: str | None = None,
-            revision: str | None = None,
-            branch: str | None = None,
-            create_pr: bool | None = None,
-            allow_patterns: list[str] | str | None = None,
-            ignore_patterns: list[str] | str | None = None,
-            delete_patterns: list[str] | str | None = None,
-            model_card_kwargs: dict[str, Any] | None = None,
-            metrics: dict[str, Any] | None = None,
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload self-distilled model",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        allow_patterns: list[str] | str | None = None,
+        ignore_patterns: list[str] | str | None = None,
+        delete_patterns: list[str] | str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        metrics: dict[str, Any] | None = None,
     ) -> str:
         """Save the model and upload it to the Hub, where both readers load it by `repo_id`.
 
@@ -222,14 +246,23 @@ class HubMixin(ModelHubMixin):
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, metrics=metrics, model_card_kwargs=model_card_kwargs)
             return push_folder(
-                folder, repo_id, commit_message=commit_message, private=private, token=token,
-                revision=revision or branch, create_pr=create_pr, allow_patterns=allow_patterns,
-                ignore_patterns=ignore_patterns, delete_patterns=delete_patterns)
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision or branch,
+                create_pr=create_pr,
+                allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns,
+                delete_patterns=delete_patterns,
+            )
 
     def generate_model_card(self, *, metrics: dict[str, Any] | None = None, **card_data: Any) -> ModelCard:
         """The card that `save_pretrained` would write; see there."""
         return create_model_card(
-            self.whole, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data, self.input_size)
+            self.whole, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data, self.input_size
+        )
 
     @property
     def whole(self) -> nn.Module:

@@ -1,12 +1,18 @@
 """exits.png: accuracy over multiply-adds, an exit a point."""
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
 def plot_exits(
-        path: Path, model: str, rows: list[dict[str, Any]], curve: Sequence[dict[str, Any]] = (),
-        calibrated: dict[str, Any] | None = None, baseline: dict[str, Any] | None = None, agreement: bool = False,
+    path: Path,
+    model: str,
+    rows: list[dict[str, Any]],
+    curve: Sequence[dict[str, Any]] = (),
+    calibrated: dict[str, Any] | None = None,
+    baseline: dict[str, Any] | None = None,
+    agreement: bool = False,
 ) -> None:
     """Draw the rows, each with exit, module, top1 (per cent), macs and share.
 
@@ -26,22 +32,52 @@ def plot_exits(
         ensemble = row["exit"] == "ensemble"
         style = exit_style(index, len(rows), str(row["exit"]))
         label = "ensemble" if ensemble else f"exit {row['exit']} ({row['module']})" if row["module"] else "plain"
-        axes.scatter(row["macs"] / 1e6, row["top1"], s=120 if ensemble else 60, color=style["color"],
-                     alpha=style.get("alpha"), marker="*" if ensemble else "o", zorder=2,
-                     label=f"{label}: {row['top1']:.2f} %, {row['share']:.0%} of the compute")
+        axes.scatter(
+            row["macs"] / 1e6,
+            row["top1"],
+            s=120 if ensemble else 60,
+            color=style["color"],
+            alpha=style.get("alpha"),
+            marker="*" if ensemble else "o",
+            zorder=2,
+            label=f"{label}: {row['top1']:.2f} %, {row['share']:.0%} of the compute",
+        )
     if curve:
-        axes.plot([point["macs"] / 1e6 for point in curve], [point["top1"] for point in curve], color="tab:green",
-                  marker=".", label="early exit, one threshold for all exits", zorder=3)
+        axes.plot(
+            [point["macs"] / 1e6 for point in curve],
+            [point["top1"] for point in curve],
+            color="tab:green",
+            marker=".",
+            label="early exit, one threshold for all exits",
+            zorder=3,
+        )
     if calibrated:
-        axes.scatter(calibrated["macs"] / 1e6, calibrated["top1"], s=80, color="tab:green", marker="D", zorder=4,
-                     label=f"early exit, calibrated: {calibrated['top1']:.2f} %, {calibrated['share']:.0%}")
+        axes.scatter(
+            calibrated["macs"] / 1e6,
+            calibrated["top1"],
+            s=80,
+            color="tab:green",
+            marker="D",
+            zorder=4,
+            label=f"early exit, calibrated: {calibrated['top1']:.2f} %, {calibrated['share']:.0%}",
+        )
     if baseline:
-        axes.scatter(baseline["macs"] / 1e6, baseline["top1"], s=80, color="black", marker="x", zorder=4,
-                     label=f"plain network, trained alone: {baseline['top1']:.2f} %")
+        axes.scatter(
+            baseline["macs"] / 1e6,
+            baseline["top1"],
+            s=80,
+            color="black",
+            marker="x",
+            zorder=4,
+            label=f"plain network, trained alone: {baseline['top1']:.2f} %",
+        )
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), fontsize=9, frameon=False)
-    axes.set(xlabel="multiply-adds per image, millions", xlim=(0, None),
-             ylabel="agreement with the deepest exit, %" if agreement else "top-1 %",
-             title=f"{model}: {'agreement' if agreement else 'accuracy'} over compute")
+    axes.set(
+        xlabel="multiply-adds per image, millions",
+        xlim=(0, None),
+        ylabel="agreement with the deepest exit, %" if agreement else "top-1 %",
+        title=f"{model}: {'agreement' if agreement else 'accuracy'} over compute",
+    )
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -1,4 +1,5 @@
 """A saved model's way to the Hub."""
+
 import os
 import re
 import shutil
@@ -34,16 +35,16 @@ def push_folder(folder: str | PathLike, repo_id: str, **push_args: Any) -> str:
 
 
 def push_staged(
-        staged: Path,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload self-distilled model",
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        create_pr: bool | None = None,
-        delete_patterns: list[str] | str | None = None,
-        **upload_args: Any,
+    staged: Path,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload self-distilled model",
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool | None = None,
+    delete_patterns: list[str] | str | None = None,
+    **upload_args: Any,
 ) -> str:
     """Upload a folder of `stage_model` as one commit, whose card gets the repository's id.
 
@@ -75,8 +76,14 @@ def push_staged(
                 if not may_replace(Path(card)):
                     (staged / CARD).unlink(missing_ok=True)
         return api.upload_folder(
-            repo_id=full_id, folder_path=staged, commit_message=commit_message, revision=revision,
-            create_pr=create_pr, delete_patterns=patterns or None, **upload_args).commit_url
+            repo_id=full_id,
+            folder_path=staged,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns=patterns or None,
+            **upload_args,
+        ).commit_url
 
     return push() if create_pr else _persistently(push)  # a second attempt could open a second pull request
 

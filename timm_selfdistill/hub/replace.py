@@ -1,4 +1,5 @@
 """Several files of a folder replaced as one."""
+
 import os
 import shutil
 import tempfile

@@ -1,4 +1,5 @@
 """Writing a saved model."""
+
 import json
 import os
 import shutil
@@ -26,27 +27,38 @@ from .replace import replacing_files
 from .trust import read_json, short
 
 Rebuild = Callable[[Path], tuple[nn.Module, nn.Module]]
-SOURCE_KEYS = {"tag", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_names",
-               "label_descriptions", "test_input_size", "test_crop_pct", "test_pool_size"}
+SOURCE_KEYS = {
+    "tag",
+    "description",
+    "origin_url",
+    "paper_name",
+    "paper_ids",
+    "notes",
+    "label_names",
+    "label_descriptions",
+    "test_input_size",
+    "test_crop_pct",
+    "test_pool_size",
+}
 """Of a timm model's pretrained_cfg, what describes the weights that the model was created with, and how those are best
 measured."""
 
 
 def save_timm_model(
-        backbone: nn.Module,
-        folder: str | PathLike,
-        *,
-        whole: nn.Module | None = None,
-        model_args: dict[str, Any] | None = None,
-        heads: nn.Module | None = None,
-        settings: dict[str, Any] | None = None,
-        metrics: dict[str, Any] | None = None,
-        rows: list[dict[str, Any]] | None = None,
-        check: bool = True,
-        picture: bool = True,
-        rebuild: Rebuild | None = None,
-        card_data: dict[str, Any] | None = None,
-        data_config: dict[str, Any] | None = None,
+    backbone: nn.Module,
+    folder: str | PathLike,
+    *,
+    whole: nn.Module | None = None,
+    model_args: dict[str, Any] | None = None,
+    heads: nn.Module | None = None,
+    settings: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    rows: list[dict[str, Any]] | None = None,
+    check: bool = True,
+    picture: bool = True,
+    rebuild: Rebuild | None = None,
+    card_data: dict[str, Any] | None = None,
+    data_config: dict[str, Any] | None = None,
 ) -> None:
     """Write a timm model in timm's layout with its card, after seeing that it can be loaded from the files.
 
@@ -131,8 +143,13 @@ def save_metrics(folder: str | PathLike, metrics: dict[str, Any], picture: Path 
 
 
 def create_model_card(
-        backbone: nn.Module, model_args: dict[str, Any], settings: dict[str, Any], metrics: dict[str, Any] | None,
-        rows: list[dict[str, Any]], card_data: dict[str, Any], input_size: tuple[int, int, int],
+    backbone: nn.Module,
+    model_args: dict[str, Any],
+    settings: dict[str, Any],
+    metrics: dict[str, Any] | None,
+    rows: list[dict[str, Any]],
+    card_data: dict[str, Any],
+    input_size: tuple[int, int, int],
 ) -> ModelCard:
     """The card that a model would be saved with."""
     with TemporaryDirectory() as folder:
@@ -148,8 +165,12 @@ def _save_picture(fresh: Path, rows: list[dict[str, Any]], metrics: dict[str, An
 
 
 def _save_card(
-        fresh: Path, folder: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None,
-        card_data: dict[str, Any] | None, picture: bool,
+    fresh: Path,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    metrics: dict[str, Any] | None,
+    card_data: dict[str, Any] | None,
+    picture: bool,
 ) -> None:
     if may_replace(folder / CARD):
         card = create_card(read_json(fresh / CONFIG), rows, metrics, picture=picture, **(card_data or {}))
@@ -217,12 +238,12 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
 
 
 def _save_config(
-        backbone: nn.Module,
-        path: Path,
-        model_args: dict[str, Any] | None,
-        settings: dict[str, Any] | None,
-        metrics: dict[str, Any] | None,
-        data_config: dict[str, Any],
+    backbone: nn.Module,
+    path: Path,
+    model_args: dict[str, Any] | None,
+    settings: dict[str, Any] | None,
+    metrics: dict[str, Any] | None,
+    data_config: dict[str, Any],
 ) -> None:
     """Write config.json as timm does, without what describes other weights than these."""
     names = backbone.pretrained_cfg.get("label_names")
@@ -238,8 +259,7 @@ def _save_config(
     # transformers and timm's factory take the number of classes from its own place, and refuse it in two
     config.get("model_args", {}).pop("num_classes", None)
     left_behind = SOURCE_KEYS | ({"license"} if metrics and "license" in metrics else set())
-    config["pretrained_cfg"] = {
-        key: value for key, value in config["pretrained_cfg"].items() if key not in left_behind}
+    config["pretrained_cfg"] = {key: value for key, value in config["pretrained_cfg"].items() if key not in left_behind}
     if (metrics or {}).get("license", "unknown") != "unknown":
         config["pretrained_cfg"]["license"] = metrics["license"]
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")

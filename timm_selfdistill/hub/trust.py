@@ -3,6 +3,7 @@
 Nothing is unpickled, imported or executed that a repository names. A config may ask only for a network that timm itself
 registers, with plain values as arguments, and within the limits below.
 """
+
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -32,12 +33,41 @@ PICKLES = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".pth.tar")
 """Ends of the names of files that are unpickled to be read."""
 
 # Arguments of `timm.create_model` that load, name files or change what is built, instead of describing a network.
-FORBIDDEN_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict",
-                  "pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir", "model_name",
-                  "scriptable", "exportable", "no_jit", "features_only", "out_indices", "feature_cls", "feature_cfg",
-                  "model_cfg", "cfg", "kwargs_filter", "device", "dtype"}
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-          "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+FORBIDDEN_ARGS = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "pretrained_filter_fn",
+    "pretrained_model_args",
+    "checkpoint_path",
+    "cache_dir",
+    "model_name",
+    "scriptable",
+    "exportable",
+    "no_jit",
+    "features_only",
+    "out_indices",
+    "feature_cls",
+    "feature_cfg",
+    "model_cfg",
+    "cfg",
+    "kwargs_filter",
+    "device",
+    "dtype",
+}
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 
 
 def check_names(names: Iterable[str], weights: str, where: str | Path) -> None:
@@ -55,7 +85,8 @@ def check_names(names: Iterable[str], weights: str, where: str | Path) -> None:
     if pickles and weights not in names:
         raise ValueError(
             f"{where} has no {weights}, only {short(pickles[0])}, which may run code when it is read; save the model"
-            " with save_pretrained, which writes safetensors files")
+            " with save_pretrained, which writes safetensors files"
+        )
 
 
 def check_links(folder: Path, names: Iterable[str]) -> None:
@@ -155,8 +186,11 @@ def _is_printable(value: Any) -> bool:
 
 
 def _are_numbers(value: Any, lengths: tuple[int, ...], low: float, high: float, kind: type | tuple[type, ...]) -> bool:
-    return (isinstance(value, (list, tuple)) and len(value) in lengths
-            and all(isinstance(item, kind) and not isinstance(item, bool) and low <= item <= high for item in value))
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) in lengths
+        and all(isinstance(item, kind) and not isinstance(item, bool) and low <= item <= high for item in value)
+    )
 
 
 def _are_words(value: Any) -> bool:
@@ -168,20 +202,27 @@ CHANNELS = tuple(range(1, 257))
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 CROP_MODES = ("center", "squash", "border")
 PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("input_size", "test_input_size", "min_input_size"),
-                    (lambda value: _are_numbers(value, (3,), 1, MAX_PIXELS, int), "channels, height and width, at most"
-                                                                                  f" {MAX_PIXELS} pixels")),
-    **dict.fromkeys(("pool_size", "test_pool_size"),
-                    (lambda value: _are_numbers(value, (2,), 0, MAX_PIXELS, int), "height and width")),
+    **dict.fromkeys(
+        ("input_size", "test_input_size", "min_input_size"),
+        (
+            lambda value: _are_numbers(value, (3,), 1, MAX_PIXELS, int),
+            f"channels, height and width, at most {MAX_PIXELS} pixels",
+        ),
+    ),
+    **dict.fromkeys(
+        ("pool_size", "test_pool_size"),
+        (lambda value: _are_numbers(value, (2,), 0, MAX_PIXELS, int), "height and width"),
+    ),
     "mean": (lambda value: _are_numbers(value, CHANNELS, 0, 255, (int, float)), "a number for each channel"),
     "std": (lambda value: _are_numbers(value, CHANNELS, 1e-3, 255, (int, float)), "a number above 0 for each channel"),
-    **dict.fromkeys(("crop_pct", "test_crop_pct"),
-                    (lambda value: _are_numbers([value], (1,), 0.1, 2, (int, float)), "a number from 0.1 to 2")),
+    **dict.fromkeys(
+        ("crop_pct", "test_crop_pct"),
+        (lambda value: _are_numbers([value], (1,), 0.1, 2, (int, float)), "a number from 0.1 to 2"),
+    ),
     "interpolation": (lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
     "crop_mode": (lambda value: value in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
     "fixed_input_size": (lambda value: isinstance(value, bool), "true or false"),
-    **dict.fromkeys(("tag", "license", "description", "origin_url", "paper_name"),
-                    (_is_word, "a text")),
+    **dict.fromkeys(("tag", "license", "description", "origin_url", "paper_name"), (_is_word, "a text")),
     **dict.fromkeys(("first_conv", "classifier", "paper_ids", "notes"), (_are_words, "a text or a list of them")),
 }
 """What timm's PretrainedCfg holds, but for where weights come from: when a value is right, and in words."""
@@ -196,8 +237,11 @@ def preprocessing(config: dict[str, Any], path: Path) -> dict[str, Any]:
     values, classes = config.get("pretrained_cfg"), config["num_classes"]
     if not isinstance(values, dict) or values.get("input_size") is None:
         raise ValueError(f"{path}: pretrained_cfg must be an object with an input_size, got {short(values)}")
-    known = {key: tuple(values[key]) if isinstance(values[key], list) else values[key]
-             for key in PREPROCESSING if values.get(key) is not None}
+    known = {
+        key: tuple(values[key]) if isinstance(values[key], list) else values[key]
+        for key in PREPROCESSING
+        if values.get(key) is not None
+    }
     for key, value in known.items():
         fits, words = PREPROCESSING[key]
         if not fits(value):
@@ -229,7 +273,8 @@ def _check_values(values: dict[str, Any], where: str) -> None:
                 depth += item
     if items > MAX_ITEMS or depth > MAX_DEPTH:
         raise ValueError(
-            f"{where} has {items} values and asks for {depth} blocks or layers; at most {MAX_ITEMS} and {MAX_DEPTH}")
+            f"{where} has {items} values and asks for {depth} blocks or layers; at most {MAX_ITEMS} and {MAX_DEPTH}"
+        )
 
 
 def _flatten(value: Any, where: str, level: int = 0) -> list[Any]:
@@ -248,8 +293,9 @@ def check_tensors(path: Path, module: nn.Module) -> None:
         ValueError: it is damaged, or holds tensors of other names, shapes or kinds.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, so the folder is not a complete saved model; save or"
-                                " download it again")
+        raise FileNotFoundError(
+            f"{path} does not exist, so the folder is not a complete saved model; save or download it again"
+        )
     expected = {key: (tuple(value.shape), value.dtype) for key, value in module.state_dict().items()}
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
@@ -264,12 +310,14 @@ def check_tensors(path: Path, module: nn.Module) -> None:
             found = {key: (tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for key, part in found.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged or no safetensors file ({short(str(error))}); fetch or save it again") from error
+            f"{path} is damaged or no safetensors file ({short(str(error))}); fetch or save it again"
+        ) from error
     missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or foreign:
         raise ValueError(
             f"{path} does not hold this model's tensors: {len(missing)} missing {missing[:3]},"
-            f" {len(foreign)} foreign {short(foreign[:3])}")
+            f" {len(foreign)} foreign {short(foreign[:3])}"
+        )
     for key, (shape, dtype) in found.items():
         wanted_shape, wanted_dtype = expected[key]
         if shape != wanted_shape:

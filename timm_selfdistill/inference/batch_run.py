@@ -1,4 +1,5 @@
 """One batch on its way through a network with exits."""
+
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,13 @@ class BatchRun:
     """
 
     def __init__(
-            self, model: SelfDistillModel, x: Tensor, policy: Policy, thresholds: list[float | None],
-            temperatures: list[float]):
+        self,
+        model: SelfDistillModel,
+        x: Tensor,
+        policy: Policy,
+        thresholds: list[float | None],
+        temperatures: list[float],
+    ):
         self.model, self.x, self.policy = model, x, policy
         self.thresholds, self.temperatures = thresholds, temperatures
         self.rows: Tensor | None = None
@@ -115,8 +121,10 @@ class BatchRun:
         if rows is None:
             return EarlyExitOutput(first, torch.full((batch,), exit, device=first.device), confidence)
         output = EarlyExitOutput(
-            first.new_empty(batch, first.shape[1]), torch.empty(batch, dtype=torch.long, device=first.device),
-            torch.empty(batch, device=first.device))
+            first.new_empty(batch, first.shape[1]),
+            torch.empty(batch, dtype=torch.long, device=first.device),
+            torch.empty(batch, device=first.device),
+        )
         for rows, exit, logits, confidence in self.answers:
             output.logits[rows], output.exit[rows], output.confidence[rows] = logits.to(first.dtype), exit, confidence
         return output

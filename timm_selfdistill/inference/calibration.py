@@ -1,4 +1,5 @@
 """Temperatures and thresholds from data that the network has not seen in training."""
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +30,8 @@ BUDGETS = ("max_accuracy_drop", "max_macs", "min_speedup")
 
 
 def collect_logits(
-        model: SelfDistillModel, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor, Tensor]:
+    model: SelfDistillModel, loader: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Logits of all exits, C tensors (N, K), the labels (N,), and some of the images.
 
     Raises:
@@ -82,13 +84,17 @@ class Calibration:
     """
 
     def __init__(
-            self, model: SelfDistillModel, policy: str, loader: Iterable[tuple[Tensor, Tensor]],
-            find_costs: Callable[[str, Tensor], ExitCosts], seed: int):
+        self,
+        model: SelfDistillModel,
+        policy: str,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        find_costs: Callable[[str, Tensor], ExitCosts],
+        seed: int,
+    ):
         self.logits, self.labels, images = collect_logits(model, loader)
         check_labels(self.labels)
         self.policy, self.classes = policy, model.num_classes
-        self.parts = torch.randperm(
-            len(self.labels), generator=torch.Generator().manual_seed(seed)).tensor_split(3)
+        self.parts = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed)).tensor_split(3)
         first = self.parts[0]
         self.temperatures = [fit_temperature(part[first], self.labels[first]) for part in self.logits]
         self.costs = cache(lambda unit: find_costs(unit, images))
@@ -107,18 +113,29 @@ class Calibration:
         better = find_better_exit(found, check, costs, budget)
         ece_before, ece_after = self._calibration_errors()
         return CalibrationReport(
-            budget=budget, met=is_met(found, check.plain_accuracy, costs, budget), accuracy=100 * accuracy,
+            budget=budget,
+            met=is_met(found, check.plain_accuracy, costs, budget),
+            accuracy=100 * accuracy,
             plain_accuracy=100 * check.plain_accuracy,
             shares=[float((exits == exit).double().mean()) for exit in range(len(self.logits))],
-            macs=float(macs_each.mean()), plain_macs=macs.plain,
+            macs=float(macs_each.mean()),
+            plain_macs=macs.plain,
             speedup=costs.plain / found.cost if unit == "time" else None,
-            better_exit=None if better is None else FixedExit(
-                exit=better, accuracy=100 * float(check.right[better].double().mean()),
+            better_exit=None
+            if better is None
+            else FixedExit(
+                exit=better,
+                accuracy=100 * float(check.right[better].double().mean()),
                 macs=fixed_exits(check.right, macs)[better].cost,
-                speedup=costs.plain / fixed_exits(check.right, costs)[better].cost if unit == "time" else None),
-            ece_before=ece_before, ece_after=ece_after,
-            policy=self.policy, temperatures=self.temperatures, images=[len(part) for part in self.parts],
-            thresholds=[to_threshold(value, self.policy, self.classes) for value in point.thresholds])
+                speedup=costs.plain / fixed_exits(check.right, costs)[better].cost if unit == "time" else None,
+            ),
+            ece_before=ece_before,
+            ece_after=ece_after,
+            policy=self.policy,
+            temperatures=self.temperatures,
+            images=[len(part) for part in self.parts],
+            thresholds=[to_threshold(value, self.policy, self.classes) for value in point.thresholds],
+        )
 
     def _find_curve(self, unit: str) -> list[OperatingPoint]:
         data = self._answers(1)
@@ -131,9 +148,12 @@ class Calibration:
         """Of every exit on the last part, without and with its temperature."""
         rows = self.parts[2]
         return tuple(
-            [calibration_error((part[rows] / temperature).softmax(1), self.labels[rows])
-             for part, temperature in zip(self.logits, temperatures)]
-            for temperatures in ([1.0] * len(self.logits), self.temperatures))
+            [
+                calibration_error((part[rows] / temperature).softmax(1), self.labels[rows])
+                for part, temperature in zip(self.logits, temperatures)
+            ]
+            for temperatures in ([1.0] * len(self.logits), self.temperatures)
+        )
 
 
 def to_threshold(sureness: float | None, policy: str, classes: int) -> float | None:
@@ -160,13 +180,21 @@ class Answers:
 
     @classmethod
     def of(
-            cls, logits: list[Tensor], labels: Tensor, rows: Tensor, temperatures: list[float], policy: str,
+        cls,
+        logits: list[Tensor],
+        labels: Tensor,
+        rows: Tensor,
+        temperatures: list[float],
+        policy: str,
     ) -> "Answers":
         rule = find_policy(policy)
         sign = -1 if rule.low_leaves else 1
-        sureness = torch.stack([
-            sign * rule.score((part[rows] / temperature).softmax(1))
-            for part, temperature in zip(logits[:-1], temperatures)])
+        sureness = torch.stack(
+            [
+                sign * rule.score((part[rows] / temperature).softmax(1))
+                for part, temperature in zip(logits[:-1], temperatures)
+            ]
+        )
         return cls(sureness.double(), torch.stack([part[rows].argmax(1) == labels[rows] for part in logits]))
 
 
@@ -179,7 +207,7 @@ def check_budget(budget: dict[str, float | None]) -> dict[str, float]:
     given = {name: value for name, value in budget.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"give one of {', '.join(BUDGETS)}, got {', '.join(given) or 'none'}")
-    (name, value), = given.items()
+    ((name, value),) = given.items()
     lowest = {"max_accuracy_drop": 0, "max_macs": 1, "min_speedup": 1}[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < float("inf"):
         raise ValueError(f"{name} must be a number of at least {lowest}, got {value!r}")
@@ -195,7 +223,8 @@ def check_labels(labels: Tensor) -> None:
 
 
 def choose_point(
-        curve: list[OperatingPoint], data: Answers, costs: ExitCosts, budget: dict[str, float]) -> OperatingPoint:
+    curve: list[OperatingPoint], data: Answers, costs: ExitCosts, budget: dict[str, float]
+) -> OperatingPoint:
     """The cheapest point within an accuracy budget, or the most accurate within a cost budget; else the cheapest.
 
     Within means by `MARGIN` standard errors: a point that just keeps the promise here would break it on every second
@@ -204,8 +233,7 @@ def choose_point(
     expensive and at least as accurate as the cheapest within an accuracy budget is taken instead.
     """
     points = fixed_exits(data.right, costs) + curve
-    within = [point for point in points
-              if is_met(_pessimistic(point, data, costs), data.plain_accuracy, costs, budget)]
+    within = [point for point in points if is_met(_pessimistic(point, data, costs), data.plain_accuracy, costs, budget)]
     if not within:
         return min(points, key=_cheapest)
     if "max_accuracy_drop" in budget:
@@ -231,7 +259,7 @@ def _error(values: Tensor) -> float:
 
 
 def is_met(point: OperatingPoint, plain_accuracy: float, costs: ExitCosts, budget: dict[str, float]) -> bool:
-    (name, value), = budget.items()
+    ((name, value),) = budget.items()
     if name == "max_accuracy_drop":
         return 100 * (plain_accuracy - point.accuracy) <= value + ROUNDING
     if name == "max_macs":
@@ -239,8 +267,7 @@ def is_met(point: OperatingPoint, plain_accuracy: float, costs: ExitCosts, budge
     return point.cost * value <= costs.plain * (1 + ROUNDING)
 
 
-def find_better_exit(
-        found: OperatingPoint, data: Answers, costs: ExitCosts, budget: dict[str, float]) -> int | None:
+def find_better_exit(found: OperatingPoint, data: Answers, costs: ExitCosts, budget: dict[str, float]) -> int | None:
     """The best fixed exit that keeps the promise where what was found does not, or else is more accurate (within a cost
     budget) or cheaper (within an accuracy budget) by more than chance explains.
 
@@ -251,8 +278,11 @@ def find_better_exit(
         found: measured on `data`, which had no part in finding it.
     """
     fixed = fixed_exits(data.right, costs)
-    kept = [exit for exit, point in enumerate(fixed)
-            if is_met(_pessimistic(point, data, costs), data.plain_accuracy, costs, budget)]
+    kept = [
+        exit
+        for exit, point in enumerate(fixed)
+        if is_met(_pessimistic(point, data, costs), data.plain_accuracy, costs, budget)
+    ]
     exits, cost = simulate(data.sureness, found.thresholds, costs)
     if not is_met(found, data.plain_accuracy, costs, budget):
         better = [exit for exit in kept if fixed[exit].cost < costs.plain]
@@ -290,9 +320,12 @@ def times_of_exits(model: SelfDistillModel, stops: list[int], x: Tensor) -> Exit
     exits = range(len(model.stages))
     with torch.no_grad():
         maps = model.backbone.forward_intermediates(
-            x, indices=[stage.index for stage in model.stages], intermediates_only=True)
-    calls = [*(lambda x, exit=exit: model.predict(x, exit) for exit in exits),
-             *(lambda x, exit=exit: model.heads[exit](maps[exit]) for exit in exits)]
+            x, indices=[stage.index for stage in model.stages], intermediates_only=True
+        )
+    calls = [
+        *(lambda x, exit=exit: model.predict(x, exit) for exit in exits),
+        *(lambda x, exit=exit: model.heads[exit](maps[exit]) for exit in exits),
+    ]
     times = [1 / speedup for speedup in measure_speedups(model, model.backbone, calls, x)]
-    shallow, heads = times[:len(exits)], times[len(exits):]
+    shallow, heads = times[: len(exits)], times[len(exits) :]
     return ExitCosts([*(max(0.0, time - head) for time, head in zip(shallow, heads)), 1.0], heads, stops)

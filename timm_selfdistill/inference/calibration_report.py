@@ -1,4 +1,5 @@
 """What a calibration found, as a table and for config.json."""
+
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,31 +55,43 @@ class CalibrationReport:
         return asdict(self)
 
     def __rich__(self) -> Table:
-        (name, value), = self.budget.items()
+        ((name, value),) = self.budget.items()
         met = "met" if self.met else "NOT MET"
         table = Table(
-            title=f"{name} {value:g}: {met} on {self.images[2]} images", title_justify="left",
-            caption="\n".join(self._sentences()), caption_justify="left")
+            title=f"{name} {value:g}: {met} on {self.images[2]} images",
+            title_justify="left",
+            caption="\n".join(self._sentences()),
+            caption_justify="left",
+        )
         for column in ("exit", "images", "threshold", "temperature", "ECE before", "ECE after"):
             table.add_column(column, justify="right")
         for exit, share in enumerate(self.shares):
             threshold = self.thresholds[exit] if exit < len(self.thresholds) else None
             table.add_row(
-                str(exit), f"{share:.1%}", "" if threshold is None else f"{threshold:.4f}",
-                f"{self.temperatures[exit]:.3f}", f"{self.ece_before[exit]:.3f}", f"{self.ece_after[exit]:.3f}")
+                str(exit),
+                f"{share:.1%}",
+                "" if threshold is None else f"{threshold:.4f}",
+                f"{self.temperatures[exit]:.3f}",
+                f"{self.ece_before[exit]:.3f}",
+                f"{self.ece_after[exit]:.3f}",
+            )
         return table
 
     def _sentences(self) -> list[str]:
-        lines = [f"top-1 {self.accuracy:.2f} %, plain network {self.plain_accuracy:.2f} %; "
-                 + self._cost_words(self.macs, self.speedup)]
+        lines = [
+            f"top-1 {self.accuracy:.2f} %, plain network {self.plain_accuracy:.2f} %; "
+            + self._cost_words(self.macs, self.speedup)
+        ]
         if self.fixed_exit == len(self.thresholds):
             lines.append("no image leaves early: this is the plain network")
         elif self.fixed_exit is not None:
             lines.append(f"all images leave at exit {self.fixed_exit}, as with truncate({self.fixed_exit})")
         if self.better_exit is not None:
             better = self.better_exit
-            lines.append(f"exit {better.exit} for all images is better: top-1 {better.accuracy:.2f} %; "
-                         + self._cost_words(better.macs, better.speedup))
+            lines.append(
+                f"exit {better.exit} for all images is better: top-1 {better.accuracy:.2f} %; "
+                + self._cost_words(better.macs, better.speedup)
+            )
         return lines
 
     def _cost_words(self, macs: float, speedup: float | None) -> str:

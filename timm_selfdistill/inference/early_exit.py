@@ -1,4 +1,5 @@
 """Easy images leave a network early, hard ones go on."""
+
 import threading
 import warnings
 import weakref
@@ -53,16 +54,17 @@ class EarlyExit:
     """
 
     def __init__(
-            self,
-            model: SelfDistillModel,
-            thresholds: Sequence[float | None] | float | None = None,
-            policy: str | None = None,
-            temperatures: Sequence[float] | None = None,
+        self,
+        model: SelfDistillModel,
+        thresholds: Sequence[float | None] | float | None = None,
+        policy: str | None = None,
+        temperatures: Sequence[float] | None = None,
     ):
         if not isinstance(model, SelfDistillModel):
             raise TypeError(
                 f"expected a SelfDistillModel, which has several exits, got {type(model).__name__}; make one with"
-                " wrap_self_distill")
+                " wrap_self_distill"
+            )
         _check_mode(list(model.modules()))
         saved = model.early_exit or {}
         if thresholds is None and policy in (None, saved.get("policy")):
@@ -83,14 +85,22 @@ class EarlyExit:
         self._parts = list(self.model.modules())  # so that looking at them for each batch takes no time
         self._owner, self._routes, self._lock = next(_owners), {}, threading.Lock()
         modules = dict(self.model.backbone.named_modules())
-        handles = [add_hook(modules[stage.name], StageHook(exit, self._owner))
-                   for exit, stage in enumerate(self.model.stages) if stage.name in modules]
+        handles = [
+            add_hook(modules[stage.name], StageHook(exit, self._owner))
+            for exit, stage in enumerate(self.model.stages)
+            if stage.name in modules
+        ]
         weakref.finalize(self, _remove, handles)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: all but the hooks on the model and what was found with them."""
-        return {"model": self.model, "policy": self.policy, "thresholds": copy(self.thresholds),
-                "temperatures": list(self.temperatures), "_warned": self._warned}
+        return {
+            "model": self.model,
+            "policy": self.policy,
+            "thresholds": copy(self.thresholds),
+            "temperatures": list(self.temperatures),
+            "_warned": self._warned,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -104,7 +114,8 @@ class EarlyExit:
         """
         if self.thresholds is None:
             raise ValueError(
-                "there are no thresholds: pass EarlyExit(model, thresholds=[...]), or find them with calibrate(loader)")
+                "there are no thresholds: pass EarlyExit(model, thresholds=[...]), or find them with calibrate(loader)"
+            )
         _check_mode(self._parts)
         check_images(self.model, x, known_size=getattr(x, "shape", ())[1:] in self._routes)
         with torch.no_grad():
@@ -120,13 +131,13 @@ class EarlyExit:
         return outputs[0] if len(outputs) == 1 else EarlyExitOutput(*map(torch.cat, zip(*outputs)))
 
     def calibrate(
-            self,
-            loader: Iterable[tuple[Tensor, Tensor]],
-            *,
-            max_accuracy_drop: float | None = None,
-            max_macs: float | None = None,
-            min_speedup: float | None = None,
-            seed: int = 0,
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        *,
+        max_accuracy_drop: float | None = None,
+        max_macs: float | None = None,
+        min_speedup: float | None = None,
+        seed: int = 0,
     ) -> CalibrationReport:
         """Find temperatures and thresholds that keep one promise, on images that the network was not trained with.
 
@@ -152,7 +163,8 @@ class EarlyExit:
         """
         _check_mode(self._parts)
         budget = check_budget(
-            {"max_accuracy_drop": max_accuracy_drop, "max_macs": max_macs, "min_speedup": min_speedup})
+            {"max_accuracy_drop": max_accuracy_drop, "max_macs": max_macs, "min_speedup": min_speedup}
+        )
         report = Calibration(self.model, self.policy, loader, self.find_costs, seed).find(budget)
         if report.met:
             self.thresholds, self.temperatures = report.thresholds, report.temperatures
@@ -177,14 +189,19 @@ class EarlyExit:
         with self._lock:
             if size not in self._routes:
                 self._routes[size] = route = find_route(self.model, self._owner, size)
-                kept = range(len(self.model.stages)) if route is None else [
-                    exit for exit, droppable in enumerate(route.droppable) if not droppable]
+                kept = (
+                    range(len(self.model.stages))
+                    if route is None
+                    else [exit for exit, droppable in enumerate(route.droppable) if not droppable]
+                )
                 if len(kept) and not self._warned:
                     self._warned = True
                     warnings.warn(
                         f"{type(self.model.backbone).__name__}: images cannot leave a batch at"
                         f" {', '.join(self.model.exits[exit] for exit in kept)}; they get their answers there, but"
-                        " cost as much as the others", stacklevel=3)
+                        " cost as much as the others",
+                        stacklevel=3,
+                    )
             return self._routes[size]
 
 

@@ -1,4 +1,5 @@
 """How good early exit is on data, and what other thresholds would give."""
+
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -14,8 +15,7 @@ from .thresholds import simulate
 POINTS = 21
 
 
-def predict_all(
-        early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[EarlyExitOutput, Tensor]:
+def predict_all(early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[EarlyExitOutput, Tensor]:
     """Answers for all images of a loader, and their labels (N,), on the CPU."""
     device = next(early_exit.model.parameters()).device
     outputs, labels = [], []
@@ -26,7 +26,8 @@ def predict_all(
 
 
 def trace_curve(
-        early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]],
+    early_exit: EarlyExit,
+    loader: Iterable[tuple[Tensor, Tensor]],
 ) -> tuple[list[dict[str, Any]], list[float | None]]:
     """Early exit with one threshold for all exits, from one that lets all images leave at the first to one that lets
     nobody leave: points with threshold, top1 (per cent) and mean macs.
@@ -41,9 +42,13 @@ def trace_curve(
     curve = []
     for threshold in [*sureness[0].quantile(torch.linspace(0, 1, POINTS, dtype=torch.double)).tolist(), None]:
         taken, macs = simulate(sureness, [threshold] * exits, costs)
-        curve.append({
-            "threshold": as_threshold(threshold),
-            "top1": 100 * float(answers.right.gather(0, taken[None]).double().mean()), "macs": float(macs.mean())})
+        curve.append(
+            {
+                "threshold": as_threshold(threshold),
+                "top1": 100 * float(answers.right.gather(0, taken[None]).double().mean()),
+                "macs": float(macs.mean()),
+            }
+        )
     left, halving = torch.ones_like(labels, dtype=torch.bool), []
     for part in sureness:
         middle = float(part[left].median()) if left.any() else None

@@ -1,4 +1,5 @@
 """Networks for other runtimes: torch.export and ONNX, any exit alone, or a file for each stage."""
+
 import importlib.util
 import json
 import os
@@ -36,8 +37,10 @@ def export_program(network: nn.Module, input_size: tuple[int, int, int]) -> Expo
 
 
 def export_onnx(
-        model: nn.Module, path: str | PathLike, exit: int | str = -1,
-        input_size: tuple[int, int, int] | None = None,
+    model: nn.Module,
+    path: str | PathLike,
+    exit: int | str = -1,
+    input_size: tuple[int, int, int] | None = None,
 ) -> None:
     """Write one exit as an ONNX file, after seeing that onnxruntime gives the same logits.
 
@@ -65,8 +68,11 @@ def export_onnx(
 
 
 def export_stages(
-        model: SelfDistillModel, folder: str | PathLike, input_size: tuple[int, int, int] | None = None,
-        value_ranges: Mapping[str, tuple[float, float]] | None = None) -> list[Path]:
+    model: SelfDistillModel,
+    folder: str | PathLike,
+    input_size: tuple[int, int, int] | None = None,
+    value_ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> list[Path]:
     """Write one ONNX file for each stage with its classifier, so that a runtime without torch can exit early.
 
     stage0.onnx takes "images"; every stage gives "logits" (batch, K), and all but the last what goes on, the inputs of
@@ -136,12 +142,17 @@ class _Star(nn.Module):
 
 
 def _write_onnx(
-        program: ExportedProgram, path: Path, inputs: list[str], outputs: list[str], x: Sequence[Tensor],
-        expected: Sequence[Tensor],
+    program: ExportedProgram,
+    path: Path,
+    inputs: list[str],
+    outputs: list[str],
+    x: Sequence[Tensor],
+    expected: Sequence[Tensor],
 ) -> None:
     """Write a file whose answers to inputs x are the expected ones; another one is not left behind."""
     onnx_program = torch.onnx.export(
-        program, dynamo=True, input_names=inputs, output_names=outputs, external_data=False, verbose=False)
+        program, dynamo=True, input_names=inputs, output_names=outputs, external_data=False, verbose=False
+    )
     fresh = path.with_name(f".{path.name}.new")
     try:
         onnx_program.save(str(fresh))
@@ -163,8 +174,12 @@ def _compare(fresh: Path, path: Path, inputs: Sequence[Tensor], expected: Sequen
 
 
 def _write_description(
-        model: SelfDistillModel, folder: Path, stages: list[dict[str, Any]], input_size: tuple[int, int, int],
-        value_ranges: Mapping[str, tuple[float, float]] | None) -> None:
+    model: SelfDistillModel,
+    folder: Path,
+    stages: list[dict[str, Any]],
+    input_size: tuple[int, int, int],
+    value_ranges: Mapping[str, tuple[float, float]] | None,
+) -> None:
     config = resolve_model_data_config(model.backbone)
     calibrated = model.early_exit or {}
     description = {
@@ -172,8 +187,8 @@ def _write_description(
         "policy": calibrated.get("policy", "confidence"),
         "thresholds": calibrated.get("thresholds", [None] * len(model.stages)),
         "temperatures": calibrated.get("temperatures", [1.0] * len(model.exits)),
-        "input_size": list(input_size), **{key: config[key] for key in (
-            "mean", "std", "interpolation", "crop_pct", "crop_mode")},
+        "input_size": list(input_size),
+        **{key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
         "value_ranges": {kind: list(value_range) for kind, value_range in (value_ranges or {}).items()},
         "class_names": model.backbone.pretrained_cfg.get("label_names"),
     }

@@ -1,4 +1,5 @@
 """A picture of which images leave at which exit."""
+
 from pathlib import Path
 
 import torch
@@ -20,8 +21,12 @@ def choose_images(output: EarlyExitOutput, columns: int) -> dict[int, list[int]]
 
 
 def plot_gallery(
-        path: Path, images: dict[int, Tensor], rows: dict[int, list[int]], output: EarlyExitOutput, labels: Tensor,
-        class_names: list[str],
+    path: Path,
+    images: dict[int, Tensor],
+    rows: dict[int, list[int]],
+    output: EarlyExitOutput,
+    labels: Tensor,
+    class_names: list[str],
 ) -> None:
     """Draw the chosen images, a row an exit, each with the predicted class, and the right one where that is another.
 

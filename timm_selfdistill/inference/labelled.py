@@ -1,4 +1,5 @@
 """Images with labels, checked before a model is measured on them."""
+
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -8,8 +9,7 @@ from torch import Tensor, nn
 from .settings import check_images
 
 
-def labelled_batches(
-        model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def labelled_batches(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of a loader: images (B, C, H, W) on the model's device, and class indices (B,), int64, where they were.
 
     Batches without an image are passed over.

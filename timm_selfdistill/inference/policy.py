@@ -1,4 +1,5 @@
 """When an image may leave at an exit."""
+
 from collections.abc import Callable
 from math import log
 from typing import NamedTuple

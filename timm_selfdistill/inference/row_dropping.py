@@ -3,6 +3,7 @@
 A forward hook on the module that ends a stage may return fewer rows than it got, and the layers behind run on those
 that are left. Whether their logits stay the same depends on the network, so a `Route` is found by trying.
 """
+
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -96,12 +97,17 @@ def _find_route(model: SelfDistillModel, owner: int, size: tuple[int, ...]) -> R
     x = (x * torch.linspace(0.2, 2, exits + 2)[:, None, None, None]).to(like)  # rows that nobody mistakes for others
     outputs: list[tuple[int, Any]] = []
     with evaluating(model), torch.autocast(like.device.type, enabled=False):
-        run_with(owner, lambda exit, output: outputs.append((exit, tree_map_only(Tensor, torch.clone, output))),
-                 model.backbone, x)
+        run_with(
+            owner,
+            lambda exit, output: outputs.append((exit, tree_map_only(Tensor, torch.clone, output))),
+            model.backbone,
+            x,
+        )
         if [exit for exit, _ in outputs] != list(range(exits)):
             return None  # not all stages are modules, or one runs twice
         maps = model.backbone.forward_intermediates(
-            x, indices=[stage.index for stage in model.stages], intermediates_only=True)
+            x, indices=[stage.index for stage in model.stages], intermediates_only=True
+        )
         to_maps = [_find_reader(output, feature_map) for (_, output), feature_map in zip(outputs, maps)]
         if None in to_maps:
             return None
@@ -131,6 +137,7 @@ def _features_and_logits(backbone: nn.Module, x: Tensor) -> list[Tensor]:
 
 def _is_exact(model: SelfDistillModel, owner: int, x: Tensor, expected: list[Tensor], exits: list[int]) -> bool:
     """Whether the rest keep their features and logits when the first row leaves at each of these exits."""
+
     def drop_first(exit: int, output: Any) -> Any:
         if exit not in exits:
             return None
@@ -143,7 +150,7 @@ def _is_exact(model: SelfDistillModel, owner: int, x: Tensor, expected: list[Ten
         raise
     except (RuntimeError, ValueError, IndexError, AssertionError):
         return False  # the network remembers how many rows there were
-    wanted = [part[len(exits):] if _has_rows(part, len(x)) else part for part in expected]
+    wanted = [part[len(exits) :] if _has_rows(part, len(x)) else part for part in expected]
     return len(found) == len(wanted) and all(map(_same, found, wanted))
 
 
@@ -205,5 +212,5 @@ class _Tokens(NamedTuple):
     def __call__(self, part: Tensor) -> Tensor | None:
         if part.ndim != 3 or part.shape[1] < self.height * self.width:
             return None
-        tokens = part[:, part.shape[1] - self.height * self.width:]
+        tokens = part[:, part.shape[1] - self.height * self.width :]
         return tokens.unflatten(1, (self.height, self.width)).permute(0, 3, 1, 2)

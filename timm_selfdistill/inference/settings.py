@@ -1,4 +1,5 @@
 """What thresholds, temperatures and images a model takes."""
+
 from collections.abc import Sequence
 
 import torch
@@ -27,11 +28,13 @@ def check_images(model: nn.Module, x: Tensor, known_size: bool = False) -> None:
     if x.device != like.device or (x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)):
         raise ValueError(
             f"the images are {x.dtype} on {x.device}, the model's weights {like.dtype} on {like.device};"
-            " convert the images with x.to(...)")
+            " convert the images with x.to(...)"
+        )
 
 
 def check_thresholds(
-        thresholds: Sequence[float | None] | float, policy: str, model: SelfDistillModel) -> list[float | None]:
+    thresholds: Sequence[float | None] | float, policy: str, model: SelfDistillModel
+) -> list[float | None]:
     """One threshold for each shallow exit.
 
     Raises:
@@ -48,7 +51,8 @@ def check_thresholds(
         if threshold is not None and not (number and 0 <= threshold <= highest):
             raise ValueError(
                 f"a threshold of the policy {policy!r} is a number from 0 to {highest:.4g}, or None for an exit that"
-                f" nobody takes, got {threshold!r}")
+                f" nobody takes, got {threshold!r}"
+            )
     return list(thresholds)
 
 

@@ -1,4 +1,5 @@
 """The graph of a network with exits, cut into one graph for each stage."""
+
 from typing import NamedTuple
 
 import torch
@@ -40,10 +41,12 @@ def split_stages(program: ExportedProgram) -> list[StageGraph]:
         if not node.meta["val"].ndim or node.meta["val"].shape[0] != batch:
             raise ValueError(
                 f"the network cannot be cut into stages: {node.name} {tuple(node.meta['val'].shape)} goes from one to"
-                " another, and its rows are not the images")
+                " another, and its rows are not the images"
+            )
     return [
         StageGraph(_extract(graph_module, before, node, after), len(after))
-        for before, node, after in zip([[images], *boundaries], logits, [*boundaries, []])]
+        for before, node, after in zip([[images], *boundaries], logits, [*boundaries, []])
+    ]
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -70,8 +73,12 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 def _carried(nodes: list[fx.Node], stage_of: dict[fx.Node, int], stage: int) -> list[fx.Node]:
     """Tensors of a stage or one before it that later ones take."""
-    return [node for node in nodes if stage_of.get(node, stage + 1) <= stage
-            and any(stage_of.get(user, -1) > stage for user in _tensor_users(node))]
+    return [
+        node
+        for node in nodes
+        if stage_of.get(node, stage + 1) <= stage
+        and any(stage_of.get(user, -1) > stage for user in _tensor_users(node))
+    ]
 
 
 def _tensor_users(node: fx.Node) -> set[fx.Node]:
@@ -90,7 +97,8 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _extract(
-        graph_module: fx.GraphModule, inputs: list[fx.Node], logits: fx.Node, carried: list[fx.Node]) -> fx.GraphModule:
+    graph_module: fx.GraphModule, inputs: list[fx.Node], logits: fx.Node, carried: list[fx.Node]
+) -> fx.GraphModule:
     """The graph from some nodes to others."""
     graph = fx.Graph()
     made = {node: graph.placeholder(f"input_{index}") for index, node in enumerate(inputs)}

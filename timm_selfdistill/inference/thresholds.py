@@ -1,4 +1,5 @@
 """Which thresholds are worth their cost: the curve of accuracy over cost that they can reach."""
+
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -92,13 +93,15 @@ def find_curve(sureness: Tensor, right: Tensor, costs: ExitCosts) -> list[Operat
         thresholds = _improve(thresholds, sureness, right, costs, weight / costs.plain)
         candidates.append(_measure(thresholds, sureness, right, costs))
     coarse = _undominated(candidates)
-    between = [_measure(thresholds, sureness, right, costs) for first, second in pairwise(coarse)
-               for thresholds in _interpolate(first.thresholds, second.thresholds, sureness)]
+    between = [
+        _measure(thresholds, sureness, right, costs)
+        for first, second in pairwise(coarse)
+        for thresholds in _interpolate(first.thresholds, second.thresholds, sureness)
+    ]
     return _undominated(coarse + between)
 
 
-def _measure(
-        thresholds: list[float | None], sureness: Tensor, right: Tensor, costs: ExitCosts) -> OperatingPoint:
+def _measure(thresholds: list[float | None], sureness: Tensor, right: Tensor, costs: ExitCosts) -> OperatingPoint:
     exits, cost = simulate(sureness, thresholds, costs)
     accuracy = float(right.gather(0, exits[None]).double().mean())
     return OperatingPoint(thresholds, accuracy, float(cost.mean()))
@@ -113,15 +116,17 @@ def _undominated(points: list[OperatingPoint]) -> list[OperatingPoint]:
     return best
 
 
-def _interpolate(
-        first: list[float | None], second: list[float | None], sureness: Tensor) -> list[list[float | None]]:
+def _interpolate(first: list[float | None], second: list[float | None], sureness: Tensor) -> list[list[float | None]]:
     """Thresholds between two, by the numbers of images that they let leave."""
     ordered = sureness.sort(1, descending=True).values
-    counts = [[0 if threshold is None else int((part >= threshold).sum()) for part, threshold in zip(ordered, side)]
-              for side in (first, second)]
+    counts = [
+        [0 if threshold is None else int((part >= threshold).sum()) for part, threshold in zip(ordered, side)]
+        for side in (first, second)
+    ]
     return [
         [_between(part, round(low + (high - low) * step / STEPS)) for part, low, high in zip(ordered, *counts)]
-        for step in range(1, STEPS)]
+        for step in range(1, STEPS)
+    ]
 
 
 def _between(ordered: Tensor, count: int) -> float | None:
@@ -132,29 +137,40 @@ def _between(ordered: Tensor, count: int) -> float | None:
 
 
 def _improve(
-        thresholds: list[float | None], sureness: Tensor, right: Tensor, costs: ExitCosts, weight: float,
+    thresholds: list[float | None],
+    sureness: Tensor,
+    right: Tensor,
+    costs: ExitCosts,
+    weight: float,
 ) -> list[float | None]:
     """Thresholds whose mean of (right answer - weight x cost) is no worse."""
     for _ in range(SWEEPS):
         before = thresholds
         for exit in range(len(sureness)):
             best = _best_threshold(exit, thresholds, sureness, right, costs, weight)
-            thresholds = [*thresholds[:exit], best, *thresholds[exit + 1:]]
+            thresholds = [*thresholds[:exit], best, *thresholds[exit + 1 :]]
         if thresholds == before:
             break
     return thresholds
 
 
 def _best_threshold(
-        exit: int, thresholds: list[float | None], sureness: Tensor, right: Tensor, costs: ExitCosts, weight: float,
+    exit: int,
+    thresholds: list[float | None],
+    sureness: Tensor,
+    right: Tensor,
+    costs: ExitCosts,
+    weight: float,
 ) -> float | None:
     """Of one exit, while the others stay."""
+
     def values(used: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Whether images reach the exit, and their value if they go on and if they leave there."""
         others = [threshold if other != exit else None for other, threshold in enumerate(thresholds)]
         taken, _ = simulate(sureness, others, costs)
-        paths = costs.paths([used if other == exit else threshold is not None
-                             for other, threshold in enumerate(thresholds)])
+        paths = costs.paths(
+            [used if other == exit else threshold is not None for other, threshold in enumerate(thresholds)]
+        )
         go_on = right.gather(0, taken[None])[0].double() - weight * paths[taken]
         return taken > exit, go_on, right[exit].double() - weight * paths[exit]
 

@@ -3,6 +3,7 @@
 Widths and depths are those of the ImageNet networks (64 to 512 channels, four groups), not those of the narrow
 CIFAR networks of arXiv:1512.03385.
 """
+
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -13,9 +14,9 @@ from .cifar_cfg import cifar_cfg
 
 __all__ = ["CifarResNet"]
 
-default_cfgs = generate_default_cfgs({
-    f"cifar_resnet{depth}.untrained": cifar_cfg(first_conv="conv1", classifier="fc") for depth in (18, 50, 101, 152)
-})
+default_cfgs = generate_default_cfgs(
+    {f"cifar_resnet{depth}.untrained": cifar_cfg(first_conv="conv1", classifier="fc") for depth in (18, 50, 101, 152)}
+)
 
 
 class CifarResNet(ResNet):
@@ -24,8 +25,15 @@ class CifarResNet(ResNet):
     def __init__(self, block: type[nn.Module], layers: tuple[int, ...], num_classes: int = 100, **kwargs: Any):
         super().__init__(block, layers, num_classes, **kwargs)
         old = self.conv1
-        self.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False,
-                               device=old.weight.device, dtype=old.weight.dtype)
+        self.conv1 = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            3,
+            padding=1,
+            bias=False,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4, 8)):

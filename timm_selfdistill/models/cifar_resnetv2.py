@@ -9,6 +9,7 @@ The depth of a WideResNet is 4 + 2 * blocks (arXiv:1605.07146 counts the stem an
 length. 20 and 44 leave 8 and 20 blocks, which three does not divide; they are read as groups of 2, 3, 3 and 6, 7, 7
 blocks: the depth is the one in the name, and the longer groups are the cheaper ones.
 """
+
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -33,13 +34,16 @@ from .cifar_cfg import cifar_cfg
 __all__ = ["CifarResNetV2", "PyramidBottleneck"]
 
 _CFG = cifar_cfg(pool_size=(8, 8), first_conv="stem.conv", classifier="head.fc")
-default_cfgs = generate_default_cfgs({
-    "cifar_wide_resnet20_8.untrained": _CFG,
-    "cifar_wide_resnet44_8.untrained": _CFG,
-    "cifar_wide_resnet28_12.untrained": _CFG,
-    "cifar_resnext29_8x64d.untrained": _CFG,
-    "cifar_pyramidnet101_240.untrained": _CFG,
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "cifar_wide_resnet20_8.untrained": _CFG,
+        "cifar_wide_resnet44_8.untrained": _CFG,
+        "cifar_wide_resnet28_12.untrained": _CFG,
+        "cifar_resnext29_8x64d.untrained": _CFG,
+        "cifar_pyramidnet101_240.untrained": _CFG,
+    }
+)
+
 
 class CifarResNetV2(ResNetV2):
     """`timm.models.resnetv2.ResNetV2` with a 3x3 stem, and its blocks in three groups and four sections.
@@ -56,31 +60,42 @@ class CifarResNetV2(ResNetV2):
     """
 
     def __init__(
-            self,
-            block: Callable[..., nn.Module],
-            depths: Sequence[int],
-            channels: Sequence[int],
-            stem_chs: int = 16,
-            stem_norm: bool = False,
-            preact: bool = True,
-            num_classes: int = 100,
-            in_chans: int = 3,
-            global_pool: str = "avg",
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = BatchNormAct2d,
-            drop_rate: float = 0.0,
-            drop_path_rate: float = 0.0,
-            device: Any = None,
-            dtype: Any = None,
+        self,
+        block: Callable[..., nn.Module],
+        depths: Sequence[int],
+        channels: Sequence[int],
+        stem_chs: int = 16,
+        stem_norm: bool = False,
+        preact: bool = True,
+        num_classes: int = 100,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        act_layer: LayerType = nn.ReLU,
+        norm_layer: LayerType = BatchNormAct2d,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
     ):
         dd = {"device": device, "dtype": dtype}
         norm_layer, act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer), get_act_layer(act_layer)
         total, before_last = sum(depths), sum(depths[:2])
         ends = (depths[0], before_last, max(round(total * 3 / 4), before_last + 1), total)
         super().__init__(
-            layers=(0, 0, 0, 0), channels=[channels[end - 1] for end in ends], num_classes=num_classes,
-            in_chans=in_chans, global_pool=global_pool, stem_chs=stem_chs, preact=preact, basic=preact,
-            act_layer=act_layer, norm_layer=norm_layer, conv_layer=create_conv2d, drop_rate=drop_rate, **dd)
+            layers=(0, 0, 0, 0),
+            channels=[channels[end - 1] for end in ends],
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            stem_chs=stem_chs,
+            preact=preact,
+            basic=preact,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            conv_layer=create_conv2d,
+            drop_rate=drop_rate,
+            **dd,
+        )
         stem = OrderedDict(conv=create_conv2d(in_chans, stem_chs, 3, **dd))
         if stem_norm or not preact:
             stem["norm"] = norm_layer(stem_chs, apply_act=not preact, **dd)
@@ -91,7 +106,8 @@ class CifarResNetV2(ResNetV2):
         blocks = [
             block(in_chs, out_chs, stride=2 if index in group_starts else 1, drop_path_rate=rate, **layers)
             for index, ((in_chs, out_chs), rate) in enumerate(
-                zip(pairwise([stem_chs, *channels]), calculate_drop_path_rates(drop_path_rate, total)))
+                zip(pairwise([stem_chs, *channels]), calculate_drop_path_rates(drop_path_rate, total))
+            )
         ]
         for stage, (start, end) in zip(self.stages, pairwise([0, *ends])):
             stage.blocks = nn.Sequential(*blocks[start:end])
@@ -105,14 +121,14 @@ class PyramidBottleneck(nn.Module):
     without parameters, which is average-pooled and padded with zero channels to the block's shape."""
 
     def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            stride: int = 1,
-            drop_path_rate: float = 0.0,
-            act_layer: LayerType = nn.ReLU,
-            norm_layer: LayerType = BatchNormAct2d,
-            **dd: Any,
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int = 1,
+        drop_path_rate: float = 0.0,
+        act_layer: LayerType = nn.ReLU,
+        norm_layer: LayerType = BatchNormAct2d,
+        **dd: Any,
     ):
         super().__init__()
         mid_chs = out_chs // 4
@@ -143,12 +159,12 @@ def _resnext_block(in_chs: int, out_chs: int, **kwargs: Any) -> nn.Module:
     """8 groups of 64 channels where the output has 256, and so on."""
     projection = DownsampleConv if in_chs != out_chs else None
     return Bottleneck(
-        in_chs, out_chs, bottle_ratio=2.0, groups=8, proj_layer=projection, conv_layer=create_conv2d, **kwargs)
+        in_chs, out_chs, bottle_ratio=2.0, groups=8, proj_layer=projection, conv_layer=create_conv2d, **kwargs
+    )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNetV2:
-    return build_model_with_cfg(
-        CifarResNetV2, variant, pretrained, feature_cfg={"flatten_sequential": True}, **kwargs)
+    return build_model_with_cfg(CifarResNetV2, variant, pretrained, feature_cfg={"flatten_sequential": True}, **kwargs)
 
 
 def _wide(variant: str, pretrained: bool, depth: int, width: int, **kwargs: Any) -> CifarResNetV2:
@@ -163,8 +179,14 @@ def _pyramid(variant: str, pretrained: bool, depth: int, alpha: int, **kwargs: A
     blocks = (depth - 2) // 3
     channels = [4 * round(16 + alpha * (index + 1) / blocks) for index in range(blocks)]
     return _create(
-        variant, pretrained, block=PyramidBottleneck, depths=[blocks // 3] * 3, channels=channels, stem_norm=True,
-        **kwargs)
+        variant,
+        pretrained,
+        block=PyramidBottleneck,
+        depths=[blocks // 3] * 3,
+        channels=channels,
+        stem_norm=True,
+        **kwargs,
+    )
 
 
 @register_model
@@ -189,8 +211,16 @@ def cifar_wide_resnet28_12(pretrained: bool = False, **kwargs: Any) -> CifarResN
 def cifar_resnext29_8x64d(pretrained: bool = False, **kwargs: Any) -> CifarResNetV2:
     """ResNeXt-29, 8x64d (arXiv:1611.05431): 34.4 M parameters."""
     channels = [256] * 3 + [512] * 3 + [1024] * 3
-    return _create("cifar_resnext29_8x64d", pretrained, block=_resnext_block, depths=(3, 3, 3), channels=channels,
-                   stem_chs=64, preact=False, **kwargs)
+    return _create(
+        "cifar_resnext29_8x64d",
+        pretrained,
+        block=_resnext_block,
+        depths=(3, 3, 3),
+        channels=channels,
+        stem_chs=64,
+        preact=False,
+        **kwargs,
+    )
 
 
 @register_model

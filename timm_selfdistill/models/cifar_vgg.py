@@ -3,6 +3,7 @@
 The classifier is VGG's own, two hidden layers of 4096 units with dropout 0.5, behind the 1x1 map that five poolings
 leave of 32 pixels: 39.3 M parameters with 100 classes.
 """
+
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -13,9 +14,11 @@ from .cifar_cfg import cifar_cfg
 
 __all__ = ["CifarVGG"]
 
-default_cfgs = generate_default_cfgs({
-    "cifar_vgg19_bn.untrained": cifar_cfg(pool_size=(1, 1), first_conv="features.0", classifier="head.fc"),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "cifar_vgg19_bn.untrained": cifar_cfg(pool_size=(1, 1), first_conv="features.0", classifier="head.fc"),
+    }
+)
 
 HIDDEN = 4096
 
@@ -35,6 +38,10 @@ class CifarVGG(VGG):
 def cifar_vgg19_bn(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
     """VGG19 (configuration E of arXiv:1409.1556) with batch norm for 32x32 images."""
     return build_model_with_cfg(
-        CifarVGG, "cifar_vgg19_bn", pretrained, model_cfg=cfgs["vgg19"],
+        CifarVGG,
+        "cifar_vgg19_bn",
+        pretrained,
+        model_cfg=cfgs["vgg19"],
         feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2, 3, 4, 5)},
-        **{"norm_layer": nn.BatchNorm2d, **kwargs})
+        **{"norm_layer": nn.BatchNorm2d, **kwargs},
+    )

@@ -1,4 +1,5 @@
 """Data, the training loop, and what it leaves behind."""
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,13 @@ __all__ = [
 ]
 
 IMPORTED_LATER = {
-    "ImageDataset": ".data.splits", "ImageSplits": ".data.splits", "load_images": ".data.finding",
-    "open_image": ".data.images", "print_exits": ".outputs.run_directory",
-    "summary_title": ".outputs.run_directory"}
+    "ImageDataset": ".data.splits",
+    "ImageSplits": ".data.splits",
+    "load_images": ".data.finding",
+    "open_image": ".data.images",
+    "print_exits": ".outputs.run_directory",
+    "summary_title": ".outputs.run_directory",
+}
 """With the first of these names comes `datasets`, which takes half a second, or rich's tables."""
 
 

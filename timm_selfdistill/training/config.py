@@ -1,4 +1,5 @@
 """Everything a run can be told, under timm's names."""
+
 import datetime
 import difflib
 import os
@@ -25,10 +26,27 @@ CHOICES = {
     "dist_bn": ("reduce", "broadcast"),
     "hub_strategy": ("end", "best", "epoch"),
 }
-WHOLE = ("seed", "epochs", "batch_size", "validation_batch_size", "steps_per_epoch", "shuffle_buffer",
-         "head_warmup_epochs", "mixup_off_epoch", "grad_accum_steps", "workers", "log_interval", "checkpoint_hist",
-         "lr_cycle_limit", "lr_base_size", "cooldown_epochs", "patience_epochs", "val_interval", "start_epoch",
-         "train_num_samples")
+WHOLE = (
+    "seed",
+    "epochs",
+    "batch_size",
+    "validation_batch_size",
+    "steps_per_epoch",
+    "shuffle_buffer",
+    "head_warmup_epochs",
+    "mixup_off_epoch",
+    "grad_accum_steps",
+    "workers",
+    "log_interval",
+    "checkpoint_hist",
+    "lr_cycle_limit",
+    "lr_base_size",
+    "cooldown_epochs",
+    "patience_epochs",
+    "val_interval",
+    "start_epoch",
+    "train_num_samples",
+)
 """Fields that count something."""
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none")
 CYCLIC = ("cosine", "tanh", "poly")
@@ -234,8 +252,10 @@ class TrainConfig:
         known = list_optimizers()
         if self.opt.lower().removeprefix("lookahead_") not in known:
             close = difflib.get_close_matches(self.opt.lower(), known, 3)
-            raise ValueError(f"unknown optimizer {self.opt!r}; "
-                             + (f"did you mean {', '.join(close)}?" if close else f"timm has {', '.join(known)}"))
+            raise ValueError(
+                f"unknown optimizer {self.opt!r}; "
+                + (f"did you mean {', '.join(close)}?" if close else f"timm has {', '.join(known)}")
+            )
         if self.sched not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.sched!r}; choose from {', '.join(SCHEDULES)}")
         if self.hub_model_id is not None:
@@ -252,19 +272,53 @@ class TrainConfig:
             raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
         if isinstance(self.validation_batch_size, str):
             raise ValueError(f"validation_batch_size must be a number, got {self.validation_batch_size!r}")
-        for name in ("epochs", "batch_size", "validation_batch_size", "steps_per_epoch", "shuffle_buffer",
-                     "grad_accum_steps", "log_interval", "checkpoint_hist", "lr_base_size", "val_interval",
-                     "train_num_samples"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "validation_batch_size",
+            "steps_per_epoch",
+            "shuffle_buffer",
+            "grad_accum_steps",
+            "log_interval",
+            "checkpoint_hist",
+            "lr_base_size",
+            "val_interval",
+            "train_num_samples",
+        ):
             value = getattr(self, name)
             if value is not None and (name, value) != ("batch_size", "auto") and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def _check_ranges(self) -> None:
-        for name in ("seed", "lr", "warmup_lr", "min_lr", "momentum", "weight_decay", "warmup_epochs", "decay_rate",
-                     "head_lr_scale", "head_warmup_epochs", "layer_decay_min_scale", "lr_noise_pct", "lr_noise_std",
-                     "lr_cycle_mul", "lr_cycle_decay", "lr_cycle_limit", "lr_k_decay", "mixup", "cutmix",
-                     "mixup_off_epoch", "workers", "profile", "start_epoch", "cooldown_epochs", "patience_epochs",
-                     "epoch_repeats", "aug_repeats"):
+        for name in (
+            "seed",
+            "lr",
+            "warmup_lr",
+            "min_lr",
+            "momentum",
+            "weight_decay",
+            "warmup_epochs",
+            "decay_rate",
+            "head_lr_scale",
+            "head_warmup_epochs",
+            "layer_decay_min_scale",
+            "lr_noise_pct",
+            "lr_noise_std",
+            "lr_cycle_mul",
+            "lr_cycle_decay",
+            "lr_cycle_limit",
+            "lr_k_decay",
+            "mixup",
+            "cutmix",
+            "mixup_off_epoch",
+            "workers",
+            "profile",
+            "start_epoch",
+            "cooldown_epochs",
+            "patience_epochs",
+            "epoch_repeats",
+            "aug_repeats",
+        ):
             if not (is_number(value := getattr(self, name)) and 0 <= value < float("inf")):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}")
         for name in ("mixup_prob", "mixup_switch_prob", "model_ema_decay"):
@@ -282,13 +336,17 @@ class TrainConfig:
             raise ValueError(f"decay_epochs must be > 0, got {self.decay_epochs}")
         if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
             raise ValueError(f"decay_milestones must increase, got {self.decay_milestones}")
-        if self.lr_noise is not None and (len(self.lr_noise) > 2 or list(self.lr_noise) != sorted(self.lr_noise)
-                                          or not all(0 <= share <= 1 for share in self.lr_noise)):
+        if self.lr_noise is not None and (
+            len(self.lr_noise) > 2
+            or list(self.lr_noise) != sorted(self.lr_noise)
+            or not all(0 <= share <= 1 for share in self.lr_noise)
+        ):
             raise ValueError(f"lr_noise must be one share of the run, or two that increase, got {self.lr_noise}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be > 0, got {self.clip_grad}")
         if self.cutmix_minmax is not None and (
-                len(self.cutmix_minmax) != 2 or not 0 <= self.cutmix_minmax[0] <= self.cutmix_minmax[1] <= 1):
+            len(self.cutmix_minmax) != 2 or not 0 <= self.cutmix_minmax[0] <= self.cutmix_minmax[1] <= 1
+        ):
             raise ValueError(f"cutmix_minmax must be two shares, the least and the most, got {self.cutmix_minmax}")
 
     def _check_combinations(self) -> None:
@@ -296,17 +354,20 @@ class TrainConfig:
         if self.head_warmup_epochs >= self.epochs and self.head_warmup_epochs:
             raise ValueError(
                 f"head_warmup_epochs must be less than epochs ({self.epochs}), got {self.head_warmup_epochs}; to train"
-                " the heads alone, freeze the backbone")
+                " the heads alone, freeze the backbone"
+            )
         if self.sched == "plateau" and self.warmup_prefix:
             raise ValueError("warmup_prefix is of schedules that know their end, and plateau does not; leave it out")
         if self.sched == "plateau" and self.start_epoch:
             raise ValueError("plateau goes by the metrics of all epochs, so that start_epoch must be 0")
         if self.lr_base is None and (self.lr_base_size != 256 or self.lr_base_scale):
-            raise ValueError("lr_base_size and lr_base_scale are of lr_base, which is not given; give it, or leave them"
-                             " out")
+            raise ValueError(
+                "lr_base_size and lr_base_scale are of lr_base, which is not given; give it, or leave them out"
+            )
         if self.cooldown_epochs and self.sched not in CYCLIC:
-            raise ValueError(f"cooldown_epochs is of the schedules {', '.join(CYCLIC)}, and sched is {self.sched};"
-                             " leave it out")
+            raise ValueError(
+                f"cooldown_epochs is of the schedules {', '.join(CYCLIC)}, and sched is {self.sched}; leave it out"
+            )
         if self.no_resume_opt and self.resume is None:
             raise ValueError("no_resume_opt leaves a part of a checkpoint out, and none is resumed; give resume, too")
         if 0 < self.aug_repeats < 1:
@@ -314,19 +375,24 @@ class TrainConfig:
         if self.torchcompile_mode and not self.torchcompile:
             raise ValueError(f"torchcompile_mode {self.torchcompile_mode} is of torchcompile, which is off")
         if (self.wandb_project or self.wandb_tags) and "wandb" not in self.report_to:
-            raise ValueError("wandb_project and wandb_tags are for the tracker wandb; add it to report_to"
-                             " (--log-wandb)")
+            raise ValueError(
+                "wandb_project and wandb_tags are for the tracker wandb; add it to report_to (--log-wandb)"
+            )
         if (self.mixup or self.cutmix or self.cutmix_minmax) and self.batch_size != "auto" and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {self.batch_size}")
         if self.unlabelled and self.smoothing:
             raise ValueError("smoothing is of labels, which unlabelled images do not have; leave one of them out")
         for name in ("mixup", "cutmix", "cutmix_minmax") if self.cache_features else ():
             if getattr(self, name):
-                raise ValueError(f"cache_features keeps what the backbone says of each image, and {name} (--{name})"
-                                 " changes them in every epoch; leave one of them out")
+                raise ValueError(
+                    f"cache_features keeps what the backbone says of each image, and {name} (--{name})"
+                    " changes them in every epoch; leave one of them out"
+                )
         if self.cache_features and self.aug_repeats:
-            raise ValueError("cache_features keeps what the backbone says of each image, and aug_repeats augments each"
-                             " several times; leave one of them out")
+            raise ValueError(
+                "cache_features keeps what the backbone says of each image, and aug_repeats augments each"
+                " several times; leave one of them out"
+            )
         if self.cache_features and self.on_bad_sample != "raise":
             raise ValueError("cache_features needs every image; on_bad_sample must be 'raise'")
 
@@ -344,8 +410,10 @@ class TrainConfig:
 
     def _check_settings(self) -> None:
         if taken := sorted({entry.name for entry in fields(self)} & self.settings.keys()):
-            raise ValueError(f"settings must have names of their own, got {', '.join(taken)}, which TrainConfig has"
-                             f" itself: give TrainConfig({taken[0]}=...), or choose another name")
+            raise ValueError(
+                f"settings must have names of their own, got {', '.join(taken)}, which TrainConfig has"
+                f" itself: give TrainConfig({taken[0]}=...), or choose another name"
+            )
 
 
 def parse_interval(text: str) -> tuple[int, int]:
@@ -394,8 +462,10 @@ def plain_value(value: Any, name: str) -> Any:
             return kind(value)
     if value is None or isinstance(value, datetime.date):
         return value
-    raise TypeError(f"{name} must be a number, text, path, list or dict, so that config.yaml can tell it, got"
-                    f" {type(value).__name__}; give its name or its values")
+    raise TypeError(
+        f"{name} must be a number, text, path, list or dict, so that config.yaml can tell it, got"
+        f" {type(value).__name__}; give its name or its values"
+    )
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -17,10 +17,12 @@ def photos(tmp_path, monkeypatch):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs timm-selfdistill in the working directory; its exit code, output and errors."""
+
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["timm-selfdistill", *map(str, arguments)])
         capsys.readouterr()
         with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
             main()
         return end.value.code or 0, *capsys.readouterr()
+
     return run

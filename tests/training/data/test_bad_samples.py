@@ -1,4 +1,5 @@
 """An image that cannot be read ends a run or a command, or is left out and counted, in every one of them."""
+
 import re
 from pathlib import Path
 
@@ -12,8 +13,24 @@ from .test_layouts import make
 
 def train(*more: object, check: bool = True):
     return run_python(
-        ROOT / "examples/train.py", "--data-dir", Path("photos").resolve(), "--model", "test_resnet", "--img-size", 32,
-        "-b", 8, "-j", 0, "--epochs", 1, "--output", Path("run").resolve(), *more, check=check)
+        ROOT / "examples/train.py",
+        "--data-dir",
+        Path("photos").resolve(),
+        "--model",
+        "test_resnet",
+        "--img-size",
+        32,
+        "-b",
+        8,
+        "-j",
+        0,
+        "--epochs",
+        1,
+        "--output",
+        Path("run").resolve(),
+        *more,
+        check=check,
+    )
 
 
 @pytest.fixture
@@ -31,8 +48,11 @@ def test_they_are_left_out_of_training_and_of_every_measurement(with_damage, com
     done = train("--on-bad-sample", "skip")
     assert done.stdout.count("images replaced 2") == 1
     assert done.stderr == "warning: 2 validation images cannot be read and are left out\n"
-    for name, more in (("evaluate", []), ("calibrate", ["--max-accuracy-drop", 100, "--output", "calibrated"]),
-                       ("tradeoff", ["--output", "tradeoff"])):
+    for name, more in (
+        ("evaluate", []),
+        ("calibrate", ["--max-accuracy-drop", 100, "--output", "calibrated"]),
+        ("tradeoff", ["--output", "tradeoff"]),
+    ):
         code, out, err = command(name, "run", "--data", "photos", *more)  # as in the run's training
         assert code == 0, err
         assert "2 images could not be read: left out" in out

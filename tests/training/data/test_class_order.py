@@ -1,4 +1,5 @@
 """A network that has classes keeps their order, whatever that of the folders."""
+
 import re
 from pathlib import Path
 
@@ -50,8 +51,12 @@ def test_the_networks_order(animals, kind):
 
 
 def test_other_classes_are_refused(animals):
-    with pytest.raises(ValueError, match=(
-            r"3 classes \('fish', 'cat', 'cow'\), .*3 classes \('cat', 'dog', 'fish'\): .*'dog'; .*--pretrained-path")):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"3 classes \('fish', 'cat', 'cow'\), .*3 classes \('cat', 'dog', 'fish'\): .*'dog'; .*--pretrained-path"
+        ),
+    ):
         fit_classes(animals, network(["fish", "cat", "cow"]), frozen=False)
     with pytest.raises(ValueError, match="'fish', 'cat', 'cow'.*--unlabelled"):
         fit_classes(animals, network(["fish", "cat", "cow"]), frozen=True)
@@ -89,8 +94,15 @@ def test_a_saved_model_is_trained_on_and_measured_with_folders_in_another_order(
     backbone.pretrained_cfg["input_size"] = (3, 32, 32)
     wrap_self_distill(backbone).save_pretrained("saved")
     flags = ["--data-dir", Path("photos").resolve(), "-b", 4, "-j", 0, "--epochs", 1, "--lr", 0]
-    run_python(ROOT / "examples/train.py", *flags, "--model", f"local-dir:{Path('saved').resolve()}", "--pretrained",
-               "--output", Path("run").resolve())
+    run_python(
+        ROOT / "examples/train.py",
+        *flags,
+        "--model",
+        f"local-dir:{Path('saved').resolve()}",
+        "--pretrained",
+        "--output",
+        Path("run").resolve(),
+    )
     assert load_file("run/best/model.safetensors").keys() == load_file("saved/model.safetensors").keys()
     val = animals.in_order(["fish", "cat", "dog"]).transformed(resolve_model_data_config(backbone))[1]
     with torch.no_grad():

@@ -1,4 +1,5 @@
 """Folders as users have them: what is on the disk is what is trained on, as timm reads it."""
+
 import os
 import random
 import re
@@ -75,26 +76,41 @@ def test_each_row_of_the_page(files, said, photos):
     assert images.class_names == [name for name in names if name]
 
 
-@pytest.mark.parametrize("name", [
-    "photos [2024]", "a*b", "50%", "what?", "{x}", "name\nin two lines", "Bäume ~", "#1", " "])
+@pytest.mark.parametrize(
+    "name", ["photos [2024]", "a*b", "50%", "what?", "{x}", "name\nin two lines", "Bäume ~", "#1", " "]
+)
 def test_any_character_in_a_path(name, photos):
     make(photos / name / "train", "{cat,dog}/{1..3}.jpg")
     make(photos / name / "val", "{cat,dog}/4.jpg")
     images = load_images(photos / name)
     assert (len(images.train_rows), len(images.val_rows)) == (6, 2)
-    train, _ = images.transformed({"input_size": (3, 8, 8), "mean": (0,) * 3, "std": (1,) * 3,
-                                   "interpolation": "bilinear", "crop_pct": 1.0}, no_aug=True)
+    train, _ = images.transformed(
+        {"input_size": (3, 8, 8), "mean": (0,) * 3, "std": (1,) * 3, "interpolation": "bilinear", "crop_pct": 1.0},
+        no_aug=True,
+    )
     assert train[0][0].shape == (3, 8, 8)
 
 
 WORDS = ["1", "2", "10", "007", "Å", "ä", "Zoo", "zebra", "cat", "CAT", "x_y", "(a)", "ß", "é", "٣", "train", "b.c"]
 
 
-@pytest.mark.parametrize("names", [
-    ["2", "10", "1"], ["b", "A", "C"], ["img10", "img9", "IMG8"], ["Zebra", "Äffchen", "zoo", "Zoo 2"],
-    ["a b", "a", "a_b", "a-b", "aB"], ["3²", "x", "²"], ["٣", "1", "002"], ["train", "Test", "bus"],
-    *([f"{draw.choice(WORDS)}{draw.choice(['', ' ', '-'])}{draw.choice(WORDS)}" for _ in range(12)]
-      for draw in map(random.Random, range(20)))])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["2", "10", "1"],
+        ["b", "A", "C"],
+        ["img10", "img9", "IMG8"],
+        ["Zebra", "Äffchen", "zoo", "Zoo 2"],
+        ["a b", "a", "a_b", "a-b", "aB"],
+        ["3²", "x", "²"],
+        ["٣", "1", "002"],
+        ["train", "Test", "bus"],
+        *(
+            [f"{draw.choice(WORDS)}{draw.choice(['', ' ', '-'])}{draw.choice(WORDS)}" for _ in range(12)]
+            for draw in map(random.Random, range(20))
+        ),
+    ],
+)
 def test_images_have_the_classes_and_the_order_of_timm(names, photos):
     names = sorted({name.strip().lower(): name.strip() for name in names}.values())
     for name in names:
@@ -119,7 +135,8 @@ def test_links_are_followed_and_loops_end(photos, tmp_path):
     assert Counter(rows(images.train_rows).values()) == {"cat": 6, "dog": 5}
     assert images.lines() == [
         "train: 11 images of 2 classes in photos/train; left out: 2 linked to a folder above, 1 linked to nothing",
-        "val: 2 images of 2 classes in photos/val"]
+        "val: 2 images of 2 classes in photos/val",
+    ]
 
 
 @pytest.mark.parametrize("linked", [os.link, os.symlink])
@@ -136,8 +153,10 @@ def test_no_image_is_on_both_sides(linked, photos):
         linked((photos / f"flat/cat/{index}.jpg").resolve(), photos / f"flat/cat/copy{index}.jpg")
     with pytest.warns(UserWarning, match="images are validation images, too"):
         images = load_images(photos / "flat", val_fraction=0.5)
-    files = [{os.path.realpath(path) if linked is os.symlink else os.stat(path).st_ino for path in part.paths}
-             for part in (images.train_rows, images.val_rows)]
+    files = [
+        {os.path.realpath(path) if linked is os.symlink else os.stat(path).st_ino for path in part.paths}
+        for part in (images.train_rows, images.val_rows)
+    ]
     assert not files[0] & files[1]
 
 
@@ -160,22 +179,29 @@ def test_other_extensions_are_named_as_in_timm(photos):
         load_images(photos)
 
 
-@pytest.mark.parametrize(("files", "error", "message"), [
-    ("", FileNotFoundError, "photos holds no images .*expected one folder per class"),
-    ("notes.txt a/b/", FileNotFoundError, r"no images .*; it holds 1 \.txt"),
-    ("cat/{1..5}.jpg", ValueError, r"one class only \(\['cat'\]\); 2 are needed"),
-    ("train/cat/{1..5}.jpg val/cat/1.jpg", ValueError, "photos/train are of one class only"),
-    ("cat/1.jpg dog/{1..9}.jpg", ValueError, "class 'cat' has one image, .*validation split"),
-    ("train/{cat,dog}/{1..5}.jpg val/{cat,fish}/6.jpg", ValueError, "photos/val .*'fish', .*2 classes .*'cat', 'dog'"),
-    ("train/{Cat,dog}/{1..5}.jpg val/{cat,dog}/6.jpg", ValueError, "'cat', .*differs from 'Cat' only in case"),
-    ("train/{cat,dog}/{1..5}.jpg {val,valid}/{cat,dog}/6.jpg", ValueError, "both val/ and valid/ .*val_split"),
-    ("{train,training}/{cat,dog}/{1..5}.jpg", ValueError, "both train/ and training/ .*train_split"),
-    ("train/{1..5}.jpg val/{1..5}.jpg", ValueError, "photos/train holds 5 images, but no folders of classes"),
-    ("val/{cat,dog}/{1..5}.jpg", ValueError, "no split 'train'; it has 'val'"),
-    ("a/b/train/{cat,dog}/{1..5}.jpg a/b/test/{cat,dog}/6.jpg", ValueError, "photos/a/b holds the splits"),
-    ("cat/{train,val}/{1..5}.jpg dog/{1..5}.jpg", ValueError, "photos/cat holds train/ and val/: as classes"),
-    ("test/{cat,dog}/{1..5}.jpg bus/{1..5}.jpg", ValueError, "photos can be read in two ways"),
-])
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ("", FileNotFoundError, "photos holds no images .*expected one folder per class"),
+        ("notes.txt a/b/", FileNotFoundError, r"no images .*; it holds 1 \.txt"),
+        ("cat/{1..5}.jpg", ValueError, r"one class only \(\['cat'\]\); 2 are needed"),
+        ("train/cat/{1..5}.jpg val/cat/1.jpg", ValueError, "photos/train are of one class only"),
+        ("cat/1.jpg dog/{1..9}.jpg", ValueError, "class 'cat' has one image, .*validation split"),
+        (
+            "train/{cat,dog}/{1..5}.jpg val/{cat,fish}/6.jpg",
+            ValueError,
+            "photos/val .*'fish', .*2 classes .*'cat', 'dog'",
+        ),
+        ("train/{Cat,dog}/{1..5}.jpg val/{cat,dog}/6.jpg", ValueError, "'cat', .*differs from 'Cat' only in case"),
+        ("train/{cat,dog}/{1..5}.jpg {val,valid}/{cat,dog}/6.jpg", ValueError, "both val/ and valid/ .*val_split"),
+        ("{train,training}/{cat,dog}/{1..5}.jpg", ValueError, "both train/ and training/ .*train_split"),
+        ("train/{1..5}.jpg val/{1..5}.jpg", ValueError, "photos/train holds 5 images, but no folders of classes"),
+        ("val/{cat,dog}/{1..5}.jpg", ValueError, "no split 'train'; it has 'val'"),
+        ("a/b/train/{cat,dog}/{1..5}.jpg a/b/test/{cat,dog}/6.jpg", ValueError, "photos/a/b holds the splits"),
+        ("cat/{train,val}/{1..5}.jpg dog/{1..5}.jpg", ValueError, "photos/cat holds train/ and val/: as classes"),
+        ("test/{cat,dog}/{1..5}.jpg bus/{1..5}.jpg", ValueError, "photos can be read in two ways"),
+    ],
+)
 def test_what_cannot_be_read(files, error, message, photos):
     make(photos, files)
     with pytest.raises(error, match=message):
@@ -200,9 +226,11 @@ def test_a_folder_that_may_not_be_read(link, open_place):
         (open_place / "photos/secret").symlink_to(secret / "deep")
     secret.chmod(0)
     script = open_place / "script.py"
-    script.write_text("import os, sys\nfrom timm_selfdistill.training.data.finding import load_images\n"
-                      "if os.getuid() == 0: os.setuid(65534)  # who may read everything\n"
-                      "try: load_images(sys.argv[1])\nexcept PermissionError as error: print(error)\n")
+    script.write_text(
+        "import os, sys\nfrom timm_selfdistill.training.data.finding import load_images\n"
+        "if os.getuid() == 0: os.setuid(65534)  # who may read everything\n"
+        "try: load_images(sys.argv[1])\nexcept PermissionError as error: print(error)\n"
+    )
     done = run_python(script, open_place / "photos")
     assert done.stdout == f"{open_place}/photos/secret may not be read; change its permissions, or move it away\n"
 
@@ -210,8 +238,10 @@ def test_a_folder_that_may_not_be_read(link, open_place):
 def test_named_splits(photos):
     make(photos, "first/{cat,dog}/{1..5}.jpg second/{cat,dog}/6.jpg third/{cat,dog}/{7..9}.jpg")
     images = load_images(photos, train_split="first", val_split="third")
-    assert images.lines() == ["first: 10 images of 2 classes in photos/first; left out: 2 images in second/",
-                              "third: 6 images of 2 classes in photos/third"]
+    assert images.lines() == [
+        "first: 10 images of 2 classes in photos/first; left out: 2 images in second/",
+        "third: 6 images of 2 classes in photos/third",
+    ]
     with pytest.raises(ValueError, match="'first' is what is trained on; .*val_fraction"):
         load_images(photos, train_split="first", val_split="first")
 
@@ -268,9 +298,14 @@ def test_what_is_not_divided_has_one_name(photos):
             load_split(photos, name)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"image_column": "webp"}, "image_column .*extensions, such as '.webp;.png', got 'webp'"),
-    ({"image_column": "image"}, "got 'image'"), ({"label_column": "kind"}, "classes are its folders; .*'kind'")])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_column": "webp"}, "image_column .*extensions, such as '.webp;.png', got 'webp'"),
+        ({"image_column": "image"}, "got 'image'"),
+        ({"label_column": "kind"}, "classes are its folders; .*'kind'"),
+    ],
+)
 def test_a_folder_has_no_columns(settings, message, photos):
     make(photos, "{cat,dog}/{1..20}.jpg cat/{1..20}.webp")
     with pytest.raises(ValueError, match=message):
@@ -307,19 +342,36 @@ def test_a_class_that_is_on_the_other_side_whole(files, photos):
         load_images(photos)
 
 
-@pytest.mark.parametrize(("files", "said"), [
-    ("cat/{1..20}.jpg all.tar", r"one class only \(\['cat'\]\)"), ("{1..20}.jpg all.tar", "no folders of classes"),
-    ("{1..20}.jpg embeddings.parquet", "no folders of classes"),
-    ("{train,val}/{1..5}.jpg", "if train/ itself is a class, rename it"),
-    ("data/train/{cat,dog}/{1..5}.jpg data/val/{1..5}.jpg", "photos/data holds the splits train/ and val/: give that")])
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ("cat/{1..20}.jpg all.tar", r"one class only \(\['cat'\]\)"),
+        ("{1..20}.jpg all.tar", "no folders of classes"),
+        ("{1..20}.jpg embeddings.parquet", "no folders of classes"),
+        ("{train,val}/{1..5}.jpg", "if train/ itself is a class, rename it"),
+        (
+            "data/train/{cat,dog}/{1..5}.jpg data/val/{1..5}.jpg",
+            "photos/data holds the splits train/ and val/: give that",
+        ),
+    ],
+)
 def test_the_cause_is_named(files, said, photos):
     make(photos, files)
     with pytest.raises(ValueError, match=said):
         load_images(photos)
 
 
-@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json", "dataset_info.json", "test-set-notes.parquet",
-                                  "cat/train.arrow", "cat/train.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state.json",
+        "dataset_dict.json",
+        "dataset_info.json",
+        "test-set-notes.parquet",
+        "cat/train.arrow",
+        "cat/train.parquet",
+    ],
+)
 def test_sidecars_with_the_names_of_others_change_nothing(name, photos):
     make(photos, "{cat,dog}/{1..20}.jpg")
     (photos / name).write_text("{}")
@@ -340,8 +392,16 @@ def test_one_metadata_file_for_several_splits(photos):
         load_images(photos, label_column="kind")
 
 
-@pytest.mark.parametrize("names", [("train2017", "val2017"), ("seg_train", "seg_test"), ("train_set", "val_set"),
-                                   ("images_train", "images_val"), ("Train-1", "Test-1")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train2017", "val2017"),
+        ("seg_train", "seg_test"),
+        ("train_set", "val_set"),
+        ("images_train", "images_val"),
+        ("Train-1", "Test-1"),
+    ],
+)
 def test_folders_that_are_likely_to_be_splits(names, photos):
     for name in names:
         make(photos / name, "{cat,dog}/{1..10}.jpg")
@@ -362,7 +422,8 @@ def test_runs_in_the_folder_are_no_images(photos):
     images = load_images(photos)
     assert images.class_names == ["cat", "dog"]
     assert images.lines()[0].endswith(
-        "; left out: 2 folders of training runs or saved models, 1 folder without an image")
+        "; left out: 2 folders of training runs or saved models, 1 folder without an image"
+    )
 
 
 def test_letters_that_are_written_in_two_ways(photos):

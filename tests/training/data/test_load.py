@@ -90,12 +90,20 @@ def test_integer_labels_without_names_are_named_by_their_number():
     assert images.class_names == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize(("mode", "in_chans", "expected"), [
-    ("L", None, (3, 32, 32)), ("L", 1, (1, 32, 32)), ("RGB", None, (3, 32, 32)), ("L", 3, (3, 32, 32)),
-    ("RGBA", 1, (1, 32, 32)), ("P", 3, (3, 32, 32)), ("I;16", 1, (1, 32, 32)),
-])
+@pytest.mark.parametrize(
+    ("mode", "in_chans", "expected"),
+    [
+        ("L", None, (3, 32, 32)),
+        ("L", 1, (1, 32, 32)),
+        ("RGB", None, (3, 32, 32)),
+        ("L", 3, (3, 32, 32)),
+        ("RGBA", 1, (1, 32, 32)),
+        ("P", 3, (3, 32, 32)),
+        ("I;16", 1, (1, 32, 32)),
+    ],
+)
 def test_grey_palette_and_transparent_images_of_any_size(mode, in_chans, expected):
-    picture_in_mode = (Image.fromarray(np.full((20, 30), 700, dtype=np.uint16)) if mode == "I;16" else picture(mode))
+    picture_in_mode = Image.fromarray(np.full((20, 30), 700, dtype=np.uint16)) if mode == "I;16" else picture(mode)
     rows = datasets.Dataset.from_dict({"image": [picture_in_mode] * 4, "label": [0, 1] * 2})
     images = load_images(rows.cast_column("image", datasets.Image()), label_column="label", val_fraction=0.5)
     channels = in_chans or images.in_chans
@@ -109,8 +117,9 @@ def test_16_bit_images_keep_their_greys():
     steps = Image.fromarray(np.repeat(np.array([[0, 64, 128, 255]], dtype=np.uint16) * 257, 4, axis=0))
     rows = datasets.Dataset.from_dict({"image": [steps] * 4, "label": ["a", "b"] * 2})
     images = load_images(rows.cast_column("image", datasets.Image()), label_column="label", val_fraction=0.5)
-    config = model_data_config(small_backbone(in_chans=1), 4, 1, mean=[0.0], std=[1.0], crop_pct=1.0,
-                               interpolation="nearest")
+    config = model_data_config(
+        small_backbone(in_chans=1), 4, 1, mean=[0.0], std=[1.0], crop_pct=1.0, interpolation="nearest"
+    )
     _, val = images.transformed(config)
     assert (val[0][0][0, 0] * 255).round().tolist() == [0, 64, 128, 255]
 
@@ -147,20 +156,26 @@ def test_small_images_are_trained_at_a_fitting_size(fashion):
     assert fashion.fitting_size(timm.create_model("coat_tiny")) == 224  # which takes nothing else
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"img_size": 0}, r"img_size .*1 pixel, got 0"),
-    ({"crop_pct": 0}, r"crop_pct .*\(0, 1\], got 0"),
-    ({"mean": [0.1, 0.2]}, r"mean .*2 values .*3 channels: \(0\.1, 0\.2\)"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"img_size": 0}, r"img_size .*1 pixel, got 0"),
+        ({"crop_pct": 0}, r"crop_pct .*\(0, 1\], got 0"),
+        ({"mean": [0.1, 0.2]}, r"mean .*2 values .*3 channels: \(0\.1, 0\.2\)"),
+    ],
+)
 def test_bad_preprocessing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         model_data_config(small_backbone(), **arguments)
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ({"auto_augment": "foo"}, r"timm .*transforms: .*policy foo"),
-    ({"interpolation": "foo"}, r"timm .*transforms: 'foo'"),
-])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"auto_augment": "foo"}, r"timm .*transforms: .*policy foo"),
+        ({"interpolation": "foo"}, r"timm .*transforms: 'foo'"),
+    ],
+)
 def test_unknown_augmentation_is_refused(fashion, setting, message):
     with pytest.raises(ValueError, match=message):
         fashion.transformed(model_data_config(small_backbone(in_chans=1), 32, 1), **setting)
@@ -212,27 +227,44 @@ def test_a_source_of_another_type():
         load_images(3)
 
 
-@pytest.mark.parametrize(("labels", "arguments", "error", "message"), [
-    (["x"] * 4, {"label_column": "label"}, ValueError, r"one class .*\(\['x'\]\); 2 "),
-    ([3] * 4, {"label_column": "label"}, ValueError, r"one class .*\(\['3'\]\); 2 "),
-    ([[0], [1]], {"label_column": "label"}, TypeError, r"'label' .*one class index .*List\("),
-    ([0, -1, 1, 0], {"label_column": "label"}, ValueError, r"'label' .*0\.\.1, got -1; .*split without labels"),
-    ([0.5, 1.0, 0.0, 1.0], {"label_column": "label"}, TypeError, r"'label' .*indices or names, got .*float64"),
-    (["x", "y"] * 2, {}, ValueError, r"\(ClassLabel\) .*image, label; .*label_column \(--target-key\)"),
-    (["x", "y"] * 2, {"label_column": "class"}, ValueError, r"column 'class'; .*image, label"),
-    (["x", "y"] * 2, {"image_column": "picture"}, ValueError, r"column 'picture'; .*image, label"),
-    (["x", "y"] * 2, {"train_split": "training", "val_split": "eval", "label_column": "label"}, ValueError,
-     r"split 'eval'; .*'training'"),
-    (["x", "y"] * 2, {"label_column": "label", "val_fraction": 1.0}, ValueError, r"val_fraction .*0 and 1, got 1\.0"),
-])
+@pytest.mark.parametrize(
+    ("labels", "arguments", "error", "message"),
+    [
+        (["x"] * 4, {"label_column": "label"}, ValueError, r"one class .*\(\['x'\]\); 2 "),
+        ([3] * 4, {"label_column": "label"}, ValueError, r"one class .*\(\['3'\]\); 2 "),
+        ([[0], [1]], {"label_column": "label"}, TypeError, r"'label' .*one class index .*List\("),
+        ([0, -1, 1, 0], {"label_column": "label"}, ValueError, r"'label' .*0\.\.1, got -1; .*split without labels"),
+        ([0.5, 1.0, 0.0, 1.0], {"label_column": "label"}, TypeError, r"'label' .*indices or names, got .*float64"),
+        (["x", "y"] * 2, {}, ValueError, r"\(ClassLabel\) .*image, label; .*label_column \(--target-key\)"),
+        (["x", "y"] * 2, {"label_column": "class"}, ValueError, r"column 'class'; .*image, label"),
+        (["x", "y"] * 2, {"image_column": "picture"}, ValueError, r"column 'picture'; .*image, label"),
+        (
+            ["x", "y"] * 2,
+            {"train_split": "training", "val_split": "eval", "label_column": "label"},
+            ValueError,
+            r"split 'eval'; .*'training'",
+        ),
+        (
+            ["x", "y"] * 2,
+            {"label_column": "label", "val_fraction": 1.0},
+            ValueError,
+            r"val_fraction .*0 and 1, got 1\.0",
+        ),
+    ],
+)
 def test_tables_that_do_not_fit_are_refused(labels, arguments, error, message):
     with pytest.raises(error, match=message):
         load_images(table(labels), **arguments)
 
 
-@pytest.mark.parametrize(("labels", "said"), [
-    ([1, 2, 3] * 4, "label 0, since they begin at 1: 4 classes, 3 of them"),
-    ([0, 2, 5] * 4, "label 1, 3, 4: 6 classes"), ([0, 1, 2] * 4, None)])
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([1, 2, 3] * 4, "label 0, since they begin at 1: 4 classes, 3 of them"),
+        ([0, 2, 5] * 4, "label 1, 3, 4: 6 classes"),
+        ([0, 1, 2] * 4, None),
+    ],
+)
 def test_labels_with_gaps_are_said(labels, said, recwarn):
     assert load_images(table(labels), label_column="label").num_classes == max(labels) + 1
     messages = [str(warning.message) for warning in recwarn if "no training image" in str(warning.message)]
@@ -396,7 +428,8 @@ def test_labels_of_unlabelled_images_are_used_for_validation_only(streaming):
     turned = images.fitting_labels(10, CLASSES[::-1])
     _, turned_val = turned.transformed(model_data_config(small_backbone(in_chans=1), 32, in_chans=1), no_aug=True)
     assert [turned.class_names[label] for _, (_, label) in zip(range(9), turned_val)] == [
-        CLASSES[label] for _, (_, label) in zip(range(9), val)]
+        CLASSES[label] for _, (_, label) in zip(range(9), val)
+    ]
     for others, network in (((1000,), "1000"), ((10, [*CLASSES[:9], "Boot"]), "10: T-shirt/top, ...")):
         said = rf"\(10: T-shirt/top, .*network's \({re.escape(network)}\).*agreement with the deepest"
         with pytest.warns(UserWarning, match=said):

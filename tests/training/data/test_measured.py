@@ -1,4 +1,5 @@
 """Commands on a saved model measure the images that its run measured."""
+
 import re
 import shutil
 from pathlib import Path
@@ -42,8 +43,17 @@ def run(trained, photos):
     return Path("run")
 
 
-@pytest.mark.parametrize("data", [[], ["--data", "photos"], ["--data-dir", "./photos"], ["--data", "moved"],
-                                  ["--data", "photos", "--seed", 3], ["--data", "photos", "--val-fraction", 0.2]])
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        ["--data", "photos"],
+        ["--data-dir", "./photos"],
+        ["--data", "moved"],
+        ["--data", "photos", "--seed", 3],
+        ["--data", "photos", "--val-fraction", 0.2],
+    ],
+)
 def test_the_runs_own_images(data, run, command):
     if "moved" in data:
         shutil.move("photos", "moved")
@@ -55,13 +65,19 @@ def test_the_runs_own_images(data, run, command):
     assert command("evaluate", "run/last", *data)[0] == 0
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--seed", 4], "about 80% of these images, drawn by --val-fraction 0.2 --seed 4; the run measured the 0.2 of"
-                    " train, drawn by seed 3"),
-    (["--val-fraction", 0.5], "about 80% of these images, drawn by --val-fraction 0.5 --seed 3;"),
-    (["--val-split", "train"], "80% of these images, since train is its training split;"),
-    (["--data", "photos", "--split", "train"], "80% of these images, since train is its training split;"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--seed", 4],
+            "about 80% of these images, drawn by --val-fraction 0.2 --seed 4; the run measured the 0.2 of"
+            " train, drawn by seed 3",
+        ),
+        (["--val-fraction", 0.5], "about 80% of these images, drawn by --val-fraction 0.5 --seed 3;"),
+        (["--val-split", "train"], "80% of these images, since train is its training split;"),
+        (["--data", "photos", "--split", "train"], "80% of these images, since train is its training split;"),
+    ],
+)
 def test_images_that_were_trained_on_are_named_first(flags, said, run, command):
     code, out, _ = command("evaluate", run, *flags)
     assert code == 0
@@ -197,12 +213,17 @@ def test_reading_given_by_hand_is_said(run, command):
     assert "read with" not in command("evaluate", run, "--train-split", "train")[1]
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--val-split", "train", "--val-fraction", 0.2], "--val-split train measures a split as a whole, and"
-                                                      " --val-fraction 0.2 a part"),
-    (["--val-split", "train", "--train-split", "train", "--seed", 3], "and --train-split train --seed 3 a part"),
-    (["--data-dir", "photos", "--dataset", "user/photos"], "--data-dir photos and --dataset user/photos are two"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--val-split", "train", "--val-fraction", 0.2],
+            "--val-split train measures a split as a whole, and --val-fraction 0.2 a part",
+        ),
+        (["--val-split", "train", "--train-split", "train", "--seed", 3], "and --train-split train --seed 3 a part"),
+        (["--data-dir", "photos", "--dataset", "user/photos"], "--data-dir photos and --dataset user/photos are two"),
+    ],
+)
 def test_flags_that_contradict_are_refused(flags, said, run, command):
     code, out, err = command("evaluate", run, *flags)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -245,8 +266,9 @@ def test_classes_in_another_order_are_matched_and_it_is_said(run, command, tmp_p
 def test_a_baseline_that_was_trained_on_the_images(run, command):
     make(Path("others"), "train/{cat,dog}/{1..8}.jpg val/{cat,dog}/{1..4}.jpg")
     train("--data-dir", Path("others").resolve(), "--method", "plain", "--output", Path("plain").resolve())
-    _, out, _ = command("tradeoff", run, "--baseline", "plain", "--data-dir", "others",
-                        "--val-split", "train", "--output", "out")
+    _, out, _ = command(
+        "tradeoff", run, "--baseline", "plain", "--data-dir", "others", "--val-split", "train", "--output", "out"
+    )
     assert out.splitlines()[1].startswith("warning: plain/best was trained on all of these images")
 
 
@@ -273,17 +295,31 @@ def test_weights_that_were_trained_on_what_is_measured(run, command):
     """Of a run that goes on with another draw, its first and every later measurement says so."""
     make(Path("others"), "test/{cat,dog}/{1..2}.jpg")
     more = ("--seed", 4, "--val-fraction", 0.2, "--output", Path("tuned").resolve())
-    said = re.compile("^warning: .*run/best was trained on about 80% of these images, drawn by .*--seed 4; the run"
-                      " measured the 0.2 of train, drawn by seed 3$", re.MULTILINE)
-    for begin in (("--model", f"local-dir:{run.resolve()}/best", "--pretrained"),
-                  ("--initial-checkpoint", run.resolve())):
+    said = re.compile(
+        "^warning: .*run/best was trained on about 80% of these images, drawn by .*--seed 4; the run"
+        " measured the 0.2 of train, drawn by seed 3$",
+        re.MULTILINE,
+    )
+    for begin in (
+        ("--model", f"local-dir:{run.resolve()}/best", "--pretrained"),
+        ("--initial-checkpoint", run.resolve()),
+    ):
         shutil.rmtree("tuned", ignore_errors=True)
         assert said.search(train(*begin, *more).stdout)
         assert said.match(command("evaluate", "tuned")[1])
         assert not said.search(command("evaluate", "tuned", "--data-dir", "others")[1])  # none of these
     shutil.rmtree("tuned")
-    same = train("--model", f"local-dir:{run.resolve()}/best", "--pretrained", "--seed", 3, "--val-fraction", 0.2,
-                 "--output", Path("tuned").resolve())
+    same = train(
+        "--model",
+        f"local-dir:{run.resolve()}/best",
+        "--pretrained",
+        "--seed",
+        3,
+        "--val-fraction",
+        0.2,
+        "--output",
+        Path("tuned").resolve(),
+    )
     assert "was trained on" not in same.stdout
 
 
@@ -302,8 +338,16 @@ def test_a_run_without_labels(photos, command):
     make(photos, "{cat,dog}/{1..20}.jpg")
     make(Path("labelled"), "{cat,dog}/{1..3}.jpg")
     train("--method", "plain")
-    frozen = ("--model", f"local-dir:{Path('run/best').resolve()}", "--pretrained", "--freeze-backbone", "--unlabelled",
-              "--no-aug", "--output", Path("exits").resolve())
+    frozen = (
+        "--model",
+        f"local-dir:{Path('run/best').resolve()}",
+        "--pretrained",
+        "--freeze-backbone",
+        "--unlabelled",
+        "--no-aug",
+        "--output",
+        Path("exits").resolve(),
+    )
     train(*frozen)
     code, out, err = command("evaluate", "exits")
     assert (code, err) == (0, "")

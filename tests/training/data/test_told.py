@@ -1,4 +1,5 @@
 """What a run says of its images, records, and takes up again."""
+
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +19,38 @@ from .test_layouts import make
 def test_a_run_says_and_records_what_was_found(photos):
     make(photos, "train/{cat,dog}/{1..8}.jpg val/{cat,dog}/9.jpg test/{1..3}.jpg notes.md")
     folder = photos.resolve()
-    lines = [f"train: 16 images of 2 classes in {folder}/train; left out: 3 images in test/ without a class, 1 .md",
-             f"val: 2 images of 2 classes in {folder}/val",
-             "read at 32 x 32 pixels (--img-size) in 3 channels (timm's default)",
-             "all images that were looked at are grey: --in-chans 1 would do"]
+    lines = [
+        f"train: 16 images of 2 classes in {folder}/train; left out: 3 images in test/ without a class, 1 .md",
+        f"val: 2 images of 2 classes in {folder}/val",
+        "read at 32 x 32 pixels (--img-size) in 3 channels (timm's default)",
+        "all images that were looked at are grey: --in-chans 1 would do",
+    ]
     done = train("--no-aug")
     assert done.stdout.splitlines()[:4] == lines
     found = yaml.safe_load(Path("run/config.yaml").read_text())["found"]
-    assert found["splits"][0] == {"split": "train", "images": 16, "classes": 2, "from": f"{folder}/train",
-                                  "left_out": "3 images in test/ without a class, 1 .md"}
+    assert found["splits"][0] == {
+        "split": "train",
+        "images": 16,
+        "classes": 2,
+        "from": f"{folder}/train",
+        "left_out": "3 images in test/ without a class, 1 .md",
+    }
     assert found["read"] == lines[2:]
     assert str(folder) not in Path("run/best/config.json").read_text()
 
-    again = run_python(ROOT / "examples/train.py", "--config", Path("run/config.yaml").resolve(), "--in-chans", 1,
-                       "--output", Path("again").resolve())
-    assert again.stdout.splitlines()[2:4] == ["read at 32 x 32 pixels (--img-size) in 1 channel (--in-chans)",
-                                              next(line for line in again.stdout.splitlines() if "epoch 1/1" in line)]
+    again = run_python(
+        ROOT / "examples/train.py",
+        "--config",
+        Path("run/config.yaml").resolve(),
+        "--in-chans",
+        1,
+        "--output",
+        Path("again").resolve(),
+    )
+    assert again.stdout.splitlines()[2:4] == [
+        "read at 32 x 32 pixels (--img-size) in 1 channel (--in-chans)",
+        next(line for line in again.stdout.splitlines() if "epoch 1/1" in line),
+    ]
 
 
 def test_the_size_and_a_new_classifier_are_explained(photos):
@@ -46,8 +63,17 @@ def test_the_size_and_a_new_classifier_are_explained(photos):
     done = run_python(*flags, "--model", model, "--pretrained", "--output", Path("tuned").resolve())
     assert "read at 32 x 32 pixels (the model's size) in 3 channels" in done.stdout
     assert "the classifier is new: 3 classes, those of the weights are 2" in done.stdout
-    refused = run_python(*flags, "--model", "local-dir:" + str(Path("tuned/best").resolve()), "--pretrained",
-                         "--data-dir", other(), "--output", Path("other").resolve(), check=False)
+    refused = run_python(
+        *flags,
+        "--model",
+        "local-dir:" + str(Path("tuned/best").resolve()),
+        "--pretrained",
+        "--data-dir",
+        other(),
+        "--output",
+        Path("other").resolve(),
+        check=False,
+    )
     assert refused.returncode == 2
     assert "('cat', 'dog', 'fish'), and the images have 3 classes ('bus', 'cat', 'dog')" in refused.stderr
     assert "the network does not know 'bus';" in refused.stderr
@@ -73,8 +99,9 @@ def other() -> Path:
     return Path("others").resolve()
 
 
-@pytest.mark.parametrize(("high", "flags", "expected"), [
-    (0.9, [], [0.0, 1.0]), (4095, ["--value-range", 0, 4095], [0.0, 4095.0])])
+@pytest.mark.parametrize(
+    ("high", "flags", "expected"), [(0.9, [], [0.0, 1.0]), (4095, ["--value-range", 0, 4095], [0.0, 4095.0])]
+)
 def test_what_is_black_and_white_is_recorded_and_obeyed(high, flags, expected, photos, command, recwarn):
     make(photos, "train/{cat,dog}/{1..8}.tif val/{cat,dog}/{9..12}.tif")
     for number, path in enumerate(sorted(photos.glob("*/*/*.tif"))):

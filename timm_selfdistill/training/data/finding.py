@@ -1,4 +1,5 @@
 """From a source to training and validation images."""
+
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -18,14 +19,18 @@ from .streams import row_count
 
 
 def label_splits(
-        train: datasets.Dataset, val: datasets.Dataset | None, column: str, num_classes: int | None, name: str,
+    train: datasets.Dataset,
+    val: datasets.Dataset | None,
+    column: str,
+    num_classes: int | None,
+    name: str,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Both with class indices that were looked at; a warning says where classes have no training image."""
     named = isinstance(train.features.get(column), datasets.ClassLabel) and len(train.features[column].names)
     train = encode_labels(train, column, num_classes=num_classes)
     class_names = train.features[column].names
     found = check_labels(train, column, len(class_names), "training")
-    _warn_of_gaps(found, class_names[:named or found[-1] + 1])
+    _warn_of_gaps(found, class_names[: named or found[-1] + 1])
     if len(found) < 2:
         names = [class_names[label] for label in found]
         raise ValueError(f"the training images of {name} are of one class only ({names}); 2 are needed")
@@ -36,7 +41,9 @@ def label_splits(
 
 
 def label_val(
-        val: datasets.Dataset, column: str | None, num_classes: int | None,
+    val: datasets.Dataset,
+    column: str | None,
+    num_classes: int | None,
 ) -> tuple[datasets.Dataset, str | None, list[str]]:
     """Validation images, the only ones whose labels are looked at, with label column and class names, if all of them
     have labels, and none that are kept secret.
@@ -49,8 +56,11 @@ def label_val(
     values = set(val.unique(column))
     if values & {NO_LABEL, None}:
         if len(values - {NO_LABEL, None}):
-            warnings.warn(f"some of the {len(val)} validation images have no label: the labels of the others are not"
-                          " used, agreement with the deepest classifier is measured", stacklevel=3)
+            warnings.warn(
+                f"some of the {len(val)} validation images have no label: the labels of the others are not"
+                " used, agreement with the deepest classifier is measured",
+                stacklevel=3,
+            )
         return val, None, []
     val = encode_labels(val, column)
     if num_classes and num_classes > len(val.features[column].names):
@@ -61,8 +71,12 @@ def label_val(
 
 
 def label_streams(
-        train: datasets.IterableDataset | None, val: datasets.IterableDataset, column: str | None,
-        num_classes: int | None, name: str) -> list[str]:
+    train: datasets.IterableDataset | None,
+    val: datasets.IterableDataset,
+    column: str | None,
+    num_classes: int | None,
+    name: str,
+) -> list[str]:
     """The class names of both, or of validation images alone, if they have any."""
     if train is None:
         return [] if column is None else stream_class_names(val, column, num_classes=num_classes)
@@ -90,7 +104,10 @@ def why_unlabelled(rows: Any, column: str) -> str | None:
 
 
 def encode_labels(
-        rows: datasets.Dataset, column: str, class_names: list[str] | None = None, num_classes: int | None = None,
+    rows: datasets.Dataset,
+    column: str,
+    class_names: list[str] | None = None,
+    num_classes: int | None = None,
 ) -> datasets.Dataset:
     """Make the column a ClassLabel, with the class names of the training split where they are given.
 
@@ -118,8 +135,8 @@ def encode_labels(
 
 
 def stream_class_names(
-        rows: datasets.IterableDataset, column: str, class_names: list[str] | None = None,
-        num_classes: int | None = None) -> list[str]:
+    rows: datasets.IterableDataset, column: str, class_names: list[str] | None = None, num_classes: int | None = None
+) -> list[str]:
     """Of a column whose values nobody has seen yet.
 
     Args:
@@ -135,11 +152,12 @@ def stream_class_names(
     if not feature.dtype.startswith(("int", "uint")):
         raise TypeError(
             f"column {column!r} of a stream must hold class indices, got {feature}; their names are known only when all"
-            " rows were read: leave out streaming")
+            " rows were read: leave out streaming"
+        )
     if class_names is None and num_classes is None:
         raise ValueError(
-            f"column {column!r} of the stream does not say how many classes there are; give num_classes"
-            " (--num-classes)")
+            f"column {column!r} of the stream does not say how many classes there are; give num_classes (--num-classes)"
+        )
     return class_names or list(map(str, range(num_classes)))
 
 
@@ -156,13 +174,18 @@ def check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_na
 
 
 def _warn_of_gaps(found: np.ndarray, class_names: list[str]) -> None:
-    missing = [f"{index} ({name})" if name != str(index) else name for index, name in enumerate(class_names)
-               if index not in set(found.tolist())]
+    missing = [
+        f"{index} ({name})" if name != str(index) else name
+        for index, name in enumerate(class_names)
+        if index not in set(found.tolist())
+    ]
     if missing:
         shown = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
         begin = ", since they begin at 1" if missing == ["0"] else ""
-        warnings.warn(f"no training image has label {shown}{begin}: {len(class_names)} classes, {len(found)} of them"
-                      " with images", stacklevel=5)
+        warnings.warn(
+            f"no training image has label {shown}{begin}: {len(class_names)} classes, {len(found)} of them with images",
+            stacklevel=5,
+        )
 
 
 def label_values(rows: datasets.Dataset, column: str) -> np.ndarray:
@@ -206,8 +229,13 @@ def find_in_folder(source: Source, reading: Reading, fraction: ValFraction, num_
     val_name = _val_split(source, reading, name)
     if val_name == name:
         raise same_split(val_name)
-    others = Counter({f"images in {other}/": part.count for other, part in source.splits.items()
-                      if other not in (name, val_name) and (part.has_classes or not labelled)})
+    others = Counter(
+        {
+            f"images in {other}/": part.count
+            for other, part in source.splits.items()
+            if other not in (name, val_name) and (part.has_classes or not labelled)
+        }
+    )
     sampled = train
     if val_name is None:
         train, val = _divide(tree, train, labelled, fraction)
@@ -217,10 +245,24 @@ def find_in_folder(source: Source, reading: Reading, fraction: ValFraction, num_
         val, val_path = _collect_val(val_tree, train if labelled else None), val_tree.path
     train = _without_shared(train, val)
     return Found(
-        train, val, sampled, val_name, "image", None if val.labels is None else "label", val.class_names,
-        [entry(name, len(train), len(train.classes_with_images) if labelled else 0, tree.path,
-               train.left_out + source.left_out + others),
-         entry(val_name, len(val), len(val.classes_with_images), val_path, val.left_out)])
+        train,
+        val,
+        sampled,
+        val_name,
+        "image",
+        None if val.labels is None else "label",
+        val.class_names,
+        [
+            entry(
+                name,
+                len(train),
+                len(train.classes_with_images) if labelled else 0,
+                tree.path,
+                train.left_out + source.left_out + others,
+            ),
+            entry(val_name, len(val), len(val.classes_with_images), val_path, val.left_out),
+        ],
+    )
 
 
 def check_has_classes(tree: Tree, trains: bool = True) -> None:
@@ -232,20 +274,29 @@ def check_has_classes(tree: Tree, trains: bool = True) -> None:
         way_out += "; to learn from a frozen network alone, without labels, give unlabelled (--unlabelled)"
     raise ValueError(
         f"{tree.path} holds {tree.count} images, but no folders of classes; expected one folder with images per class,"
-        f" at least 2, or a metadata.csv with a column file_name and one of classes (--target-key){way_out}")
+        f" at least 2, or a metadata.csv with a column file_name and one of classes (--target-key){way_out}"
+    )
 
 
 def same_split(name: str) -> ValueError:
-    return ValueError(f"the validation split {name!r} is what is trained on; name another one, or none to take"
-                      " val_fraction (--val-fraction) of the training images")
+    return ValueError(
+        f"the validation split {name!r} is what is trained on; name another one, or none to take"
+        " val_fraction (--val-fraction) of the training images"
+    )
 
 
 def _val_split(source: Source, reading: Reading, train_name: str) -> str | None:
     """The validation split; None without any that has folders of classes."""
     if reading.val_split is not None:
         return source.find_split(reading.val_split)
-    return next(val_splits(name for name, tree in source.splits.items()
-                           if name != train_name and (tree.has_classes or reading.unlabelled)), None)
+    return next(
+        val_splits(
+            name
+            for name, tree in source.splits.items()
+            if name != train_name and (tree.has_classes or reading.unlabelled)
+        ),
+        None,
+    )
 
 
 def _divide(tree: Tree, train: ImageFiles, labelled: bool, fraction: ValFraction) -> tuple[ImageFiles, ImageFiles]:
@@ -293,8 +344,10 @@ def _without_shared(train: ImageFiles, val: ImageFiles) -> ImageFiles:
         raise ValueError(f"all {shared} training images are validation images, too")
     if lost := sorted(set(train.classes_with_images) - set(kept.classes_with_images)):
         raise ValueError(f"all training images of class {lost[0]!r} are validation images, too, or links to them")
-    warnings.warn(f"{shared} of the training images are validation images, too, or links to them: they are not trained"
-                  " on", stacklevel=5)
+    warnings.warn(
+        f"{shared} of the training images are validation images, too, or links to them: they are not trained on",
+        stacklevel=5,
+    )
     return replace(kept, left_out=kept.left_out + Counter({"that are validation images, too": shared}))
 
 
@@ -318,15 +371,18 @@ def find_in_tables(source: Source, reading: Reading, fraction: ValFraction, num_
         raise same_split(name)
     val, sampled = source.splits.get(val_name), train
     if val is not None and isinstance(val, datasets.IterableDataset) != isinstance(train, datasets.IterableDataset):
-        raise TypeError("training and validation images must both be streamed or neither, got"
-                        f" {type(train).__name__} and {type(val).__name__}")
+        raise TypeError(
+            "training and validation images must both be streamed or neither, got"
+            f" {type(train).__name__} and {type(val).__name__}"
+        )
     if reading.unlabelled:
         label_column = _find_val_labels(train if val is None else val, label_column, path)
     if isinstance(train, datasets.IterableDataset):
         if val is None:
             raise ValueError(
                 f"{path} has no validation split, and a stream cannot be divided; name one as val_split"
-                " (--val-split), or leave out streaming")
+                " (--val-split), or leave out streaming"
+            )
         class_names = label_streams(None if reading.unlabelled else train, val, label_column, num_classes, path)
     elif reading.unlabelled:
         if val is None:
@@ -339,9 +395,18 @@ def find_in_tables(source: Source, reading: Reading, fraction: ValFraction, num_
             train, val = _divide_table(train, label_column, fraction)
     val_name = val_name or fraction.of(name)
     return Found(
-        train, val, sampled, val_name, image_column, label_column, class_names,
-        [entry(name, row_count(train), 0 if reading.unlabelled else len(class_names), path, source.left_out),
-         entry(val_name, row_count(val), len(class_names), path, Counter())])
+        train,
+        val,
+        sampled,
+        val_name,
+        image_column,
+        label_column,
+        class_names,
+        [
+            entry(name, row_count(train), 0 if reading.unlabelled else len(class_names), path, source.left_out),
+            entry(val_name, row_count(val), len(class_names), path, Counter()),
+        ],
+    )
 
 
 def find_column(rows: Any, column: str | None, feature: type, what: str, path: str) -> str:
@@ -362,8 +427,7 @@ def find_column(rows: Any, column: str | None, feature: type, what: str, path: s
     name_it = f"name one as {what}_column ({'--input-key' if what == 'image' else '--target-key'})"
     if found:
         raise ValueError(f"{path} has several {what} columns: {', '.join(found)}; {name_it}")
-    raise ValueError(
-        f"{path} has no {what} column ({feature.__name__}) among {', '.join(rows.features)}; {name_it}")
+    raise ValueError(f"{path} has no {what} column ({feature.__name__}) among {', '.join(rows.features)}; {name_it}")
 
 
 def _val_table(source: Source, reading: Reading, train_name: str, label_column: str | None) -> str | None:
@@ -374,20 +438,28 @@ def _val_table(source: Source, reading: Reading, train_name: str, label_column: 
         reason = None if reading.unlabelled else why_unlabelled(source.splits[split], label_column)
         if reason is None:
             return split
-        warnings.warn(f"split {split!r} {reason}, so that nothing can be measured on it; another one is taken, or"
-                      " val_fraction (--val-fraction) of the training images", stacklevel=4)
+        warnings.warn(
+            f"split {split!r} {reason}, so that nothing can be measured on it; another one is taken, or"
+            " val_fraction (--val-fraction) of the training images",
+            stacklevel=4,
+        )
     return None
 
 
 def _find_val_labels(val: Any, column: str | None, path: str) -> str | None:
     """The label column of validation images, if they have one."""
-    found = column is not None or "cls" in val.features or any(
-        isinstance(value, datasets.ClassLabel) for value in val.features.values())
+    found = (
+        column is not None
+        or "cls" in val.features
+        or any(isinstance(value, datasets.ClassLabel) for value in val.features.values())
+    )
     return find_column(val, column, datasets.ClassLabel, "label", path) if found else None
 
 
 def _divide_table(
-        rows: datasets.Dataset, label_column: str | None, fraction: ValFraction,
+    rows: datasets.Dataset,
+    label_column: str | None,
+    fraction: ValFraction,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     labels = None if label_column is None else label_values(rows, label_column)
     names = [] if label_column is None else rows.features[label_column].names
@@ -396,19 +468,19 @@ def _divide_table(
 
 
 def load_images(
-        source: str | Path | datasets.Dataset | Mapping[str, datasets.Dataset | datasets.IterableDataset],
-        *,
-        name: str | None = None,
-        train_split: str = "train",
-        val_split: str | None = None,
-        val_fraction: float = ValFraction.share,
-        image_column: str | None = None,
-        label_column: str | None = None,
-        num_classes: int | None = None,
-        streaming: bool = False,
-        unlabelled: bool = False,
-        value_range: ValueRange | ValueRanges | None = None,
-        seed: int = ValFraction.seed,
+    source: str | Path | datasets.Dataset | Mapping[str, datasets.Dataset | datasets.IterableDataset],
+    *,
+    name: str | None = None,
+    train_split: str = "train",
+    val_split: str | None = None,
+    val_fraction: float = ValFraction.share,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+    streaming: bool = False,
+    unlabelled: bool = False,
+    value_range: ValueRange | ValueRanges | None = None,
+    seed: int = ValFraction.seed,
 ) -> ImageSplits:
     """Find images, labels, class names and a validation split.
 
@@ -453,13 +525,28 @@ def load_images(
         drawn_from = fingerprint(pair.sampled, pair.label_column)
         described |= {"val_fraction": val_fraction, "seed": seed, "drawn_from": drawn_from}
     return ImageSplits(
-        pair.train, pair.val, pair.image_column, pair.label_column, pair.class_names, pair.sampled, described,
-        pair.entries, unlabelled, value_range)
+        pair.train,
+        pair.val,
+        pair.image_column,
+        pair.label_column,
+        pair.class_names,
+        pair.sampled,
+        described,
+        pair.entries,
+        unlabelled,
+        value_range,
+    )
 
 
 def load_split(
-        source: str | Path, split: str | None = None, *, name: str | None = None, image_column: str | None = None,
-        label_column: str | None = None, value_range: ValueRange | ValueRanges | None = None) -> ImageSplits:
+    source: str | Path,
+    split: str | None = None,
+    *,
+    name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    value_range: ValueRange | ValueRanges | None = None,
+) -> ImageSplits:
     """One split as a whole, to measure a model on it; see `load_images`.
 
     Args:
@@ -482,19 +569,31 @@ def load_split(
         classes = rows.features[label_column].names
         check_labels(rows, label_column, len(classes), split)
     return ImageSplits(
-        rows, rows, image_column, label_column, classes, rows, _describe(source, name, split),
-        [entry(split, len(rows), len(classes), path, left_out)], value_range=value_range)
+        rows,
+        rows,
+        image_column,
+        label_column,
+        classes,
+        rows,
+        _describe(source, name, split),
+        [entry(split, len(rows), len(classes), path, left_out)],
+        value_range=value_range,
+    )
 
 
 def _measured_split(source: Source, label_column: str | None) -> str:
     for split in val_splits(source.splits):
         rows = source.splits[split]
-        if source.is_folder or why_unlabelled(
-                rows, find_column(rows, label_column, datasets.ClassLabel, "label", source.name)) is None:
+        if (
+            source.is_folder
+            or why_unlabelled(rows, find_column(rows, label_column, datasets.ClassLabel, "label", source.name)) is None
+        ):
             return split
     if len(source.splits) > 1:
-        raise ValueError(f"{source.name} has the splits {', '.join(source.splits)}, none of them for validation with"
-                         " labels; name one (--val-split)")
+        raise ValueError(
+            f"{source.name} has the splits {', '.join(source.splits)}, none of them for validation with"
+            " labels; name one (--val-split)"
+        )
     return next(iter(source.splits))
 
 

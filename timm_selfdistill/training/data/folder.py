@@ -1,4 +1,5 @@
 """Folders of image files: what lies in them, their classes, and which of them are splits."""
+
 import errno
 import os
 import re
@@ -167,7 +168,8 @@ class ImageFiles:
     def select(self, indices: np.ndarray) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
         return replace(
-            self, paths=[self.paths[index] for index in indices], labels=labels, file_ids=self.file_ids[indices])
+            self, paths=[self.paths[index] for index in indices], labels=labels, file_ids=self.file_ids[indices]
+        )
 
     def without(self, others: "ImageFiles") -> "ImageFiles":
         """Those of the files that are none of the others, nor links to them."""
@@ -206,10 +208,13 @@ def collect(tree: Tree, labelled: bool, class_names: list[str] | None = None) ->
         names = class_names or names
     indices = {name: index for index, name in enumerate(names)}
     paths = [path for folder in folders for path in folder.images]
-    order = np.array(sorted(range(len(paths)), key=lambda index: natural_key(paths[index][len(tree.path):])), dtype=int)
+    order = np.array(
+        sorted(range(len(paths)), key=lambda index: natural_key(paths[index][len(tree.path) :])), dtype=int
+    )
     labels = np.repeat([indices[folder.name] for folder in folders], [len(folder.images) for folder in folders])
     files = ImageFiles(
-        paths, labels.astype(np.int64) if labelled else None, names if labelled else [], _file_ids(folders))
+        paths, labels.astype(np.int64) if labelled else None, names if labelled else [], _file_ids(folders)
+    )
     return replace(files.select(order), left_out=_left_out(tree, labelled))
 
 
@@ -228,8 +233,10 @@ def left_out_text(left_out: Counter[str]) -> str:
 def _file_ids(folders: list[Tree]) -> np.ndarray:
     if not folders:
         return np.empty((0, 2), np.uint64)
-    return np.stack([np.concatenate([folder.devices for folder in folders]),
-                     np.concatenate([folder.inodes for folder in folders])], axis=1)
+    return np.stack(
+        [np.concatenate([folder.devices for folder in folders]), np.concatenate([folder.inodes for folder in folders])],
+        axis=1,
+    )
 
 
 def _left_out(tree: Tree, labelled: bool) -> Counter[str]:
@@ -258,11 +265,20 @@ def _check_names(names: list[str], class_names: list[str] | None, path: str) -> 
     shown = ascii(unknown[0]) if alike else repr(unknown[0])
     raise ValueError(
         f"{path} has images of class {shown}, which is not among the {len(class_names)} classes of the training images:"
-        f" {', '.join(map(repr, class_names[:5]))}{hint}")
+        f" {', '.join(map(repr, class_names[:5]))}{hint}"
+    )
 
 
-SPLIT_KINDS = {"train": "train", "training": "train", "validation": "val", "val": "val", "valid": "val", "eval": "val",
-               "evaluation": "val", "test": "test"}
+SPLIT_KINDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "val",
+    "val": "val",
+    "valid": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "test": "test",
+}
 """Names of splits, timm's and those of `datasets`, in any case; and which split it is."""
 
 
@@ -290,7 +306,8 @@ def find_splits(root: Tree, named: tuple[str, ...] = ()) -> dict[str, Tree]:
         raise ValueError(
             f"{root.path} can be read in two ways: {names_text(splits)} is a split and {names_text(others)} no part of"
             f" it, or {names_text([*splits, *others])} are classes; in the first case give {splits[0].path} itself, in"
-            f" the second rename {splits[0].name}/")
+            f" the second rename {splits[0].name}/"
+        )
     if others and not splits:
         candidates = []  # a class called "train"
     if not candidates:
@@ -354,7 +371,8 @@ def _refuse_likely_splits(path: str, folders: list[Tree]) -> None:
         raise ValueError(
             f"{path} can be read in two ways: {names_text([train, val])} hold the same classes, such as"
             f" {min(shared)!r}, and may be splits; then give train_split (--train-split {train.name}) and val_split"
-            f" (--val-split {val.name}); if they are none, rename them")
+            f" (--val-split {val.name}); if they are none, rename them"
+        )
 
 
 def _refuse_splits_below(root: Tree) -> None:
@@ -369,9 +387,11 @@ def _refuse_splits_below(root: Tree) -> None:
         if any(part.has_classes for part in splits):
             raise ValueError(
                 f"{folder.path} holds the splits {names_text(splits)}: give that folder; read as classes of"
-                f" {root.path}, training and validation images would be mixed")
+                f" {root.path}, training and validation images would be mixed"
+            )
         if splits == with_images:
             raise ValueError(
                 f"{folder.path} holds {names_text(splits)}: as classes they would be those of all folders in"
                 f" {root.path}; if they are splits, arrange them as train/{folder.name}/, ..., if they are classes,"
-                " rename them")
+                " rename them"
+            )

@@ -1,4 +1,5 @@
 """Images as files hold them, and as networks take them: the same for training, evaluation and prediction."""
+
 import re
 import warnings
 from collections.abc import Iterator
@@ -22,9 +23,14 @@ MODES = {1: "L", 3: "RGB"}
 """Of images with so many channels."""
 
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90}
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 """What makes an image upright, by its EXIF orientation."""
 
 ValueRange = tuple[float, float]
@@ -40,8 +46,7 @@ SMALL_PART = 1 / 4
 """Of a range: images whose values fill no more of it, such as those of a camera's 12 bits, are too dark."""
 
 
-def open_image(
-        path: str | Path, channels: int, value_range: ValueRange | ValueRanges | None = None) -> Image.Image:
+def open_image(path: str | Path, channels: int, value_range: ValueRange | ValueRanges | None = None) -> Image.Image:
     """An image file, grey or in colours, upright.
 
     Args:
@@ -75,8 +80,9 @@ def value_ranges(value_range: ValueRange | ValueRanges | None) -> ValueRanges:
     return {"I": tuple(value_range), "F": tuple(value_range)} if value_range else {}
 
 
-def read_image(image: dict[str, Any], mode: str, row: int | None = None,
-               ranges: ValueRanges | None = None) -> Image.Image:
+def read_image(
+    image: dict[str, Any], mode: str, row: int | None = None, ranges: ValueRanges | None = None
+) -> Image.Image:
     """An image of `datasets`, which has bytes or a path, upright and converted.
 
     Args:
@@ -170,9 +176,11 @@ def usual_range(kind: str, low: float, high: float, name: str) -> ValueRange:
     black, white = (0.0, 1.0) if kind == "F" and low >= 0 and high <= 1 else FULL_RANGES[kind]
     if low < black or high > white or high <= SMALL_PART * FULL_RANGES[kind][1]:
         numbers = "floating-point numbers" if kind == "F" else "integers of more than 8 bits"
-        warnings.warn(f"the values of {name} are {numbers} from {low:g} to {high:g}; {black:g} is taken for black and"
-                      f" {white:g} for white: if they are others, give value_range (--value-range LOW HIGH)",
-                      stacklevel=3)
+        warnings.warn(
+            f"the values of {name} are {numbers} from {low:g} to {high:g}; {black:g} is taken for black and"
+            f" {white:g} for white: if they are others, give value_range (--value-range LOW HIGH)",
+            stacklevel=3,
+        )
     return black, white
 
 
@@ -215,8 +223,10 @@ class Sample:
 
 
 def take_sample(
-        rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset", image_column: str,
-        value_range: ValueRange | ValueRanges | None = None) -> Sample:
+    rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset",
+    image_column: str,
+    value_range: ValueRange | ValueRanges | None = None,
+) -> Sample:
     """Look at images; those that cannot be read are passed over.
 
     Args:

@@ -39,7 +39,8 @@ def check_range(low: int, high: int, num_classes: int, column: str) -> None:
         if (low, high) == (1, num_classes):
             hint = "; they begin at 1, and must begin at 0"
         raise ValueError(
-            f"labels in column {column!r} must lie in 0..{num_classes - 1}, got {low if low < 0 else high}{hint}")
+            f"labels in column {column!r} must lie in 0..{num_classes - 1}, got {low if low < 0 else high}{hint}"
+        )
 
 
 def check_classes(model: nn.Module, data: Dataset) -> int:
@@ -53,7 +54,8 @@ def check_classes(model: nn.Module, data: Dataset) -> int:
         raise ValueError(
             f"the model has {classes} classes, the data {in_data}; create the model with num_classes={in_data}, or for"
             f" a model that stays as it is take the images without labels: load_images(..., unlabelled=True) and"
-            f" images.fitting_labels({classes})")
+            f" images.fitting_labels({classes})"
+        )
     return classes or in_data
 
 
@@ -79,8 +81,10 @@ def check_targets(y: Any, num_classes: int, mixes: bool = False) -> Tensor:
         return _check_range(y, num_classes, "training")
     y = y if y.is_floating_point() else y.float()
     if mixes:
-        raise ValueError("mixup, cutmix and smoothing make soft labels of class indices, and the training images have"
-                         " soft labels already; leave them out, or give class indices")
+        raise ValueError(
+            "mixup, cutmix and smoothing make soft labels of class indices, and the training images have"
+            " soft labels already; leave them out, or give class indices"
+        )
     return y
 
 
@@ -106,8 +110,9 @@ def _are_soft(y: Any, num_classes: int, which: str) -> bool:
     if not (isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] == num_classes > 1):
         return False
     if y.device.type == "cpu" and not ((y >= 0).all() and (y.sum(1) - 1).abs().max() < 1e-2):
-        raise _wrong_labels(y, num_classes, which, ", whose rows do not sum to 1; several classes an image are not"
-                                                   " supported")
+        raise _wrong_labels(
+            y, num_classes, which, ", whose rows do not sum to 1; several classes an image are not supported"
+        )
     return True
 
 
@@ -125,8 +130,10 @@ def _check_range(y: Any, num_classes: int, which: str) -> Tensor:
 
 def _wrong_labels(y: Any, num_classes: int, which: str, more: str = "") -> ValueError:
     given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-    return ValueError(f"{which} labels must be class indices (B,) from 0 to {num_classes - 1}, or soft labels (B,"
-                      f" {num_classes}) that sum to 1, got {given}{more}")
+    return ValueError(
+        f"{which} labels must be class indices (B,) from 0 to {num_classes - 1}, or soft labels (B,"
+        f" {num_classes}) that sum to 1, got {given}{more}"
+    )
 
 
 def name_classes(model: nn.Module, *data: Dataset) -> list[str]:
@@ -145,7 +152,8 @@ def name_classes(model: nn.Module, *data: Dataset) -> list[str]:
             raise ValueError(
                 f"the model has {listed(own, found)}, and the images have {listed(found, own)}; take the images in the"
                 " model's order, images.in_order(names), or name the model's classes anew,"
-                " model_data_config(backbone, class_names=images.class_names)")
+                " model_data_config(backbone, class_names=images.class_names)"
+            )
         own = found
     if own and known:
         known.update(label_names=own)
@@ -185,15 +193,19 @@ def paired(data: Dataset, which: str) -> Dataset:
         TypeError: the data are none of images (C, H, W) as floating-point tensors, alone or with labels.
     """
     if isinstance(data, DataLoader):
-        raise TypeError(f"the {which} data must be a data set, from which Trainer makes its own loader, got a"
-                        f" DataLoader; give its dataset, {type(data.dataset).__name__}")
+        raise TypeError(
+            f"the {which} data must be a data set, from which Trainer makes its own loader, got a"
+            f" DataLoader; give its dataset, {type(data.dataset).__name__}"
+        )
     if hasattr(data, "label_column") or isinstance(data, IterableDataset):
         return data
     sample = _first(data)
     image = sample[0] if isinstance(sample, (tuple, list)) and len(sample) == 2 else sample
     if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
-        raise TypeError(f"expected {which} samples (image, label), the image a floating-point tensor (C, H, W), got"
-                        f" {_kind(sample)}; convert them in the data set's __getitem__ or transform")
+        raise TypeError(
+            f"expected {which} samples (image, label), the image a floating-point tensor (C, H, W), got"
+            f" {_kind(sample)}; convert them in the data set's __getitem__ or transform"
+        )
     return ImagesAlone(data) if sample is image else data
 
 

@@ -1,4 +1,5 @@
 """The images of a run, batch by batch, on every process."""
+
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -33,11 +34,11 @@ class IndexedBatches:
             if getattr(config, name):
                 raise ValueError(f"{name} is for streamed images; these have an end, which is that of the epoch")
         world, rank = accelerator.num_processes, accelerator.process_index
-        self.sampler = EpochSampler(
-            len(data), config.batch_size * world, rank, world, config.seed, config.aug_repeats)
+        self.sampler = EpochSampler(len(data), config.batch_size * world, rank, world, config.seed, config.aug_repeats)
         self.global_batch, self.epoch_images = self.sampler.global_batch, self.sampler.usable
         self.loader = DataLoader(
-            TrainImages(data, config.on_bad_sample), config.batch_size, sampler=self.sampler, drop_last=True, **common)
+            TrainImages(data, config.on_bad_sample), config.batch_size, sampler=self.sampler, drop_last=True, **common
+        )
         self.started: Iterator[Batch] | None = None
 
     def start(self, epoch: int) -> None:
@@ -82,22 +83,28 @@ class StreamedBatches:
         world, rank = self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
         self.global_batch = config.batch_size * world
         if config.aug_repeats:
-            raise ValueError("aug_repeats needs images that can be drawn twice, and streamed ones come once; leave out"
-                             " streaming or aug_repeats")
+            raise ValueError(
+                "aug_repeats needs images that can be drawn twice, and streamed ones come once; leave out"
+                " streaming or aug_repeats"
+            )
         length = config.train_num_samples or data.length
         if config.steps_per_epoch is not None:
             if config.epoch_repeats or config.train_num_samples:
-                raise ValueError("steps_per_epoch is the length of an epoch, and so are epoch_repeats and"
-                                 " train_num_samples; leave one out")
+                raise ValueError(
+                    "steps_per_epoch is the length of an epoch, and so are epoch_repeats and"
+                    " train_num_samples; leave one out"
+                )
             batches = config.steps_per_epoch * config.grad_accum_steps
         elif length is None:
-            raise ValueError("the stream does not tell its length; give steps_per_epoch (--steps-per-epoch) or"
-                             " train_num_samples")
+            raise ValueError(
+                "the stream does not tell its length; give steps_per_epoch (--steps-per-epoch) or train_num_samples"
+            )
         else:
             batches = int(length * max(1, config.epoch_repeats)) // self.global_batch
             if not batches:
-                raise ValueError(f"{length} training images do not fill a batch of {self.global_batch}; use a"
-                                 " smaller batch_size")
+                raise ValueError(
+                    f"{length} training images do not fill a batch of {self.global_batch}; use a smaller batch_size"
+                )
         self.epoch_images = batches * self.global_batch
         part = data.split_by_node(rank, world, config.workers)
         shards = part.rows.num_shards
@@ -105,11 +112,19 @@ class StreamedBatches:
         if workers < config.workers and accelerator.is_main_process:
             warnings.warn(
                 f"the stream has {shards} shards for each process, so that {workers} of {config.workers} loading"
-                " processes read it; more and smaller files load faster", stacklevel=4)
-        self.division = {"processes": world, "loading processes": max(workers, 1), "shards": part.shards,
-                         "rows in a block": config.shuffle_buffer, "draws": DRAWS}
+                " processes read it; more and smaller files load faster",
+                stacklevel=4,
+            )
+        self.division = {
+            "processes": world,
+            "loading processes": max(workers, 1),
+            "shards": part.shards,
+            "rows in a block": config.shuffle_buffer,
+            "draws": DRAWS,
+        }
         self.stream = TrainStream(
-            part, config.batch_size, config.shuffle_buffer, config.seed, rank, config.on_bad_sample)
+            part, config.batch_size, config.shuffle_buffer, config.seed, rank, config.on_bad_sample
+        )
         self.settings = {**common, "num_workers": workers, "persistent_workers": False}
         self.loader: Iterator[tuple[Batch, Place] | None] | None = None
         self.number, self.next_worker, self.empty_passes = 0, 0, 0
@@ -138,7 +153,8 @@ class StreamedBatches:
                 raise ValueError(
                     f"the part of the stream that process {self.rank} of {self.world_size} reads does not fill a batch"
                     f" of {self.stream.batch_size} in any of its loading processes; use a smaller batch_size or fewer"
-                    " workers")
+                    " workers"
+                )
             self.loader, self.number, self.next_worker, self.places = None, self.number + 1, 0, {}
 
     def end_workers(self) -> None:
@@ -148,8 +164,12 @@ class StreamedBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Where this process stands in its part of the stream."""
-        return {"division": self.division, "pass": self.number, "next_worker": self.next_worker,
-                "places": [tuple(place) for place in self.places.values()]}
+        return {
+            "division": self.division,
+            "pass": self.number,
+            "next_worker": self.next_worker,
+            "places": [tuple(place) for place in self.places.values()],
+        }
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """Go on, before the first batch, where the processes of a run stood.
@@ -160,10 +180,15 @@ class StreamedBatches:
         if not all(states):
             raise ValueError("the checkpoint is of a run on images that were not streamed; resume without streaming")
         saved = states[0]["division"]
-        if differing := [f"{key} {value} instead of {saved.get(key)}" for key, value in self.division.items()
-                         if value != saved.get(key)]:
-            raise ValueError(f"the checkpoint's stream was divided in another way: {', '.join(differing)}; resume with"
-                             " the same processes, workers, files and shuffle_buffer")
+        if differing := [
+            f"{key} {value} instead of {saved.get(key)}"
+            for key, value in self.division.items()
+            if value != saved.get(key)
+        ]:
+            raise ValueError(
+                f"the checkpoint's stream was divided in another way: {', '.join(differing)}; resume with"
+                " the same processes, workers, files and shuffle_buffer"
+            )
         state = states[self.rank]
         self.number, self.next_worker = state["pass"], state["next_worker"]
         self.places = {worker: Place(worker, *rest) for worker, *rest in state["places"]}
@@ -235,7 +260,8 @@ class ValBatches:
             part = ValImages(data, rank, world, config.on_bad_sample)
         self.unreadable = 0
         self.loader = DataLoader(
-            part, config.validation_batch_size or config.batch_size, collate_fn=_collate_readable, **settings)
+            part, config.validation_batch_size or config.batch_size, collate_fn=_collate_readable, **settings
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.unreadable = 0
@@ -243,7 +269,6 @@ class ValBatches:
             self.unreadable += readable.count(False)
             if batch:
                 yield tuple(batch)
-
 
     def end_workers(self) -> None:
         """End the loading processes, until batches are asked for again."""
@@ -263,8 +288,13 @@ class MeasuredImages:
 
     def __init__(self, data: Dataset, batch_size: int, workers: int, on_bad_sample: str):
         self.data, self.kept, self.unreadable = data, [], 0
-        self.loader = DataLoader(ValImages(data, 0, 1, on_bad_sample), batch_size, num_workers=workers,
-                                 persistent_workers=workers > 0, collate_fn=_collate_readable)
+        self.loader = DataLoader(
+            ValImages(data, 0, 1, on_bad_sample),
+            batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_collate_readable,
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         seen: list[bool] = []
@@ -277,8 +307,13 @@ class MeasuredImages:
 
 def loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     seeds = torch.Generator()  # of the loading processes; without it they would be drawn from the run's own
-    return {"num_workers": config.workers, "persistent_workers": config.workers > 0,
-            "pin_memory": accelerator.device.type == "cuda", "worker_init_fn": leave_process_group, "generator": seeds}
+    return {
+        "num_workers": config.workers,
+        "persistent_workers": config.workers > 0,
+        "pin_memory": accelerator.device.type == "cuda",
+        "worker_init_fn": leave_process_group,
+        "generator": seeds,
+    }
 
 
 def end_workers(loader: DataLoader | Iterator | None) -> None:

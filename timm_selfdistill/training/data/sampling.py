@@ -1,4 +1,5 @@
 """Which images a process sees, in what order, and how each is augmented: a matter of seed, epoch and position alone."""
+
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,8 +51,7 @@ class EpochSampler(Sampler[Draw]):
             of as many fewer images, as that of `timm.data.distributed_sampler.RepeatAugSampler`. 0 is off.
     """
 
-    def __init__(
-            self, size: int, global_batch: int, rank: int, world_size: int, seed: int, repeats: float = 0.0):
+    def __init__(self, size: int, global_batch: int, rank: int, world_size: int, seed: int, repeats: float = 0.0):
         self.repeats = repeats
         length = size // REPEATED_ROUND * REPEATED_ROUND or size if repeats else size
         if length < global_batch:

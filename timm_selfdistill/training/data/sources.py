@@ -1,4 +1,5 @@
 """Where images come from: a folder of image files, what `datasets` reads, or its objects."""
+
 import csv
 import glob
 import hashlib
@@ -56,8 +57,12 @@ def find_metadata(root: Tree, splits: Mapping[str, Tree]) -> list[str]:
         splits: of the folder, if it has any; what lies beside those with classes is left out, and so are its files.
     """
     read = [folder for split in splits.values() if split.has_classes for folder in split] or list(root)
-    return [path for folder in {id(folder): folder for folder in (root, *read)}.values() for path in folder.tables
-            if os.path.basename(path) in METADATA_FILES and _names_files(path)]
+    return [
+        path
+        for folder in {id(folder): folder for folder in (root, *read)}.values()
+        for path in folder.tables
+        if os.path.basename(path) in METADATA_FILES and _names_files(path)
+    ]
 
 
 def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Any]:
@@ -69,8 +74,10 @@ def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Any]:
     splits = [folder for folder in root.folders if split_kind(folder.name) and folder.has_images]
     own = [folder for folder in splits if find_metadata(folder, {})]
     if splits and own != splits:
-        raise ValueError(f"{root.path} holds the splits {names_text(splits)}, but one metadata file for all of them;"
-                         " put one into each of them")
+        raise ValueError(
+            f"{root.path} holds the splits {names_text(splits)}, but one metadata file for all of them;"
+            " put one into each of them"
+        )
     parts = {folder.name: folder for folder in own} or {"train": root}
     files = {name: f"{glob.escape(folder.path)}/**" for name, folder in parts.items()}
     return datasets.load_dataset("imagefolder", data_files=files, streaming=streaming)
@@ -98,7 +105,8 @@ def read_table(source: str | Path, name: str | None, undivided: str, streaming: 
             if path.suffix not in (".parquet", ".arrow"):
                 raise ValueError(f"{path} is no .parquet or .arrow file; expected one, a folder, or a Hub name")
             loaded = datasets.load_dataset(
-                BUILDERS[path.suffix], data_files={undivided: glob.escape(str(path))}, streaming=streaming)
+                BUILDERS[path.suffix], data_files={undivided: glob.escape(str(path))}, streaming=streaming
+            )
         else:
             loaded = _load(source, name, streaming)
     except (FileNotFoundError, ConnectionError) as error:
@@ -126,7 +134,8 @@ def _names_files(path: str) -> bool:
     except (ValueError, csv.Error):
         return False
     return isinstance(columns, (list, dict)) and any(
-        isinstance(column, str) and column.endswith("file_name") for column in columns)
+        isinstance(column, str) and column.endswith("file_name") for column in columns
+    )
 
 
 Rows = ImageFiles | datasets.Dataset | datasets.IterableDataset
@@ -250,11 +259,14 @@ def _read_folder(path: Path, reading: Reading) -> Source:
     if metadata and not reading.unlabelled:
         raise ValueError(
             f"the classes of the images in {path} can be its folders, or what {metadata[0]} says; in the first case"
-            " rename that file, in the second name its column with label_column (--target-key)")
+            " rename that file, in the second name its column with label_column (--target-key)"
+        )
     tables = _find_tables(root)
     if tables and root.has_images and classes > 1:
-        raise ValueError(f"{path} holds {root.count} images in folders of classes as well as {tables[0]}: give a folder"
-                         " with one of them")
+        raise ValueError(
+            f"{path} holds {root.count} images in folders of classes as well as {tables[0]}: give a folder"
+            " with one of them"
+        )
     if tables:
         left_out = Counter({"images beside the tables": root.count} if root.has_images else {})
         return Source(str(path), read_table(path, reading.name, UNDIVIDED, reading.streaming), left_out)
@@ -271,15 +283,17 @@ def _read_metadata(root: Tree, reading: Reading) -> Source:
     named = {path for rows in splits.values() for path in image_paths(rows)}
     if missing := sorted(path for path in named if not os.path.exists(path)):
         raise FileNotFoundError(
-            f"the metadata files in {root.path} name {len(missing)} images that are not there, such as {missing[0]}")
+            f"the metadata files in {root.path} name {len(missing)} images that are not there, such as {missing[0]}"
+        )
     unnamed = sum(os.path.abspath(path) not in named for folder in root for path in folder.images)
     return Source(root.path, splits, Counter({"images that no metadata file names": unnamed} if unnamed else {}))
 
 
 def _count_classes(splits: Mapping[str, Tree]) -> int:
     """The most classes that a split has, as folders."""
-    return max(len({folder.name for folder in split if folder.images and folder is not split})
-               for split in splits.values())
+    return max(
+        len({folder.name for folder in split if folder.images and folder is not split}) for split in splits.values()
+    )
 
 
 def _find_tables(root: Tree) -> list[str]:
@@ -295,11 +309,15 @@ def _find_tables(root: Tree) -> list[str]:
 def _check_columns(path: Path, reading: Reading) -> None:
     """Raise ValueError for columns of a folder of image files, which has none."""
     if reading.image_column is not None and reading.extensions is None:
-        raise ValueError(f"{path} is a folder of image files, of which image_column (--input-key) names the extensions,"
-                         f" such as '.webp;.png', got {reading.image_column!r}")
+        raise ValueError(
+            f"{path} is a folder of image files, of which image_column (--input-key) names the extensions,"
+            f" such as '.webp;.png', got {reading.image_column!r}"
+        )
     if reading.label_column is not None:
-        raise ValueError(f"{path} is a folder of image files, whose classes are its folders; it has no column"
-                         f" {reading.label_column!r} (--target-key)")
+        raise ValueError(
+            f"{path} is a folder of image files, whose classes are its folders; it has no column"
+            f" {reading.label_column!r} (--target-key)"
+        )
     if reading.streaming:
         raise ValueError(f"{path} is a folder of image files, which are read one by one as it is; leave out streaming")
 
@@ -327,8 +345,10 @@ def _no_images(root: Tree) -> str:
     total = sum((folder.left_out for folder in root), Counter())
     found = f"; it holds {left_out_text(total)}" if total else ""
     extensions = " ".join(sorted(get_img_extensions()))
-    return (f"{root.path} holds no images ({extensions}){found}; expected one folder per class with images, parquet or"
-            " arrow files, or WebDataset shards; other extensions of images are given as --input-key '.webp;.png'")
+    return (
+        f"{root.path} holds no images ({extensions}){found}; expected one folder per class with images, parquet or"
+        " arrow files, or WebDataset shards; other extensions of images are given as --input-key '.webp;.png'"
+    )
 
 
 @dataclass(frozen=True)
@@ -361,20 +381,23 @@ class ValFraction:
         if held_out >= count:
             raise ValueError(
                 f"val_fraction {self.share:g} of {count} images leaves none to train on; take less, or give a"
-                " validation split")
+                " validation split"
+            )
         if labels is not None:
             classes, counts = np.unique(labels, return_counts=True)
             if counts.min() < 2:
                 raise ValueError(
                     f"class {class_names[classes[counts.argmin()]]!r} has one image, which cannot be both trained on"
-                    " and measured: add images of it, or a validation split")
+                    " and measured: add images of it, or a validation split"
+                )
             if min(count - held_out, held_out) >= len(classes):
                 return next(stratified_shuffle_split_generate_indices(labels, count - held_out, held_out, rng=draw))
         order = draw.permutation(count)
         if labels is not None and (lost := set(classes) - set(labels[order[held_out:]])):
             raise ValueError(
                 f"val_fraction {self.share:g} of {count} images has no room for each of {len(classes)} classes, and"
-                f" takes all images of class {class_names[min(lost)]!r}; take more, or give a validation split")
+                f" takes all images of class {class_names[min(lost)]!r}; take more, or give a validation split"
+            )
         return order[held_out:], order[:held_out]
 
     def of(self, split: str) -> str:

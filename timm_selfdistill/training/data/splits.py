@@ -1,4 +1,5 @@
 """Training and validation images that were found, as data sets of tensors."""
+
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from .transforms import create_train_transform, normalizing_in_place, own_class_
 if TYPE_CHECKING:
     import datasets
 
+
 class ImageDataset(torch.utils.data.Dataset):
     """Rows as (image (C, H, W), class index).
 
@@ -42,9 +44,18 @@ class ImageDataset(torch.utils.data.Dataset):
     class_names: Sequence[str] = ()
     """In the order of the class indices; empty where they are not known."""
 
-    def __init__(self, rows: "ImageFiles | datasets.Dataset", image_column: str, label_column: str | None,
-                 transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None,
-                 ranges: ValueRanges | None = None, label_map: list[int] | None = None):
+    def __init__(
+        self,
+        rows: "ImageFiles | datasets.Dataset",
+        image_column: str,
+        label_column: str | None,
+        transform: Any,
+        mode: str,
+        num_classes: int | None,
+        source: dict[str, Any] | None = None,
+        ranges: ValueRanges | None = None,
+        label_map: list[int] | None = None,
+    ):
         self.rows = rows if isinstance(rows, ImageFiles) else undecoded(rows, image_column, label_column)
         self.image_column, self.label_column = image_column, label_column
         self.transform = transform
@@ -157,7 +168,9 @@ class ImageSplits:
         warnings.warn(
             f"the labels of the validation images are of other classes ({self.num_classes}: {self.class_names[0]}, ...)"
             f" than the network's ({num_classes}{': ' + class_names[0] + ', ...' if class_names else ''}): they are not"
-            " used, agreement with the deepest classifier is measured", stacklevel=2)
+            " used, agreement with the deepest classifier is measured",
+            stacklevel=2,
+        )
         return self._changed(label_column=None, class_names=[])
 
     def in_order(self, class_names: list[str], way_out: str = "") -> "ImageSplits":
@@ -176,7 +189,8 @@ class ImageSplits:
         if unknown := [name for name in self.class_names if name not in indices]:
             raise ValueError(
                 f"the network has {listed(class_names)}, and the images have {listed(self.class_names)}: the network"
-                f" does not know {some_names(unknown)}" + (way_out and f"; {way_out}"))
+                f" does not know {some_names(unknown)}" + (way_out and f"; {way_out}")
+            )
         before = self.label_map or range(len(self.class_names))
         label_map = [indices[self.class_names[label]] for label in before]
         return self._changed(class_names=list(class_names), label_map=label_map)
@@ -192,7 +206,9 @@ class ImageSplits:
         return min(own_size, -(-max(self.size) // 32) * 32) if takes_other_sizes(backbone) else own_size
 
     def transformed(
-            self, data_config: dict[str, Any], **augmentation: Any,
+        self,
+        data_config: dict[str, Any],
+        **augmentation: Any,
     ) -> tuple[ImageDataset, ImageDataset] | tuple[StreamedImages, StreamedImages]:
         """Training and validation data as tensors.
 
@@ -218,10 +234,21 @@ class ImageSplits:
         train_labels = None if self.unlabelled else self.label_column
         made = tuple(
             (StreamedImages if isinstance(rows, datasets.IterableDataset) else ImageDataset)(
-                rows, self.image_column, labels, transform, mode, self.num_classes, self.source,
-                self.sample.ranges, self.label_map)
+                rows,
+                self.image_column,
+                labels,
+                transform,
+                mode,
+                self.num_classes,
+                self.source,
+                self.sample.ranges,
+                self.label_map,
+            )
             for rows, labels, transform in (
-                (self.train_rows, train_labels, train), (self.val_rows, self.label_column, val)))
+                (self.train_rows, train_labels, train),
+                (self.val_rows, self.label_column, val),
+            )
+        )
         made[0].augmented = not augmentation.get("no_aug", False)
         for data in made:
             data.data_config, data.class_names = dict(data_config), self.class_names
@@ -258,16 +285,23 @@ def fit_classes(images: ImageSplits, backbone: nn.Module, frozen: bool) -> Image
     if new and frozen:
         warnings.warn(
             f"the frozen backbone's classifier for {backbone.num_classes} classes is new, with random weights, and has"
-            " nothing to teach the exits; fine-tune the network first", stacklevel=2)
+            " nothing to teach the exits; fine-tune the network first",
+            stacklevel=2,
+        )
     if new or names is None or not images.class_names:
         return images
-    return match_classes(images, names, "give images of its classes, or --unlabelled" if frozen else
-                         "to train a new classifier on its weights give --pretrained-path FILE")
+    return match_classes(
+        images,
+        names,
+        "give images of its classes, or --unlabelled"
+        if frozen
+        else "to train a new classifier on its weights give --pretrained-path FILE",
+    )
 
 
 def in_mapped_order(
-        images: ImageSplits, class_map: str | PathLike, folder: str | PathLike | None,
-        num_classes: int | None = None) -> ImageSplits:
+    images: ImageSplits, class_map: str | PathLike, folder: str | PathLike | None, num_classes: int | None = None
+) -> ImageSplits:
     """Give images the class indices of a file, as `timm.data.readers.class_map` reads it.
 
     Args:
@@ -283,16 +317,20 @@ def in_mapped_order(
     if path is None:
         raise FileNotFoundError(f"class map {class_map} does not exist; expected a text file with a class in each line")
     if path.suffix.lower() != ".txt":
-        raise ValueError(f"class map {path} must be a text file (.txt) with the name of a class in each line; pickled"
-                         " ones are not read")
+        raise ValueError(
+            f"class map {path} must be a text file (.txt) with the name of a class in each line; pickled"
+            " ones are not read"
+        )
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     if len(set(names)) < len(names):
         raise ValueError(f"class map {path} names {next(name for name in names if names.count(name) > 1)!r} twice")
     if not images.class_names:
         raise ValueError(f"class map {path} orders classes, and the images have none with names; leave it out")
     if unknown := [name for name in images.class_names if name not in set(names)]:
-        raise ValueError(f"class map {path} has {listed(names)}, and the images have {listed(images.class_names)}: it"
-                         f" lacks {some_names(unknown)}; add them, or leave their images out")
+        raise ValueError(
+            f"class map {path} has {listed(names)}, and the images have {listed(images.class_names)}: it"
+            f" lacks {some_names(unknown)}; add them, or leave their images out"
+        )
     if num_classes is not None and num_classes < len(names):
         raise ValueError(f"class map {path} has {len(names)} classes, and num_classes is {num_classes}")
     return images.in_order([*names, *map(str, range(len(names), num_classes or 0))])
@@ -316,6 +354,9 @@ def match_classes(images: ImageSplits, names: list[str], way_out: str) -> ImageS
     numbers = list(map(str, range(len(names))))
     if images.class_names != numbers or set(names) == set(numbers):
         return images.in_order(names, way_out)
-    warnings.warn(f"the labels are numbers; they are taken for the network's classes, 0 for {names[0]!r}, 1 for"
-                  f" {names[1]!r}, ...", stacklevel=3)
+    warnings.warn(
+        f"the labels are numbers; they are taken for the network's classes, 0 for {names[0]!r}, 1 for"
+        f" {names[1]!r}, ...",
+        stacklevel=3,
+    )
     return images.named(names)

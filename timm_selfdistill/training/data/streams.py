@@ -1,4 +1,5 @@
 """Images that come one after the other, without an index: `datasets` in streaming mode."""
+
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -40,9 +41,18 @@ class StreamedImages(IterableDataset):
     class_names: Sequence[str] = ()
     """Both as of `ImageDataset`."""
 
-    def __init__(self, rows: "datasets.IterableDataset", image_column: str, label_column: str | None,
-                 transform: Any, mode: str, num_classes: int | None, source: dict[str, Any] | None = None,
-                 ranges: ValueRanges | None = None, label_map: list[int] | None = None):
+    def __init__(
+        self,
+        rows: "datasets.IterableDataset",
+        image_column: str,
+        label_column: str | None,
+        transform: Any,
+        mode: str,
+        num_classes: int | None,
+        source: dict[str, Any] | None = None,
+        ranges: ValueRanges | None = None,
+        label_map: list[int] | None = None,
+    ):
         self.rows = undecoded(rows, image_column, label_column)
         self.image_column, self.label_column = image_column, label_column
         self.transform, self.mode, self.ranges = transform, mode, ranges
@@ -180,7 +190,8 @@ class TrainStream(IterableDataset):
                         raise
                     if unreadable > ATTEMPTS:
                         raise ValueError(
-                            f"{unreadable} rows of the stream in a row cannot be read; the last: {error}") from error
+                            f"{unreadable} rows of the stream in a row cannot be read; the last: {error}"
+                        ) from error
                     continue
                 yield place._replace(offset=position + 1), (image, label, unreadable)
                 unreadable = 0
@@ -209,4 +220,6 @@ class TrainStream(IterableDataset):
         if found < expected / 2:
             warnings.warn(
                 f"the first {len(block)} rows of the stream are of {found} of {classes} classes: they are not mixed,"
-                " which spoils training; write the rows in random order, or leave out streaming", stacklevel=2)
+                " which spoils training; write the rows in random order, or leave out streaming",
+                stacklevel=2,
+            )

@@ -1,4 +1,5 @@
 """From images to the input of a network: preprocessing, augmentation, and what is done to batches."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -31,11 +32,11 @@ def own_class_names(backbone: nn.Module) -> list[str] | None:
 
 
 def model_data_config(
-        backbone: nn.Module,
-        img_size: int | None = None,
-        in_chans: int | None = None,
-        class_names: list[str] | None = None,
-        **overrides: Any,
+    backbone: nn.Module,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+    class_names: list[str] | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """The preprocessing of a timm model, with what a run changes of it.
 
@@ -60,7 +61,8 @@ def model_data_config(
     if size != tuple(config["input_size"][1:]) and backbone.pretrained_cfg.get("fixed_input_size"):
         if not takes_other_sizes(backbone):
             raise ValueError(
-                f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}")
+                f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}"
+            )
         backbone.set_input_size(img_size=size)
     in_chans = default_input_size(backbone)[0] if in_chans is None else in_chans
     config["input_size"] = (in_chans, *size)
@@ -119,8 +121,9 @@ class AugmentationSplits:
 
     def __init__(self, crop: Compose, augment: Compose, to_tensor: Compose, splits: int, erases_first: bool):
         self.crop, self.augment, self.to_tensor, self.splits = crop, augment, to_tensor, splits
-        self.clean = Compose([step for step in to_tensor.transforms
-                              if erases_first or not isinstance(step, RandomErasing)])
+        self.clean = Compose(
+            [step for step in to_tensor.transforms if erases_first or not isinstance(step, RandomErasing)]
+        )
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = self.crop(image)
@@ -130,15 +133,15 @@ class AugmentationSplits:
 
 
 def create_train_transform(
-        data_config: dict[str, Any],
-        *,
-        no_aug: bool = False,
-        train_crop_mode: str = "rrc",
-        auto_augment: str | None = None,
-        cutout: int = 0,
-        aug_splits: int = 0,
-        resplit: bool = False,
-        **augmentation: Any,
+    data_config: dict[str, Any],
+    *,
+    no_aug: bool = False,
+    train_crop_mode: str = "rrc",
+    auto_augment: str | None = None,
+    cutout: int = 0,
+    aug_splits: int = 0,
+    resplit: bool = False,
+    **augmentation: Any,
 ) -> Callable[[Image.Image], Tensor]:
     """PIL image -> augmented tensor (C, H, W), normalised; with aug_splits several of it, (S, C, H, W).
 
@@ -161,16 +164,23 @@ def create_train_transform(
     if isinstance(cutout, bool) or not isinstance(cutout, int) or cutout < 0:
         raise ValueError(f"cutout must be a number of pixels, at least 0, got {cutout!r}")
     if aug_splits == 1 or aug_splits < 0 or (aug_splits and no_aug):
-        raise ValueError(f"aug_splits must be 0 (off), or at least 2 with augmentation, got {aug_splits}"
-                         + (" without augmentation" if no_aug else ""))
+        raise ValueError(
+            f"aug_splits must be 0 (off), or at least 2 with augmentation, got {aug_splits}"
+            + (" without augmentation" if no_aug else "")
+        )
     if no_aug:
         return normalizing_in_place(create_transform(**data_config, is_training=True, no_aug=True))
     pad, cifar_policy = train_crop_mode == "pad", auto_augment == "cifar10"
     if cifar_policy:
         auto_augment, augmentation = None, {**augmentation, "color_jitter": None}
     crop, augment, to_tensor = create_transform(
-        **data_config, is_training=True, train_crop_mode=None if pad else train_crop_mode, auto_augment=auto_augment,
-        separate=True, **augmentation)
+        **data_config,
+        is_training=True,
+        train_crop_mode=None if pad else train_crop_mode,
+        auto_augment=auto_augment,
+        separate=True,
+        **augmentation,
+    )
     channels, *size = data_config["input_size"]
     if cutout:
         tensor = next(i for i, step in enumerate(to_tensor.transforms) if isinstance(step, MaybeToTensor))
@@ -206,11 +216,20 @@ class TargetMixer:
     def __init__(self, config: TrainConfig, num_classes: int, smooths: bool = True):
         self.config, self.num_classes = config, num_classes
         self.smoothing = config.smoothing if smooths else 0.0
-        self.mixup = Mixup(
-            config.mixup, config.cutmix, cutmix_minmax=config.cutmix_minmax, prob=config.mixup_prob,
-            switch_prob=config.mixup_switch_prob, mode=config.mixup_mode, label_smoothing=config.smoothing,
-            num_classes=num_classes,
-        ) if config.mixup or config.cutmix or config.cutmix_minmax else None
+        self.mixup = (
+            Mixup(
+                config.mixup,
+                config.cutmix,
+                cutmix_minmax=config.cutmix_minmax,
+                prob=config.mixup_prob,
+                switch_prob=config.mixup_switch_prob,
+                mode=config.mixup_mode,
+                label_smoothing=config.smoothing,
+                num_classes=num_classes,
+            )
+            if config.mixup or config.cutmix or config.cutmix_minmax
+            else None
+        )
 
     def check(self, y: Any) -> Tensor:
         """The labels of a batch, see `check_targets`; without labels as they are."""

@@ -1,4 +1,5 @@
 """Runs in which a network is frozen, and features that it gave once."""
+
 import os
 import shutil
 import warnings
@@ -46,12 +47,15 @@ def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: D
         ValueError, TypeError: it is so.
     """
     model = task.get_trainable_module()
-    for name, reason in (("unlabelled", "which alone can teach without labels"),
-                         ("cache_features", "whose features of an image alone are the same in every epoch")):
+    for name, reason in (
+        ("unlabelled", "which alone can teach without labels"),
+        ("cache_features", "whose features of an image alone are the same in every epoch"),
+    ):
         if getattr(config, name) and not is_frozen(model):
             raise ValueError(
                 f"{name} (--{name.replace('_', '-')}) needs a model with a frozen backbone, {reason};"
-                " wrap_self_distill(model, freeze_backbone=True) makes one (--freeze-backbone)")
+                " wrap_self_distill(model, freeze_backbone=True) makes one (--freeze-backbone)"
+            )
     if is_frozen(model) and not config.head_lr_scale:
         raise ValueError("the backbone is frozen and head_lr_scale is 0: nothing would learn; leave one of them out")
     if config.cache_features:
@@ -59,39 +63,50 @@ def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: D
     if config.unlabelled:
         _check_teaching(task)
     elif not is_labelled(train_data):
-        raise ValueError("the training images have no labels; give unlabelled=True (--unlabelled), which needs a model"
-                         " with a frozen backbone, or images with labels")
+        raise ValueError(
+            "the training images have no labels; give unlabelled=True (--unlabelled), which needs a model"
+            " with a frozen backbone, or images with labels"
+        )
 
 
 def _check_teaching(task: TrainingTask) -> None:
     if not isinstance(task, SelfDistillTask):
-        raise TypeError(f"unlabelled (--unlabelled) needs a SelfDistillTask, whose exits learn from the deepest;"
-                        f" {type(task).__name__} learns from labels")
+        raise TypeError(
+            f"unlabelled (--unlabelled) needs a SelfDistillTask, whose exits learn from the deepest;"
+            f" {type(task).__name__} learns from labels"
+        )
     loss = task.criterion
     if loss.teacher != "deepest":
         raise ValueError(f'teacher {loss.teacher!r} learns itself, from labels; unlabelled needs the teacher "deepest"')
     if not loss.alpha and (not loss.beta or loss.hint is None):
         raise ValueError("without labels alpha=0 and no hint leave nothing to learn from; give alpha, beta or hint")
     if not loss.alpha:
-        warnings.warn("with alpha=0 and no labels only the features of the exits learn, their classifiers stay as they"
-                      " are", stacklevel=2)
+        warnings.warn(
+            "with alpha=0 and no labels only the features of the exits learn, their classifiers stay as they are",
+            stacklevel=2,
+        )
 
 
 def _check_unchanging(train_data: Dataset, val_data: Dataset) -> None:
     """Raise ValueError for images whose features cannot be kept: of a stream, or augmented, as the data set tells or
     some of its images show."""
     if any(isinstance(data, IterableDataset) for data in (train_data, val_data)):
-        raise ValueError("cache_features keeps the features of each image of a data set, which a stream is not; leave"
-                         " out streaming or cache_features")
+        raise ValueError(
+            "cache_features keeps the features of each image of a data set, which a stream is not; leave"
+            " out streaming or cache_features"
+        )
     augmented = getattr(train_data, "augmented", None)
     if augmented is None:
         step = -(-len(train_data) // IMAGES_READ)
         augmented = not all(
             torch.equal(*(TrainImages(train_data, "raise")[Draw(seed, index)][0] for seed in range(2)))
-            for index in range(0, len(train_data), step))
+            for index in range(0, len(train_data), step)
+        )
     if augmented:
-        raise ValueError("cache_features keeps the features of each image, but the training images are augmented: not"
-                         " the same each time that they are read; make them with no_aug=True (--no-aug)")
+        raise ValueError(
+            "cache_features keeps the features of each image, but the training images are augmented: not"
+            " the same each time that they are read; make them with no_aug=True (--no-aug)"
+        )
 
 
 FOLDER = ".features"
@@ -146,12 +161,18 @@ class FeatureCache(Dataset):
     def plan(self, update: Updater, folder: Path) -> list[TensorFile]:
         """The files that will be filled, whose shapes and types the first image tells."""
         first = self._compute(update, *default_collate([self.data[0]]))
-        return [TensorFile(str(folder / f"{index}.bin"), len(self), tuple(value.shape[1:]), value.dtype)
-                for index, value in enumerate(first)]
+        return [
+            TensorFile(str(folder / f"{index}.bin"), len(self), tuple(value.shape[1:]), value.dtype)
+            for index, value in enumerate(first)
+        ]
 
     def fill(
-            self, update: Updater, files: list[TensorFile], config: TrainConfig, progress: ProgressReporter,
-            interrupt: InterruptRequest,
+        self,
+        update: Updater,
+        files: list[TensorFile],
+        config: TrainConfig,
+        progress: ProgressReporter,
+        interrupt: InterruptRequest,
     ) -> None:
         """Run the backbone over the images, unless all agree to stop; call it on every process, each does its part."""
         rank, world = update.accelerator.process_index, update.accelerator.num_processes
@@ -163,7 +184,7 @@ class FeatureCache(Dataset):
                 batch = next(batches, None)  # none at the last step where other processes have one image more
                 if batch is not None:
                     for tensor, value in zip(tensors, self._compute(update, *batch)):
-                        tensor[begin::world][:len(value)] = value
+                        tensor[begin::world][: len(value)] = value
                     begin += world * len(batch[0])
                 progress.count("features of", min(begin, len(self)), len(self))
                 interrupt.agree(step)
@@ -186,8 +207,12 @@ class FeatureCache(Dataset):
 
 
 def fill_caches(
-        caches: list[FeatureCache], update: Updater, output: Path, config: TrainConfig, progress: ProgressReporter,
-        interrupt: InterruptRequest,
+    caches: list[FeatureCache],
+    update: Updater,
+    output: Path,
+    config: TrainConfig,
+    progress: ProgressReporter,
+    interrupt: InterruptRequest,
 ) -> None:
     """Fill those of training and validation images, unless all processes agree to stop; the files lie in the run
     directory, which every process must see.
@@ -201,8 +226,10 @@ def fill_caches(
     plans = [cache.plan(update, folder / name) for cache, name in zip(caches, ("train", "val"))]
     files = list(chain(*plans))
     ask_main_process(update.accelerator, partial(_create, folder, files))
-    progress.say(f"the backbone looks at {sum(map(len, caches)):,} images; their features take"
-                 f" {sum(file.bytes for file in files) / 1e6:,.0f} MB in {folder} until the run ends")
+    progress.say(
+        f"the backbone looks at {sum(map(len, caches)):,} images; their features take"
+        f" {sum(file.bytes for file in files) / 1e6:,.0f} MB in {folder} until the run ends"
+    )
     for cache, plan in zip(caches, plans):
         if not interrupt.agreed:
             cache.fill(update, plan, config, progress, interrupt)
@@ -240,4 +267,5 @@ def _create(folder: Path, files: Sequence[TensorFile]) -> None:
         raise OSError(
             f"the features of the images take {needed / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB free"
             f" ({error.strerror}); leave out cache_features, or choose another output, fewer images or a smaller image"
-            " size") from error
+            " size"
+        ) from error

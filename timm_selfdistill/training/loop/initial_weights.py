@@ -1,4 +1,5 @@
 """The weights that a run begins with: those of a saved model or a checkpoint, exits included."""
+
 import argparse
 import pickle
 import re
@@ -25,8 +26,17 @@ from ...stages import Stage
 from ..data.transforms import takes_other_sizes
 from ..state.checkpoint import CHECKSUM_FILE, find_checkpoint, find_damage
 
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, TypeError,
-              LookupError, AttributeError)
+UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+)
 """Errors that timm and torch raise for files that are not checkpoints."""
 TASK, AVERAGE, STUDENT = "trainable_module.", "trainable_module_ema.module.", "student."
 """Prefixes of the weights, and of their moving average, in a checkpoint of a run."""
@@ -95,8 +105,9 @@ def read_weights(path: str | Path) -> SavedWeights:
     averaged = averaged or any(record.get(key) is not None for key in ("state_dict_ema", "model_ema"))
     settings = config.get("self_distill") if heads else None
     settings = settings or {"exits": None, "head": _guess_head(heads), "head_args": {}}
-    return SavedWeights(str(path), backbone, heads, settings["exits"], settings["head"], settings["head_args"], config,
-                        averaged)
+    return SavedWeights(
+        str(path), backbone, heads, settings["exits"], settings["head"], settings["head_args"], config, averaged
+    )
 
 
 def _find_file(path: Path) -> Path:
@@ -111,7 +122,8 @@ def _find_file(path: Path) -> Path:
     if not (path / BACKBONE).is_file():
         raise FileNotFoundError(
             f"checkpoint {path} is neither a file nor a folder with {BACKBONE}; expected a .safetensors or .pth file, a"
-            " saved model, a checkpoint folder or a run directory")
+            " saved model, a checkpoint folder or a run directory"
+        )
     return path / BACKBONE
 
 
@@ -120,8 +132,10 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         state = load_state_dict(str(file))
     except UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read the checkpoint {file} ({reason}); expected .safetensors, or weights alone as"
-                         " torch.load(..., weights_only=True) reads them") from error
+        raise ValueError(
+            f"cannot read the checkpoint {file} ({reason}); expected .safetensors, or weights alone as"
+            " torch.load(..., weights_only=True) reads them"
+        ) from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds no state dict: names and tensors")
     return state
@@ -186,8 +200,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _frozen_backbone(file: Path, folder: Path | None) -> dict[str, Tensor]:
     if folder is None:
-        raise ValueError(f"{file} holds the exits of a frozen backbone alone, and last/ and best/ of its run are not"
-                         " where it lies; give best/ or last/ of that run")
+        raise ValueError(
+            f"{file} holds the exits of a frozen backbone alone, and last/ and best/ of its run are not"
+            " where it lies; give best/ or last/ of that run"
+        )
     return _read_state(folder / BACKBONE)
 
 
@@ -200,8 +216,9 @@ def _recorded_config(record: dict[str, Any], file: Path) -> dict[str, Any]:
     try:
         if isinstance(record.get("args"), argparse.Namespace):
             data_config = resolve_data_config(vars(record["args"]), pretrained_cfg=config["pretrained_cfg"])
-            config["pretrained_cfg"] |= {key: list(value) if isinstance(value, tuple) else value
-                                         for key, value in data_config.items()}
+            config["pretrained_cfg"] |= {
+                key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()
+            }
         check_network(config, file)
         check_version(config["self_distill"], file)
         check_exits(config["self_distill"], file)
@@ -215,8 +232,11 @@ def _recorded_config(record: dict[str, Any], file: Path) -> dict[str, Any]:
 def _guess_head(heads: dict[str, Tensor]) -> str | None:
     """The kind of heads, by the names of their tensors."""
     parts = {name.split(".")[1] for name in heads if re.fullmatch(r"\d+\.\w+\..+", name)}
-    kinds = {"attention": {"attention", "bottleneck", "fc"}, "bottleneck": {"bottleneck", "fc"},
-             "linear": {"proj", "fc"}}
+    kinds = {
+        "attention": {"attention", "bottleneck", "fc"},
+        "bottleneck": {"bottleneck", "fc"},
+        "linear": {"proj", "fc"},
+    }
     return next((kind for kind, names in kinds.items() if names == parts), None)
 
 
@@ -262,8 +282,10 @@ def init_classifier(model: nn.Module, scale: float | None, bias: float | None) -
         return
     layer = model.get_classifier()
     if not isinstance(getattr(layer, "bias", None), Tensor):
-        raise ValueError(f"head_init_scale and head_init_bias are for a classifier with a bias, and"
-                         f" {type(model).__name__} has {type(layer).__name__}")
+        raise ValueError(
+            f"head_init_scale and head_init_bias are for a classifier with a bias, and"
+            f" {type(model).__name__} has {type(layer).__name__}"
+        )
     with torch.no_grad():
         if scale is not None:
             layer.weight.mul_(scale)
@@ -281,27 +303,40 @@ def check_task(task: Any) -> None:
     """
     if not isinstance(task, TrainingTask):
         raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
-    spoilt = [name for name, value in task.get_trainable_module().state_dict().items()
-              if value.is_floating_point() and not bool(value.isfinite().all())]
+    spoilt = [
+        name
+        for name, value in task.get_trainable_module().state_dict().items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
     if spoilt:
-        raise ValueError(f"the model's weights are not finite before the first update: {_shorten(spoilt)}; they come"
-                         " from a run that diverged or a damaged file, take others")
+        raise ValueError(
+            f"the model's weights are not finite before the first update: {_shorten(spoilt)}; they come"
+            " from a run that diverged or a damaged file, take others"
+        )
 
 
 def check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> None:
     """Raise ValueError where weights have other names or shapes than those of a timm model."""
     own = model.state_dict()
-    differing = [f"{name} {tuple(saved[name].shape)} instead of {tuple(value.shape)}"
-                 for name, value in own.items() if name in saved and saved[name].shape != value.shape]
-    problems = [*differing, *(f"{name} is missing" for name in own if name not in saved),
-                *(f"{name} is unknown" for name in saved if name not in own)]
+    differing = [
+        f"{name} {tuple(saved[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in saved and saved[name].shape != value.shape
+    ]
+    problems = [
+        *differing,
+        *(f"{name} is missing" for name in own if name not in saved),
+        *(f"{name} is unknown" for name in saved if name not in own),
+    ]
     if not problems:
         return
     names = _classifier_names(model)
     found = next((saved[name].shape[0] for name in names if name in saved), None)
     if len(problems) == len(differing) and {text.split()[0] for text in differing} <= set(names):
-        advice = (f"it was made for {found} classes, not {model.num_classes}: --num-classes {found} keeps its"
-                  " classifier, --pretrained-path instead of --initial-checkpoint begins with a new one")
+        advice = (
+            f"it was made for {found} classes, not {model.num_classes}: --num-classes {found} keeps its"
+            " classifier, --pretrained-path instead of --initial-checkpoint begins with a new one"
+        )
     else:
         advice = "give the --model, --in-chans and --num-classes that it was made with"
     raise ValueError(f"{path} does not fit {type(model).__name__}: {_shorten(problems)}; {advice}")
@@ -309,8 +344,11 @@ def check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> 
 
 def _classifier_names(model: nn.Module) -> list[str]:
     classifier = model.pretrained_cfg.get("classifier") or ()
-    return [f"{name}.{part}" for name in ([classifier] if isinstance(classifier, str) else classifier)
-            for part in ("weight", "bias")]
+    return [
+        f"{name}.{part}"
+        for name in ([classifier] if isinstance(classifier, str) else classifier)
+        for part in ("weight", "bias")
+    ]
 
 
 def _shorten(items: list[str]) -> str:
@@ -318,7 +356,10 @@ def _shorten(items: list[str]) -> str:
 
 
 def find_saved_weights(
-        model: str, pretrained: bool, initial_checkpoint: str | None, pretrained_path: str | None,
+    model: str,
+    pretrained: bool,
+    initial_checkpoint: str | None,
+    pretrained_path: str | None,
 ) -> SavedWeights | None:
     """The weights that a run begins with, as far as they may have exits; None for a plain timm model's.
 
@@ -353,8 +394,9 @@ def read_exits(name: str) -> SavedWeights | None:
     revision = hub.pin(location, file.parent, None)
     settings = hub.read_config(hub.fetch_model(location, revision=revision, only_config=True))["self_distill"]
     if settings.get("truncated_to") is not None:
-        raise ValueError(f"{name} is a truncated model, which has one exit only and cannot be trained on here; give the"
-                         " whole model")
+        raise ValueError(
+            f"{name} is a truncated model, which has one exit only and cannot be trained on here; give the whole model"
+        )
     heads = {}
     if settings["head"] is not None:  # else only the callable that made them could load them
         heads = SelfDistillModel.from_pretrained(location, revision=revision).heads.state_dict()
@@ -362,7 +404,8 @@ def read_exits(name: str) -> SavedWeights | None:
 
 
 def load_exits(
-        model: SelfDistillModel, saved: SavedWeights, new_classifiers: bool = False, strict: bool = False) -> list[str]:
+    model: SelfDistillModel, saved: SavedWeights, new_classifiers: bool = False, strict: bool = False
+) -> list[str]:
     """Let exits go on with the heads that were trained for them, where they have any; the others stay as they are.
 
     Args:
@@ -391,8 +434,10 @@ def load_exits(
         kept.append(stage)
     lines = [f"{_exits(kept, 'goes', 'go')} on with the heads of {saved.source}"] if kept else []
     if kept and guessed:
-        lines.append(f"{saved.source} does not record which exits its {count} heads belong to: taken for those of"
-                     f" {_names(kept)}; other --exits may be right")
+        lines.append(
+            f"{saved.source} does not record which exits its {count} heads belong to: taken for those of"
+            f" {_names(kept)}; other --exits may be right"
+        )
     lines += [f"{_exits(group, 'begins', 'begin')} anew: {reason}" for reason, group in anew.items()]
     if left_out := [index for index in exits or [] if index not in stages]:
         names = ", ".join(model.backbone.feature_info[index]["module"] for index in left_out)
@@ -401,8 +446,12 @@ def load_exits(
 
 
 def _why_anew(
-        model: SelfDistillModel, stage: Stage, position: int, saved: SavedWeights, exits: list[int] | None,
-        new_classifiers: bool,
+    model: SelfDistillModel,
+    stage: Stage,
+    position: int,
+    saved: SavedWeights,
+    exits: list[int] | None,
+    new_classifiers: bool,
 ) -> str | None:
     """Why an exit cannot go on; None where it can."""
     if new_classifiers:
@@ -453,8 +502,12 @@ def _names(stages: list[Stage]) -> str:
 
 
 def create_backbone(
-        name: str, img_size: int | None = None, initial_checkpoint: str | None = None,
-        pretrained_path: str | None = None, **kwargs: Any) -> nn.Module:
+    name: str,
+    img_size: int | None = None,
+    initial_checkpoint: str | None = None,
+    pretrained_path: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
 
     Args:

@@ -1,4 +1,5 @@
 """timm's optimizers, with learning rates by layer and for the shallow classifiers, and timm's schedules."""
+
 import math
 import warnings
 from typing import Any
@@ -47,8 +48,9 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
         if getattr(config, f"opt_{name}") is not None and not has:
             raise ValueError(f"the optimizer {config.opt} has no {name}; leave opt_{name} out")
     settings = optimizer_kwargs(config) | config.opt_kwargs
-    by_layer = {name: settings.pop(name, None)
-                for name in ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale")}
+    by_layer = {
+        name: settings.pop(name, None) for name in ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale")
+    }
     trained = trained_part(model)
     if config.layer_decay is None and config.head_lr_scale == 1:
         return _create(trained, settings)
@@ -57,15 +59,21 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
         groups = param_groups_weight_decay(trained, config.weight_decay, no_weight_decay_list=exempt)
     else:
         groups = param_groups_layer_decay(
-            trained, config.weight_decay, exempt, layer_decay=config.layer_decay,
-            min_scale=by_layer["layer_decay_min_scale"], no_opt_scale=by_layer["layer_decay_no_opt_scale"])
+            trained,
+            config.weight_decay,
+            exempt,
+            layer_decay=config.layer_decay,
+            min_scale=by_layer["layer_decay_min_scale"],
+            no_opt_scale=by_layer["layer_decay_no_opt_scale"],
+        )
     if config.head_lr_scale != 1:
         groups = _scale(groups, list(model.heads.parameters()), config.head_lr_scale)
     return _create(groups, settings)
 
 
 def create_schedule(
-        optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int) -> tuple[Scheduler | None, int]:
+    optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int
+) -> tuple[Scheduler | None, int]:
     """timm's schedule of the learning rate, None where it is constant, and the epochs of the run: those of the schedule
     with all of its cycles, the warm-up before it and the cooldown after it.
 
@@ -89,8 +97,10 @@ def _create(parameters: nn.Module | list[dict[str, Any]], settings: dict[str, An
     try:
         return create_optimizer_v2(parameters, **settings)
     except (TypeError, LookupError) as error:
-        raise ValueError(f"the optimizer {settings['opt']} does not take one of its settings: {error}; see opt_eps,"
-                         " opt_betas and opt_kwargs") from error
+        raise ValueError(
+            f"the optimizer {settings['opt']} does not take one of its settings: {error}; see opt_eps,"
+            " opt_betas and opt_kwargs"
+        ) from error
 
 
 def _scale(groups: list[dict[str, Any]], chosen: list[nn.Parameter], scale: float) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
 """The training run around any `timm.task.TrainingTask`."""
+
 import math
 import signal
 import time
@@ -94,11 +95,13 @@ class Trainer:
         self.input_size = image_shape(train_data, config)
         classes = check_classes(task.get_eval_model(), val_data if config.unlabelled else train_data)
         mixer = TargetMixer(
-            config, classes or count_logits(task.get_eval_model(), self.input_size), smooths=not smooths_labels(task))
+            config, classes or count_logits(task.get_eval_model(), self.input_size), smooths=not smooths_labels(task)
+        )
         check_first_labels(mixer.num_classes, mixer.mixes, train_data, val_data)
         self.checkpoint = find_resumed(config, self.accelerator)
         config = find_batch_size(
-            self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint)
+            self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint
+        )
         if config.lr_base is not None:
             images = config.batch_size * config.grad_accum_steps * self.accelerator.num_processes
             config = replace(config, lr=base_lr(config, images))
@@ -113,9 +116,12 @@ class Trainer:
         if isinstance(task.get_eval_model(), SelfDistillModel):
             task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
         self.state = TrainState(
-            self.batches.global_batch, self.batches.epoch_images, frozen_digest(task),
+            self.batches.global_batch,
+            self.batches.epoch_images,
+            frozen_digest(task),
             name_classes(task.get_eval_model(), train_data, val_data),
-            (getattr(val_data, "source", None) or {}).get("drawn_from") or "")
+            (getattr(val_data, "source", None) or {}).get("drawn_from") or "",
+        )
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         self.epochs = self.update.epochs
         self._check_start()
@@ -126,7 +132,8 @@ class Trainer:
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
         self.saved = SavedModels(
-            self.output, config, self.accelerator, train_data, val_data, image_shape(val_data, config))
+            self.output, config, self.accelerator, train_data, val_data, image_shape(val_data, config)
+        )
         self.checkpoints: Checkpoints | None = None
         self.lr = self._lr()
 
@@ -155,7 +162,8 @@ class Trainer:
             finally:
                 upload = self._finish(ended)
         return TrainResult(
-            self.output, self.state.history, summary, None if summary else self.interrupt.received, upload)
+            self.output, self.state.history, summary, None if summary else self.interrupt.received, upload
+        )
 
     def _open_run(self) -> None:
         """Make the run directory, to which nothing was written so far."""
@@ -165,7 +173,8 @@ class Trainer:
         self.uploader = create_uploader(self.config, self.output, self.accelerator, self.epochs)
         self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
         self.progress = ProgressReporter(
-            self.updates_per_epoch * self.epochs, self.state.updates, self.accelerator.is_main_process)
+            self.updates_per_epoch * self.epochs, self.state.updates, self.accelerator.is_main_process
+        )
         self.trackers: RunTrackers | None = None
 
     def _start(self) -> None:
@@ -245,10 +254,13 @@ class Trainer:
         """Accuracy of every exit and of the ensemble on the validation data, or where these have no labels, how often
         each agrees with the deepest; call it on every process."""
         classes = self.update.mixer.num_classes
-        batches = (self.update.to_device(x, check_indices(y, classes) if self.saved.val_labelled else y)
-                   for x, y in self.val_batches)
+        batches = (
+            self.update.to_device(x, check_indices(y, classes) if self.saved.val_labelled else y)
+            for x, y in self.val_batches
+        )
         metrics, self.saved.val_images = measure_exits(
-            self.eval_model, batches, self.accelerator, self.saved.val_labelled)
+            self.eval_model, batches, self.accelerator, self.saved.val_labelled
+        )
         unreadable = self._sum(self.val_batches.unreadable)
         if unreadable and self.accelerator.is_main_process:
             warnings.warn(f"{unreadable} validation images cannot be read and are left out", stacklevel=2)
@@ -321,8 +333,9 @@ class Trainer:
         for loss in losses:
             if not math.isfinite(loss):
                 self.checkpoints.wait()
-                raise diverged(f"the {what} is {loss} at update {update} (epoch {self.state.epoch + 1})",
-                               self.checkpoints.newest)
+                raise diverged(
+                    f"the {what} is {loss} at update {update} (epoch {self.state.epoch + 1})", self.checkpoints.newest
+                )
 
     def _finish_epoch(self) -> None:
         """Evaluate, record and save, while the images of the next epoch are being loaded."""
@@ -331,8 +344,11 @@ class Trainer:
         if not is_last:
             self.batches.start(state.epoch + 1)
         if accelerator.num_processes > 1:
-            distribute_bn(trained_part(self.update.trained_model), accelerator.num_processes,
-                          reduce=self.config.dist_bn == "reduce")
+            distribute_bn(
+                trained_part(self.update.trained_model),
+                accelerator.num_processes,
+                reduce=self.config.dist_bn == "reduce",
+            )
         if (state.epoch + 1) % self.config.val_interval and not is_last:
             self._pass_epoch()
             return
@@ -344,7 +360,9 @@ class Trainer:
             f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  "
             f"{'top-1' if self.saved.val_labelled else 'agreement with the deepest'} "
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
-            + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}" + state.troubles())
+            + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}"
+            + state.troubles()
+        )
         self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
         metric = self._deciding(metrics) * (-1 if self.config.eval_metric == "loss" else 1)
         self._save_model("last", metrics)
@@ -365,8 +383,10 @@ class Trainer:
         state = self.state
         row = state.end_epoch(self.lr, {})
         self.update.end_epoch(state.epoch, None)
-        self.progress.say(f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  {self.rate:,.0f} images/s"
-                          f"  left {self.progress.time_left()}" + state.troubles())
+        self.progress.say(
+            f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  {self.rate:,.0f} images/s"
+            f"  left {self.progress.time_left()}" + state.troubles()
+        )
 
     def _deciding(self, metrics: list[ExitMetrics]) -> float | None:
         """The eval_metric of an epoch; None where it was not measured."""
@@ -379,8 +399,9 @@ class Trainer:
             ValueError: there is no such epoch.
         """
         if self.config.start_epoch >= self.epochs:
-            raise ValueError(f"start_epoch must be less than the run's {self.epochs} epochs, got"
-                             f" {self.config.start_epoch}")
+            raise ValueError(
+                f"start_epoch must be less than the run's {self.epochs} epochs, got {self.config.start_epoch}"
+            )
         self.state.epoch = self.config.start_epoch
         self.state.updates = self.state.epoch * self.updates_per_epoch
         if self.state.epoch:

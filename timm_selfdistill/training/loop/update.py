@@ -1,4 +1,5 @@
 """One optimizer update, and the largest batch for it."""
+
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -47,9 +48,16 @@ class Updater:
     """
 
     def __init__(
-            self, accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer,
-            schedule: Scheduler | None, mixer: TargetMixer, config: TrainConfig, epochs: int,
-            updates_per_epoch: int):
+        self,
+        accelerator: Accelerator,
+        task: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Scheduler | None,
+        mixer: TargetMixer,
+        config: TrainConfig,
+        epochs: int,
+        updates_per_epoch: int,
+    ):
         self.epochs, self.updates_per_epoch = epochs, updates_per_epoch
         self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
         self.schedule, self.mixer, self.config = schedule, mixer, config
@@ -176,7 +184,8 @@ class Updater:
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise FloatingPointError(
                 f"the gradients of {MOST_SKIPPED} updates in a row are not finite, the last is update {update}; try a"
-                " lower lr or clip_grad")
+                " lower lr or clip_grad"
+            )
         self._put_back(buffers)
 
     def _put_back(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
@@ -195,8 +204,8 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 
 def create_updater(
-        accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig,
-        updates_per_epoch: int) -> Updater:
+    accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig, updates_per_epoch: int
+) -> Updater:
     """Optimizer, schedule and moving average around a task, on Accelerate's devices.
 
     Raises:
@@ -216,7 +225,8 @@ def create_updater(
     optimizer = create_optimizer(model, config)
     schedule, epochs = create_schedule(optimizer, config, updates_per_epoch)
     updater = Updater(
-        accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, epochs, updates_per_epoch)
+        accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, epochs, updates_per_epoch
+    )
     if config.model_ema:
         updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     return updater
@@ -228,7 +238,8 @@ def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: Trai
     if norms and config.batch_size == 1 and not (config.sync_bn and accelerator.num_processes > 1):
         raise ValueError(
             f"batch norm ({type(norms[0]).__name__}) learns nothing from one image: batch_size must be at least 2, or"
-            " the model one without batch norm")
+            " the model one without batch norm"
+        )
     if config.sync_bn:
         if accelerator.device.type == "cpu":
             raise ValueError("sync_bn needs GPUs (torch's SyncBatchNorm does not run on a CPU); leave it out")
@@ -240,8 +251,14 @@ LARGEST, SMALLEST = 1024, 2
 
 
 def find_batch_size(
-        accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig,
-        input_size: tuple[int, int, int], images: int | None, checkpoint: Path | None) -> TrainConfig:
+    accelerator: Accelerator,
+    task: TrainingTask,
+    mixer: TargetMixer,
+    config: TrainConfig,
+    input_size: tuple[int, int, int],
+    images: int | None,
+    checkpoint: Path | None,
+) -> TrainConfig:
     """The config with a number where it says "auto": that of the checkpoint it resumes, or the largest that fits.
 
     Args:
@@ -298,8 +315,13 @@ def agree(accelerator: Accelerator, found: int) -> int:
 
 
 def try_updates(
-        accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig,
-        input_size: tuple[int, int, int], batch_size: int) -> None:
+    accelerator: Accelerator,
+    task: TrainingTask,
+    mixer: TargetMixer,
+    config: TrainConfig,
+    input_size: tuple[int, int, int],
+    batch_size: int,
+) -> None:
     """Two updates of a copy of the task on random images; the second holds the optimizer's state that the first made.
 
     No process waits for another in them. Task and random states stay as they are.

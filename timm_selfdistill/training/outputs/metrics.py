@@ -1,4 +1,5 @@
 """Accuracy and cost of every exit."""
+
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -50,7 +51,8 @@ def count_logits(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"{type(model).__name__} must give logits (B, classes) for images (B, channels, H, W), got {given} for one")
+            f"{type(model).__name__} must give logits (B, classes) for images (B, channels, H, W), got {given} for one"
+        )
     return logits.shape[1]
 
 
@@ -92,8 +94,10 @@ class ExitMeter:
 
 
 def measure_exits(
-        model: nn.Module, batches: Iterable[tuple[Tensor | BackboneOutput, Tensor]], accelerator: Accelerator,
-        labelled: bool = True,
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor | BackboneOutput, Tensor]],
+    accelerator: Accelerator,
+    labelled: bool = True,
 ) -> tuple[list[ExitMetrics], int]:
     """Accuracy of every exit and of the ensemble over the batches of all processes, and how many images they have; in
     full precision, as every reader of the saved model measures it.
@@ -118,8 +122,15 @@ def as_columns(metrics: list[ExitMetrics]) -> dict[str, float]:
 def of_columns(row: dict[str, Any]) -> list[ExitMetrics]:
     """The metrics in a row of history.csv; empty where the epoch was not measured."""
     labels = [key.removeprefix("top1_") for key in row if key.startswith("top1_")]
-    return [ExitMetrics(label if label == "ensemble" else int(label.removeprefix("exit_")),
-                        row[f"top1_{label}"], row[f"top5_{label}"], row[f"loss_{label}"]) for label in labels]
+    return [
+        ExitMetrics(
+            label if label == "ensemble" else int(label.removeprefix("exit_")),
+            row[f"top1_{label}"],
+            row[f"top5_{label}"],
+            row[f"loss_{label}"],
+        )
+        for label in labels
+    ]
 
 
 def deciding_metric(metrics: list[ExitMetrics], frozen: bool, name: str = "top1") -> float:
@@ -157,8 +168,10 @@ def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[dict[
         input_size: (channels, height, width) of the images.
     """
     if isinstance(model, SelfDistillModel):
-        return [{"exit": row.exit, "module": row.module, "params": row.params, "macs": row.macs, "share": row.share}
-                for row in model.summary(input_size)]
+        return [
+            {"exit": row.exit, "module": row.module, "params": row.params, "macs": row.macs, "share": row.share}
+            for row in model.summary(input_size)
+        ]
     params, macs, _ = count_cost(model, input_size)
     return [{"exit": 0, "module": "", "params": params, "macs": macs, "share": 1.0}]
 
@@ -169,7 +182,8 @@ def merge_rows(metrics: list[ExitMetrics], costs: list[dict[str, Any]]) -> list[
 
 
 def with_speedups(
-        model: nn.Module, rows: list[dict[str, Any]], input_size: tuple[int, int, int]) -> list[dict[str, Any]]:
+    model: nn.Module, rows: list[dict[str, Any]], input_size: tuple[int, int, int]
+) -> list[dict[str, Any]]:
     """The rows with "speedup", the measured time of the plain network over that of the row's exit, on the model's
     device in eval mode: 1 for the plain network itself; left out where the measurement is noise."""
     if not isinstance(model, SelfDistillModel):
@@ -185,7 +199,8 @@ def with_speedups(
 
 
 def find_speedups(
-        model: SelfDistillModel, calls: list[Callable[[torch.Tensor], Any]], x: torch.Tensor) -> list[float | None]:
+    model: SelfDistillModel, calls: list[Callable[[torch.Tensor], Any]], x: torch.Tensor
+) -> list[float | None]:
     """The measured time of the plain network over that of each call, for images x (B, C, H, W); None where the
     measurement is noise."""
     ratios = time_ratios(model, model.backbone, calls, x, seconds=TIMED_SECONDS, at_least=ROUNDS)

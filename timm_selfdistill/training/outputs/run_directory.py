@@ -1,4 +1,5 @@
 """The run directory, and what a run leaves in it for people: tables, history, pictures."""
+
 import csv
 import json
 import os
@@ -39,8 +40,13 @@ def print_exits(console: Console, title: str, rows: list[dict[str, Any]]) -> Non
         table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
     for row in rows:
         table.add_row(
-            str(row["exit"]), row["module"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{row['macs'] / 1e6:,.1f} M",
-            f"{row['share']:.1%}", f"{row['speedup']:.2f}x" if "speedup" in row else "",
+            str(row["exit"]),
+            row["module"],
+            f"{row['top1']:.2f}",
+            f"{row['top5']:.2f}",
+            f"{row['macs'] / 1e6:,.1f} M",
+            f"{row['share']:.1%}",
+            f"{row['speedup']:.2f}x" if "speedup" in row else "",
         )
     console.print(table)
 
@@ -81,10 +87,12 @@ def plot_curves(path: Path, history: list[dict[str, Any]], labelled: bool = True
     for index, key in enumerate(keys):
         name = key.removeprefix("top1_").replace("_", " ")
         style = exit_style(index, len(keys), name)
-        accuracy.plot([row["epoch"] for row in measured], [row[key] for row in measured], marker=".", label=name,
-                      **style)
-    accuracy.set(xlabel="epoch", ylabel="top-1 %",
-                 title="validation accuracy" if labelled else "agreement with the deepest exit")
+        accuracy.plot(
+            [row["epoch"] for row in measured], [row[key] for row in measured], marker=".", label=name, **style
+        )
+    accuracy.set(
+        xlabel="epoch", ylabel="top-1 %", title="validation accuracy" if labelled else "agreement with the deepest exit"
+    )
     if keys:
         accuracy.legend()
     for axes in (loss, accuracy):

@@ -1,4 +1,5 @@
 """best/ and last/ of a run: saved models, with a record of how they were made."""
+
 import platform
 import shutil
 from collections.abc import Iterator
@@ -40,8 +41,14 @@ class SavedModels:
     """
 
     def __init__(
-            self, output: Path, config: TrainConfig, accelerator: Accelerator, train_data: Dataset, val_data: Dataset,
-            input_size: tuple[int, int, int]):
+        self,
+        output: Path,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        train_data: Dataset,
+        val_data: Dataset,
+        input_size: tuple[int, int, int],
+    ):
         self.output, self.input_size = output, input_size
         self.data_config = {**(getattr(val_data, "data_config", None) or {}), "input_size": input_size}
         self.unsaved: dict[str, int] = {}
@@ -66,11 +73,18 @@ class SavedModels:
         else:
             self.known_license = "apache-2.0" if told.get("pretrained") is False else None
         self.facts = {
-            "dataset": source if described else None, **self.reference,
-            "settings": {key: value for key, value in config.to_dict().items()
-                         if key not in PRIVATE_SETTINGS and not _tells_path(value)},
-            "versions": {"timm-selfdistill": __version__, "Python": platform.python_version(),
-                         **{name: version(name) for name in PACKAGES}},
+            "dataset": source if described else None,
+            **self.reference,
+            "settings": {
+                key: value
+                for key, value in config.to_dict().items()
+                if key not in PRIVATE_SETTINGS and not _tells_path(value)
+            },
+            "versions": {
+                "timm-selfdistill": __version__,
+                "Python": platform.python_version(),
+                **{name: version(name) for name in PACKAGES},
+            },
             "hardware": f"{accelerator.num_processes} x {device_name(accelerator.device)}",
         }
 
@@ -119,8 +133,9 @@ class SavedModels:
         Raises:
             OSError, SafetensorError: it still cannot be.
         """
-        missing = [name for name in ("last", "best")
-                   if not (self.output / name).exists() or self.unsaved.get(name) == epoch]
+        missing = [
+            name for name in ("last", "best") if not (self.output / name).exists() or self.unsaved.get(name) == epoch
+        ]
         for name in missing:
             self._save(name, model, epoch, metrics)
         return missing
@@ -138,11 +153,18 @@ class SavedModels:
             if record["dataset"]:
                 record["dataset"] = {**record["dataset"], "images": self.val_images}
         if isinstance(model, (SelfDistillModel, TruncatedModel)):
-            model.save_pretrained(
-                folder, metrics=record, check=first, picture=False, data_config=self.data_config)
+            model.save_pretrained(folder, metrics=record, check=first, picture=False, data_config=self.data_config)
         elif hasattr(model, "pretrained_cfg"):
-            hub.save_timm_model(model, folder, metrics=record, rows=record["exits"], check=first, picture=False,
-                                data_config=self.data_config, model_args=self.model_args)
+            hub.save_timm_model(
+                model,
+                folder,
+                metrics=record,
+                rows=record["exits"],
+                check=first,
+                picture=False,
+                data_config=self.data_config,
+                model_args=self.model_args,
+            )
         else:
             hub.save_weights(model, folder)
 
@@ -155,9 +177,15 @@ class SavedModels:
         """
         costs = with_speedups(model, self.costs or exit_costs(model, self.input_size), self.input_size)
         rows = {epoch: merge_rows(metrics, costs) for epoch, metrics in (best, last)}
-        summary = {"model": model_name(model), "epoch": best[0], "epochs": last[0],
-                   "input_size": list(self.input_size), **self.reference, "exits": rows[best[0]],
-                   "last": {"epoch": last[0], "exits": rows[last[0]]}}
+        summary = {
+            "model": model_name(model),
+            "epoch": best[0],
+            "epochs": last[0],
+            "input_size": list(self.input_size),
+            **self.reference,
+            "exits": rows[best[0]],
+            "last": {"epoch": last[0], "exits": rows[last[0]]},
+        }
         write_json(self.output / "summary.json", summary)
         picture = self.output / hub.PICTURE
         hub.plot_exits(picture, summary["model"], summary["exits"], agreement=not self.val_labelled)

@@ -1,4 +1,5 @@
 """Accelerate's trackers: what they are told, where they write, and that they never stop a run."""
+
 import json
 import os
 import secrets
@@ -50,8 +51,10 @@ class RunTrackers:
     def _start(self, name: str, config: TrainConfig, output: Path, resumed: bool) -> None:
         accelerator = self.accelerator
         run = _read_runs(output).get(name) if resumed else None
-        settings = {key: value if isinstance(value, (str, int, float)) else str(value)
-                    for key, value in {**config.to_dict(), "output": str(output)}.items()}
+        settings = {
+            key: value if isinstance(value, (str, int, float)) else str(value)
+            for key, value in {**config.to_dict(), "output": str(output)}.items()
+        }
         if name == "mlflow" and run:
             settings = {}  # MLflow refuses to change what a run was told
         try:
@@ -77,14 +80,22 @@ class RunTrackers:
         """
         if name == "wandb":
             folder = {} if "WANDB_DIR" in os.environ else {"dir": str(output)}
-            return {**folder, "name": output.name, "id": run, "resume": "allow" if run else None,
-                    "tags": list(config.wandb_tags) or None}
+            return {
+                **folder,
+                "name": output.name,
+                "id": run,
+                "resume": "allow" if run else None,
+                "tags": list(config.wandb_tags) or None,
+            }
         if name == "mlflow":
             folder = (output.resolve() / "mlartifacts").as_uri() if self.own_store else None
             return {"logging_dir": folder, "run_name": output.name, "run_id": run}
         if name == "trackio":
-            return {"name": run or f"{output.name}-{secrets.token_hex(2)}", "resume": "allow" if run else "never",
-                    "embed": False}
+            return {
+                "name": run or f"{output.name}-{secrets.token_hex(2)}",
+                "resume": "allow" if run else "never",
+                "embed": False,
+            }
         return {}
 
     def log(self, values: dict[str, float], step: int) -> None:

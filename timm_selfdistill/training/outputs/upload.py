@@ -1,4 +1,5 @@
 """Saved models go to the Hub while the training goes on."""
+
 import shutil
 import tempfile
 import threading
@@ -48,8 +49,7 @@ def check_pushable(config: TrainConfig, model: nn.Module) -> None:
         raise ValueError(f"push_to_hub takes timm models, got {type(model).__name__}")
 
 
-def create_uploader(
-        config: TrainConfig, output: Path, accelerator: Accelerator, epochs: int) -> "HubUploader | None":
+def create_uploader(config: TrainConfig, output: Path, accelerator: Accelerator, epochs: int) -> "HubUploader | None":
     """The uploader of a run that pushes, on its main process; else None.
 
     Args:
@@ -64,8 +64,7 @@ def create_uploader(
     check_repo_id(repo_id, "the name of the run directory (there is no hub_model_id)")
     if not accelerator.is_main_process:
         return None
-    return HubUploader(
-        repo_id, output, private=config.hub_private or None, strategy=config.hub_strategy, epochs=epochs)
+    return HubUploader(repo_id, output, private=config.hub_private or None, strategy=config.hub_strategy, epochs=epochs)
 
 
 class HubUploader:
@@ -163,7 +162,8 @@ class HubUploader:
             result = UploadResult(self.repo_id, upload.folder)
             try:
                 result.url = push_staged(
-                    upload.staged, self.repo_id, commit_message=upload.message, private=self.private)
+                    upload.staged, self.repo_id, commit_message=upload.message, private=self.private
+                )
             except BaseException as error:  # likewise
                 result.failure = explain_failure(error, self.repo_id)
             with self.changed:

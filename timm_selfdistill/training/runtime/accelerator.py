@@ -1,4 +1,5 @@
 """Accelerate as a run needs it: its precision, its processes, their failures."""
+
 import os
 import platform
 import sys
@@ -38,7 +39,7 @@ def device_name(device: torch.device | str) -> str:
 Answer = TypeVar("Answer")
 REFUSED = {
     "DEEPSPEED": "makes its steps in the backward pass, where gradients cannot be accumulated or looked at, and has"
-                 " checkpoints of its own",
+    " checkpoints of its own",
     "FSDP": "shards the weights, of which the exits run parts on their own",
     "MEGATRON_LM": "needs a model of its own",
     "PARALLELISM_CONFIG": "lets several processes work on one image",
@@ -71,8 +72,11 @@ def create_accelerator(config: TrainConfig, find_unused: bool = False) -> Accele
     # The Trainer divides the loss itself, so Accelerate, which may be told a number by its launcher, must not.
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=find_unused)
     return Accelerator(
-        mixed_precision=precision, cpu=cpu, kwargs_handlers=[kwargs],
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+        mixed_precision=precision,
+        cpu=cpu,
+        kwargs_handlers=[kwargs],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
 
 
 def _choose_device(name: str, cpu: bool) -> bool:
@@ -92,8 +96,10 @@ def _choose_device(name: str, cpu: bool) -> bool:
         return False
     found = "cpu" if cpu else torch.accelerator.current_accelerator().type
     if device.type != found or (device.index or 0) >= torch.accelerator.device_count():
-        raise ValueError(f"there is no device {name} here, but {'the CPU alone' if found == 'cpu' else found}; give"
-                         " another, or none, which takes what there is")
+        raise ValueError(
+            f"there is no device {name} here, but {'the CPU alone' if found == 'cpu' else found}; give"
+            " another, or none, which takes what there is"
+        )
     if device.index is not None and "LOCAL_RANK" not in os.environ:  # else each process has its own
         torch.accelerator.set_device_index(device.index)
     return True
@@ -117,8 +123,10 @@ def _check_launcher(config: TrainConfig) -> None:
     """What `accelerate launch` was told, against what the run was told."""
     for name, reason in REFUSED.items():
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise ValueError(f"accelerate launch asks for {name}, which {reason}; take configs/multi_gpu.yaml, and"
-                             " grad_checkpointing (--grad-checkpointing) where memory is short")
+            raise ValueError(
+                f"accelerate launch asks for {name}, which {reason}; take configs/multi_gpu.yaml, and"
+                " grad_checkpointing (--grad-checkpointing) where memory is short"
+            )
     launched = {
         "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION"),
         "gradient_accumulation_steps": os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
@@ -127,7 +135,8 @@ def _check_launcher(config: TrainConfig) -> None:
     for name, value in launched.items():
         if value not in (None, "no", "1") and own[name] is not None and value != own[name]:
             raise ValueError(
-                f"accelerate launch says {name} {value}, the run's own flags say {own[name]}; change one of them")
+                f"accelerate launch says {name} {value}, the run's own flags say {own[name]}; change one of them"
+            )
 
 
 POLL_SECONDS = 0.5

@@ -1,4 +1,5 @@
 """Ctrl-C, SIGTERM and SIGUSR1 as a polite request, on which all processes agree."""
+
 import os
 import signal
 import threading

@@ -1,4 +1,5 @@
 """What a run shows while it goes on, and how often; profiles of updates."""
+
 import time
 import warnings
 from collections.abc import Callable
@@ -56,9 +57,16 @@ class ProgressReporter:
         self.began = self.last_line = time.perf_counter()
         self.live = enabled and self.console.is_terminal
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=self.console, disable=not self.live, transient=True,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+            transient=True,
         )
         self.task = self.bar.add_task("", total=total_updates, completed=done_updates, note="")
 
@@ -149,8 +157,16 @@ class UpdateProfiler:
         if updates:
             schedule = {"wait": WAIT, "warmup": WARM_UP, "active": updates, "repeat": 1}
             activities = ["cpu", "cuda"] if accelerator.device.type == "cuda" else ["cpu"]
-            self.profiler = self.stack.enter_context(accelerator.profile(ProfileKwargs(
-                activities=activities, schedule_option=schedule, profile_memory=True, output_trace_dir=str(folder))))
+            self.profiler = self.stack.enter_context(
+                accelerator.profile(
+                    ProfileKwargs(
+                        activities=activities,
+                        schedule_option=schedule,
+                        profile_memory=True,
+                        output_trace_dir=str(folder),
+                    )
+                )
+            )
 
     def step(self) -> None:
         """An update is done; after the last one that is traced, the trace is written."""

@@ -1,4 +1,5 @@
 """Checkpoints on disk: written beside by a thread, with checksums, and renamed; the newest kept."""
+
 import hashlib
 import json
 import os
@@ -68,7 +69,7 @@ class Checkpoints:
             _write_checksums(fresh)
             os.replace(fresh, final)
             sync(self.folder)
-            for old in list_checkpoints(self.folder)[:-self.keep]:
+            for old in list_checkpoints(self.folder)[: -self.keep]:
                 os.replace(old, old.with_name(f".{old.name}"))  # so that half of one is never taken for a whole
                 shutil.rmtree(old.with_name(f".{old.name}"))
             for left in self.folder.glob(f"{LEFT}*"):
@@ -139,7 +140,8 @@ def find_damage(checkpoint: Path) -> str | None:
     if record["format"] != FORMAT:
         raise ValueError(
             f"{checkpoint} has format {record['format']}, this version of timm-selfdistill reads {FORMAT}; install a"
-            " newer one")
+            " newer one"
+        )
     for name in (WEIGHTS_FILE, REST_FILE):
         try:
             if _checksum(checkpoint / name) != record["sha256"].get(name):

@@ -1,4 +1,5 @@
 """The state of a run: copied to memory, and put back."""
+
 import random
 import warnings
 from collections.abc import Collection
@@ -58,7 +59,8 @@ class TrainState:
     def troubles(self) -> str:
         """How many images and updates were left out, for the line of an epoch."""
         return (f"  images replaced {self.replaced_samples}" if self.replaced_samples else "") + (
-            f"  updates left out {self.skipped_updates}" if self.skipped_updates else "")
+            f"  updates left out {self.skipped_updates}" if self.skipped_updates else ""
+        )
 
     def add_losses(self, losses: dict[str, float]) -> None:
         """Those of one update."""
@@ -94,24 +96,35 @@ class TrainState:
         batches or data cannot be finished with these."""
         before = state.get("backbone", "")
         if bool(before) != bool(self.backbone):
-            which = "a teacher or a frozen backbone, and this run has none" if before else (
-                "neither a teacher nor a frozen backbone, and this run has one")
+            which = (
+                "a teacher or a frozen backbone, and this run has none"
+                if before
+                else ("neither a teacher nor a frozen backbone, and this run has one")
+            )
             raise ValueError(f"the checkpoint is of a run with {which}; resume with what the run began with")
         if before != self.backbone:
-            raise ValueError("the checkpoint is of a run with a teacher or a frozen backbone, which had other weights"
-                             " than this one; resume with the model, the teacher and the pretrained weights that the"
-                             " run began with")
+            raise ValueError(
+                "the checkpoint is of a run with a teacher or a frozen backbone, which had other weights"
+                " than this one; resume with the model, the teacher and the pretrained weights that the"
+                " run began with"
+            )
         names = state.get("class_names")
         if names and self.class_names and names != self.class_names:
-            raise ValueError(f"the checkpoint is of a run on {listed(names, self.class_names)}, and the images have"
-                             f" {listed(self.class_names, names)}; resume with the classes that the run began with")
+            raise ValueError(
+                f"the checkpoint is of a run on {listed(names, self.class_names)}, and the images have"
+                f" {listed(self.class_names, names)}; resume with the classes that the run began with"
+            )
         if state.get("drawn_from") and self.drawn_from and state["drawn_from"] != self.drawn_from:
-            raise ValueError("the images have other names, labels or numbers than when the run began, so that others"
-                             " would be left out for validation, and the run was trained on most of these; resume with"
-                             " the images as they were, or start a new run")
+            raise ValueError(
+                "the images have other names, labels or numbers than when the run began, so that others"
+                " would be left out for validation, and the run was trained on most of these; resume with"
+                " the images as they were, or start a new run"
+            )
         if state["images"] and state.get("draws") != DRAWS:
-            raise ValueError("the checkpoint stands in the middle of an epoch whose images an older version of"
-                             " timm-selfdistill ordered in another way; resume from one at the end of an epoch")
+            raise ValueError(
+                "the checkpoint stands in the middle of an epoch whose images an older version of"
+                " timm-selfdistill ordered in another way; resume from one at the end of an epoch"
+            )
         saved, own = ((place["global_batch"], place["epoch_images"]) for place in (state, vars(self)))
         if state["images"] and saved != own:
             raise ValueError(
@@ -119,8 +132,7 @@ class TrainState:
                 f" (batch_size times processes), this run has {own[1]} in batches of {own[0]}; resume with the same"
             )
         own_names = self.class_names or names or []
-        vars(self).update(
-            state, global_batch=own[0], epoch_images=own[1], draws=DRAWS, class_names=own_names)
+        vars(self).update(state, global_batch=own[0], epoch_images=own[1], draws=DRAWS, class_names=own_names)
 
 
 def diverged(what: str, newest: Path | None) -> FloatingPointError:
@@ -130,26 +142,83 @@ def diverged(what: str, newest: Path | None) -> FloatingPointError:
         newest: checkpoint.
     """
     kept = f"{newest} stays" if newest else "there was no checkpoint yet"
-    return FloatingPointError(
-        f"{what}; {kept}; try a lower lr, clip_grad, or bfloat16 instead of float16")
+    return FloatingPointError(f"{what}; {kept}; try a lower lr, clip_grad, or bfloat16 instead of float16")
 
 
 FIXED_SETTINGS = (
-    "seed", "opt", "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "layer_decay",
-    "layer_decay_min_scale", "layer_decay_no_opt_scale", "head_lr_scale", "head_warmup_epochs", "model_ema",
-    "model", "exits", "head", "teacher", "hint", "t_squared", "bce_loss", "bce_sum",
-    "bce_target_thresh", "bce_pos_weight", "freeze_backbone", "unlabelled", "method", "in_chans",
-    "img_size", "dataset", "dataset_config", "train_split", "val_split", "val_fraction", "input_key", "target_key",
-    "streaming", "num_classes", "start_epoch", "aug_splits", "jsd_loss", "split_bn")
+    "seed",
+    "opt",
+    "opt_eps",
+    "opt_betas",
+    "opt_kwargs",
+    "momentum",
+    "weight_decay",
+    "layer_decay",
+    "layer_decay_min_scale",
+    "layer_decay_no_opt_scale",
+    "head_lr_scale",
+    "head_warmup_epochs",
+    "model_ema",
+    "model",
+    "exits",
+    "head",
+    "teacher",
+    "hint",
+    "t_squared",
+    "bce_loss",
+    "bce_sum",
+    "bce_target_thresh",
+    "bce_pos_weight",
+    "freeze_backbone",
+    "unlabelled",
+    "method",
+    "in_chans",
+    "img_size",
+    "dataset",
+    "dataset_config",
+    "train_split",
+    "val_split",
+    "val_fraction",
+    "input_key",
+    "target_key",
+    "streaming",
+    "num_classes",
+    "start_epoch",
+    "aug_splits",
+    "jsd_loss",
+    "split_bn",
+)
 """A run that is resumed with others would be another run."""
 OPTIMIZER_SETTINGS = (
-    "opt", "opt_eps", "opt_betas", "opt_kwargs", "momentum", "weight_decay", "layer_decay", "layer_decay_min_scale",
-    "layer_decay_no_opt_scale", "head_lr_scale", "lr")
+    "opt",
+    "opt_eps",
+    "opt_betas",
+    "opt_kwargs",
+    "momentum",
+    "weight_decay",
+    "layer_decay",
+    "layer_decay_min_scale",
+    "layer_decay_no_opt_scale",
+    "head_lr_scale",
+    "lr",
+)
 """Those that may be others where the optimizer's state is left out."""
 FREE_SETTINGS = {
-    "device", "output", "resume", "workers", "log_interval", "checkpoint_interval", "checkpoint_hist", "report_to",
+    "device",
+    "output",
+    "resume",
+    "workers",
+    "log_interval",
+    "checkpoint_interval",
+    "checkpoint_hist",
+    "report_to",
     "profile",
-    "push_to_hub", "hub_model_id", "hub_private", "hub_license", "hub_strategy"}
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private",
+    "hub_license",
+    "hub_strategy",
+}
 """Those that change nothing in the weights, and need no word."""
 
 
@@ -169,8 +238,13 @@ def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def take_snapshot(
-        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, batches: TrainBatches,
-        state: TrainState, config: TrainConfig) -> Snapshot | None:
+    accelerator: Accelerator,
+    task: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    batches: TrainBatches,
+    state: TrainState,
+    config: TrainConfig,
+) -> Snapshot | None:
     """Copy the state of the run; call it on every process, the main one gets it."""
     random_states, places = zip(*gather_object([(get_random_states(), batches.state_dict())]))
     if not accelerator.is_main_process:
@@ -189,16 +263,25 @@ def take_snapshot(
 
 
 def restore(
-        accelerator: Accelerator, task: nn.Module, optimizer: AcceleratedOptimizer, batches: TrainBatches,
-        state: TrainState, config: TrainConfig, snapshot: Snapshot) -> None:
+    accelerator: Accelerator,
+    task: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    batches: TrainBatches,
+    state: TrainState,
+    config: TrainConfig,
+    snapshot: Snapshot,
+) -> None:
     """Put a state back; processes that the run did not have keep their own random state.
 
     Raises:
         ValueError: it is that of another run: of other settings, another model or other batches.
     """
     _check_settings(
-        snapshot.rest["settings"], _describe(accelerator, state, config), warn=accelerator.is_main_process,
-        free=OPTIMIZER_SETTINGS if config.no_resume_opt else ())
+        snapshot.rest["settings"],
+        _describe(accelerator, state, config),
+        warn=accelerator.is_main_process,
+        free=OPTIMIZER_SETTINGS if config.no_resume_opt else (),
+    )
     batches.load_state_dicts(snapshot.rest["batches"])
     _load_weights(plain(accelerator, task), snapshot.weights)
     state.load_state_dict(snapshot.rest["state"])
@@ -212,8 +295,11 @@ def restore(
 
 def _describe(accelerator: Accelerator, state: TrainState, config: TrainConfig) -> dict[str, str]:
     """The settings of a run, and what else it hangs on, as text."""
-    facts = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-             "images an epoch": state.epoch_images}
+    facts = {
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "images an epoch": state.epoch_images,
+    }
     settings = config.to_dict()
     settings.pop("found", None)
     return {key: str(value) for key, value in {**settings, **facts}.items()}
@@ -228,14 +314,18 @@ def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool, free
     Raises:
         ValueError: they differ in what makes it another run.
     """
-    differing = {key: (saved[key], own[key]) for key in own
-                 if key in saved and saved[key] != own[key] and key not in FREE_SETTINGS}
+    differing = {
+        key: (saved[key], own[key])
+        for key in own
+        if key in saved and saved[key] != own[key] and key not in FREE_SETTINGS
+    }
     said = {key: f"{key} {before} instead of {now}" for key, (now, before) in differing.items()}
     fixed = {*FIXED_SETTINGS, "lr"} if own["sched"] == "none" else FIXED_SETTINGS
     if refused := [said[key] for key in said if key in fixed and key not in free]:
         raise ValueError(
             f"the checkpoint is of another run, which this one cannot go on with: {', '.join(refused)};"
-            " resume with the same settings, or start a new run")
+            " resume with the same settings, or start a new run"
+        )
     if said and warn:
         warnings.warn(f"resumed with other settings than before: {', '.join(said.values())}", stacklevel=2)
 
@@ -244,12 +334,15 @@ def _load_weights(task: TrainingTask, saved: dict[str, Tensor]) -> None:
     own = trained_state(task)
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     differing = sorted(
-        key for key in shapes.keys() | saved.keys()
-        if key not in saved or key not in shapes or tuple(saved[key].shape) != shapes[key])
+        key
+        for key in shapes.keys() | saved.keys()
+        if key not in saved or key not in shapes or tuple(saved[key].shape) != shapes[key]
+    )
     if differing:
         raise ValueError(
             f"the checkpoint is of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
-            " resume with the model, exits, head, number of classes and model_ema that it was made with")
+            " resume with the model, exits, head, number of classes and model_ema that it was made with"
+        )
     task.load_state_dict(saved, strict=False)  # without a frozen backbone
 
 

@@ -1,4 +1,5 @@
 """What of a task learns, and what stays as it is: a frozen backbone, or a teacher."""
+
 import hashlib
 
 import torch
@@ -38,8 +39,10 @@ def freeze_teacher(task: TrainingTask) -> None:
     teacher.requires_grad_(False)
     spoilt = [name for name, value in teacher.model.state_dict().items() if not bool(value.isfinite().all())]
     if spoilt:
-        raise ValueError(f"the teacher's weights are not finite, {spoilt[0]} first; they come from a run that diverged"
-                         " or a damaged file, take another teacher")
+        raise ValueError(
+            f"the teacher's weights are not finite, {spoilt[0]} first; they come from a run that diverged"
+            " or a damaged file, take another teacher"
+        )
 
 
 def trained_state(task: TrainingTask) -> dict[str, Tensor]:
