@@ -103,8 +103,8 @@ PAPER = '["Be Your Own Teacher"](https://arxiv.org/abs/1905.08094)'
         ),
         (
             {"method": "self-distill", "teacher": "ensemble"},
-            f" by self distillation: the mean of all logits teaches them while they learn from the labels ({PAPER}, with"
-            " the teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299)).",
+            f" by self distillation: the mean of all logits teaches them while they learn from the labels ({PAPER},"
+            " with the teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299)).",
         ),
         (
             {"method": "dsn", "teacher": "deepest"},

@@ -60,8 +60,8 @@ def test_labels_that_are_trained_on(train, tmp_path):
             SEVERAL,
             INDICES,
             {"label_loss": torch.nn.BCEWithLogitsLoss()},
-            r"training labels .*class indices \(B,\) from 0 to 3, or soft labels \(B, 4\) that sum to 1, got torch.float32"
-            r" of shape \(1, 4\), .*several classes",
+            r"training labels .*class indices \(B,\) from 0 to 3, or soft labels \(B, 4\) that sum to 1, got"
+            r" torch.float32 of shape \(1, 4\), .*several classes",
         ),
         (INDICES, SEVERAL, {}, r"validation labels .*got torch.float32 of shape \(1, 4\), .*several classes"),
         (INDICES, SEVERAL.long(), {}, r"validation labels .*got torch.int64 of shape \(1, 4\), .*several classes"),
