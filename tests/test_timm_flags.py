@@ -260,7 +260,7 @@ def test_the_network(tmp_path):
         (["--bce-pos-weight", -1], "--bce-pos-weight must be > 0"),
         (["--lr-noise", 0.9, 0.2], "lr_noise must be one share of the run, or two that increase"),
         (["--decay-milestones", 3, 2], "decay_milestones must increase"),
-        (["--decay-epochs", 0], "decay_epochs must be > 0"),
+        (["--decay-epochs", 0], "decay_epochs must be a number > 0"),
         (["--lr-base-size", 8], "lr_base_size and lr_base_scale are of lr_base, which is not given"),
         (["--sched", "plateau", "--start-epoch", 2], "plateau goes by the metrics of all epochs"),
         (["--clip-mode", "all"], "--clip-mode: invalid choice: 'all'"),

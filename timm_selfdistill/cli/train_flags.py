@@ -13,10 +13,10 @@ from timm.utils import ParseKwargs
 from ..heads import HEADS
 from ..loss import SelfDistillLoss
 from ..training import TrainConfig
-from ..training.config import CHOICES, SCHEDULES
 from ..training.data.sources import ValFraction
 from ..training.data.transforms import CROP_MODES
 from ..training.outputs.run_directory import OWN_FOLDER
+from ..training.settings import described_fields, element_type, takes_several
 from .config_file import read_flags
 from .data_flags import add_image_flags, add_preprocessing_flags
 from .methods import (
@@ -300,7 +300,9 @@ def check_frozen_flags(args: argparse.Namespace) -> None:
 def train_config(args: argparse.Namespace) -> TrainConfig:
     """The TrainConfig in parsed flags; the other flags are recorded in its `settings`."""
     names = {field.name for field in fields(TrainConfig)} - {"settings"}
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
+    values: dict[str, Any] = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()
+    }
     replaced = {
         "config",
         "paper",
@@ -469,7 +471,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default in ("", ()):
+        if action.default is None or action.default is False or action.default in ("", (), {}):
             return action.help
         return super()._get_help_string(action)
 
@@ -487,122 +489,6 @@ def batch_size(value: str) -> int | str:
     return value if value == "auto" else int(value)
 
 
-_TYPES = {
-    "batch_size": batch_size,
-    "validation_batch_size": int,
-    "steps_per_epoch": int,
-    "clip_grad": float,
-    "layer_decay": float,
-    "layer_decay_no_opt_scale": float,
-    "opt_eps": float,
-    "lr_base": float,
-    "hub_model_id": str,
-    "hub_license": str,
-    "wandb_project": str,
-    "torchcompile_mode": str,
-    "device": str,
-    "decay_epochs": float,
-    "lr_decay_fn": str,
-    "lr_stable_timescale": float,
-    "train_num_samples": int,
-}
-_SEVERAL = {
-    "decay_milestones": int,
-    "opt_betas": float,
-    "lr_noise": float,
-    "cutmix_minmax": float,
-    "report_to": str,
-    "wandb_tags": str,
-}
-"""Types of flags that take several values."""
-_MORE_NAMES = {"batch_size": ["-b"], "validation_batch_size": ["-vb"], "workers": ["-j"], "decay_rate": ["--dr"]}
-_HELP = {
-    "no_resume_opt": "resume without the state of the optimizer",
-    "device": "cpu, cuda, cuda:1, ... (default: the GPU of the process, or the CPU)",
-    "epochs": "of the schedule",
-    "start_epoch": "begin with this epoch, from 0",
-    "train_num_samples": "rows of a stream that does not tell their number",
-    "epoch_repeats": "how often an epoch reads a stream",
-    "aug_repeats": "as often an image comes in a row, augmented in different ways, 0 is off",
-    "warmup_prefix": "warm up before --epochs",
-    "cooldown_epochs": "epochs at --min-lr after --epochs, of cosine, tanh and poly",
-    "patience_epochs": "of plateau, without a better --eval-metric before a step",
-    "lr_decay_fn": "shape of the decay of wsd and rsqrt",
-    "lr_stable_timescale": "epochs that scale rsqrt (default: the warm-up's)",
-    "val_interval": "epochs between two validations, each with a checkpoint",
-    "eval_metric": "of the deepest exit, by which the best model is chosen",
-    "lr": f"highest learning rate (default: {TrainConfig.lr}, or by --lr-base)",
-    "lr_base": "learning rate of an update of --lr-base-size images, from which that of the run follows",
-    "lr_base_size": "see --lr-base",
-    "lr_base_scale": "linear in the number of images, or in its root, sqrt (default: sqrt for Adam's and LAMB's kind)",
-    "opt_eps": "epsilon of the optimizer (default: its own)",
-    "opt_betas": "betas of the optimizer (default: its own)",
-    "opt_kwargs": "further arguments of the optimizer",
-    "clip_mode": "what --clip-grad limits: the norm of all gradients, each value, or the ratio to the weights (agc)",
-    "layer_decay_min_scale": "the least that --layer-decay comes to",
-    "layer_decay_no_opt_scale": "layers for which --layer-decay comes to less are not trained",
-    "sched_on_updates": "step the schedule at every update, or with --no-sched-on-updates at every epoch",
-    "lr_noise": "share of the run from which, or between which, the learning rate is noisy",
-    "lr_noise_pct": "highest noise, as a share of the learning rate",
-    "lr_noise_std": "standard deviation of the noise",
-    "lr_cycle_mul": "length of a cycle over that of the one before",
-    "lr_cycle_decay": "learning rate of a cycle over that of the one before",
-    "lr_cycle_limit": "cycles of the learning rate",
-    "lr_k_decay": "exponent of the time in cosine and poly",
-    "layer_decay": "factor of the learning rate from each group of layers to the one below it",
-    "head_lr_scale": "factor of the learning rate of the shallow classifiers",
-    "head_warmup_epochs": "epochs at the beginning in which the classifiers learn alone",
-    "unlabelled": "training images need no labels: the exits of a frozen backbone learn from the deepest alone",
-    "cache_features": "run a frozen backbone once and keep what it gives in files; needs --no-aug",
-    "decay_epochs": "between two steps of the step schedule (default: 30), or of the decay of wsd and rsqrt, below 1 a"
-    " share (default: 0.2)",
-    "decay_milestones": "epochs of the steps of the multistep schedule",
-    "decay_rate": "factor of a step, or power of poly",
-    "mixup_prob": "of mixup or cutmix on a batch",
-    "mixup_switch_prob": "of cutmix where both are on",
-    "mixup_mode": "for each batch, pair or image",
-    "mixup_off_epoch": "epoch from which both are off, 0 is never",
-    "model_ema_warmup": "a faster average at the beginning",
-    "channels_last": "memory format of images and weights",
-    "torchcompile": "compile the model (BACKEND: inductor)",
-    "torchcompile_mode": "of torch.compile, e.g. max-autotune",
-    "cutmix_minmax": "the least and the most of each side that cutmix takes, in the place of --cutmix",
-    "wandb_project": "of --report-to wandb (default: timm-selfdistill)",
-    "wandb_tags": "of --report-to wandb",
-    "validation_batch_size": "(default: the batch size)",
-    "steps_per_epoch": "updates of an epoch of a stream (default: all images, where their number is known)",
-    "shuffle_buffer": "rows of a stream that each loading process shuffles together",
-    "log_interval": "updates between two looks at the losses",
-    "checkpoint_interval": "besides one an epoch: every so many updates, or 90s, 10m, 1h",
-    "checkpoint_hist": "checkpoints kept",
-    "on_bad_sample": "an image that cannot be read stops the run, or another takes its place",
-    "on_nan": "a loss that is not finite stops the run, or its update is left out",
-    "sync_bn": "batch norm over all processes",
-    "dist_bn": "batch norm's statistics at the end of an epoch: mean of all processes, or the main one's",
-    "profile": "trace so many updates, 0 is none",
-    "output": "run directory (default: a new one under output/train)",
-    "batch_size": "images per process and forward pass; auto: the largest power of two that the GPU's memory holds (lr"
-    " stays as it is)",
-    "opt": "any of timm's optimizers",
-    "sched": ", ".join(SCHEDULES),
-    "smoothing": "label smoothing",
-    "mixup": "alpha, 0 is off",
-    "cutmix": "alpha, 0 is off",
-    "model_ema": "keep, evaluate and save an average of the weights",
-    "amp": "mixed precision",
-    "amp_dtype": "of mixed precision",
-    "grad_accum_steps": "forward passes per update",
-    "clip_grad": "highest gradient norm",
-    "workers": "data-loading processes per training process",
-    "push_to_hub": "upload the best model at the end, in the background",
-    "hub_model_id": "repository, user/name (default: name of the run directory)",
-    "hub_private": "make a private repository",
-    "hub_license": "of the model card, e.g. mit (default: that of the pretrained weights, else apache-2.0)",
-    "hub_strategy": "also during the run: every new best model, or the last one every epoch",
-    "report_to": "trackers, e.g. tensorboard wandb",
-}
-
-
 def _add_config(group: Any) -> None:
     """A flag for every field of TrainConfig."""
     group.add_argument("--log-wandb", action="store_true", help="--report-to wandb, beside others")
@@ -616,25 +502,23 @@ def _add_config(group: Any) -> None:
         " auto: likewise, but a new run where there is none",
     )
     group.add_argument("--recovery-interval", type=int, default=0, metavar="N", help="--checkpoint-interval N")
-    for field in fields(TrainConfig):
-        if field.name in ("resume", "settings"):
+    for entry, described in described_fields(TrainConfig):
+        if entry.name == "resume":
             continue
-        names = [*_MORE_NAMES.get(field.name, ()), f"--{field.name.replace('_', '-')}"]
-        default = {"opt_kwargs": {}, "lr": None}.get(field.name, field.default)
-        options: dict[str, Any] = {"dest": field.name, "default": default}
-        options["help"] = _HELP.get(field.name, field.name.replace("_", " "))
-        if field.name == "torchcompile":
+        names = [*described.flags, f"--{entry.name.replace('_', '-')}"]
+        default: Any = {"opt_kwargs": {}, "lr": None}.get(entry.name, entry.default)
+        options: dict[str, Any] = {"dest": entry.name, "default": default, "help": described.text(as_flags=True)}
+        if entry.name == "torchcompile":
             options |= {"nargs": "?", "const": "inductor", "metavar": "BACKEND"}
-        elif isinstance(field.default, bool):
-            options["action"] = "store_true" if field.name.startswith("no_") else _BOOLEAN
-        elif field.name in CHOICES:
-            options["choices"] = CHOICES[field.name]
-        elif field.name in _SEVERAL:
-            options |= {"nargs": "+", "type": _SEVERAL[field.name]}
-        elif field.name == "opt_kwargs":
+        elif isinstance(entry.default, bool):
+            options["action"] = "store_true" if entry.name.startswith("no_") else _BOOLEAN
+        elif described.choices:
+            options["choices"] = described.choices
+        elif entry.name == "opt_kwargs":
             options |= {"nargs": "*", "action": NamedValues, "metavar": "NAME=VALUE"}
         else:
-            options["type"] = _TYPES.get(field.name, type(field.default))
+            options["type"] = batch_size if entry.name == "batch_size" else element_type(TrainConfig, entry.name)
+            options |= {"nargs": "+"} if takes_several(TrainConfig, entry.name) else {}
         group.add_argument(*names, **options)
     group.add_argument(
         "--no-torchcompile",

@@ -15,44 +15,14 @@ from huggingface_hub.utils import validate_repo_id
 from timm.optim import list_optimizers
 from torch import Tensor
 
-CHOICES = {
-    "mixup_mode": ("batch", "pair", "elem"),
-    "amp_dtype": ("float16", "bfloat16"),
-    "clip_mode": ("norm", "value", "agc"),
-    "eval_metric": ("top1", "top5", "loss"),
-    "lr_base_scale": ("", "linear", "sqrt"),
-    "on_bad_sample": ("raise", "skip"),
-    "on_nan": ("raise", "skip"),
-    "dist_bn": ("reduce", "broadcast"),
-    "hub_strategy": ("end", "best", "epoch"),
-}
-WHOLE = (
-    "seed",
-    "epochs",
-    "batch_size",
-    "validation_batch_size",
-    "steps_per_epoch",
-    "shuffle_buffer",
-    "head_warmup_epochs",
-    "mixup_off_epoch",
-    "grad_accum_steps",
-    "workers",
-    "log_interval",
-    "checkpoint_hist",
-    "lr_cycle_limit",
-    "lr_base_size",
-    "cooldown_epochs",
-    "patience_epochs",
-    "val_interval",
-    "start_epoch",
-    "train_num_samples",
-)
-"""Fields that count something."""
+from .settings import check_setting, described_fields, documented, setting, takes_several
+
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none")
 CYCLIC = ("cosine", "tanh", "poly")
 """Schedules that have cycles, and a cooldown after them."""
 
 
+@documented
 @dataclass
 class TrainConfig:
     """Settings of a training run.
@@ -60,81 +30,6 @@ class TrainConfig:
     Names and meaning are those of the flags of timm's `train.py`; durations are in epochs.
 
     Args:
-        output: run directory; "" makes one under output/train, named after the time.
-        resume: checkpoint folder or run directory to go on from; "latest" is the newest whole checkpoint in `output`,
-            "auto" likewise, and a new run where there is none. no_resume_opt: without the optimizer's state.
-        device: "cpu", "cuda", "cuda:1", ...; None is the GPU of the process, and the CPU where there is none.
-        epochs: of the schedule; the run is longer where warmup_prefix, cooldown_epochs or lr_cycle_limit say so.
-        start_epoch: begin with the schedule and the images of this epoch, from 0; for weights that were trained
-            elsewhere.
-        batch_size: images per process and forward pass; "auto" is the largest power of two that the GPU's memory
-            holds, or that of the checkpoint that is resumed. The learning rate does not follow it.
-        validation_batch_size: None is `batch_size`.
-        steps_per_epoch: updates of an epoch of streamed images; None is all of them, where their number is known.
-        train_num_samples: rows of a stream that does not tell their number. epoch_repeats: how often an epoch reads
-            them; at least once.
-        shuffle_buffer: rows of a stream that each loading process shuffles together.
-        aug_repeats: repeated augmentation (arXiv:1901.09335): each image comes so many times in a row, each time
-            augmented in another way, and an epoch is of as many fewer images; 0 is off.
-        opt: name of one of timm's optimizers. opt_eps, opt_betas: its epsilon and betas; None are its own. opt_kwargs:
-            any other of its arguments.
-        lr: highest learning rate. lr_base, where it is given, takes its place: the learning rate of lr_base_size images
-            an update, which by lr_base_scale grows with their number ("linear"), or with its root ("sqrt"); "" is
-            "sqrt" for optimizers of the kind of Adam and LAMB, else "linear".
-        layer_decay: factor of the learning rate from each group of layers to the one below it (arXiv:2106.08254); None
-            is 1 for all. layer_decay_min_scale: the least that it comes to. layer_decay_no_opt_scale: layers for which
-            it comes to less are not trained; None is all are.
-        head_lr_scale: factor of the learning rate of the shallow classifiers.
-        head_warmup_epochs: epochs at the beginning in which all classifiers learn alone, the deepest included, while
-            the backbone's features stay as they are.
-        unlabelled: the training images have no labels, or these are not used: the exits of a frozen backbone learn from
-            the deepest classifier alone.
-        cache_features: let a frozen backbone see each image once and keep what it gives, in files in the run directory
-            while the run goes on. Images must not be augmented.
-        sched: learning-rate schedule, stepped every update, or without sched_on_updates every epoch, as "plateau"
-            always is. warmup_epochs: of the warm-up from warmup_lr, with warmup_prefix before the `epochs`.
-            cooldown_epochs: at min_lr, after the `epochs` of "cosine", "tanh" and "poly". decay_epochs: of a step of
-            "step" (None is 30), or the length of the decay of "wsd" and "rsqrt", below 1 as a share (None is 0.2).
-            decay_milestones: epochs of the steps of "multistep". decay_rate: factor of a step, or the power of "poly".
-            patience_epochs: of "plateau", without a better eval_metric before a step. lr_cycle_limit: cycles of
-            "cosine", "tanh" and "poly", of which each is lr_cycle_mul times as long as the one before, the first
-            `epochs` long, and begins at lr_cycle_decay of its learning rate. lr_k_decay: exponent of the time in
-            "cosine" and "poly" (arXiv:2004.05909). lr_decay_fn, lr_stable_timescale: shape of the decay of "wsd" and
-            "rsqrt", and the epochs that scale the latter. lr_noise: share of the run from which, or between which,
-            noise is multiplied to the learning rate, of the standard deviation lr_noise_std, below lr_noise_pct.
-        smoothing: label smoothing; the task sees soft labels (B, K) then, and with mixup or cutmix.
-        mixup, cutmix: their alpha; 0 is off. cutmix_minmax: the least and the most of each side that cutmix takes,
-            instead of its alpha. mixup_off_epoch: epoch from which both are off; 0 is never.
-        model_ema: keep an average of the weights; it is what is evaluated and saved. model_ema_warmup: a faster
-            average at the beginning, for short runs.
-        amp: mixed precision, in amp_dtype "float16" or "bfloat16"; False leaves it to `accelerate launch`.
-        torchcompile: compile the model with torch.compile; True with the backend "inductor", or the name of another.
-            torchcompile_mode: its mode, e.g. "max-autotune".
-        grad_accum_steps: forward passes per update.
-        clip_grad: None is off; by clip_mode "norm" the highest norm of all gradients, "value" the highest value, "agc"
-            the highest ratio of the norms of gradient and weights, of each unit (arXiv:2102.06171).
-        workers: data-loading processes per training process.
-        log_interval: updates between two looks at the loss.
-        checkpoint_interval: besides the end of every epoch, a checkpoint every so many updates ("500") or so often
-            ("90s", "10m", "1h"); "" is at the end of an epoch only.
-        checkpoint_hist: checkpoints kept.
-        val_interval: epochs between two validations; model and checkpoint of the epoch are saved after each.
-        eval_metric: by which one model is better than another: "top1", "top5" or "loss" of the deepest exit on the
-            validation images, where it is frozen the mean of the others.
-        on_bad_sample: "raise", or "skip": a training image that cannot be read gives its place to another; counted.
-        on_nan: "raise" at a loss that is not finite, or "skip" an update whose gradients are not; counted.
-        sync_bn: batch norm over all processes (GPUs only).
-        dist_bn: batch norm's statistics at the end of an epoch: "reduce" averages those of all processes, "broadcast"
-            takes those of the main one.
-        profile: updates whose trace goes to profile/ in the run directory; 0 is none.
-        report_to: names of Accelerate's trackers, e.g. ("tensorboard", "wandb"), or one name.
-        wandb_project, wandb_tags: of the run in Weights & Biases; None is "timm-selfdistill".
-        push_to_hub: upload the best model at the end of the run, and with the hub_strategy "best" every new best
-            one, with "epoch" the last one after every epoch, too, in the background.
-        hub_model_id: repository, "user/name" or "name"; None is the name of the run directory.
-        hub_private: make a private repository.
-        hub_license: of the model card, e.g. "mit"; None is that of the weights that the training begins with, and
-            Apache-2.0, timm's own, where settings["pretrained"] is False.
         settings: anything else that config.yaml should record, e.g. the model's name, under names of its own.
 
     Paths, and scalars and arrays of numpy and torch, become what YAML has for them.
@@ -144,95 +39,198 @@ class TrainConfig:
         TypeError: `settings` hold what YAML cannot tell.
     """
 
-    output: str = ""
-    resume: str | None = None
-    no_resume_opt: bool = False
-    device: str | None = None
-    seed: int = 42
-    epochs: int = 6
-    start_epoch: int = 0
-    batch_size: int | str = 64
-    validation_batch_size: int | None = None
-    steps_per_epoch: int | None = None
-    train_num_samples: int | None = None
-    epoch_repeats: float = 0.0
-    shuffle_buffer: int = 1000
-    aug_repeats: float = 0.0
-    opt: str = "sgd"
-    opt_eps: float | None = None
-    opt_betas: tuple[float, ...] | None = None
-    opt_kwargs: dict[str, Any] = field(default_factory=dict)
-    lr: float = 0.05
-    lr_base: float | None = None
-    lr_base_size: int = 256
-    lr_base_scale: str = ""
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    layer_decay: float | None = None
-    layer_decay_min_scale: float = 0.0
-    layer_decay_no_opt_scale: float | None = None
-    head_lr_scale: float = 1.0
-    head_warmup_epochs: int = 0
-    unlabelled: bool = False
-    cache_features: bool = False
-    sched: str = "cosine"
-    sched_on_updates: bool = True
-    warmup_epochs: float = 1.0
-    warmup_prefix: bool = False
-    warmup_lr: float = 1e-5
-    min_lr: float = 0.0
-    cooldown_epochs: int = 0
-    lr_noise: tuple[float, ...] | None = None
-    lr_noise_pct: float = 0.67
-    lr_noise_std: float = 1.0
-    lr_cycle_mul: float = 1.0
-    lr_cycle_decay: float = 0.5
-    lr_cycle_limit: int = 1
-    lr_k_decay: float = 1.0
-    lr_decay_fn: str | None = None
-    lr_stable_timescale: float | None = None
-    decay_epochs: float | None = None
-    decay_milestones: tuple[int, ...] = (90, 180, 270)
-    decay_rate: float = 0.1
-    patience_epochs: int = 10
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    cutmix_minmax: tuple[float, ...] | None = None
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    mixup_mode: str = "batch"
-    mixup_off_epoch: int = 0
-    model_ema: bool = False
-    model_ema_decay: float = 0.9998
-    model_ema_warmup: bool = False
-    amp: bool = False
-    amp_dtype: str = "float16"
-    grad_accum_steps: int = 1
-    clip_grad: float | None = None
-    clip_mode: str = "norm"
-    channels_last: bool = False
-    torchcompile: bool | str = False
-    torchcompile_mode: str | None = None
-    workers: int = 2
-    log_interval: int = 50
-    checkpoint_interval: str = ""
-    checkpoint_hist: int = 3
-    val_interval: int = 1
-    eval_metric: str = "top1"
-    on_bad_sample: str = "raise"
-    on_nan: str = "raise"
-    sync_bn: bool = False
-    dist_bn: str = "reduce"
-    profile: int = 0
-    report_to: tuple[str, ...] = ()
-    wandb_project: str | None = None
-    wandb_tags: tuple[str, ...] = ()
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
-    hub_private: bool = False
-    hub_license: str | None = None
-    hub_strategy: str = "end"
+    output: str = setting("", "run directory", otherwise="a new one under output/train, named after the time")
+    resume: str | None = setting(
+        None,
+        'checkpoint folder or run directory to resume from; "latest" is the newest complete checkpoint in {output},'
+        ' "auto" likewise, or a new run if there is none',
+    )
+    no_resume_opt: bool = setting(False, "resume without the state of the optimizer")
+    device: str | None = setting(
+        None, "cpu, cuda, cuda:1, ...", otherwise="the GPU of the process, or the CPU if there is none"
+    )
+    seed: int = setting(42, "random seed", whole=True, bounds=">= 0")
+    epochs: int = setting(
+        6,
+        "epochs of the schedule; {warmup_prefix}, {cooldown_epochs} and {lr_cycle_limit} make the run longer",
+        whole=True,
+        bounds=">= 1",
+    )
+    start_epoch: int = setting(
+        0, "begin with this epoch, counted from 0; for weights that were trained elsewhere", whole=True, bounds=">= 0"
+    )
+    batch_size: int | str = setting(
+        64,
+        'images per process and forward pass; "auto" is the largest power of two that fits into the GPU\'s memory (the'
+        " learning rate does not follow it)",
+        flags=("-b",),
+    )
+    validation_batch_size: int | None = setting(
+        None, "images per process in validation", whole=True, bounds=">= 1", flags=("-vb",), otherwise="the batch size"
+    )
+    steps_per_epoch: int | None = setting(
+        None,
+        "updates in an epoch of streamed images",
+        whole=True,
+        bounds=">= 1",
+        otherwise="all images, where their number is known",
+    )
+    train_num_samples: int | None = setting(
+        None, "number of rows of a stream that does not tell it", whole=True, bounds=">= 1"
+    )
+    epoch_repeats: float = setting(0.0, "how often an epoch reads a stream, at least once", bounds=">= 0")
+    shuffle_buffer: int = setting(
+        1000, "rows of a stream that each DataLoader worker shuffles together", whole=True, bounds=">= 1"
+    )
+    aug_repeats: float = setting(
+        0.0,
+        "repeated augmentation (arXiv:1901.09335): each image comes this many times in a row, augmented differently,"
+        " and an epoch has as many fewer images; 0 is off",
+        bounds=">= 0",
+    )
+    opt: str = setting("sgd", "any of timm's optimizers")
+    opt_eps: float | None = setting(None, "epsilon of the optimizer", otherwise="its own")
+    opt_betas: tuple[float, ...] | None = setting(None, "betas of the optimizer", otherwise="its own")
+    opt_kwargs: dict[str, Any] = setting(dict, "further arguments of the optimizer")
+    lr: float = setting(0.05, "highest learning rate", bounds=">= 0", otherwise="0.05, or by {lr_base}")
+    lr_base: float | None = setting(
+        None, "learning rate for {lr_base_size} images per update, from which that of the run follows"
+    )
+    lr_base_size: int = setting(256, "images per update that {lr_base} is for", whole=True, bounds=">= 1")
+    lr_base_scale: str = setting(
+        "",
+        "how the learning rate grows with the number of images: linear, or with its square root, sqrt",
+        choices=("", "linear", "sqrt"),
+        otherwise="sqrt for Adam's and LAMB's kind, else linear",
+    )
+    momentum: float = setting(0.9, "momentum", bounds=">= 0")
+    weight_decay: float = setting(5e-4, "weight decay", bounds=">= 0")
+    layer_decay: float | None = setting(
+        None,
+        "factor of the learning rate from each group of layers to the one below it (arXiv:2106.08254)",
+        bounds="(0, 1]",
+    )
+    layer_decay_min_scale: float = setting(0.0, "lower bound of the factors of {layer_decay}", bounds=">= 0")
+    layer_decay_no_opt_scale: float | None = setting(
+        None, "layers whose factor by {layer_decay} is below it are not trained"
+    )
+    head_lr_scale: float = setting(1.0, "factor of the learning rate of the exits' heads", bounds=">= 0")
+    head_warmup_epochs: int = setting(
+        0,
+        "epochs at the beginning in which only the classifiers are trained, the deepest included",
+        whole=True,
+        bounds=">= 0",
+    )
+    unlabelled: bool = setting(
+        False, "train without labels: the exits of a frozen backbone learn from the deepest alone"
+    )
+    cache_features: bool = setting(
+        False,
+        "run a frozen backbone once on each image and keep its features in files; needs images without augmentation",
+    )
+    sched: str = setting("cosine", "learning-rate schedule: " + ", ".join(SCHEDULES))
+    sched_on_updates: bool = setting(True, "step the schedule at every update, otherwise at every epoch")
+    warmup_epochs: float = setting(1.0, "epochs of warm-up", bounds=">= 0")
+    warmup_prefix: bool = setting(False, "warm up before {epochs}, not within them")
+    warmup_lr: float = setting(1e-5, "learning rate at the start of the warm-up", bounds=">= 0")
+    min_lr: float = setting(0.0, "lowest learning rate", bounds=">= 0")
+    cooldown_epochs: int = setting(
+        0, "epochs at {min_lr} after {epochs}, for cosine, tanh and poly", whole=True, bounds=">= 0"
+    )
+    lr_noise: tuple[float, ...] | None = setting(
+        None, "share of the run from which, or between which, the learning rate is noisy"
+    )
+    lr_noise_pct: float = setting(0.67, "largest noise, as a share of the learning rate", bounds=">= 0")
+    lr_noise_std: float = setting(1.0, "standard deviation of the noise", bounds=">= 0")
+    lr_cycle_mul: float = setting(1.0, "length of a cycle relative to the one before", bounds=">= 0")
+    lr_cycle_decay: float = setting(0.5, "learning rate of a cycle relative to the one before", bounds=">= 0")
+    lr_cycle_limit: int = setting(
+        1, "number of cycles of cosine, tanh and poly, the first {epochs} long", whole=True, bounds=">= 0"
+    )
+    lr_k_decay: float = setting(1.0, "exponent of the time in cosine and poly (arXiv:2004.05909)", bounds=">= 0")
+    lr_decay_fn: str | None = setting(None, "shape of the decay of wsd and rsqrt", otherwise="timm's")
+    lr_stable_timescale: float | None = setting(None, "time scale of rsqrt in epochs", otherwise="the warm-up")
+    decay_epochs: float | None = setting(
+        None,
+        "epochs between two steps of the step schedule, or of the decay of wsd and rsqrt, below 1 as a share",
+        bounds="> 0",
+        otherwise="30, or 0.2",
+    )
+    decay_milestones: tuple[int, ...] = setting((90, 180, 270), "epochs of the steps of the multistep schedule")
+    decay_rate: float = setting(0.1, "factor of a step, or the power of poly", bounds=">= 0", flags=("--dr",))
+    patience_epochs: int = setting(
+        10, "epochs without a better {eval_metric} before plateau lowers the learning rate", whole=True, bounds=">= 0"
+    )
+    smoothing: float = setting(0.0, "label smoothing; the task gets soft labels (B, K)", bounds="[0, 1)")
+    mixup: float = setting(0.0, "alpha of mixup, 0 is off", bounds=">= 0")
+    cutmix: float = setting(0.0, "alpha of CutMix, 0 is off", bounds=">= 0")
+    cutmix_minmax: tuple[float, ...] | None = setting(
+        None, "smallest and largest share of each side that CutMix takes, instead of {cutmix}"
+    )
+    mixup_prob: float = setting(1.0, "probability of mixup or CutMix for a batch", bounds="[0, 1]")
+    mixup_switch_prob: float = setting(0.5, "probability of CutMix where both are on", bounds="[0, 1]")
+    mixup_mode: str = setting("batch", "mix per batch, pair or image", choices=("batch", "pair", "elem"))
+    mixup_off_epoch: int = setting(
+        0, "epoch from which mixup and CutMix are off, 0 is never", whole=True, bounds=">= 0"
+    )
+    model_ema: bool = setting(False, "keep, evaluate and save a moving average of the weights")
+    model_ema_decay: float = setting(0.9998, "decay of the moving average", bounds="[0, 1]")
+    model_ema_warmup: bool = setting(False, "a faster moving average at the beginning, for short runs")
+    amp: bool = setting(False, "mixed precision; otherwise that of accelerate launch")
+    amp_dtype: str = setting("float16", "dtype of mixed precision", choices=("float16", "bfloat16"))
+    grad_accum_steps: int = setting(1, "forward passes per update", whole=True, bounds=">= 1")
+    clip_grad: float | None = setting(None, "clip gradients at this value, see {clip_mode}", bounds="> 0")
+    clip_mode: str = setting(
+        "norm",
+        "what {clip_grad} limits: the norm of all gradients, each value, or the ratio to the norm of the weights, agc"
+        " (arXiv:2102.06171)",
+        choices=("norm", "value", "agc"),
+    )
+    channels_last: bool = setting(False, "memory format of images and weights")
+    torchcompile: bool | str = setting(False, "compile the model with torch.compile; a backend, or inductor")
+    torchcompile_mode: str | None = setting(None, "mode of torch.compile, e.g. max-autotune")
+    workers: int = setting(2, "DataLoader workers per process", whole=True, bounds=">= 0", flags=("-j",))
+    log_interval: int = setting(50, "log the losses every so many updates", whole=True, bounds=">= 1")
+    checkpoint_interval: str = setting(
+        "", "write a checkpoint every so many updates (500) or so often (90s, 10m, 1h), besides one an epoch"
+    )
+    checkpoint_hist: int = setting(3, "number of checkpoints to keep", whole=True, bounds=">= 1")
+    val_interval: int = setting(1, "epochs between two validations, each with a checkpoint", whole=True, bounds=">= 1")
+    eval_metric: str = setting(
+        "top1",
+        "validation metric of the deepest exit that selects the best model (of a frozen backbone, the mean of the other"
+        " exits)",
+        choices=("top1", "top5", "loss"),
+    )
+    on_bad_sample: str = setting(
+        "raise", "an image that cannot be read stops the run, or is replaced by another one", choices=("raise", "skip")
+    )
+    on_nan: str = setting(
+        "raise", "a loss that is not finite stops the run, or its update is skipped", choices=("raise", "skip")
+    )
+    sync_bn: bool = setting(False, "synchronized batch norm (GPUs only)")
+    dist_bn: str = setting(
+        "reduce",
+        "batch norm statistics at the end of an epoch: average those of all processes, or take the main one's",
+        choices=("reduce", "broadcast"),
+    )
+    profile: int = setting(0, "number of updates to trace into profile/, 0 is none", whole=True, bounds=">= 0")
+    report_to: tuple[str, ...] = setting((), "trackers of Accelerate, e.g. tensorboard wandb")
+    wandb_project: str | None = setting(None, "project in Weights & Biases", otherwise="timm-selfdistill")
+    wandb_tags: tuple[str, ...] = setting((), "tags in Weights & Biases")
+    push_to_hub: bool = setting(False, "upload the best model at the end, in the background")
+    hub_model_id: str | None = setting(
+        None, "repository on the Hub, user/name or name", otherwise="the name of the run directory"
+    )
+    hub_private: bool = setting(False, "make the repository private")
+    hub_license: str | None = setting(
+        None, "license in the model card, e.g. mit", otherwise="that of the pretrained weights, else apache-2.0"
+    )
+    hub_strategy: str = setting(
+        "end",
+        "when to upload: at the end, every new best model, or the last one every epoch",
+        choices=("end", "best", "epoch"),
+    )
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -240,16 +238,33 @@ class TrainConfig:
         for entry in fields(self):
             setattr(self, entry.name, plain_value(getattr(self, entry.name), entry.name))
         self._check_settings()
-        for name in ("report_to", "decay_milestones", "opt_betas", "lr_noise", "cutmix_minmax", "wandb_tags"):
-            if getattr(self, name) is not None:
-                setattr(self, name, _as_tuple(getattr(self, name)))
         self.checkpoint_interval = str(self.checkpoint_interval or "")
-        if isinstance(self.profile, bool) or not isinstance(self.profile, int):
-            raise ValueError(f"profile must be a number of updates, got {self.profile!r}")
-        self._check_counts()
-        self._check_ranges()
+        parse_interval(self.checkpoint_interval)
+        for entry, described in described_fields(self):
+            value = getattr(self, entry.name)
+            if value is not None and takes_several(TrainConfig, entry.name):
+                value = _as_tuple(value)
+            setattr(self, entry.name, check_setting(entry.name, value, described, entry.default is None))
+        self._check_lists()
         self._check_combinations()
-        known = list_optimizers()
+        self._check_names()
+
+    def _check_lists(self) -> None:
+        if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
+            raise ValueError(f"decay_milestones must increase, got {self.decay_milestones}")
+        if self.lr_noise is not None and (
+            len(self.lr_noise) > 2
+            or list(self.lr_noise) != sorted(self.lr_noise)
+            or not all(0 <= share <= 1 for share in self.lr_noise)
+        ):
+            raise ValueError(f"lr_noise must be one share of the run, or two that increase, got {self.lr_noise}")
+        if self.cutmix_minmax is not None and (
+            len(self.cutmix_minmax) != 2 or not 0 <= self.cutmix_minmax[0] <= self.cutmix_minmax[1] <= 1
+        ):
+            raise ValueError(f"cutmix_minmax must be two shares, the least and the most, got {self.cutmix_minmax}")
+
+    def _check_names(self) -> None:
+        known = [str(name) for name in list_optimizers()]
         if self.opt.lower().removeprefix("lookahead_") not in known:
             close = difflib.get_close_matches(self.opt.lower(), known, 3)
             raise ValueError(
@@ -261,94 +276,6 @@ class TrainConfig:
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id, "hub_model_id")
 
-    def _check_counts(self) -> None:
-        """Make whole numbers of those that count something."""
-        for name in WHOLE:
-            value = getattr(self, name)
-            if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-                raise ValueError(f"{name} must be a whole number, got {value}")
-            setattr(self, name, int(value) if isinstance(value, float) else value)
-        if isinstance(self.batch_size, str) and self.batch_size != "auto":
-            raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
-        if isinstance(self.validation_batch_size, str):
-            raise ValueError(f"validation_batch_size must be a number, got {self.validation_batch_size!r}")
-        for name in (
-            "epochs",
-            "batch_size",
-            "validation_batch_size",
-            "steps_per_epoch",
-            "shuffle_buffer",
-            "grad_accum_steps",
-            "log_interval",
-            "checkpoint_hist",
-            "lr_base_size",
-            "val_interval",
-            "train_num_samples",
-        ):
-            value = getattr(self, name)
-            if value is not None and (name, value) != ("batch_size", "auto") and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-    def _check_ranges(self) -> None:
-        for name in (
-            "seed",
-            "lr",
-            "warmup_lr",
-            "min_lr",
-            "momentum",
-            "weight_decay",
-            "warmup_epochs",
-            "decay_rate",
-            "head_lr_scale",
-            "head_warmup_epochs",
-            "layer_decay_min_scale",
-            "lr_noise_pct",
-            "lr_noise_std",
-            "lr_cycle_mul",
-            "lr_cycle_decay",
-            "lr_cycle_limit",
-            "lr_k_decay",
-            "mixup",
-            "cutmix",
-            "mixup_off_epoch",
-            "workers",
-            "profile",
-            "start_epoch",
-            "cooldown_epochs",
-            "patience_epochs",
-            "epoch_repeats",
-            "aug_repeats",
-        ):
-            if not (is_number(value := getattr(self, name)) and 0 <= value < float("inf")):
-                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
-        for name in ("mixup_prob", "mixup_switch_prob", "model_ema_decay"):
-            if not (is_number(value := getattr(self, name)) and 0 <= value <= 1):
-                raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        parse_interval(self.checkpoint_interval)
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay must lie in (0, 1], got {self.layer_decay}")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
-        if self.decay_epochs is not None and not self.decay_epochs > 0:
-            raise ValueError(f"decay_epochs must be > 0, got {self.decay_epochs}")
-        if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
-            raise ValueError(f"decay_milestones must increase, got {self.decay_milestones}")
-        if self.lr_noise is not None and (
-            len(self.lr_noise) > 2
-            or list(self.lr_noise) != sorted(self.lr_noise)
-            or not all(0 <= share <= 1 for share in self.lr_noise)
-        ):
-            raise ValueError(f"lr_noise must be one share of the run, or two that increase, got {self.lr_noise}")
-        if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"clip_grad must be > 0, got {self.clip_grad}")
-        if self.cutmix_minmax is not None and (
-            len(self.cutmix_minmax) != 2 or not 0 <= self.cutmix_minmax[0] <= self.cutmix_minmax[1] <= 1
-        ):
-            raise ValueError(f"cutmix_minmax must be two shares, the least and the most, got {self.cutmix_minmax}")
-
     def _check_combinations(self) -> None:
         """Settings that are right alone, but not together."""
         if self.head_warmup_epochs >= self.epochs and self.head_warmup_epochs:
@@ -356,6 +283,10 @@ class TrainConfig:
                 f"head_warmup_epochs must be less than epochs ({self.epochs}), got {self.head_warmup_epochs}; to train"
                 " the heads alone, freeze the backbone"
             )
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ValueError(f'batch_size must be a number or "auto", got {self.batch_size!r}')
+        if not isinstance(self.batch_size, str) and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.sched == "plateau" and self.warmup_prefix:
             raise ValueError("warmup_prefix is of schedules that know their end, and plateau does not; leave it out")
         if self.sched == "plateau" and self.start_epoch:
@@ -432,10 +363,6 @@ def parse_interval(text: str) -> tuple[int, int]:
         raise ValueError(f"checkpoint_interval must be updates or a time such as 500, 90s, 10m or 1h, got {text!r}")
     seconds = {"": 0, "s": 1, "m": 60, "h": 3600}[match[2]]
     return (0, int(match[1]) * seconds) if seconds else (int(match[1]), 0)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def plain_value(value: Any, name: str) -> Any:
