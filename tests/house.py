@@ -1,0 +1,111 @@
+"""How large the package is, and how many of its files one enters: `python -m tests.house` prints a table.
+
+Counted are lines of code and of everything, functions longer than 60 lines, and the files and functions that the
+constructor of `Trainer` and the end of an epoch enter.
+"""
+
+import ast
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import timm_selfdistill
+from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, wrap_self_distill
+
+PACKAGE = Path(timm_selfdistill.__file__).parent
+LONGEST = 60
+
+
+def long_functions() -> list[str]:
+    """Functions of more than `LONGEST` lines."""
+    return [
+        f"{path.relative_to(PACKAGE)}: {node.name}, {node.end_lineno - node.lineno + 1} lines"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST
+    ]
+
+
+def count_lines() -> tuple[int, int]:
+    """Lines of code, and all lines with docstrings, comments and empty ones."""
+    code = total = 0
+    for path in PACKAGE.rglob("*.py"):
+        lines = path.read_text().splitlines()
+        texts = {
+            number
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            for number in range(node.lineno, node.end_lineno + 1)
+        }
+        total += len(lines)
+        code += sum(
+            1
+            for number, line in enumerate(lines, 1)
+            if number not in texts and line.strip() and not line.strip().startswith("#")
+        )
+    return code, total
+
+
+@contextmanager
+def entered() -> Iterator[set[tuple[str, str]]]:
+    """Files and functions of the package that are called."""
+    found: set[tuple[str, str]] = set()
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE) and not frame.f_code.co_name.startswith("<"):
+            found.add((str(path.relative_to(PACKAGE)), frame.f_code.co_qualname))
+
+    sys.setprofile(profile)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)
+
+
+def trace_run(folder: str) -> dict[str, set[tuple[str, str]]]:
+    """What is entered by the constructor of `Trainer`, and by the end of the second of three epochs."""
+    model = wrap_self_distill(timm.create_model("test_resnet", num_classes=3))
+    data = [(torch.rand(3, 32, 32), index % 3) for index in range(8)]
+    config = TrainConfig(output=f"{folder}/run", epochs=3, batch_size=4, workers=0)
+    ends: list[set[tuple[str, str]]] = []
+    with entered() as constructor:
+        trainer = Trainer(SelfDistillTask(model), data, data, config)
+    finish: Callable[[], None] = trainer._finish_epoch
+
+    def traced() -> None:
+        with entered() as end:
+            finish()
+        ends.append(end)
+
+    trainer._finish_epoch = traced
+    trainer.fit()
+    return {"Trainer.__init__": constructor, "the end of an epoch": ends[1]}
+
+
+def main() -> None:
+    table = Table("what", "count")
+    code, total = count_lines()
+    table.add_row("files", str(len(list(PACKAGE.rglob("*.py")))))
+    table.add_row("files of training", str(len([p for p in (PACKAGE / "training").rglob("*.py") if p.name[0] != "_"])))
+    table.add_row("lines of code", f"{code:,}")
+    table.add_row("all lines", f"{total:,}")
+    table.add_row(f"functions of more than {LONGEST} lines", str(len(long_functions())))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, found in trace_run(folder).items():
+            table.add_row(f"files that {name} enters", str(len({path for path, _ in found})))
+            table.add_row(f"functions that {name} enters", str(len(found)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A room of the package imports only from those before it, and no module from itself over others."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import timm_selfdistill
+
+PACKAGE = Path(timm_selfdistill.__file__).parent
+ROOMS = [
+    ["version", "output", "stages", "heads", "cost", "summary", "loss"],
+    ["hub"],
+    ["timm_methods", "truncated", "model"],
+    ["task"],
+    ["models"],
+    ["baselines"],
+    ["inference"],
+    ["training.settings", "training.config"],
+    ["training.runtime"],
+    ["training.data"],
+    ["training.state"],
+    ["training.outputs"],
+    ["training.loop"],
+    ["training"],
+    ["analysis"],
+    ["cli"],
+    ["__main__", ""],
+]
+"""From the ground up, as in docs/architecture.md."""
+ORDER = {name: number for number, names in enumerate(ROOMS) for name in names}
+
+
+def imports(path: Path) -> dict[str, bool]:
+    """Modules of the package that a file imports, and whether it does when it is imported itself."""
+    parts = [PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]
+    package = parts[:-1]
+    tree, found = ast.parse(path.read_text()), {}
+    at_once = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).startswith(PACKAGE.name)):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            full = [*base, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                whole = [*full[1:], alias.name]
+                is_module = PACKAGE.joinpath(*whole).is_dir() or PACKAGE.joinpath(*whole).with_suffix(".py").exists()
+                found[".".join(whole if is_module else full[1:])] = id(node) in at_once
+    return found
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return next(name for n in range(len(parts), -1, -1) if (name := ".".join(parts[:n])) in ORDER)
+
+
+def files() -> dict[str, Path]:
+    named = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name.removesuffix("__init__").removesuffix("."): path for name, path in named.items()}
+
+
+def test_no_room_imports_a_later_one():
+    upward = [
+        f"{name or PACKAGE.name} imports {other}"
+        for name, path in files().items()
+        for other in imports(path)
+        if ORDER[room(other)] > ORDER[room(name)]
+    ]
+    assert not upward
+
+
+def test_there_is_no_circle():
+    """Of what files import when they are imported."""
+    graph = {name: {other for other, at_once in imports(path).items() if at_once} for name, path in files().items()}
+    TopologicalSorter(graph).prepare()
