@@ -1,4 +1,5 @@
-"""How large the package is, and how many of its files one enters: `python -m tests.house` prints a table.
+"""How large the package is, and how many of its files one enters: `python -m tests.house` prints a table, and
+`python -m tests.house docs/images/rooms.png` draws the rooms.
 
 Counted are lines of code and of everything, functions longer than 60 lines, and the files and functions that the
 constructor of `Trainer` and the end of an epoch enter.
@@ -15,11 +16,14 @@ from typing import Any
 
 import timm
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import timm_selfdistill
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, wrap_self_distill
+
+from .test_rooms import ROOMS, files, imports, room
 
 PACKAGE = Path(timm_selfdistill.__file__).parent
 LONGEST = 60
@@ -92,7 +96,32 @@ def trace_run(folder: str) -> dict[str, set[tuple[str, str]]]:
     return {"Trainer.__init__": constructor, "the end of an epoch": ends[1]}
 
 
+def draw_rooms(path: str) -> None:
+    """A picture of the rooms, from the ground up: files, lines, and the rooms that each imports from."""
+    found = files()
+    rooms = [name for level in ROOMS for name in level if name and name != "training"]
+    members = {name: [module for module in found if room(module) == name] for name in rooms}
+    figure = Figure(figsize=(13, 0.32 * len(rooms) + 0.6), layout="constrained")
+    axes = figure.subplots()
+    for height, name in enumerate(rooms):
+        lines = sum(len(found[module].read_text().splitlines()) for module in members[name])
+        others = {room(other) for module in members[name] for other in imports(found[module])} - {name}
+        axes.barh(height, lines, height=0.6, color="#88aadd" if name.startswith("training") else "#bbbbbb")
+        axes.text(-60, height, name, va="center", ha="right", fontsize=9)
+        counts = f"{lines:,} lines" + (f", {len(members[name])} files" if len(members[name]) > 1 else "")
+        axes.text(lines + 40, height, counts, va="center", fontsize=8)
+        below = sorted(other.removeprefix("training.") for other in others - {"", "training"})
+        axes.text(5000, height, ", ".join(below), va="center", fontsize=8)
+    axes.text(5000, len(rooms), "imports from", va="center", fontsize=9, weight="bold")
+    axes.set(xlim=(-1200, 11800), ylim=(-0.7, len(rooms) + 0.7))
+    axes.axis("off")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        draw_rooms(sys.argv[1])
+        return
     table = Table("what", "count")
     code, total = count_lines()
     table.add_row("files", str(len(list(PACKAGE.rglob("*.py")))))
