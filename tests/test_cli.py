@@ -100,7 +100,7 @@ def test_a_config_file_that_does_not_exist_is_refused():
     [
         ("lr: fast", r"--lr\b.*'fast'"),
         ("hint: foo", r"--hint\b.*'foo'"),
-        ("scale: 0.1", r"--scale\b.* 2 arguments"),
+        ("scale: 0.1", r"--scale is the least and the most, got 0.1"),
         ("lrr: 0.1", r"unknown flag 'lrr'; .*\blr\b"),
         ("aa: cifar11", "timm .*transforms: .*cifar11"),
         ("cutout: -1", "cutout .*pixels, .*got -1"),

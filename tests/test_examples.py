@@ -217,7 +217,7 @@ def test_the_help_comes_alone():
         (["--resume"], "nothing to resume"),
         (["--data-dir", "nowhere"], "nowhere .*folder or file.* data set"),
         (["--lr", "1e30", "--warmup-epochs", "0"], r"loss is nan at update \d+ .*lower lr"),
-        (["--model", "resnet1"], r"Unknown model \(resnet1\)"),
+        (["--model", "resnet1"], r"timm has no model resnet1; did you mean resnet18"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_exit_code_2(flags, message, few_images, tmp_path):

@@ -161,7 +161,7 @@ def test_calibration_under_other_preprocessing_is_saved_with_it(call, folder):
     assert config["self_distill"]["metrics"] == {"exits": [{"exit": 0}]}  # accuracy is that of other preprocessing
 
 
-NOT_MEASURED = {"num_classes", "in_chans", "input_size", "streaming", "class_map"}
+NOT_MEASURED = {"num_classes", "in_chans", "input_size", "streaming", "class_map", "fit_img_size"}
 """Classes and channels are those of the network that is measured, and images are not streamed."""
 
 
