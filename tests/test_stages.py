@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from timm_selfdistill import wrap_self_distill
-from timm_selfdistill.stages import check_timm_classifier, choose_exits, read_stages
+from timm_selfdistill.stages import Stage, check_timm_classifier, choose_exits, read_stages
 
 from .conftest import small_backbone
 
@@ -34,7 +34,7 @@ def test_exits_stand_at_stage_boundaries_by_themselves(name, exits):
 
 def test_a_stage_knows_channels_and_reduction():
     stage = read_stages(timm.create_model("resnet18", num_classes=10))[2]
-    assert stage == (2, "layer2", 128, 8)
+    assert stage == Stage(2, "layer2", 128, 8)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,9 @@ def check_output(output: Any, x: Tensor, num_classes: int, channels: int, where:
 
 def resize_feature(feature: Tensor, teacher: Tensor) -> Tensor:
     """A head's feature at the teacher's height and width, also where the sizes do not divide."""
-    return feature if feature.shape[2:] == teacher.shape[2:] else F.adaptive_avg_pool2d(feature, teacher.shape[2:])
+    if feature.shape[2:] == teacher.shape[2:]:
+        return feature
+    return F.adaptive_avg_pool2d(feature, (teacher.shape[2], teacher.shape[3]))
 
 
 def _halvings(stage: Stage, teacher: Stage) -> int:

@@ -165,11 +165,11 @@ class SelfDistillLoss(nn.Module):
     def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
         if self.hint is None or not self.beta:
             return full_precision(features[-1]).new_zeros(())
-        features = [full_precision(f) for f in features]
+        compared = [full_precision(f) for f in features]
         if self.hint == "pooled":
-            features = [f.mean((2, 3)) for f in features]
-        teacher = features[-1].detach()
-        return sum(F.mse_loss(f, teacher) for f in features[:-1])
+            compared = [f.mean((2, 3)) for f in compared]
+        teacher = compared[-1].detach()
+        return sum((F.mse_loss(f, teacher) for f in compared[:-1]), teacher.new_zeros(()))
 
     def extra_repr(self) -> str:
         return (

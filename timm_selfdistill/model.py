@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
@@ -14,11 +14,12 @@ from torch.fx import Proxy
 
 from .cost import default_input_size
 from .heads import HeadFactory, check_output, create_head, move_alike, resize_feature
-from .hub import HubMixin
+from .hub import ExitRow, ExitSettings, HubMixin, build_backbone, choose_head, measured_rows
 from .output import BackboneOutput, SelfDistillOutput
-from .stages import check_logits, check_timm_classifier, explain_misfit, select_stages
+from .stages import Stage, check_logits, check_timm_classifier, explain_misfit, select_stages
 from .summary import Summary, summarize
 from .timm_methods import TimmMethods
+from .timm_model import TimmModel
 
 if TYPE_CHECKING:
     from .truncated import TruncatedModel
@@ -102,7 +103,7 @@ def _note_loaded(model: "SelfDistillModel", _: Any) -> None:
     model.early_exit = None  # thresholds are of other weights
 
 
-class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
+class SelfDistillModel(HubMixin):
     """A timm model with shallow classifiers; made by `wrap_self_distill`.
 
     Attributes:
@@ -113,6 +114,14 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         num_classes: K.
         early_exit: what `EarlyExit.calibrate` found; saved with the model.
     """
+
+    backbone: TimmModel
+    stages: list[Stage]
+    heads: nn.ModuleList
+    exits: tuple[str, ...]
+    num_classes: int
+    model_args: dict[str, Any]
+    early_exit: dict[str, Any] | None
 
     def __init__(
         self,
@@ -127,20 +136,20 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         super().__init__()
         if isinstance(model, TimmMethods):
             raise TypeError(f"this {type(model).__name__} is wrapped already; wrap the timm model in it, its backbone")
-        check_timm_classifier(model)
+        backbone = check_timm_classifier(model)
         for name, value in (("head_args", head_args), ("model_args", model_args)):
             if value is not None and not isinstance(value, dict):
                 raise TypeError(f"{name} must be a dict, got {value!r}")
         *self.stages, self._last_stage = select_stages(model, exits)
         self.exits = tuple(stage.name for stage in [*self.stages, self._last_stage])
-        self.num_classes = model.num_classes
+        self.num_classes = backbone.num_classes
         self.head, self.head_args, self.model_args = head, dict(head_args or {}), dict(model_args or {})
         self.freeze_backbone = freeze_backbone
-        self.early_exit: dict[str, Any] | None = None
+        self.early_exit = None
         self._trained_size = TrainedSize()
         self.register_load_state_dict_post_hook(_note_loaded)
         self._waiting: list[nn.Parameter] = []
-        self.backbone = model
+        self.backbone = backbone
         self.training = model.training
         self.heads = self._create_heads(self.num_classes)
         if freeze_backbone:
@@ -215,11 +224,12 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
 
     def note_training(self, x: Tensor) -> None:
         """Remember the size of a training batch; thresholds for early exit are of the weights as they were."""
-        if isinstance(x, Proxy) or not torch.is_grad_enabled():
+        if isinstance(x, Proxy) or not torch.is_grad_enabled() or x.ndim != 4:  # the backbone refuses other shapes
             return
         exporting = torch.compiler.is_compiling()
         if self.training or (self._trained_size.known is None and not exporting):  # in eval mode batch norm is frozen
-            self._trained_size.own = tuple(x.shape[2:])
+            height, width = x.shape[2:]
+            self._trained_size.own = height, width
         if self.training and self.early_exit is not None:
             self.early_exit = None
 
@@ -269,20 +279,20 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         Raises:
             ValueError: there is no such exit.
         """
-        exit = self.exit_number(exit)
-        if exit == "ensemble":
+        number = self.exit_number(exit)
+        if number == "ensemble":
             maps, deepest = self.forward_backbone(x)
             return torch.stack([*(logits for logits, _ in self._run_heads(maps)), deepest]).mean(0)
-        if exit == len(self.stages):
+        if number == len(self.stages):
             self.note_training(x)
             return self._run(x, self.backbone)
-        return self.run_head(exit, self.run_to(exit, x))[0]
+        return self.run_head(number, self.run_to(number, x))[0]
 
-    def exit_number(self, exit: int | str) -> int | str:
+    def exit_number(self, exit: int | str) -> int | Literal["ensemble"]:
         """0 to C - 1, or "ensemble"."""
         count = len(self.exits)
         if exit == "ensemble":
-            return exit
+            return "ensemble"
         if isinstance(exit, bool) or not isinstance(exit, int) or not -count <= exit < count:
             raise ValueError(f"exit must be 0 to {count - 1}, -1 to -{count} or 'ensemble', got {exit!r}")
         return exit % count
@@ -419,7 +429,7 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
         return summarize(self, [*self.stages, self._last_stage], input_size)
 
     @classmethod
-    def check_kind(cls, settings: dict[str, Any], name: str | PathLike) -> None:
+    def check_kind(cls, settings: ExitSettings, name: str | PathLike) -> None:
         if "truncated_to" in settings:
             raise ValueError(
                 f"{name} is a truncated model, which has one exit only; load it with"
@@ -427,9 +437,40 @@ class SelfDistillModel(TimmMethods, nn.Module, HubMixin):
             )
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], *args: Any) -> "SelfDistillModel":
+    def from_config(
+        cls, config: dict[str, Any], folder: str | PathLike, head: HeadFactory | None = None
+    ) -> "SelfDistillModel":
         """See `HubMixin.from_config`."""
-        model = super().from_config(config, *args)
-        model.early_exit = config["self_distill"].get("early_exit")
-        model._trained_size.saved = tuple(config["pretrained_cfg"]["input_size"][1:])
+        settings: ExitSettings = config["self_distill"]
+        model = cls(
+            build_backbone(config, folder),
+            exits=settings["exits"],
+            head=choose_head(settings, head, folder),
+            head_args=settings["head_args"],
+            model_args=config.get("model_args"),
+        )
+        model.early_exit = settings.get("early_exit")
+        _, height, width = config["pretrained_cfg"]["input_size"]
+        model._trained_size.saved = height, width
         return model
+
+    def settings(self) -> ExitSettings:
+        """See `HubMixin.settings`."""
+        settings: ExitSettings = {
+            "exits": [stage.index for stage in self.stages],
+            "head": self.head if isinstance(self.head, str) else None,
+            "head_args": self.head_args,
+        }
+        if self.early_exit:
+            settings["early_exit"] = self.early_exit
+        return settings
+
+    def card_rows(self, metrics: dict[str, Any] | None) -> list[ExitRow]:
+        """See `HubMixin.card_rows`."""
+        measured = measured_rows(metrics)
+        if measured and all({"module", "macs", "share"} <= row.keys() for row in measured):
+            return measured
+        costs = [
+            {"exit": row.exit, "module": row.module, "macs": row.macs, "share": row.share} for row in self.summary()
+        ]
+        return [cost | next((row for row in measured if row["exit"] == cost["exit"]), {}) for cost in costs]

@@ -1,15 +1,18 @@
 """Where the exits stand: the stage boundaries that timm's `feature_info` describes."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .cost import default_input_size
+from .timm_model import TimmModel, as_timm
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True)
+class Stage:
     """A stage boundary of a timm model, one entry of its `feature_info`."""
 
     index: int
@@ -25,8 +28,8 @@ class Stage(NamedTuple):
         return f"level {self.index} ({self.name})"
 
 
-def check_timm_classifier(model: nn.Module) -> None:
-    """Raise unless `model` is a timm model that classifies.
+def check_timm_classifier(model: nn.Module) -> TimmModel:
+    """The same model; raises unless it is a timm model that classifies.
 
     Raises:
         TypeError: `model` is not a timm model, or one made with `features_only=True`.
@@ -45,11 +48,12 @@ def check_timm_classifier(model: nn.Module) -> None:
             f"{' without ' + ', '.join(missing) if isinstance(model, nn.Module) else ''};"
             ' create one with timm.create_model("resnet18"), not features_only'
         )
-    if not model.num_classes:
+    if not as_timm(model).num_classes:
         raise ValueError(
             f"{type(model).__name__} has no classifier (num_classes=0), so nothing can teach its exits;"
             " create it with timm.create_model(..., num_classes=K), K >= 1; encoders without a head cannot be used"
         )
+    return as_timm(model)
 
 
 def check_logits(model: nn.Module, logits: Any, x: Tensor, num_classes: int) -> None:
@@ -77,7 +81,7 @@ def explain_misfit(model: nn.Module, x: Tensor, model_args: dict[str, Any] | Non
     if x.ndim != 4 or x.shape[1] != channels:
         return f"{name} takes images of the shape (B, {channels}, H, W), got {tuple(x.shape)}"
     is_fixed = getattr(getattr(model, "patch_embed", None), "strict_img_size", True)
-    if is_fixed and model.pretrained_cfg.get("fixed_input_size") and [*x.shape[2:]] != size:
+    if is_fixed and as_timm(model).pretrained_cfg.get("fixed_input_size") and [*x.shape[2:]] != size:
         return (
             f"{name} takes images of {size[0]}x{size[1]} pixels only, got {x.shape[2]}x{x.shape[3]}; resize them, or"
             f" create it with timm.create_model(..., img_size={tuple(x.shape[2:])}) where it has that argument"
@@ -89,7 +93,7 @@ def read_stages(model: nn.Module) -> list[Stage]:
     """All stage boundaries of a timm model, shallow to deep."""
     return [
         Stage(index, info["module"], info["num_chs"], info["reduction"])
-        for index, info in enumerate(model.feature_info)
+        for index, info in enumerate(as_timm(model).feature_info)
     ]
 
 

@@ -1,14 +1,17 @@
 """What each exit costs, as a table."""
 
 from io import StringIO
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .cost import count_cost
+from .cost import Cost, count_cost
 from .stages import Stage
+
+if TYPE_CHECKING:
+    from .model import SelfDistillModel
 
 
 class ExitSummary(NamedTuple):
@@ -80,7 +83,9 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.2f} M" if count else "-"
 
 
-def summarize(model: Any, stages: list[Stage], input_size: tuple[int, int, int] | None = None) -> Summary:
+def summarize(
+    model: "SelfDistillModel", stages: list[Stage], input_size: tuple[int, int, int] | None = None
+) -> Summary:
     """The summary of a `SelfDistillModel`, see its method.
 
     Args:
@@ -97,16 +102,36 @@ def summarize(model: Any, stages: list[Stage], input_size: tuple[int, int, int] 
             x, indices=[stage.index for stage in stages], intermediates_only=True
         ),
     ).output
-    shapes = [tuple(feature_map.shape[1:]) for feature_map in maps]
-    heads = [count_cost(head, shape)[:2] for head, shape in zip(model.heads, shapes)]
-    head_costs = [*heads, (0, 0), tuple(map(sum, zip(*heads)))]
-    costs = [
-        count_cost(model, input_size, lambda model, x, exit=exit: model.predict(x, exit))[:2]
-        for exit in [*range(len(stages)), "ensemble"]
+    shapes: list[tuple[int, int, int]] = [tuple(feature_map.shape[1:]) for feature_map in maps]
+    heads = [count_cost(head, shape) for head, shape in zip(model.heads, shapes)]
+    whole = _count_exit(model, "ensemble", input_size)
+    costs = [_count_exit(model, exit, input_size) for exit in range(len(stages))]
+    plain = costs[-1]
+    rows = [
+        ExitSummary(
+            exit=exit,
+            module=stage.name,
+            feature_shape=shape,
+            head_params=heads[exit].params if exit < len(heads) else 0,
+            head_macs=heads[exit].macs if exit < len(heads) else 0,
+            params=cost.params,
+            macs=cost.macs,
+            share=cost.macs / plain.macs,
+        )
+        for exit, (stage, shape, cost) in enumerate(zip(stages, shapes, costs))
     ]
-    plain_macs = costs[-2][1]
-    names = [*enumerate(stage.name for stage in stages), ("ensemble", stages[-1].name)]
-    return Summary(
-        ExitSummary(*name, shape, *head_cost, *cost, cost[1] / plain_macs)
-        for name, shape, head_cost, cost in zip(names, [*shapes, shapes[-1]], head_costs, costs)
+    ensemble = ExitSummary(
+        exit="ensemble",
+        module=stages[-1].name,
+        feature_shape=shapes[-1],
+        head_params=sum(head.params for head in heads),
+        head_macs=sum(head.macs for head in heads),
+        params=whole.params,
+        macs=whole.macs,
+        share=whole.macs / plain.macs,
     )
+    return Summary([*rows, ensemble])
+
+
+def _count_exit(model: "SelfDistillModel", exit: int | str, input_size: tuple[int, int, int]) -> Cost:
+    return count_cost(model, input_size, lambda model, x: model.predict(x, exit))

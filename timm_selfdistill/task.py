@@ -1,9 +1,10 @@
 """Self distillation as a timm training task."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from timm.data import resolve_model_data_config
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, unwrap_model
@@ -29,6 +30,8 @@ class SelfDistillTask(ClassificationTask):
         TypeError: the model or the criterion is not one of these.
     """
 
+    criterion: SelfDistillLoss
+
     def __init__(self, model: SelfDistillModel, criterion: SelfDistillLoss | None = None):
         if not isinstance(model, SelfDistillModel):
             raise TypeError(f"expected a SelfDistillModel, got {type(model).__name__}; use wrap_self_distill(model)")
@@ -41,39 +44,51 @@ class SelfDistillTask(ClassificationTask):
             criterion = SelfDistillLoss.paper() if model.freeze_backbone else SelfDistillLoss()
         super().__init__(model, criterion, device=next(model.parameters()).device, verbose=False)
 
-    def setup_ema(self, **settings: Any) -> nn.Module:
-        """Keep a moving average; `settings` are those of timm's `ModelEmaV3`."""
-        if not self._frozen:
+    @property
+    def _model(self) -> SelfDistillModel:
+        return unwrap_model(self.trainable_module)
+
+    def setup_ema(
+        self,
+        decay: float = 0.9999,
+        use_warmup: bool = False,
+        device: torch.device | None = None,
+        **settings: Any,
+    ) -> nn.Module:
+        """Keep a moving average; `settings` are the others of timm's `ModelEmaV3`."""
+        settings = {"decay": decay, "use_warmup": use_warmup, "device": device, **settings}
+        if not self._model.freeze_backbone:
             return super().setup_ema(**settings)
-        self.trainable_module_ema = ModelEmaV3(unwrap_model(self.trainable_module).heads, **settings)
+        self.trainable_module_ema = ModelEmaV3(self._model.heads, **settings)
         return self.trainable_module_ema
 
     def update_ema(self, step: int | None = None) -> None:
-        if not self._frozen:
+        if not self._model.freeze_backbone:
             super().update_ema(step)
         elif self.has_ema():
-            self.trainable_module_ema.update(unwrap_model(self.trainable_module).heads, step)
+            self.trainable_module_ema.update(self._model.heads, step)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         model = super().get_eval_model(module, ema)
-        if not ema or not self._frozen or model is not self.get_trainable_module(ema=True) or model is None:
-            return model
-        return unwrap_model(self.trainable_module).with_heads(model.module)
+        own = model is self.get_trainable_module(ema=True)
+        if ema and own and self._model.freeze_backbone and isinstance(model, ModelEmaV3):
+            return self._model.with_heads(model.module)
+        return model
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterable[nn.Parameter]:
         """Those to clip; `exclude_head` leaves out the last two, the classifier, of the backbone and of each head."""
         if not exclude_head:
             return super().get_clip_parameters()
-        model = unwrap_model(self.trainable_module)
+        model = self._model
         return [p for part in (model.backbone, *model.heads) for p in list(part.parameters())[:-2]]
 
-    def get_checkpoint_state(self, ema: bool = False, **unwrap: Any) -> dict[str, Any]:
+    def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Callable[..., Any] = unwrap_model) -> dict[str, Any]:
         """timm's checkpoint entries, and "self_distill": what makes the network and its exits again, as config.json of
         a saved model holds it."""
-        state = super().get_checkpoint_state(ema, **unwrap)
+        state = super().get_checkpoint_state(ema, unwrap_fn)
         if ema:
             return state
-        model = unwrap_model(self.trainable_module)
+        model = self._model
         known = model.backbone.pretrained_cfg
         network = {
             "architecture": known.get("architecture"),
@@ -85,10 +100,6 @@ class SelfDistillTask(ClassificationTask):
         }
         return state | {"self_distill": json.loads(json.dumps(network, default=str))}
 
-    @property
-    def _frozen(self) -> bool:
-        return unwrap_model(self.trainable_module).freeze_backbone
-
     def forward(self, input: Tensor | BackboneOutput, target: Tensor | None = None) -> dict[str, Tensor]:
         """Run all exits and the loss, in training and in eval mode.
 
@@ -99,7 +110,7 @@ class SelfDistillTask(ClassificationTask):
         Returns:
             "loss", "label_loss", "distill_loss", "hint_loss" (scalars) and "output", the deepest logits (B, K).
         """
-        forward = self.trainable_module if self.training else unwrap_model(self.trainable_module).forward_exits
+        forward = self.trainable_module if self.training else self._model.forward_exits
         output = forward(input)
         terms = self.criterion.terms(output, target)
         return {

@@ -1,9 +1,11 @@
 """What timm's functions and scripts ask of a model."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from .timm_model import Level, TimmModel
 
 Matcher = dict[str, Any] | Callable[[str], Any]
 
@@ -15,7 +17,11 @@ class TimmMethods:
     there.
     """
 
-    backbone: nn.Module
+    if TYPE_CHECKING:  # an attribute of one class, a property of another
+
+        @property
+        def backbone(self) -> TimmModel: ...
+
     prefix = "backbone."
     """Of the backbone's names among this module's parameters."""
 
@@ -30,7 +36,7 @@ class TimmMethods:
         return self.pretrained_cfg
 
     @property
-    def feature_info(self) -> Any:
+    def feature_info(self) -> list[Level]:
         """Channels, reduction and module of every level."""
         return self.backbone.feature_info
 
@@ -66,7 +72,7 @@ class TimmMethods:
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay."""
-        exempt = getattr(self.backbone, "no_weight_decay", set)()
+        exempt: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         return {f"{self.prefix}{name}" for name in exempt}
 
     def group_matcher(self, coarse: bool = False) -> Matcher:
@@ -85,6 +91,10 @@ class TimmMethods:
         if callable(matcher):
             return lambda name: matcher(name[len(prefix) :]) if name.startswith(prefix) else float("inf")
         return {group: _prefixed(pattern, prefix.replace(".", r"\.")) for group, pattern in matcher.items()}
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Fresh classifiers for other classes."""
+        raise NotImplementedError
 
     def get_classifier(self, **kwargs: Any) -> Any:
         """The deepest classifier; a tuple where the backbone has two. With `name_only=True`, where the backbone knows

@@ -3,17 +3,19 @@
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from .cost import count_cost
-from .hub import HubMixin, fetch_model, measured_rows, pin, read_config
+from .heads import HeadFactory
+from .hub import ExitRow, ExitSettings, HubMixin, fetch_model, measured_rows, pin, read_config
 from .model import SelfDistillModel
-from .timm_methods import TimmMethods
+from .stages import Stage
+from .timm_model import Level, TimmModel
 
 
-class TruncatedModel(TimmMethods, nn.Module, HubMixin):
+class TruncatedModel(HubMixin):
     """One exit of a `SelfDistillModel`, whose `truncate` makes it: images (B, in_chans, H, W) to logits (B, K).
 
     It trains, exports, compiles, and is traced and quantized like any network. `save_pretrained` and `push_to_hub` work
@@ -30,27 +32,34 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
     """
 
     prefix = "model.backbone."
+    model: SelfDistillModel
 
-    def __init__(self, model: SelfDistillModel, exit: int | str):
+    def __init__(self, model: SelfDistillModel, exit: int | Literal["ensemble"]):
         super().__init__()
         self.model, self.exit = model, exit
-        self._whole: tuple[nn.Module] | None = None
+        self._whole: tuple[TimmModel] | None = None
         model.early_exit = None
         if exit == "ensemble":
             return
         for other in range(len(model.heads)):
             if other != exit:
                 model.heads[other] = nn.Identity()
-        if self._is_shallow:
+        if exit < len(model.stages):
             self._whole = (deepcopy(model.backbone).to("meta"),)  # in a tuple, so that it is no module of this one
             model.backbone.prune_intermediate_layers([model.stages[exit].index], prune_norm=True)
 
     @property
-    def _is_shallow(self) -> bool:
-        return self.exit != "ensemble" and self.exit < len(self.model.stages)
+    def _shallow_exit(self) -> int | None:
+        """The number of the exit, if it is a shallow one."""
+        return None if self.exit == "ensemble" or self.exit >= len(self.model.stages) else self.exit
 
     @property
-    def backbone(self) -> nn.Module:
+    def _stage(self) -> Stage | None:
+        """That of a shallow exit."""
+        return None if self._shallow_exit is None else self.model.stages[self._shallow_exit]
+
+    @property
+    def backbone(self) -> TimmModel:
         return self.model.backbone
 
     @property
@@ -59,7 +68,7 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
         return self.model.pretrained_cfg
 
     @property
-    def whole(self) -> nn.Module:
+    def whole(self) -> TimmModel:
         return self.model.backbone if self._whole is None else self._whole[0]
 
     @property
@@ -87,23 +96,24 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
         return self.model.predict(x, self.exit)
 
     @property
-    def feature_info(self) -> Any:
+    def feature_info(self) -> list[Level]:
         info = self.backbone.feature_info
-        return info[: self.model.stages[self.exit].index + 1] if self._is_shallow else info
+        return info if self._stage is None else info[: self._stage.index + 1]
 
     @property
     def num_features(self) -> int:
-        return self.model.stages[self.exit].channels if self._is_shallow else super().num_features
+        return super().num_features if self._stage is None else self._stage.channels
 
     @property
     def head_hidden_size(self) -> int:
-        return self.model.feature_channels if self._is_shallow else super().head_hidden_size
+        return super().head_hidden_size if self._stage is None else self.model.feature_channels
 
     def forward_features(self, x: Tensor, **kwargs: Any) -> Any:
         """The feature map (B, C, H, W) at a shallow exit for images (B, in_chans, H, W); else the backbone's own."""
-        return self.model.run_to(self.exit, x) if self._is_shallow else super().forward_features(x, **kwargs)
+        exit = self._shallow_exit
+        return super().forward_features(x, **kwargs) if exit is None else self.model.run_to(exit, x)
 
-    def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Any, pre_logits: bool = False, **kwargs: Any) -> Tensor:
         """Logits (B, K) for what `forward_features` gave; with `pre_logits`, the pooled feature (B, D) of the exit's
         classifier.
 
@@ -115,22 +125,27 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
                 "the ensemble averages the logits of several levels, which forward_head does not get; call"
                 " the model itself"
             )
-        if not self._is_shallow:
-            return super().forward_head(x, pre_logits=pre_logits)
-        logits, feature = self.model.run_head(self.exit, x)
+        exit = self._shallow_exit
+        if exit is None:
+            return super().forward_head(x, pre_logits=pre_logits, **kwargs)
+        return self._forward_shallow_head(exit, x, pre_logits, **kwargs)
+
+    def _forward_shallow_head(self, exit: int, x: Tensor, pre_logits: bool = False) -> Tensor:
+        logits, feature = self.model.run_head(exit, x)
         return feature.mean((2, 3)) if pre_logits else logits
 
     def get_classifier(self, **kwargs: Any) -> Any:
         """The exit's classifier: its last layer where it has one of the name `fc`, else the whole head."""
-        if not self._is_shallow:
+        exit = self._shallow_exit
+        if exit is None:
             return super().get_classifier(**kwargs)
-        head = self.heads[self.exit]
-        name = f"model.heads.{self.exit}" + (".fc" if hasattr(head, "fc") else "")
+        head = self.heads[exit]
+        name = f"model.heads.{exit}" + (".fc" if hasattr(head, "fc") else "")
         return name if kwargs.get("name_only") else self.get_submodule(name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier for other classes, see `SelfDistillModel.reset_classifier`."""
-        if not self._is_shallow:
+        if self._shallow_exit is None:
             self.model.reset_classifier(num_classes, global_pool)
         elif global_pool is not None:
             raise ValueError(
@@ -143,11 +158,11 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """See `SelfDistillModel.set_input_size`."""
         self.model.set_input_size(*args, **kwargs)
-        if self._is_shallow and hasattr(self.whole, "set_input_size"):
+        if self._shallow_exit is not None and hasattr(self.whole, "set_input_size"):
             self.whole.set_input_size(*args, **kwargs)
 
     @classmethod
-    def check_kind(cls, settings: dict[str, Any], name: str | PathLike) -> None:
+    def check_kind(cls, settings: ExitSettings, name: str | PathLike) -> None:
         if "truncated_to" not in settings:
             raise ValueError(
                 f"{name} is a model with all its exits; load it with SelfDistillModel.from_pretrained(...), whose"
@@ -155,14 +170,16 @@ class TruncatedModel(TimmMethods, nn.Module, HubMixin):
             )
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], *args: Any) -> "TruncatedModel":
-        model = SelfDistillModel.from_config(config, *args)
+    def from_config(
+        cls, config: dict[str, Any], folder: str | PathLike, head: HeadFactory | None = None
+    ) -> "TruncatedModel":
+        model = SelfDistillModel.from_config(config, folder, head)
         return cls(model, model.exit_number(config["self_distill"]["truncated_to"]))
 
-    def settings(self) -> dict[str, Any]:
-        return self.model.settings() | {"truncated_to": self.exit}
+    def settings(self) -> ExitSettings:
+        return {**self.model.settings(), "truncated_to": self.exit}
 
-    def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def card_rows(self, metrics: dict[str, Any] | None) -> list[ExitRow]:
         """The one exit: its cost, and what is measured of it."""
         cost = count_cost(self, self.input_size)
         module = self.model.exits[-1 if self.exit == "ensemble" else self.exit]

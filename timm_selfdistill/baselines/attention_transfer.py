@@ -43,10 +43,11 @@ class AttentionTransferTask(FeatureMapTask):
 
 def compare_attention(maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
     """Mean squared difference of the attention, summed over the stages."""
-    return sum(
-        F.mse_loss(attention(own), attention(teacher, own.shape[2:]))
+    losses = (
+        F.mse_loss(attention(own), attention(teacher, (own.shape[2], own.shape[3])))
         for own, teacher in zip(maps, teacher_maps, strict=True)
     )
+    return sum(losses, maps[0].new_zeros(()))
 
 
 def attention(feature: Tensor, size: tuple[int, int] | None = None) -> Tensor:

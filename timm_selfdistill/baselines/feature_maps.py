@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from timm.task import FeatureDistillationTask
-from timm.task.distillation import FeatureDistillationTrainableModule
+from timm.task.distillation import DistillationTeacher, FeatureDistillationTrainableModule
 from torch import Tensor, nn
 
 from ..cost import default_input_size
 from ..loss import LabelLoss, full_precision
 from ..stages import Stage, check_logits, check_timm_classifier, choose_exits
+from ..timm_model import TimmModel, as_timm
 
 Pair = tuple[Stage, Stage]
 """A stage of the student, and the stage of the teacher that it is compared with."""
@@ -24,11 +25,15 @@ class StudentMaps(FeatureDistillationTrainableModule):
         projection: of each map; None leaves them as they are.
     """
 
+    student: TimmModel
+
     def __init__(self, student: nn.Module, stages: Sequence[Stage], projection: nn.Module | None = None):
         super().__init__(student, projection)
         self.indices = [stage.index for stage in stages]
 
-    def forward(self, input: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(  # type: ignore[override]  # timm's gives one pooled feature
+        self, input: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
         """Logits (B, K), and a map (B, D_i, H_i, W_i) of each stage, for images (B, in_chans, H, W)."""
         final, maps = self.student.forward_intermediates(input, indices=self.indices)
         logits = self.student.forward_head(final)
@@ -57,6 +62,12 @@ class FeatureMapTask(FeatureDistillationTask):
             images, or a weight is out of its range.
     """
 
+    teacher: DistillationTeacher
+    distill_loss_weight: float
+    task_loss_weight: float
+    scale: Tensor | None
+    shift: Tensor | None
+
     def __init__(
         self,
         student: nn.Module,
@@ -78,7 +89,7 @@ class FeatureMapTask(FeatureDistillationTask):
         super().__init__(
             student,
             teacher.requires_grad_(False),
-            nn.CrossEntropyLoss() if criterion is None else criterion,
+            nn.CrossEntropyLoss() if criterion is None else criterion,  # type: ignore[arg-type]  # it takes any callable
             distill_loss_weight=distill_loss_weight,
             task_loss_weight=task_loss_weight,
             student_feature_dim=0,
@@ -113,9 +124,9 @@ class FeatureMapTask(FeatureDistillationTask):
     @torch.no_grad()
     def teach(self, input: Tensor) -> list[Tensor]:
         """The teacher's maps (B, D_i, H_i, W_i)."""
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             input = input * self.scale + self.shift
-        return self.teacher.model.forward_intermediates(
+        return as_timm(self.teacher.model).forward_intermediates(
             input, indices=self.teacher_indices, stop_early=True, intermediates_only=True
         )
 
@@ -130,9 +141,8 @@ def check_teacher(student: nn.Module, teacher: nn.Module, role: str = "teacher")
         TypeError: one of them is no timm model.
         ValueError: one has no classifier, or classes or image channels differ.
     """
-    for model in (student, teacher):
-        check_timm_classifier(model)
-    given, expected = ((model.num_classes, default_input_size(model)[0]) for model in (teacher, student))
+    models = [check_timm_classifier(model) for model in (student, teacher)]
+    expected, given = ((model.num_classes, default_input_size(model)[0]) for model in models)
     for what, found, wanted in zip(("classes", "image channels"), given, expected):
         if found != wanted:
             raise ValueError(
@@ -148,7 +158,9 @@ def renormalisation(student: nn.Module, teacher: nn.Module) -> tuple[Tensor, Ten
     Raises:
         ValueError: a mean or standard deviation is of another number of channels than the student's images.
     """
-    own, others = ([tuple(model.pretrained_cfg[key]) for key in ("mean", "std")] for model in (student, teacher))
+    own, others = (
+        [tuple(as_timm(model).pretrained_cfg[key]) for key in ("mean", "std")] for model in (student, teacher)
+    )
     if own == others:
         return None, None
     channels = default_input_size(student)[0]

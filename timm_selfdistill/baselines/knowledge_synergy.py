@@ -34,7 +34,8 @@ class KnowledgeSynergyLoss(SelfDistillLoss):
         return {**terms, "loss": terms["label"] + self.distill_loss_weight * terms["distill"]}
 
     def _distill(self, logits: Tensor) -> Tensor:
-        return sum(divergence(teacher, logits) for teacher in logits)  # what one learns from itself is 0
+        # what one learns from itself is 0
+        return sum((divergence(teacher, logits) for teacher in logits), logits.new_zeros(()))
 
     def extra_repr(self) -> str:
         return f"distill_loss_weight={self.distill_loss_weight}"

@@ -10,6 +10,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..loss import LabelLoss, divergence, full_precision
+from ..timm_model import as_timm
 from .feature_maps import check_teacher, check_weight
 
 
@@ -68,9 +69,12 @@ class MutualLearningTask(ClassificationTask):
         pair = unwrap_model(model)
         return pair.student if isinstance(pair, Peers) else model
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **settings: Any) -> nn.Module:
-        self.eval_model = torch.compile(self.trainable_module.student, backend=backend, mode=mode, **settings)
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **settings)
+    def compile(  # type: ignore[override]  # torch's own returns nothing, and timm's overrides it so
+        self, backend: str = "inductor", mode: str | None = None, **settings: Any
+    ) -> nn.Module:
+        student = unwrap_model(self.trainable_module).student
+        self.eval_model = _compiled(student, backend=backend, mode=mode, **settings)
+        self.trainable_module = _compiled(self.trainable_module, backend=backend, mode=mode, **settings)
         return self.eval_model
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
@@ -107,7 +111,7 @@ class Peers(nn.Module):
         """Layers in groups, for timm's layer-wise learning rates; those of the two networks are counted apart, so that
         both classifiers are in the last group."""
         groups = {
-            name: group_parameters(model, model.group_matcher(coarse), reverse=True)
+            name: group_parameters(model, as_timm(model).group_matcher(coarse), reverse=True)
             for name, model in self.named_children()
         }
         last = max(max(own.values()) for own in groups.values())
@@ -117,6 +121,10 @@ class Peers(nn.Module):
             for parameter, group in own.items()
         }
         return aligned.__getitem__
+
+
+def _compiled(module: nn.Module, **settings: Any) -> nn.Module:
+    return torch.compile(module, **settings)  # type: ignore[return-value]  # torch declares a function
 
 
 def _check_different(student: nn.Module, peer: nn.Module) -> None:

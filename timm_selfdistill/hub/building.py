@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+from ..heads import HeadFactory
+from .files import ExitSettings
 from .trust import preprocessing
 
 MAX_CALLS = 64_000
@@ -76,6 +78,22 @@ def build_backbone(config: dict[str, Any], folder: str | PathLike) -> nn.Module:
     except Exception as error:  # whatever timm's code does with arguments that it was not written for
         reason = shorten(repr(error), 200)
         raise ValueError(f"{path}: timm does not make a network of its model_args: {reason}") from error
+
+
+def choose_head(settings: ExitSettings, head: HeadFactory | None, name: str | PathLike) -> str | HeadFactory:
+    """What makes the heads of a saved model.
+
+    Args:
+        settings: "self_distill" of its config.
+        head: the callable that it was wrapped with, if it was one.
+
+    Raises:
+        ValueError: it was one, which is not given.
+    """
+    kind = head or settings["head"]
+    if kind is None:
+        raise ValueError(f"{name} was saved with a head of its own; pass it: from_pretrained(..., head=...)")
+    return kind
 
 
 def check_buffers(model: nn.Module) -> None:

@@ -7,6 +7,10 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .files import ExitSettings
+
+ExitRow = dict[str, Any]
+"""Of a classifier or the ensemble: exit, module, and any of top1, top5 (in per cent), macs, share and speedup."""
 PLACEHOLDER = "user/name"
 """Stands for the repository's id in the card of a model that has none yet."""
 MARK = "Written by timm-selfdistill. Remove this line to keep your edits when the model is saved here again."
@@ -38,7 +42,7 @@ HUB_LICENSES = {
 
 def create_card(
     config: dict[str, Any],
-    rows: list[dict[str, Any]],
+    rows: list[ExitRow],
     metrics: dict[str, Any] | None = None,
     *,
     repo_id: str = PLACEHOLDER,
@@ -49,14 +53,14 @@ def create_card(
 
     Args:
         config: content of config.json.
-        rows: of every classifier and the ensemble: exit, module, and any of top1, top5, macs, share, speedup.
+        rows: of every classifier and the ensemble.
         metrics: as `Trainer` records them: epoch, dataset, settings, versions, hardware, base_model, frozen, and
             reference where the accuracies are not against labels; all optional.
         picture: exits.png lies beside the card.
         card_data: further metadata, or other than what is found, e.g. `license="mit"`.
     """
     metrics = metrics if isinstance(metrics, dict) else {}
-    settings = config.get("self_distill")
+    settings: ExitSettings | None = config.get("self_distill")
     dataset, training, versions = (_dict(metrics.get(key)) for key in ("dataset", "settings", "versions"))
     if not {"name", "type", "split", "images"} <= dataset.keys():
         dataset = {}
@@ -98,7 +102,7 @@ def create_card(
             taught_by=TAUGHT_BY.get(method),
             self_distilled=self_distilled,
             agreement=agreement,
-            own_head=bool(settings) and settings["head"] is None,
+            own_head=settings["head"] is None if settings else False,
             early_exit=_early_exit_words(settings),
             num_classes=config["num_classes"],
             input_size=config["pretrained_cfg"]["input_size"],
@@ -121,7 +125,7 @@ def _method(training: dict[str, Any]) -> str:
     return str(training.get("teacher") if method == "self-distill" else method)
 
 
-def measured_rows(metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+def measured_rows(metrics: dict[str, Any] | None) -> list[ExitRow]:
     """The rows in a record of metrics, whoever wrote it: exit, module, and of the rest what are numbers."""
     rows = _dict(metrics).get("exits")
     return [
@@ -144,7 +148,7 @@ def may_replace(path: Path) -> bool:
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _eval_results(rows: list[dict[str, Any]], dataset: dict[str, Any]) -> list[EvalResult]:
+def _eval_results(rows: list[ExitRow], dataset: dict[str, Any]) -> list[EvalResult]:
     """The Hub's entries, accuracies as fractions: first the deepest exit, which is what plain timm loads."""
     measured = [row for row in rows if "top1" in row]
     deepest = next((row for row in reversed(measured) if row["exit"] != "ensemble"), None)
@@ -177,11 +181,13 @@ def _license(name: str | None) -> dict[str, str]:
     return {"license": name} if name in HUB_LICENSES else {"license": "other", "license_name": name}
 
 
-def _early_exit_words(settings: dict[str, Any] | None) -> str | None:
+def _early_exit_words(settings: ExitSettings | None) -> str | None:
     """What calibration found; None without one."""
     report = _dict(_dict(settings).get("early_exit"))
-    figures = [report.get(key) for key in ("accuracy", "plain_accuracy", "macs", "plain_macs")]
-    if not all(map(_is_finite, figures)) or figures[3] <= 0:
+    figures = [
+        report[key] for key in ("accuracy", "plain_accuracy", "macs", "plain_macs") if _is_finite(report.get(key))
+    ]
+    if len(figures) < 4 or figures[3] <= 0:
         return None
     accuracy, plain_accuracy, macs, plain_macs = figures
     return (
@@ -191,7 +197,7 @@ def _early_exit_words(settings: dict[str, Any] | None) -> str | None:
 
 
 def _exit_name(exit: int | str) -> str:
-    return exit if exit == "ensemble" else f"exit {exit}"
+    return "ensemble" if exit == "ensemble" else f"exit {exit}"
 
 
 def _cell(text: str) -> str:
@@ -199,7 +205,7 @@ def _cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|").replace("`", "'")
 
 
-def _table_row(row: dict[str, Any]) -> list[str]:
+def _table_row(row: ExitRow) -> list[str]:
     forms = {"top1": "{:.2f}", "top5": "{:.2f}", "macs": "{:,.1f} M", "share": "{:.1%}", "speedup": "{:.2f}x"}
     numbers = row | {"macs": row["macs"] / 1e6} if "macs" in row else row
     return [

@@ -42,7 +42,9 @@ def status(error: BaseException) -> int | None:
 
 def retry_after(error: BaseException) -> float | None:
     """Seconds that the Hub asks to wait."""
-    value = error.response.headers.get("Retry-After") if status(error) else None
+    if not isinstance(error, HfHubHTTPError) or error.response is None:
+        return None
+    value = error.response.headers.get("Retry-After")
     return float(value) if value and value.isdigit() else None
 
 

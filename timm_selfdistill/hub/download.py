@@ -64,11 +64,11 @@ def fetch_model(
             check_names(sizes, BACKBONE, name)
             if check_sizes:
                 check_sizes(sizes)
-        folder = snapshot_download(
+        fetched = snapshot_download(
             name,
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             force_download=force_download,
             allow_patterns=[CONFIG] if only_config else [CONFIG, BACKBONE, HEADS],
@@ -96,8 +96,8 @@ def fetch_model(
     except transport_error() as error:
         raise OSError(f"{name}{at} cannot be fetched: {explain_failure(error, name)}") from error
     if not only_config:
-        check_names((entry.name for entry in Path(folder).iterdir()), BACKBONE, name)
-    return Path(folder)
+        check_names((entry.name for entry in Path(fetched).iterdir()), BACKBONE, name)
+    return Path(fetched)
 
 
 def pin(model_id: str | PathLike, folder: Path, revision: str | None) -> str | None:

@@ -7,7 +7,7 @@ heads, ride along; README.md is the model card, with exits.png.
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors.torch import load_file
 from torch import nn
@@ -29,6 +29,23 @@ VERSIONS = {"format_version": FORMAT_VERSION, "timm_selfdistill_version": __vers
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
 CARD, PICTURE = "README.md", "exits.png"
 FILES = (CONFIG, BACKBONE, HEADS, CARD, PICTURE)
+
+
+class RequiredSettings(TypedDict):
+    exits: list[int]
+    """`feature_info` indices of the shallow exits."""
+    head: str | None
+    """None stands for a callable."""
+    head_args: dict[str, Any]
+
+
+class ExitSettings(RequiredSettings, total=False):
+    """What makes the exits of a model again: "self_distill" of its config.json, without versions and metrics."""
+
+    early_exit: dict[str, Any]
+    """What `EarlyExit.calibrate` found."""
+    truncated_to: int | str
+    """Of a `TruncatedModel`: its exit."""
 
 
 def read_network(folder: str | PathLike) -> dict[str, Any]:
@@ -68,7 +85,7 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
             f' timm.create_model("local-dir:{folder}", pretrained=True)'
         )
     check_version(settings, path)
-    expected = {"exits": list, "head": (str, type(None)), "head_args": dict}
+    expected: dict[str, type | tuple[type, ...]] = {"exits": list, "head": (str, type(None)), "head_args": dict}
     for key, kind in expected.items():
         if key not in settings or not isinstance(settings[key], kind):
             raise ValueError(

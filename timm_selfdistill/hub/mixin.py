@@ -6,24 +6,41 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 
-from .building import BoundedBuild, NoRandomInit, build_backbone, check_buffers
-from .card import measured_rows
+from ..heads import HeadFactory
+from ..timm_methods import TimmMethods
+from ..timm_model import TimmModel
+from .building import BoundedBuild, NoRandomInit, check_buffers, choose_head
+from .card import ExitRow
 from .download import fetch_model, pin
-from .files import check_model_files, check_sizes, load_weights, read_config
+from .files import ExitSettings, check_model_files, check_sizes, load_weights, read_config
 from .push import push_folder
 from .saving import create_model_card, save_timm_model
 
 T = TypeVar("T", bound="HubMixin")
 
 
-class HubMixin(ModelHubMixin):
-    """huggingface_hub's mixin with the two-reader layout of `files.py`; `SelfDistillModel` has it."""
+class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
+    """A network that is saved in the two-reader layout of `files.py`, under the names of huggingface_hub's mixin."""
+
+    if TYPE_CHECKING:  # attributes of one class, properties of another
+
+        @property
+        def heads(self) -> nn.ModuleList: ...
+
+        @property
+        def num_classes(self) -> int: ...
+
+        @property
+        def model_args(self) -> dict[str, Any]: ...
+
+        @property
+        def input_size(self) -> tuple[int, int, int]: ...
 
     rebuild: Callable[[Path], tuple[nn.Module, nn.Module]] | None = None
     """See `save_timm_model`."""
@@ -91,23 +108,17 @@ class HubMixin(ModelHubMixin):
     def warn_of_unknown_size(self) -> None:
         """Warn where the image size of the model is a guess; a class without guesses has nothing to say."""
 
-    def card_rows(self, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def card_rows(self, metrics: dict[str, Any] | None) -> list[ExitRow]:
         """What is known of each exit: its cost, and what is measured of it."""
-        measured = measured_rows(metrics)
-        if measured and all({"module", "macs", "share"} <= row.keys() for row in measured):
-            return measured
-        costs = [
-            {"exit": row.exit, "module": row.module, "macs": row.macs, "share": row.share} for row in self.summary()
-        ]
-        return [cost | next((row for row in measured if row["exit"] == cost["exit"]), {}) for cost in costs]
+        raise NotImplementedError
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # huggingface_hub's takes arguments of any constructor, too
         cls: type[T],
         pretrained_model_name_or_path: str | PathLike,
         *,
         num_classes: int | None = None,
-        head: Callable[..., nn.Module] | None = None,
+        head: HeadFactory | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | PathLike | None = None,
@@ -146,11 +157,7 @@ class HubMixin(ModelHubMixin):
         folder = fetch(revision=revision, only_config=True)
         config = read_config(folder)
         cls.check_kind(config["self_distill"], pretrained_model_name_or_path)
-        if config["self_distill"]["head"] is None and head is None:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} was saved with a head of its own; pass it:"
-                " from_pretrained(..., head=...)"
-            )
+        choose_head(config["self_distill"], head, pretrained_model_name_or_path)
         sketch = cls.sketch(config, folder, head)  # files of another model are refused before they are fetched
         fetch(
             revision=pin(pretrained_model_name_or_path, folder, revision),
@@ -165,7 +172,7 @@ class HubMixin(ModelHubMixin):
         return model.eval()
 
     @classmethod
-    def check_kind(cls, settings: dict[str, Any], name: str | PathLike) -> None:
+    def check_kind(cls, settings: ExitSettings, name: str | PathLike) -> None:
         """Refuse what another class loads.
 
         Args:
@@ -180,7 +187,7 @@ class HubMixin(ModelHubMixin):
         cls: type[T],
         config: dict[str, Any],
         folder: str | PathLike,
-        head: Callable[..., nn.Module] | None = None,
+        head: HeadFactory | None = None,
     ) -> T:
         """The model of `from_config` on the meta device, where it takes no memory.
 
@@ -197,19 +204,12 @@ class HubMixin(ModelHubMixin):
         cls: type[T],
         config: dict[str, Any],
         folder: str | PathLike,
-        head: Callable[..., nn.Module] | None = None,
+        head: HeadFactory | None = None,
     ) -> T:
         """The model that the config.json of a folder describes, as `read_config` read it, with fresh weights."""
-        settings = config["self_distill"]
-        return cls(
-            build_backbone(config, folder),
-            exits=settings["exits"],
-            head=head or settings["head"],
-            head_args=settings["head_args"],
-            model_args=config.get("model_args"),
-        )
+        raise NotImplementedError
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # huggingface_hub's takes a config, which here is the model's own
         self,
         repo_id: str,
         *,
@@ -265,15 +265,10 @@ class HubMixin(ModelHubMixin):
         )
 
     @property
-    def whole(self) -> nn.Module:
+    def whole(self) -> TimmModel:
         """The network that config.json describes; may be on the meta device."""
         return self.backbone
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> ExitSettings:
         """What makes the exits again, as config.json holds it."""
-        settings = {
-            "exits": [stage.index for stage in self.stages],
-            "head": self.head if isinstance(self.head, str) else None,
-            "head_args": self.head_args,
-        }
-        return settings | ({"early_exit": self.early_exit} if self.early_exit else {})
+        raise NotImplementedError

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .card import ExitRow
+
 
 def plot_exits(
     path: Path,
     model: str,
-    rows: list[dict[str, Any]],
+    rows: list[ExitRow],
     curve: Sequence[dict[str, Any]] = (),
     calibrated: dict[str, Any] | None = None,
     baseline: dict[str, Any] | None = None,

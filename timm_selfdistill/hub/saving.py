@@ -20,8 +20,9 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..cost import default_input_size, evaluating
-from .card import create_card, may_replace, measured_rows
-from .files import BACKBONE, CARD, CONFIG, HEADS, PICTURE, VERSIONS, facts, read_config
+from ..timm_model import as_timm
+from .card import ExitRow, create_card, may_replace, measured_rows
+from .files import BACKBONE, CARD, CONFIG, HEADS, PICTURE, VERSIONS, ExitSettings, facts, read_config
 from .picture import plot_exits
 from .replace import replacing_files
 from .trust import read_json, short
@@ -51,9 +52,9 @@ def save_timm_model(
     whole: nn.Module | None = None,
     model_args: dict[str, Any] | None = None,
     heads: nn.Module | None = None,
-    settings: dict[str, Any] | None = None,
+    settings: ExitSettings | None = None,
     metrics: dict[str, Any] | None = None,
-    rows: list[dict[str, Any]] | None = None,
+    rows: list[ExitRow] | None = None,
     check: bool = True,
     picture: bool = True,
     rebuild: Rebuild | None = None,
@@ -145,9 +146,9 @@ def save_metrics(folder: str | PathLike, metrics: dict[str, Any], picture: Path 
 def create_model_card(
     backbone: nn.Module,
     model_args: dict[str, Any],
-    settings: dict[str, Any],
+    settings: ExitSettings,
     metrics: dict[str, Any] | None,
-    rows: list[dict[str, Any]],
+    rows: list[ExitRow],
     card_data: dict[str, Any],
     input_size: tuple[int, int, int],
 ) -> ModelCard:
@@ -157,7 +158,7 @@ def create_model_card(
         return create_card(read_json(Path(folder) / CONFIG), rows, metrics, **card_data)
 
 
-def _save_picture(fresh: Path, rows: list[dict[str, Any]], metrics: dict[str, Any] | None) -> None:
+def _save_picture(fresh: Path, rows: list[ExitRow], metrics: dict[str, Any] | None) -> None:
     """Draw exits.png where accuracy and cost of every row are known."""
     if rows and all({"top1", "macs", "share"} <= row.keys() for row in rows):
         architecture = read_json(fresh / CONFIG)["architecture"]
@@ -167,7 +168,7 @@ def _save_picture(fresh: Path, rows: list[dict[str, Any]], metrics: dict[str, An
 def _save_card(
     fresh: Path,
     folder: Path,
-    rows: list[dict[str, Any]],
+    rows: list[ExitRow],
     metrics: dict[str, Any] | None,
     card_data: dict[str, Any] | None,
     picture: bool,
@@ -241,25 +242,28 @@ def _save_config(
     backbone: nn.Module,
     path: Path,
     model_args: dict[str, Any] | None,
-    settings: dict[str, Any] | None,
+    settings: ExitSettings | None,
     metrics: dict[str, Any] | None,
     data_config: dict[str, Any],
 ) -> None:
     """Write config.json as timm does, without what describes other weights than these."""
-    names = backbone.pretrained_cfg.get("label_names")
+    names = as_timm(backbone).pretrained_cfg.get("label_names")
     model_config: dict[str, Any] = {}
-    if names and len(names) == backbone.num_classes:  # not those of pretrained weights for other classes
+    if names and len(names) == as_timm(backbone).num_classes:  # not those of pretrained weights for other classes
         model_config["label_names"] = names
     if settings is not None:
-        model_config["self_distill"] = VERSIONS | settings
+        model_config["self_distill"] = {**VERSIONS, **settings}
     if metrics is not None:
         facts(model_config)["metrics"] = metrics
-    save_config_for_hf(backbone, path, model_config=model_config, model_args=model_args or {}, data_config=data_config)
+    save_config_for_hf(
+        backbone, str(path), model_config=model_config, model_args=model_args or {}, data_config=data_config
+    )
     config = read_json(path)
     # transformers and timm's factory take the number of classes from its own place, and refuse it in two
     config.get("model_args", {}).pop("num_classes", None)
     left_behind = SOURCE_KEYS | ({"license"} if metrics and "license" in metrics else set())
     config["pretrained_cfg"] = {key: value for key, value in config["pretrained_cfg"].items() if key not in left_behind}
-    if (metrics or {}).get("license", "unknown") != "unknown":
-        config["pretrained_cfg"]["license"] = metrics["license"]
+    license = (metrics or {}).get("license", "unknown")
+    if license != "unknown":
+        config["pretrained_cfg"]["license"] = license
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -185,7 +185,9 @@ def _is_printable(value: Any) -> bool:
     return _is_word(value) and value.isprintable()
 
 
-def _are_numbers(value: Any, lengths: tuple[int, ...], low: float, high: float, kind: type | tuple[type, ...]) -> bool:
+def _are_numbers(
+    value: Any, lengths: tuple[int, ...], low: float, high: float, kind: type[int] | tuple[type[int], type[float]]
+) -> bool:
     return (
         isinstance(value, (list, tuple))
         and len(value) in lengths

@@ -18,29 +18,24 @@ default_cfgs = generate_default_cfgs(
     {f"cifar_resnet{depth}.untrained": cifar_cfg(first_conv="conv1", classifier="fc") for depth in (18, 50, 101, 152)}
 )
 
+Block = type[BasicBlock] | type[Bottleneck]
+
 
 class CifarResNet(ResNet):
     """`timm.models.resnet.ResNet` at the resolution of CIFAR: layer1 to layer4 give maps of 32, 16, 8 and 4 pixels."""
 
-    def __init__(self, block: type[nn.Module], layers: tuple[int, ...], num_classes: int = 100, **kwargs: Any):
-        super().__init__(block, layers, num_classes, **kwargs)
-        old = self.conv1
-        self.conv1 = nn.Conv2d(
-            old.in_channels,
-            old.out_channels,
-            3,
-            padding=1,
-            bias=False,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
+    def __init__(self, block: Block, layers: tuple[int, ...], num_classes: int = 100, **kwargs: Any):
+        super().__init__(block, layers, num_classes, **kwargs)  # type: ignore[arg-type]  # timm says a block, not its class
+        old = self.get_parameter("conv1.weight")
+        stem = nn.Conv2d(old.shape[1], old.shape[0], 3, padding=1, bias=False, device=old.device, dtype=old.dtype)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self.add_module("conv1", stem)
+        self.add_module("maxpool", nn.Identity())
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4, 8)):
             info["reduction"] = reduction
 
 
-def _create(variant: str, pretrained: bool, block: type[nn.Module], layers: tuple[int, ...], **kwargs: Any) -> ResNet:
+def _create(variant: str, pretrained: bool, block: Block, layers: tuple[int, ...], **kwargs: Any) -> CifarResNet:
     return build_model_with_cfg(CifarResNet, variant, pretrained, block=block, layers=layers, **kwargs)
 
 

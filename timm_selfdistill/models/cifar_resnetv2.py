@@ -78,31 +78,31 @@ class CifarResNetV2(ResNetV2):
         dtype: Any = None,
     ):
         dd = {"device": device, "dtype": dtype}
-        norm_layer, act_layer = get_norm_act_layer(norm_layer, act_layer=act_layer), get_act_layer(act_layer)
+        norm, act = get_norm_act_layer(norm_layer, act_layer=act_layer), get_act_layer(act_layer)
         total, before_last = sum(depths), sum(depths[:2])
         ends = (depths[0], before_last, max(round(total * 3 / 4), before_last + 1), total)
         super().__init__(
-            layers=(0, 0, 0, 0),
-            channels=[channels[end - 1] for end in ends],
+            layers=[0, 0, 0, 0],
+            channels=tuple(channels[end - 1] for end in ends),
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
             stem_chs=stem_chs,
             preact=preact,
             basic=preact,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
+            act_layer=act,
+            norm_layer=norm,
             conv_layer=create_conv2d,
             drop_rate=drop_rate,
             **dd,
         )
         stem = OrderedDict(conv=create_conv2d(in_chans, stem_chs, 3, **dd))
         if stem_norm or not preact:
-            stem["norm"] = norm_layer(stem_chs, apply_act=not preact, **dd)
+            stem["norm"] = norm(stem_chs, apply_act=not preact, **dd)
         self.stem = nn.Sequential(stem)
 
         group_starts = (depths[0], before_last)
-        layers = {"act_layer": act_layer, "norm_layer": norm_layer, **dd}
+        layers = {"act_layer": act, "norm_layer": norm, **dd}
         blocks = [
             block(in_chs, out_chs, stride=2 if index in group_starts else 1, drop_path_rate=rate, **layers)
             for index, ((in_chs, out_chs), rate) in enumerate(
@@ -126,8 +126,8 @@ class PyramidBottleneck(nn.Module):
         out_chs: int,
         stride: int = 1,
         drop_path_rate: float = 0.0,
-        act_layer: LayerType = nn.ReLU,
-        norm_layer: LayerType = BatchNormAct2d,
+        act_layer: Callable[..., nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = BatchNormAct2d,
         **dd: Any,
     ):
         super().__init__()
