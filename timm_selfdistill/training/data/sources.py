@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -33,6 +33,7 @@ from .folder import (
     split_kind,
 )
 from .images import undecoded
+from .kinds import FoundSplit
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 """Which part of `datasets` reads files of an ending."""
@@ -138,7 +139,7 @@ def _names_files(path: str) -> bool:
     )
 
 
-Rows = ImageFiles | datasets.Dataset | datasets.IterableDataset
+Rows: TypeAlias = ImageFiles | datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,10 @@ class Found:
     image_column: str
     label_column: str | None
     class_names: list[str]
-    entries: list[dict[str, Any]]
+    entries: list[FoundSplit]
 
 
-def entry(split: str, images: int | None, classes: int, place: str, left_out: Counter[str]) -> dict[str, Any]:
+def entry(split: str, images: int | None, classes: int, place: str, left_out: Counter[str]) -> FoundSplit:
     """What a run says of a split, and records."""
     return {"split": split, "images": images, "classes": classes, "from": place, "left_out": left_out_text(left_out)}
 
