@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.table import Table
@@ -23,7 +23,7 @@ SCALED_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
 UNSCALED_LEVELS = (0.005, 0.01, 0.02, 0.03, 0.04)
 """Standard deviations, the same for every weight."""
 
-STYLES = (":", "-.", "--")
+STYLES: tuple[Literal[":", "-.", "--"], ...] = (":", "-.", "--")
 """Lines of shallow exits."""
 
 T = TypeVar("T")
