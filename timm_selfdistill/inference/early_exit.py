@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..model import SelfDistillModel
 from .batch_run import BatchRun, EarlyExitOutput
@@ -219,6 +220,6 @@ def _check_mode(parts: list[nn.Module]) -> None:
         raise ValueError("the model is in training mode; call model.eval() first")
 
 
-def _remove(handles: list[Any]) -> None:
+def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()

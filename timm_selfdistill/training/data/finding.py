@@ -14,7 +14,7 @@ from .folder import ImageFiles, Tree, collect, split_kind, val_splits
 from .images import ValueRange, ValueRanges
 from .kinds import ImageSource
 from .labels import NO_LABEL, check_range
-from .sources import UNDIVIDED, Found, Reading, Source, ValFraction, entry, fingerprint, read_source
+from .sources import UNDIVIDED, Found, Reading, Source, Table, ValFraction, entry, fingerprint, read_source
 from .splits import ImageSplits
 from .streams import row_count
 
@@ -85,7 +85,7 @@ def label_streams(
     return stream_class_names(val, column, class_names, len(class_names))
 
 
-def why_unlabelled(rows: Any, column: str) -> str | None:
+def why_unlabelled(rows: Table, column: str) -> str | None:
     """Why nothing can be measured on a split, as on a test split whose labels are secret; None where it can.
 
     Of a stream the first row tells.
@@ -194,7 +194,7 @@ def label_values(rows: datasets.Dataset, column: str) -> np.ndarray:
     return rows.select_columns([column]).with_format("arrow")[:][column].to_numpy()
 
 
-def _check_column(rows: Any, column: str) -> None:
+def _check_column(rows: Table, column: str) -> None:
     feature = rows.features.get(column)
     if feature is None:
         raise ValueError(f"the validation split has no column {column!r}; it has {', '.join(rows.features)}")
@@ -414,7 +414,7 @@ def find_in_tables(source: Source, reading: Reading, fraction: ValFraction, num_
     )
 
 
-def find_column(rows: Any, column: str | None, feature: type, what: str, path: str) -> str:
+def find_column(rows: Table, column: str | None, feature: type, what: str, path: str) -> str:
     """The column of images or labels, by name or by type.
 
     Raises:
@@ -451,7 +451,7 @@ def _val_table(source: Source, reading: Reading, train_name: str, label_column: 
     return None
 
 
-def _find_val_labels(val: Any, column: str | None, path: str) -> str | None:
+def _find_val_labels(val: Table, column: str | None, path: str) -> str | None:
     """The label column of validation images, if they have one."""
     found = (
         column is not None

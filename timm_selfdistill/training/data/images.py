@@ -270,7 +270,9 @@ def _range_of_all(kind: str, lows: tuple[float, ...], highs: tuple[float, ...], 
     return usual_range(kind, min(lows), max(highs), name)
 
 
-def _spread(rows: Any, image_column: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _spread(
+    rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset", image_column: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and undecoded image of each row of the sample."""
     if isinstance(rows, ImageFiles):
         for index in _indices(len(rows)):

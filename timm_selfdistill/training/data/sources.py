@@ -35,6 +35,9 @@ from .folder import (
 from .images import undecoded
 from .kinds import FoundSplit
 
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Rows: TypeAlias = ImageFiles | Table
+
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 """Which part of `datasets` reads files of an ending."""
 
@@ -66,7 +69,7 @@ def find_metadata(root: Tree, splits: Mapping[str, Tree]) -> list[str]:
     ]
 
 
-def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Any]:
+def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Table]:
     """Images in folders with metadata files: a split for each folder that has the name of one and a file of its own.
 
     Raises:
@@ -90,7 +93,7 @@ def image_paths(rows: datasets.Dataset) -> list[str]:
     return [row[column]["path"] for column in columns for row in undecoded(rows, column)]
 
 
-def read_table(source: str | Path, name: str | None, undivided: str, streaming: bool) -> Mapping[str, Any]:
+def read_table(source: str | Path, name: str | None, undivided: str, streaming: bool) -> Mapping[str, Table]:
     """The splits of a folder or file of tables, or of a data set on the Hub.
 
     Args:
@@ -115,7 +118,7 @@ def read_table(source: str | Path, name: str | None, undivided: str, streaming: 
     return loaded if isinstance(loaded, Mapping) else {undivided: loaded}
 
 
-def _load(source: str | Path, name: str | None, streaming: bool) -> Any:
+def _load(source: str | Path, name: str | None, streaming: bool) -> Table | Mapping[str, Table]:
     """`datasets.load_dataset`, which takes characters such as "[" in a path for a pattern."""
     path = Path(source)
     if not (path.is_dir() and glob.has_magic(str(path))):
@@ -137,9 +140,6 @@ def _names_files(path: str) -> bool:
     return isinstance(columns, (list, dict)) and any(
         isinstance(column, str) and column.endswith("file_name") for column in columns
     )
-
-
-Rows: TypeAlias = ImageFiles | datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class ExitMeter:
         """
         if not totals[0, 3]:
             raise ValueError("there are no validation images that can be read")
-        names: list[Any] = list(range(len(totals)))
+        names: list[int | str] = list(range(len(totals)))
         if len(names) > 1:
             names[-1] = "ensemble"
         return [

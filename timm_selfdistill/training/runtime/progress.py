@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import ProfileKwargs
@@ -75,7 +74,7 @@ class ProgressReporter:
             self.bar.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.live:
             self.bar.stop()
 
