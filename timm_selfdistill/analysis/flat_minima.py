@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from rich.table import Table
@@ -18,12 +18,15 @@ from ..inference.labelled import all_finite, check_finite, labelled_batches
 from ..model import SelfDistillModel
 from ..training.outputs.metrics import ExitMeter, ExitMetrics, exit_logits
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 SCALED_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
 """Of a tensor's root mean square."""
 UNSCALED_LEVELS = (0.005, 0.01, 0.02, 0.03, 0.04)
 """Standard deviations, the same for every weight."""
 
-STYLES = (":", "-.", "--")
+STYLES: tuple[Literal[":", "-.", "--"], ...] = (":", "-.", "--")
 """Lines of shallow exits."""
 
 T = TypeVar("T")
@@ -250,7 +253,7 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
     figure.savefig(path, dpi=120)
 
 
-def _draw_band(axes: Any, rows: list[dict[str, Any]], key: str, **style: Any) -> None:
+def _draw_band(axes: "Axes", rows: list[dict[str, Any]], key: str, **style: Any) -> None:
     levels, means, low, high = ([row[name] for row in rows] for name in ("level", key, f"{key}_min", f"{key}_max"))
     axes.plot(levels, means, marker=".", **style)
     axes.fill_between(levels, low, high, color=style["color"], alpha=0.15, linewidth=0)

@@ -17,6 +17,7 @@ from ..cost import evaluating
 from ..inference.labelled import labelled_batches
 from ..model import SelfDistillModel
 from ..stages import select_stages
+from ..timm_model import TimmModel, as_timm
 
 
 @dataclass
@@ -84,10 +85,13 @@ def measure_gradients(
     model = unwrap_model(task.get_eval_model())
     if isinstance(model, SelfDistillModel) and model.freeze_backbone:
         raise ValueError("the model was trained with a frozen backbone, whose weights get no gradients")
-    sections, sums, losses, images, batch_size = None, None, [], 0, 0
+    sections: dict[str, list[Tensor]] = {}
+    sums = torch.zeros((), dtype=torch.double)
+    losses: list[float] = []
+    images, batch_size = 0, 0
     with training_for_a_while(task):
         for x, y in labelled_batches(model, loader):
-            if sections is None:
+            if not sections:
                 sections, batch_size = find_sections(model, x[:1], exits), len(x)
             if len(x) < batch_size:
                 continue
@@ -96,8 +100,7 @@ def measure_gradients(
                 raise ValueError(
                     f"the loss is {float(loss.detach())}, no finite number; the weights or the images are damaged"
                 )
-            found = torch.tensor(section_gradients(loss, sections.values()), dtype=torch.double)
-            sums = found if sums is None else sums + found
+            sums = sums + torch.tensor(section_gradients(loss, sections.values()), dtype=torch.double)
             losses.append(float(loss.detach()))
             images += len(x)
     counts = [sum(weight.numel() for weight in weights) for weights in sections.values()]
@@ -105,7 +108,7 @@ def measure_gradients(
     return GradientReport(list(sections), means, counts, sum(losses) / len(losses), len(losses), images, batch_size)
 
 
-def section_gradients(loss: Tensor, sections: Iterable[Sequence[nn.Parameter]]) -> list[float]:
+def section_gradients(loss: Tensor, sections: Iterable[Sequence[Tensor]]) -> list[float]:
     """Mean absolute gradient of a loss over the elements of each section's weights; 0 where there are none.
 
     The weights' own gradients stay as they are, and so does the graph of the loss.
@@ -124,9 +127,7 @@ def section_gradients(loss: Tensor, sections: Iterable[Sequence[nn.Parameter]]) 
     return torch.stack(means).tolist()  # waits for a GPU once
 
 
-def find_sections(
-    model: nn.Module, x: Tensor, exits: Sequence[int | str] | None = None
-) -> dict[str, list[nn.Parameter]]:
+def find_sections(model: nn.Module, x: Tensor, exits: Sequence[int | str] | None = None) -> dict[str, list[Tensor]]:
     """The weights that learn in each section of a backbone, by the name of the module that ends it.
 
     Which weights a feature map needs is read from autograd, whatever the order in which a network registers its layers.
@@ -138,7 +139,7 @@ def find_sections(
     Raises:
         ValueError: nothing learns.
     """
-    backbone = model
+    backbone = as_timm(model)
     if isinstance(model, SelfDistillModel):
         backbone = model.backbone
         exits = [stage.index for stage in model.stages] if exits is None else exits
@@ -155,7 +156,7 @@ def find_sections(
             x, indices=[stage.index for stage in stages[:-1]], intermediates_only=True
         )
         for stage, feature_map in zip(stages, maps):
-            gradients = [None] * len(left)
+            gradients: Sequence[Tensor | None] = [None] * len(left)
             if left and feature_map.requires_grad:
                 gradients = torch.autograd.grad(feature_map.sum(), left, retain_graph=True, allow_unused=True)
             sections[stage.name] = [weight for weight, gradient in zip(left, gradients) if gradient is not None]
@@ -248,7 +249,7 @@ def plot_gradient_history(
     figure.savefig(path, dpi=120)
 
 
-def _learning_weights(backbone: nn.Module) -> list[nn.Parameter]:
+def _learning_weights(backbone: TimmModel) -> list[Tensor]:
     """Of convolutions and fully connected layers, without the classifier."""
     classifier = backbone.get_classifier()
     parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]

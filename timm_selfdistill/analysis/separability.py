@@ -84,15 +84,15 @@ class ClassSums:
 
     def __init__(self, classes: int):
         self.count = torch.zeros(classes, dtype=torch.double)
-        self.sums: Tensor | None = None
-        """(K, D)"""
+        self.sums = torch.zeros(classes, 0, dtype=torch.double)
+        """(K, D), once there are features."""
         self.squares = 0.0
-        self.shift: Tensor | None = None
+        self.shift = torch.zeros(0, dtype=torch.double)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Count features (B, D) of the classes (B,), on the CPU."""
         features = features.double()
-        if self.sums is None:
+        if not self.count.any():
             self.shift = features.mean(0)
             self.sums = torch.zeros(len(self.count), features.shape[1], dtype=torch.double)
         features = features - self.shift

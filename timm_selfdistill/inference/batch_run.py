@@ -97,12 +97,15 @@ class BatchRun:
         """Keep the answers of those who may leave, all of them where the threshold is None."""
         temperature = self.temperatures[exit]
         probabilities = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(1)
-        if threshold is None and self.done is None:
+        if threshold is not None:
+            leaves = self.policy.leaves(probabilities, threshold)
+            if self.done is not None:
+                leaves &= ~self.done
+        elif self.done is not None:
+            leaves = ~self.done
+        else:
             self.answers.append((self.rows, exit, logits, probabilities.amax(1)))
             return
-        leaves = ~self.done if threshold is None else self.policy.leaves(probabilities, threshold)
-        if threshold is not None and self.done is not None:
-            leaves &= ~self.done
         leaving = leaves.nonzero()[:, 0]
         if not len(leaving):
             return

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import log
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cost import measure_speedups
 from ..model import SelfDistillModel
@@ -38,16 +39,17 @@ def collect_logits(
         ValueError: the loader gives no batches of images and labels, or labels out of range.
     """
     logits: list[list[Tensor]] = [[] for _ in model.exits]
-    labels, first = [], None
+    labels: list[Tensor] = []
+    images: list[Tensor] = []
     with torch.no_grad():
         for x, y in labelled_batches(model, loader):
             for record, part in zip(logits, model.forward_exits(x).logits):
                 record.append(part.float().cpu())
             labels.append(y.cpu())
-            first = x[:16] if first is None else first
+            images = images or [x[:16]]
     found = [torch.cat(parts) for parts in logits]
     check_finite(found)
-    return found, torch.cat(labels), first
+    return found, torch.cat(labels), images[0]
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -147,13 +149,14 @@ class Calibration:
     def _calibration_errors(self) -> tuple[list[float], list[float]]:
         """Of every exit on the last part, without and with its temperature."""
         rows = self.parts[2]
-        return tuple(
+        before, after = (
             [
                 calibration_error((part[rows] / temperature).softmax(1), self.labels[rows])
                 for part, temperature in zip(self.logits, temperatures)
             ]
             for temperatures in ([1.0] * len(self.logits), self.temperatures)
         )
+        return before, after
 
 
 def to_threshold(sureness: float | None, policy: str, classes: int) -> float | None:
@@ -322,10 +325,12 @@ def times_of_exits(model: SelfDistillModel, stops: list[int], x: Tensor) -> Exit
         maps = model.backbone.forward_intermediates(
             x, indices=[stage.index for stage in model.stages], intermediates_only=True
         )
-    calls = [
-        *(lambda x, exit=exit: model.predict(x, exit) for exit in exits),
-        *(lambda x, exit=exit: model.heads[exit](maps[exit]) for exit in exits),
-    ]
+    calls: list[Callable[[Tensor], Any]] = [partial(model.predict, exit=exit) for exit in exits]
+    calls += [partial(_run_head, model.heads[exit], maps[exit]) for exit in exits]
     times = [1 / speedup for speedup in measure_speedups(model, model.backbone, calls, x)]
     shallow, heads = times[: len(exits)], times[len(exits) :]
     return ExitCosts([*(max(0.0, time - head) for time, head in zip(shallow, heads)), 1.0], heads, stops)
+
+
+def _run_head(head: nn.Module, feature_map: Tensor, _: Tensor) -> Any:
+    return head(feature_map)

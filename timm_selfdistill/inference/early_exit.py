@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..model import SelfDistillModel
 from .batch_run import BatchRun, EarlyExitOutput
@@ -83,7 +84,8 @@ class EarlyExit:
     def _connect(self) -> None:
         """Put this object's hooks on the model."""
         self._parts = list(self.model.modules())  # so that looking at them for each batch takes no time
-        self._owner, self._routes, self._lock = next(_owners), {}, threading.Lock()
+        self._owner, self._lock = next(_owners), threading.Lock()
+        self._routes: dict[tuple[int, ...], Route | None] = {}
         modules = dict(self.model.backbone.named_modules())
         handles = [
             add_hook(modules[stage.name], StageHook(exit, self._owner))
@@ -180,7 +182,8 @@ class EarlyExit:
         stops = [next((stop for stop in range(exit, exits) if droppable[stop]), exits) for exit in range(exits)]
         if unit == "time":
             return times_of_exits(self.model, stops, x)
-        return macs_of_exits(self.model, stops, tuple(x.shape[1:]))
+        channels, height, width = x.shape[1:]
+        return macs_of_exits(self.model, stops, (channels, height, width))
 
     def _route(self, size: tuple[int, ...]) -> Route | None:
         """How images (in_chans, H, W) go through the model; None where its stages cannot be read."""
@@ -217,6 +220,6 @@ def _check_mode(parts: list[nn.Module]) -> None:
         raise ValueError("the model is in training mode; call model.eval() first")
 
 
-def _remove(handles: list[Any]) -> None:
+def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from timm.data import resolve_model_data_config
@@ -17,6 +17,15 @@ from torch.export import Dim, ExportedProgram
 from ..cost import default_input_size, evaluating
 from ..model import SelfDistillModel
 from .staging import split_stages
+
+
+class StageFile(TypedDict):
+    """An entry of stages.json."""
+
+    file: str
+    inputs: list[str]
+    outputs: list[str]
+
 
 TOLERANCE = 1e-4
 """Of logits, as a share of the largest; onnxruntime against torch."""
@@ -96,9 +105,10 @@ def export_stages(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     x = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
-    carried, stages, paths = [x], [], []
+    carried, names_in = [x], ["images"]
+    stages: list[StageFile] = []
+    paths: list[Path] = []
     for index, stage in enumerate(split_stages(program)):
-        names_in = ["images"] if index == 0 else stages[-1]["outputs"][1:]
         names_out = ["logits", *(f"state{index}_{number}" for number in range(stage.carried))]
         paths.append(folder / f"stage{index}.onnx")
         shapes = (({0: Dim("batch", min=1)},) * len(carried),)
@@ -107,7 +117,7 @@ def export_stages(
             outputs = stage.module(*carried)
         _write_onnx(exported, paths[-1], names_in, names_out, carried, outputs)
         stages.append({"file": paths[-1].name, "inputs": names_in, "outputs": names_out})
-        carried = list(outputs[1:])
+        carried, names_in = list(outputs[1:]), names_out[1:]
     _write_description(model, folder, stages, input_size, value_ranges)
     return paths
 
@@ -153,6 +163,7 @@ def _write_onnx(
     onnx_program = torch.onnx.export(
         program, dynamo=True, input_names=inputs, output_names=outputs, external_data=False, verbose=False
     )
+    assert onnx_program is not None  # which is for the former exporter, dynamo=False
     fresh = path.with_name(f".{path.name}.new")
     try:
         onnx_program.save(str(fresh))
@@ -176,7 +187,7 @@ def _compare(fresh: Path, path: Path, inputs: Sequence[Tensor], expected: Sequen
 def _write_description(
     model: SelfDistillModel,
     folder: Path,
-    stages: list[dict[str, Any]],
+    stages: list[StageFile],
     input_size: tuple[int, int, int],
     value_ranges: Mapping[str, tuple[float, float]] | None,
 ) -> None:

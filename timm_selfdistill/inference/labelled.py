@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..timm_model import as_timm
 from .settings import check_images
 
 
@@ -24,7 +25,7 @@ def labelled_batches(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) 
     device = next(p for p in model.parameters() if p.is_floating_point()).device
     empty = True
     for batch in loader:
-        _check_batch(batch, model.num_classes)
+        _check_batch(batch, as_timm(model).num_classes)
         if len(batch[0]):
             x = batch[0].to(device)
             check_images(model, x)

@@ -6,6 +6,7 @@ that are left. Whether their logits stay the same depends on the network, so a `
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..cost import evaluating
 from ..model import SelfDistillModel
+from ..timm_model import TimmModel
 
 _running = threading.local()
 """`.call` is what the hooks of this thread call."""
@@ -30,7 +32,7 @@ class StageHook:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         owner, call = getattr(_running, "call", (None, None))
-        return call(self.exit, output) if owner == self.owner else None
+        return call(self.exit, output) if call is not None and owner == self.owner else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _do_nothing  # a copy of the network has nobody to hand anything to
@@ -108,8 +110,9 @@ def _find_route(model: SelfDistillModel, owner: int, size: tuple[int, ...]) -> R
         maps = model.backbone.forward_intermediates(
             x, indices=[stage.index for stage in model.stages], intermediates_only=True
         )
-        to_maps = [_find_reader(output, feature_map) for (_, output), feature_map in zip(outputs, maps)]
-        if None in to_maps:
+        readers = [_find_reader(output, feature_map) for (_, output), feature_map in zip(outputs, maps)]
+        to_maps = [reader for reader in readers if reader is not None]
+        if len(to_maps) < len(readers):
             return None
         for exit, (head, feature_map) in enumerate(zip(model.heads, maps)):
             if _writes_into(head, feature_map):  # the layers behind would see that
@@ -129,7 +132,7 @@ def _writes_into(head: nn.Module, feature_map: Tensor) -> bool:
     return feature_map._version != version
 
 
-def _features_and_logits(backbone: nn.Module, x: Tensor) -> list[Tensor]:
+def _features_and_logits(backbone: TimmModel, x: Tensor) -> list[Tensor]:
     """Both, since a fresh classifier may give every image the same logits."""
     features = backbone.forward_features(x)
     return [*tree_flatten(features)[0], backbone.forward_head(features)]
@@ -184,11 +187,23 @@ def _find_reader(output: Any, feature_map: Tensor) -> Callable[[Any], Tensor] | 
     for index, leaf in enumerate(leaves):
         if not _has_rows(leaf, len(feature_map)):
             continue
-        for read in (_nchw, _nhwc, _Tokens(height, width)):
-            found = read(leaf)
-            if found is not None and found.shape == feature_map.shape and _same(found, feature_map):
-                return lambda output, index=index, read=read: read(tree_flatten(output)[0][index])
+        for layout in _layouts(leaf, height, width):
+            found = layout(leaf)
+            if found.shape == feature_map.shape and _same(found, feature_map):
+                return partial(_read_leaf, index, layout)
     return None
+
+
+def _layouts(part: Tensor, height: int, width: int) -> list[Callable[[Tensor], Tensor]]:
+    """How a part of an output may hold a feature map (B, C, H, W)."""
+    if part.ndim == 4:
+        return [_nchw, _nhwc]
+    tokens = part.ndim == 3 and part.shape[1] >= height * width
+    return [_nchw, _Tokens(height, width)] if tokens else [_nchw]
+
+
+def _read_leaf(index: int, layout: Callable[[Tensor], Tensor], output: Any) -> Tensor:
+    return layout(tree_flatten(output)[0][index])
 
 
 def _read_copy(read: Callable[[Any], Tensor], output: Any) -> Tensor:
@@ -199,18 +214,17 @@ def _nchw(part: Tensor) -> Tensor:
     return part
 
 
-def _nhwc(part: Tensor) -> Tensor | None:
-    return part.permute(0, 3, 1, 2) if part.ndim == 4 else None
+def _nhwc(part: Tensor) -> Tensor:
+    return part.permute(0, 3, 1, 2)
 
 
-class _Tokens(NamedTuple):
+@dataclass(frozen=True)
+class _Tokens:
     """(B, N, C) with class and register tokens in front."""
 
     height: int
     width: int
 
-    def __call__(self, part: Tensor) -> Tensor | None:
-        if part.ndim != 3 or part.shape[1] < self.height * self.width:
-            return None
+    def __call__(self, part: Tensor) -> Tensor:
         tokens = part[:, part.shape[1] - self.height * self.width :]
         return tokens.unflatten(1, (self.height, self.width)).permute(0, 3, 1, 2)

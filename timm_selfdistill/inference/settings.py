@@ -1,6 +1,7 @@
 """What thresholds, temperatures and images a model takes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ def check_images(model: nn.Module, x: Tensor, known_size: bool = False) -> None:
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"expected images as a tensor (B, C, H, W), got {type(x).__name__}")
-    ours = isinstance(model, (SelfDistillModel, TruncatedModel))
-    backbone, model_args = (model.backbone, model.model_args) if ours else (model, None)
+    backbone = model
+    model_args: dict[str, Any] | None = None
+    if isinstance(model, (SelfDistillModel, TruncatedModel)):
+        backbone, model_args = model.backbone, model.model_args
     if not known_size and (misfit := explain_misfit(backbone, x, model_args)):
         raise ValueError(misfit)
     like = next(p for p in model.parameters() if p.is_floating_point())

@@ -58,8 +58,9 @@ def simulate(sureness: Tensor, thresholds: list[float | None], costs: ExitCosts)
     """
     exits = torch.full(sureness.shape[1:], len(thresholds))
     for exit in reversed(range(len(thresholds))):
-        if thresholds[exit] is not None:
-            exits[sureness[exit] >= thresholds[exit]] = exit
+        threshold = thresholds[exit]
+        if threshold is not None:
+            exits[sureness[exit] >= threshold] = exit
     return exits, costs.paths([threshold is not None for threshold in thresholds])[exits]
 
 
@@ -88,7 +89,8 @@ def find_curve(sureness: Tensor, right: Tensor, costs: ExitCosts) -> list[Operat
         sureness: (C - 1, N).
         right: (C, N) booleans.
     """
-    candidates, thresholds = fixed_exits(right, costs), [None] * len(sureness)
+    candidates = fixed_exits(right, costs)
+    thresholds: list[float | None] = [None] * len(sureness)
     for weight in WEIGHTS:
         thresholds = _improve(thresholds, sureness, right, costs, weight / costs.plain)
         candidates.append(_measure(thresholds, sureness, right, costs))

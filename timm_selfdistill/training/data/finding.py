@@ -12,8 +12,9 @@ import numpy as np
 
 from .folder import ImageFiles, Tree, collect, split_kind, val_splits
 from .images import ValueRange, ValueRanges
+from .kinds import ImageSource
 from .labels import NO_LABEL, check_range
-from .sources import UNDIVIDED, Found, Reading, Source, ValFraction, entry, fingerprint, read_source
+from .sources import UNDIVIDED, Found, Reading, Source, Table, ValFraction, entry, fingerprint, read_source
 from .splits import ImageSplits
 from .streams import row_count
 
@@ -71,22 +72,20 @@ def label_val(
 
 
 def label_streams(
-    train: datasets.IterableDataset | None,
+    train: datasets.IterableDataset,
     val: datasets.IterableDataset,
-    column: str | None,
+    column: str,
     num_classes: int | None,
     name: str,
 ) -> list[str]:
-    """The class names of both, or of validation images alone, if they have any."""
-    if train is None:
-        return [] if column is None else stream_class_names(val, column, num_classes=num_classes)
+    """The class names of both."""
     class_names = stream_class_names(train, column, num_classes=num_classes)
     if len(class_names) < 2:
         raise ValueError(f"the training images of {name} are of one class only ({class_names}); 2 are needed")
     return stream_class_names(val, column, class_names, len(class_names))
 
 
-def why_unlabelled(rows: Any, column: str) -> str | None:
+def why_unlabelled(rows: Table, column: str) -> str | None:
     """Why nothing can be measured on a split, as on a test split whose labels are secret; None where it can.
 
     Of a stream the first row tells.
@@ -154,11 +153,13 @@ def stream_class_names(
             f"column {column!r} of a stream must hold class indices, got {feature}; their names are known only when all"
             " rows were read: leave out streaming"
         )
-    if class_names is None and num_classes is None:
+    if class_names:
+        return class_names
+    if num_classes is None:
         raise ValueError(
             f"column {column!r} of the stream does not say how many classes there are; give num_classes (--num-classes)"
         )
-    return class_names or list(map(str, range(num_classes)))
+    return list(map(str, range(num_classes)))
 
 
 def check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_name: str) -> np.ndarray:
@@ -193,7 +194,7 @@ def label_values(rows: datasets.Dataset, column: str) -> np.ndarray:
     return rows.select_columns([column]).with_format("arrow")[:][column].to_numpy()
 
 
-def _check_column(rows: Any, column: str) -> None:
+def _check_column(rows: Table, column: str) -> None:
     feature = rows.features.get(column)
     if feature is None:
         raise ValueError(f"the validation split has no column {column!r}; it has {', '.join(rows.features)}")
@@ -363,36 +364,40 @@ def find_in_tables(source: Source, reading: Reading, fraction: ValFraction, num_
     if train.features is None:
         raise ValueError(f"{path} does not tell its columns before it is read; leave out streaming")
     image_column = find_column(train, reading.image_column, datasets.Image, "image", path)
-    label_column = reading.label_column
+    train_column = None  # without labels
     if not reading.unlabelled:
-        label_column = find_column(train, label_column, datasets.ClassLabel, "label", path)
-    val_name = _val_table(source, reading, name, label_column)
+        train_column = find_column(train, reading.label_column, datasets.ClassLabel, "label", path)
+    val_name = _val_table(source, reading, name, train_column)
     if val_name == name:
         raise same_split(name)
-    val, sampled = source.splits.get(val_name), train
+    val, sampled = None if val_name is None else source.splits.get(val_name), train
     if val is not None and isinstance(val, datasets.IterableDataset) != isinstance(train, datasets.IterableDataset):
         raise TypeError(
             "training and validation images must both be streamed or neither, got"
             f" {type(train).__name__} and {type(val).__name__}"
         )
-    if reading.unlabelled:
-        label_column = _find_val_labels(train if val is None else val, label_column, path)
+    label_column = train_column
+    if train_column is None:
+        label_column = _find_val_labels(train if val is None else val, reading.label_column, path)
     if isinstance(train, datasets.IterableDataset):
         if val is None:
             raise ValueError(
                 f"{path} has no validation split, and a stream cannot be divided; name one as val_split"
                 " (--val-split), or leave out streaming"
             )
-        class_names = label_streams(None if reading.unlabelled else train, val, label_column, num_classes, path)
-    elif reading.unlabelled:
+        if train_column is not None:
+            class_names = label_streams(train, val, train_column, num_classes, path)
+        else:
+            class_names = [] if label_column is None else stream_class_names(val, label_column, None, num_classes)
+    elif train_column is None:
         if val is None:
             train, val = _divide_table(train, None, fraction)
         val, label_column, class_names = label_val(val, label_column, num_classes)
     else:
-        train, val = label_splits(train, val, label_column, num_classes, path)
-        class_names = train.features[label_column].names
+        train, val = label_splits(train, val, train_column, num_classes, path)
+        class_names = train.features[train_column].names
         if val is None:
-            train, val = _divide_table(train, label_column, fraction)
+            train, val = _divide_table(train, train_column, fraction)
     val_name = val_name or fraction.of(name)
     return Found(
         train,
@@ -409,7 +414,7 @@ def find_in_tables(source: Source, reading: Reading, fraction: ValFraction, num_
     )
 
 
-def find_column(rows: Any, column: str | None, feature: type, what: str, path: str) -> str:
+def find_column(rows: Table, column: str | None, feature: type, what: str, path: str) -> str:
     """The column of images or labels, by name or by type.
 
     Raises:
@@ -431,11 +436,11 @@ def find_column(rows: Any, column: str | None, feature: type, what: str, path: s
 
 
 def _val_table(source: Source, reading: Reading, train_name: str, label_column: str | None) -> str | None:
-    """The validation split; None without any whose labels are known."""
+    """The validation split; None without any whose labels are known, where there is a column of them."""
     if reading.val_split is not None:
         return source.find_split(reading.val_split)
     for split in val_splits(name for name in source.splits if name != train_name):
-        reason = None if reading.unlabelled else why_unlabelled(source.splits[split], label_column)
+        reason = None if label_column is None else why_unlabelled(source.splits[split], label_column)
         if reason is None:
             return split
         warnings.warn(
@@ -446,7 +451,7 @@ def _val_table(source: Source, reading: Reading, train_name: str, label_column: 
     return None
 
 
-def _find_val_labels(val: Any, column: str | None, path: str) -> str | None:
+def _find_val_labels(val: Table, column: str | None, path: str) -> str | None:
     """The label column of validation images, if they have one."""
     found = (
         column is not None
@@ -524,6 +529,12 @@ def load_images(
     if pair.val_name not in found.splits:
         drawn_from = fingerprint(pair.sampled, pair.label_column)
         described |= {"val_fraction": val_fraction, "seed": seed, "drawn_from": drawn_from}
+    return _as_splits(pair, described, unlabelled, value_range)
+
+
+def _as_splits(
+    pair: Found, source: ImageSource, unlabelled: bool, value_range: ValueRange | ValueRanges | None
+) -> ImageSplits:
     return ImageSplits(
         pair.train,
         pair.val,
@@ -531,7 +542,7 @@ def load_images(
         pair.label_column,
         pair.class_names,
         pair.sampled,
-        described,
+        source,
         pair.entries,
         unlabelled,
         value_range,
@@ -597,7 +608,7 @@ def _measured_split(source: Source, label_column: str | None) -> str:
     return next(iter(source.splits))
 
 
-def _describe(source: Any, name: str | None, split: str) -> dict[str, Any]:
+def _describe(source: Any, name: str | None, split: str) -> ImageSource:
     if not isinstance(source, (str, Path)):
         return {"name": "images", "type": "imagefolder", "split": split}
     if Path(source).exists():

@@ -41,8 +41,8 @@ class Tree:
     path: str
     name: str = ""
     images: list[str] = field(default_factory=list)
-    devices: array = field(default_factory=lambda: array("Q"))
-    inodes: array = field(default_factory=lambda: array("Q"))
+    devices: "array[int]" = field(default_factory=lambda: array("Q"))
+    inodes: "array[int]" = field(default_factory=lambda: array("Q"))
     left_out: Counter[str] = field(default_factory=Counter)
     tables: list[str] = field(default_factory=list)
     folders: list["Tree"] = field(default_factory=list)
@@ -257,15 +257,16 @@ def _plain(name: str) -> str:
 def _check_names(names: list[str], class_names: list[str] | None, path: str) -> None:
     if odd := [name for name in names if not name.isprintable()]:
         raise ValueError(f"{path} has a class {odd[0]!r}, whose name cannot be printed; rename the folder")
-    unknown = [name for name in names if name not in set(class_names or names)]
+    known = class_names or names
+    unknown = [name for name in names if name not in set(known)]
     if not unknown:
         return
-    alike = next((name for name in class_names if _plain(name) == _plain(unknown[0])), None)
+    alike = next((name for name in known if _plain(name) == _plain(unknown[0])), None)
     hint = f"; its name differs from {alike!a} only in case or in how letters are written" if alike else ""
     shown = ascii(unknown[0]) if alike else repr(unknown[0])
     raise ValueError(
-        f"{path} has images of class {shown}, which is not among the {len(class_names)} classes of the training images:"
-        f" {', '.join(map(repr, class_names[:5]))}{hint}"
+        f"{path} has images of class {shown}, which is not among the {len(known)} classes of the training images:"
+        f" {', '.join(map(repr, known[:5]))}{hint}"
     )
 
 

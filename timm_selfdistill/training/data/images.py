@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MODES = {1: "L", 3: "RGB"}
 """Of images with so many channels."""
 
+UPRIGHT = 1
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -77,7 +78,10 @@ def value_ranges(value_range: ValueRange | ValueRanges | None) -> ValueRanges:
     """By kind of images; a single range is that of all kinds."""
     if isinstance(value_range, dict):
         return value_range
-    return {"I": tuple(value_range), "F": tuple(value_range)} if value_range else {}
+    if not value_range:
+        return {}
+    black, white = value_range
+    return {"I": (black, white), "F": (black, white)}
 
 
 def read_image(
@@ -156,8 +160,9 @@ def extremes(image: Image.Image) -> ValueRange:
 
 def warn_of_pages(image: Image.Image, name: str) -> None:
     """Say where a TIFF file has more than one image in it."""
-    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-        warnings.warn(f"{name} holds {image.n_frames} pages, of which the first is read", stacklevel=3)
+    pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    if pages > 1:
+        warnings.warn(f"{name} holds {pages} pages, of which the first is read", stacklevel=3)
 
 
 def to_mode(image: Image.Image, mode: str, ranges: ValueRanges | None = None) -> Image.Image:
@@ -187,7 +192,7 @@ def usual_range(kind: str, low: float, high: float, name: str) -> ValueRange:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What makes it upright; None where its EXIF data do not say, or cannot be read."""
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
     except Exception:  # damaged EXIF data raise what the file makes Pillow raise; the pixels are what counts
         return None
 
@@ -235,7 +240,10 @@ def take_sample(
     Raises:
         ValueError: there are none, or none that can be read.
     """
-    sizes, grey, values, error, ranges = [], True, {}, None, value_ranges(value_range)
+    grey, ranges = True, value_ranges(value_range)
+    sizes: list[tuple[int, int]] = []
+    values: dict[str, list[tuple[float, float, str]]] = {}
+    error: ValueError | None = None
     for number, image in _spread(rows, image_column):
         try:
             with named_errors(image, number):
@@ -247,7 +255,7 @@ def take_sample(
                     values.setdefault(kind, []).append((*extremes(decode_image(image)), name))
                 if not sizes:
                     warn_of_pages(header, name)
-                sizes.append(header.size[::-1])
+                sizes.append((header.height, header.width))
         except ValueError as reason:  # `on_bad_sample` decides about it when the images are loaded
             error = reason
     if not sizes:
@@ -262,7 +270,9 @@ def _range_of_all(kind: str, lows: tuple[float, ...], highs: tuple[float, ...], 
     return usual_range(kind, min(lows), max(highs), name)
 
 
-def _spread(rows: Any, image_column: str) -> Any:
+def _spread(
+    rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset", image_column: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and undecoded image of each row of the sample."""
     if isinstance(rows, ImageFiles):
         for index in _indices(len(rows)):

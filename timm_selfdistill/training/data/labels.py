@@ -1,7 +1,7 @@
 """Class indices of images, their names, and data sets that have none."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .sampling import ATTEMPTS
+
+if TYPE_CHECKING:
+    from .kinds import IndexedImages, RunImages
 
 
 def some_names(names: list[str], count: int = 3) -> str:
@@ -43,7 +46,7 @@ def check_range(low: int, high: int, num_classes: int, column: str) -> None:
         )
 
 
-def check_classes(model: nn.Module, data: Dataset) -> int:
+def check_classes(model: nn.Module, data: "RunImages") -> int | None:
     """How many classes a model and its images have, as far as either knows.
 
     Raises:
@@ -59,7 +62,7 @@ def check_classes(model: nn.Module, data: Dataset) -> int:
     return classes or in_data
 
 
-def check_first_labels(num_classes: int, mixes: bool, train_data: Dataset, val_data: Dataset) -> None:
+def check_first_labels(num_classes: int, mixes: bool, train_data: "RunImages", val_data: "RunImages") -> None:
     """Look at the label of the first sample of map-style data sets; see `check_targets` and `check_indices`."""
     for data, check in ((train_data, partial(check_targets, mixes=mixes)), (val_data, check_indices)):
         if not isinstance(data, IterableDataset) and is_labelled(data):
@@ -136,7 +139,7 @@ def _wrong_labels(y: Any, num_classes: int, which: str, more: str = "") -> Value
     )
 
 
-def name_classes(model: nn.Module, *data: Dataset) -> list[str]:
+def name_classes(model: nn.Module, *data: "RunImages") -> list[str]:
     """The names of the classes, in the order of their indices, as model and images know them; a timm model that does
     not know them gets them.
 
@@ -160,7 +163,7 @@ def name_classes(model: nn.Module, *data: Dataset) -> list[str]:
     return own
 
 
-def is_labelled(data: Dataset) -> bool:
+def is_labelled(data: "RunImages") -> bool:
     """Whether the images of a data set have labels, which its `label_column` tells, or its first sample."""
     if hasattr(data, "label_column"):
         return data.label_column is not None
@@ -168,12 +171,12 @@ def is_labelled(data: Dataset) -> bool:
     return not (np.ndim(label) == 0 and bool(label == NO_LABEL))
 
 
-class ImagesAlone(Dataset):
+class ImagesAlone(Dataset[tuple[Tensor, int]]):
     """A data set of images (C, H, W) with no labels, as (image, -1)."""
 
     label_column = None
 
-    def __init__(self, images: Dataset):
+    def __init__(self, images: "IndexedImages"):
         self.images = images
 
     def __len__(self) -> int:
@@ -183,7 +186,7 @@ class ImagesAlone(Dataset):
         return self.images[index], NO_LABEL
 
 
-def paired(data: Dataset, which: str) -> Dataset:
+def paired(data: "RunImages", which: str) -> "RunImages":
     """A map-style data set of images alone with -1 for their labels; any other as it is.
 
     Args:
@@ -217,7 +220,7 @@ def _kind(sample: Any) -> str:
     return f"a dict of {', '.join(map(str, sample))}" if isinstance(sample, dict) else type(sample).__name__
 
 
-def _first(data: Dataset) -> Any:
+def _first(data: "IndexedImages") -> Any:
     """The first sample that can be read."""
     for index in range(min(ATTEMPTS, len(data))):
         try:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ..config import TrainConfig
 from ..runtime.interrupt import leave_process_group
+from .kinds import IndexedImages, RunImages
 from .sampling import DRAWS, Batch, Draw, EpochSampler, TrainImages
 from .streams import Place, StreamedImages, TrainStream
 
@@ -29,15 +30,16 @@ class IndexedBatches:
         ValueError: the training images do not fill a batch.
     """
 
-    def __init__(self, data: Dataset, config: TrainConfig, accelerator: Accelerator, common: dict[str, Any]):
+    def __init__(self, data: IndexedImages, config: TrainConfig, accelerator: Accelerator, common: dict[str, Any]):
         for name in ("steps_per_epoch", "train_num_samples", "epoch_repeats"):
             if getattr(config, name):
                 raise ValueError(f"{name} is for streamed images; these have an end, which is that of the epoch")
         world, rank = accelerator.num_processes, accelerator.process_index
-        self.sampler = EpochSampler(len(data), config.batch_size * world, rank, world, config.seed, config.aug_repeats)
+        batch_size = known_batch_size(config)
+        self.sampler = EpochSampler(len(data), batch_size * world, rank, world, config.seed, config.aug_repeats)
         self.global_batch, self.epoch_images = self.sampler.global_batch, self.sampler.usable
         self.loader = DataLoader(
-            TrainImages(data, config.on_bad_sample), config.batch_size, sampler=self.sampler, drop_last=True, **common
+            TrainImages(data, config.on_bad_sample), batch_size, sampler=self.sampler, drop_last=True, **common
         )
         self.started: Iterator[Batch] | None = None
 
@@ -81,7 +83,8 @@ class StreamedBatches:
 
     def __init__(self, data: StreamedImages, config: TrainConfig, accelerator: Accelerator, common: dict[str, Any]):
         world, rank = self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
-        self.global_batch = config.batch_size * world
+        batch_size = known_batch_size(config)
+        self.global_batch = batch_size * world
         if config.aug_repeats:
             raise ValueError(
                 "aug_repeats needs images that can be drawn twice, and streamed ones come once; leave out"
@@ -122,9 +125,7 @@ class StreamedBatches:
             "rows in a block": config.shuffle_buffer,
             "draws": DRAWS,
         }
-        self.stream = TrainStream(
-            part, config.batch_size, config.shuffle_buffer, config.seed, rank, config.on_bad_sample
-        )
+        self.stream = TrainStream(part, batch_size, config.shuffle_buffer, config.seed, rank, config.on_bad_sample)
         self.settings = {**common, "num_workers": workers, "persistent_workers": False}
         self.loader: Iterator[tuple[Batch, Place] | None] | None = None
         self.number, self.next_worker, self.empty_passes = 0, 0, 0
@@ -194,37 +195,53 @@ class StreamedBatches:
         self.places = {worker: Place(worker, *rest) for worker, *rest in state["places"]}
 
 
-def check_counts(train_data: Dataset, val_data: Dataset) -> None:
+def check_counts(train_data: RunImages, val_data: RunImages) -> None:
     """Raise ValueError where there are no images."""
     for name, data in (("training", train_data), ("validation", val_data)):
         if image_count(data) == 0:
             raise ValueError(f"there are no {name} images")
 
 
-def image_count(data: Dataset) -> int | None:
+def image_count(data: RunImages) -> int | None:
     """None for a stream that does not tell."""
     return data.length if isinstance(data, StreamedImages) else len(data)
 
 
-def image_shape(data: Dataset, config: TrainConfig) -> tuple[int, int, int]:
+def image_shape(data: RunImages, config: TrainConfig) -> tuple[int, int, int]:
     """(C, H, W) of training images, which may come as several views."""
     if isinstance(data, StreamedImages):
-        return tuple(next(iter(data))[0].shape[-3:])
-    return tuple(TrainImages(data, config.on_bad_sample)[Draw(0, 0)][0].shape[-3:])
+        image, _ = next(filter(None, data))
+    else:
+        image, *_ = TrainImages(data, config.on_bad_sample)[Draw(0, 0)]
+    channels, height, width = image.shape[-3:]
+    return channels, height, width
+
+
+def known_batch_size(config: TrainConfig) -> int:
+    """Images per process and forward pass; the run has found a number where it was told "auto".
+
+    Raises:
+        ValueError: it has not.
+    """
+    if isinstance(config.batch_size, str):
+        raise ValueError(f"batch_size must be a number of images, got {config.batch_size!r}")
+    return config.batch_size
 
 
 TrainBatches = IndexedBatches | StreamedBatches
 
 
-def train_batches(data: Dataset, config: TrainConfig, accelerator: Accelerator) -> TrainBatches:
-    kind = StreamedBatches if isinstance(data, StreamedImages) else IndexedBatches
-    return kind(data, config, accelerator, loader_settings(config, accelerator))
+def train_batches(data: RunImages, config: TrainConfig, accelerator: Accelerator) -> TrainBatches:
+    settings = loader_settings(config, accelerator)
+    if isinstance(data, StreamedImages):
+        return StreamedBatches(data, config, accelerator, settings)
+    return IndexedBatches(data, config, accelerator, settings)
 
 
-class ValImages(Dataset):
+class ValImages(Dataset[tuple[Tensor, Any] | None]):
     """One of so many images of a map-style data set; None takes the place of one that cannot be read, if it may."""
 
-    def __init__(self, data: Dataset, rank: int, world_size: int, on_bad_sample: str):
+    def __init__(self, data: IndexedImages, rank: int, world_size: int, on_bad_sample: str):
         self.data, self.indices = data, range(rank, len(data), world_size)
         self.on_bad_sample = on_bad_sample
 
@@ -248,9 +265,10 @@ class ValBatches:
         unreadable: images of this process's part that could not be read the last time.
     """
 
-    def __init__(self, data: Dataset, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, data: RunImages, config: TrainConfig, accelerator: Accelerator):
         world, rank = accelerator.num_processes, accelerator.process_index
         settings = loader_settings(config, accelerator)
+        part: StreamedImages | ValImages
         if isinstance(data, StreamedImages):
             part = data.split_by_node(rank, world, config.workers)
             part.skips_unreadable = config.on_bad_sample == "skip"
@@ -260,7 +278,7 @@ class ValBatches:
             part = ValImages(data, rank, world, config.on_bad_sample)
         self.unreadable = 0
         self.loader = DataLoader(
-            part, config.validation_batch_size or config.batch_size, collate_fn=_collate_readable, **settings
+            part, config.validation_batch_size or known_batch_size(config), collate_fn=_collate_readable, **settings
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -275,7 +293,10 @@ class ValBatches:
         end_workers(self.loader)
 
 
-class MeasuredImages:
+Images = TypeVar("Images", bound=IndexedImages)
+
+
+class MeasuredImages(Generic[Images]):
     """Batches (images, class indices) of a map-style data set, in its order, to measure a saved model on.
 
     Args:
@@ -286,8 +307,9 @@ class MeasuredImages:
         unreadable: how many could not.
     """
 
-    def __init__(self, data: Dataset, batch_size: int, workers: int, on_bad_sample: str):
-        self.data, self.kept, self.unreadable = data, [], 0
+    def __init__(self, data: Images, batch_size: int, workers: int, on_bad_sample: str):
+        self.data, self.unreadable = data, 0
+        self.kept: list[int] = []
         self.loader = DataLoader(
             ValImages(data, 0, 1, on_bad_sample),
             batch_size,

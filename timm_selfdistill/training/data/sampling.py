@@ -3,12 +3,17 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
+
+if TYPE_CHECKING:
+    from .kinds import IndexedImages
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images (B, C, H, W), class indices (B,), and which of them took another's place; of a stream, how many were left out
@@ -19,7 +24,8 @@ DRAWS = "seed and epoch"
 """What order and augmentation of the images depend on; their sum, in checkpoints that do not tell."""
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Draw:
     """One image of an epoch."""
 
     seed: int
@@ -78,7 +84,7 @@ class EpochSampler(Sampler[Draw]):
         return (self.usable - self.start) // self.world_size
 
 
-class TrainImages(Dataset):
+class TrainImages(Dataset[tuple[Tensor, Any, bool]]):
     """A map-style data set under the `Draw`s of an `EpochSampler`: image, class index, whether it took another's place.
 
     Whatever the data set draws from Python's, numpy's or torch's global generator comes from the draw's own seed.
@@ -87,7 +93,7 @@ class TrainImages(Dataset):
         on_bad_sample: "raise", or "skip": an image that cannot be read gives its place to another one.
     """
 
-    def __init__(self, data: Dataset, on_bad_sample: str):
+    def __init__(self, data: "IndexedImages", on_bad_sample: str):
         self.data, self.on_bad_sample = data, on_bad_sample
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Any, bool]:
@@ -120,14 +126,14 @@ def seeded(seed: int) -> Iterator[None]:
         _seed(seed)
         yield
         return
-    before = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
-    np.random.set_bit_generator(_numpy_draws)
+    before = random.getstate(), mtrand.get_bit_generator(), torch.get_rng_state()
+    mtrand.set_bit_generator(_numpy_draws)
     _seed(seed)
     try:
         yield
     finally:
         random.setstate(before[0])
-        np.random.set_bit_generator(before[1])
+        mtrand.set_bit_generator(before[1])
         torch.set_rng_state(before[2])
 
 

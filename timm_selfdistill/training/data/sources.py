@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -33,6 +33,10 @@ from .folder import (
     split_kind,
 )
 from .images import undecoded
+from .kinds import FoundSplit
+
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Rows: TypeAlias = ImageFiles | Table
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 """Which part of `datasets` reads files of an ending."""
@@ -65,7 +69,7 @@ def find_metadata(root: Tree, splits: Mapping[str, Tree]) -> list[str]:
     ]
 
 
-def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Any]:
+def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Table]:
     """Images in folders with metadata files: a split for each folder that has the name of one and a file of its own.
 
     Raises:
@@ -89,7 +93,7 @@ def image_paths(rows: datasets.Dataset) -> list[str]:
     return [row[column]["path"] for column in columns for row in undecoded(rows, column)]
 
 
-def read_table(source: str | Path, name: str | None, undivided: str, streaming: bool) -> Mapping[str, Any]:
+def read_table(source: str | Path, name: str | None, undivided: str, streaming: bool) -> Mapping[str, Table]:
     """The splits of a folder or file of tables, or of a data set on the Hub.
 
     Args:
@@ -114,7 +118,7 @@ def read_table(source: str | Path, name: str | None, undivided: str, streaming: 
     return loaded if isinstance(loaded, Mapping) else {undivided: loaded}
 
 
-def _load(source: str | Path, name: str | None, streaming: bool) -> Any:
+def _load(source: str | Path, name: str | None, streaming: bool) -> Table | Mapping[str, Table]:
     """`datasets.load_dataset`, which takes characters such as "[" in a path for a pattern."""
     path = Path(source)
     if not (path.is_dir() and glob.has_magic(str(path))):
@@ -138,9 +142,6 @@ def _names_files(path: str) -> bool:
     )
 
 
-Rows = ImageFiles | datasets.Dataset | datasets.IterableDataset
-
-
 @dataclass(frozen=True)
 class Found:
     """What `load_images` makes `ImageSplits` of.
@@ -159,10 +160,10 @@ class Found:
     image_column: str
     label_column: str | None
     class_names: list[str]
-    entries: list[dict[str, Any]]
+    entries: list[FoundSplit]
 
 
-def entry(split: str, images: int | None, classes: int, place: str, left_out: Counter[str]) -> dict[str, Any]:
+def entry(split: str, images: int | None, classes: int, place: str, left_out: Counter[str]) -> FoundSplit:
     """What a run says of a split, and records."""
     return {"split": split, "images": images, "classes": classes, "from": place, "left_out": left_out_text(left_out)}
 

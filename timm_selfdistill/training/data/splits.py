@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import torch
 from timm.data import create_transform
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from ...timm_model import as_timm
 from .folder import ImageFiles
 from .images import Sample, ValueRange, ValueRanges, read_image, take_sample, undecoded
+from .kinds import FoundSplit, ImageSource, Transform
 from .labels import NO_LABEL, listed, some_names
 from .sources import Rows
 from .streams import StreamedImages
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-class ImageDataset(torch.utils.data.Dataset):
+class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Rows as (image (C, H, W), class index).
 
     Args:
@@ -49,10 +51,10 @@ class ImageDataset(torch.utils.data.Dataset):
         rows: "ImageFiles | datasets.Dataset",
         image_column: str,
         label_column: str | None,
-        transform: Any,
+        transform: Transform,
         mode: str,
         num_classes: int | None,
-        source: dict[str, Any] | None = None,
+        source: ImageSource | None = None,
         ranges: ValueRanges | None = None,
         label_map: list[int] | None = None,
     ):
@@ -91,10 +93,10 @@ class ImageSplits:
     """In the order of the class indices; empty where there are no labels."""
     sampled_rows: Rows = field(repr=False)
     """The training images before any were taken for validation; `sample` is of these."""
-    source: dict[str, Any]
+    source: ImageSource
     """Where the validation images come from, in the Hub's terms: name, type, config, split, hub_id; where they
     were drawn from the training split val_fraction, seed, and drawn_from, see `fingerprint`."""
-    found: list[dict[str, Any]]
+    found: list[FoundSplit]
     """For each split its name, images, classes, where they are from, and what was left out."""
     unlabelled: bool = False
     """Whether the training images have no labels, or theirs are not used."""
@@ -202,14 +204,14 @@ class ImageSplits:
     def fitting_size(self, backbone: nn.Module) -> int:
         """Pixels to train a timm model at: its own size, or where the images are smaller and the model takes other
         sizes, the multiple of 32 that holds the median of them."""
-        own_size = backbone.pretrained_cfg["input_size"][-1]
+        own_size: int = as_timm(backbone).pretrained_cfg["input_size"][-1]
         return min(own_size, -(-max(self.size) // 32) * 32) if takes_other_sizes(backbone) else own_size
 
     def transformed(
         self,
         data_config: dict[str, Any],
         **augmentation: Any,
-    ) -> tuple[ImageDataset, ImageDataset] | tuple[StreamedImages, StreamedImages]:
+    ) -> tuple[ImageDataset | StreamedImages, ImageDataset | StreamedImages]:
         """Training and validation data as tensors.
 
         Args:
@@ -232,27 +234,26 @@ class ImageSplits:
             raise ValueError(f"timm does not know a setting of the transforms: {error}") from error
         mode = "L" if channels == 1 else "RGB"
         train_labels = None if self.unlabelled else self.label_column
-        made = tuple(
-            (StreamedImages if isinstance(rows, datasets.IterableDataset) else ImageDataset)(
-                rows,
-                self.image_column,
-                labels,
-                transform,
-                mode,
-                self.num_classes,
-                self.source,
-                self.sample.ranges,
-                self.label_map,
-            )
-            for rows, labels, transform in (
-                (self.train_rows, train_labels, train),
-                (self.val_rows, self.label_column, val),
-            )
+        train_data = self._as_tensors(self.train_rows, train_labels, train, mode, data_config)
+        train_data.augmented = not augmentation.get("no_aug", False)
+        return train_data, self._as_tensors(self.val_rows, self.label_column, val, mode, data_config)
+
+    def _as_tensors(
+        self, rows: Rows, label_column: str | None, transform: Transform, mode: str, data_config: dict[str, Any]
+    ) -> ImageDataset | StreamedImages:
+        data = (StreamedImages if isinstance(rows, datasets.IterableDataset) else ImageDataset)(
+            rows,
+            self.image_column,
+            label_column,
+            transform,
+            mode,
+            self.num_classes,
+            self.source,
+            self.sample.ranges,
+            self.label_map,
         )
-        made[0].augmented = not augmentation.get("no_aug", False)
-        for data in made:
-            data.data_config, data.class_names = dict(data_config), self.class_names
-        return made
+        data.data_config, data.class_names = dict(data_config), self.class_names
+        return data
 
     def _changed(self, **changes: Any) -> "ImageSplits":
         changed = replace(self, **changes)
@@ -261,7 +262,7 @@ class ImageSplits:
         return changed
 
 
-def _line(split: dict[str, Any]) -> str:
+def _line(split: FoundSplit) -> str:
     """For example "train: 60 images of 3 classes in photos/train; left out: 24 .json"."""
     count = {None: "images", 1: "1 image"}.get(split["images"]) or f"{split['images']:,} images"
     classes = f" of {split['classes']:,} classes" if split["classes"] else " without labels"
@@ -338,7 +339,8 @@ def in_mapped_order(
 
 def has_new_classifier(backbone: nn.Module) -> bool:
     """Whether a network was made with a classifier of another size than that of its weights."""
-    return backbone.pretrained_cfg["num_classes"] != backbone.num_classes
+    model = as_timm(backbone)
+    return model.pretrained_cfg["num_classes"] != model.num_classes
 
 
 def match_classes(images: ImageSplits, names: list[str], way_out: str) -> ImageSplits:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,11 @@ from .sampling import ATTEMPTS, Batch, mixed_seed, seeded
 
 if TYPE_CHECKING:
     import datasets
+
+    from .kinds import ImageSource, Transform
+
+Row: TypeAlias = dict[str, Any]
+"""Of a table of `datasets`, by column."""
 
 FEW_SHARDS = 4
 """For each process: with fewer, one shard more or less would be too much of a difference."""
@@ -29,7 +34,7 @@ def row_count(rows: Any) -> int | None:
     return split.num_examples or None if split else None
 
 
-class StreamedImages(IterableDataset):
+class StreamedImages(IterableDataset[tuple[Tensor, int] | None]):
     """Rows of a `datasets.IterableDataset` as (image (C, H, W), class index), each once.
 
     Args: see `ImageDataset`.
@@ -37,19 +42,20 @@ class StreamedImages(IterableDataset):
 
     skips_unreadable = False
     """Whether None takes the place of an image that cannot be read."""
+    augmented: bool | None = None
     data_config: dict[str, Any] | None = None
     class_names: Sequence[str] = ()
-    """Both as of `ImageDataset`."""
+    """All three as of `ImageDataset`."""
 
     def __init__(
         self,
         rows: "datasets.IterableDataset",
         image_column: str,
         label_column: str | None,
-        transform: Any,
+        transform: "Transform",
         mode: str,
         num_classes: int | None,
-        source: dict[str, Any] | None = None,
+        source: "ImageSource | None" = None,
         ranges: ValueRanges | None = None,
         label_map: list[int] | None = None,
     ):
@@ -83,7 +89,7 @@ class StreamedImages(IterableDataset):
         part.shards = rows.num_shards
         return part
 
-    def image(self, row: dict[str, Any], number: int) -> Tensor:
+    def image(self, row: Row, number: int) -> Tensor:
         """The image of a row.
 
         Args:
@@ -94,7 +100,7 @@ class StreamedImages(IterableDataset):
         """
         return self.transform(read_image(row[self.image_column], self.mode, number, self.ranges))
 
-    def label(self, row: dict[str, Any]) -> int:
+    def label(self, row: Row) -> int:
         """The class index of a row, or -1 without a label column.
 
         Raises:
@@ -107,7 +113,8 @@ class StreamedImages(IterableDataset):
             raise ValueError(f"a row of the stream has no label in column {self.label_column!r}")
         if self.label_map is not None and 0 <= label < len(self.label_map):
             return self.label_map[label]
-        check_range(label, label, self.num_classes, self.label_column)
+        if self.num_classes is not None:
+            check_range(label, label, self.num_classes, self.label_column)
         return label
 
     def __iter__(self) -> Iterator[tuple[Tensor, int] | None]:
@@ -133,7 +140,7 @@ class Place(NamedTuple):
     """Rows of the block that are behind us."""
 
 
-class TrainStream(IterableDataset):
+class TrainStream(IterableDataset[tuple[Batch, Place] | None]):
     """Batches of one pass through a process's part of the stream, each with the place behind it.
 
     The order of the shards depends on (seed, pass). Rows are read in blocks, which are shuffled; order and augmentation
@@ -149,7 +156,8 @@ class TrainStream(IterableDataset):
     def __init__(self, data: StreamedImages, batch_size: int, block: int, seed: int, rank: int, on_bad_sample: str):
         self.data, self.batch_size, self.block, self.seed, self.rank = data, batch_size, block, seed, rank
         self.on_bad_sample = on_bad_sample
-        self.number, self.next_worker, self.places = 0, 0, {}
+        self.number = self.next_worker = 0
+        self.places: dict[int, Place] = {}
 
     def begin(self, number: int, next_worker: int = 0, places: dict[int, Place] | None = None) -> None:
         """Set the pass, and in the middle of one, whose batch comes first and where everyone stands."""
@@ -179,7 +187,7 @@ class TrainStream(IterableDataset):
             order, seeds = draw.permutation(len(block)).tolist(), draw.integers(2**63 - 1, size=len(block)).tolist()
             for position in range(place.offset, len(block)):
                 index = order[position]
-                row, block[index] = block[index], None  # so that the next block takes the memory of this one
+                row, block[index] = block[index], {}  # so that the next block takes the memory of this one
                 label = self.data.label(row)
                 try:
                     with seeded(seeds[position]):
@@ -196,7 +204,7 @@ class TrainStream(IterableDataset):
                 yield place._replace(offset=position + 1), (image, label, unreadable)
                 unreadable = 0
 
-    def _blocks(self, place: Place) -> Iterator[tuple[Place, list[dict[str, Any]]]]:
+    def _blocks(self, place: Place) -> Iterator[tuple[Place, list[Row]]]:
         rows = self.data.rows
         if place.rows is not None:
             rows.load_state_dict(place.rows)
@@ -210,11 +218,11 @@ class TrainStream(IterableDataset):
             yield place, block
             place = Place(place.worker, rows.state_dict(), number + 1, 0)
 
-    def _check_mixed(self, block: list[dict[str, Any]]) -> None:
+    def _check_mixed(self, block: list[Row]) -> None:
         """Warn where the rows come class by class, as those of a folder do."""
-        if self.data.label_column is None:
-            return
         classes = self.data.num_classes
+        if self.data.label_column is None or classes is None:
+            return
         found = len({self.data.label(row) for row in block})
         expected = classes * (1 - (1 - 1 / classes) ** len(block))
         if found < expected / 2:

@@ -1,6 +1,5 @@
 """From images to the input of a network: preprocessing, augmentation, and what is done to batches."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,19 +15,22 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, Norm
 
 from ...cost import default_input_size
 from ...model import SelfDistillModel
+from ...timm_model import as_timm
 from ..config import TrainConfig
+from .kinds import Transform
 from .labels import check_targets
 
 
 def takes_other_sizes(backbone: nn.Module) -> bool:
     """Whether a timm model can be moved to another image size than the one it was created with."""
-    return not backbone.pretrained_cfg.get("fixed_input_size") or hasattr(backbone, "set_input_size")
+    return not as_timm(backbone).pretrained_cfg.get("fixed_input_size") or hasattr(backbone, "set_input_size")
 
 
 def own_class_names(backbone: nn.Module) -> list[str] | None:
     """Those that came with a timm model's weights; None where there are none, or its classifier is for other ones."""
-    names = backbone.pretrained_cfg.get("label_names")
-    return list(names) if names and len(names) == backbone.num_classes else None
+    model = as_timm(backbone)
+    names = model.pretrained_cfg.get("label_names")
+    return list(names) if names and len(names) == model.num_classes else None
 
 
 def model_data_config(
@@ -56,14 +58,14 @@ def model_data_config(
         raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
     if overrides.get("crop_pct") is not None and not 0 < overrides["crop_pct"] <= 1:
         raise ValueError(f"crop_pct must lie in (0, 1], got {overrides['crop_pct']}")
-    config = resolve_model_data_config(backbone)
+    model, config = as_timm(backbone), resolve_model_data_config(backbone)
     size = (img_size, img_size) if img_size else tuple(config["input_size"][1:])
-    if size != tuple(config["input_size"][1:]) and backbone.pretrained_cfg.get("fixed_input_size"):
+    if size != tuple(config["input_size"][1:]) and model.pretrained_cfg.get("fixed_input_size"):
         if not takes_other_sizes(backbone):
             raise ValueError(
                 f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}"
             )
-        backbone.set_input_size(img_size=size)
+        model.set_input_size(img_size=size)
     in_chans = default_input_size(backbone)[0] if in_chans is None else in_chans
     config["input_size"] = (in_chans, *size)
     config.update({key: value for key, value in overrides.items() if value is not None})
@@ -74,11 +76,11 @@ def model_data_config(
         if len(values) != in_chans:
             config[key] = (sum(values) / len(values),) * in_chans
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    backbone.pretrained_cfg.update({key: config[key] for key in kept if key in config}, test_input_size=None)
+    model.pretrained_cfg.update({key: config[key] for key in kept if key in config}, test_input_size=None)
     if img_size is not None and isinstance(backbone, SelfDistillModel):
         backbone.set_input_size(img_size=size)
     if class_names is not None:
-        backbone.pretrained_cfg.update(label_names=list(class_names), num_classes=len(class_names))
+        model.pretrained_cfg.update(label_names=list(class_names), num_classes=len(class_names))
     return config
 
 
@@ -142,7 +144,7 @@ def create_train_transform(
     aug_splits: int = 0,
     resplit: bool = False,
     **augmentation: Any,
-) -> Callable[[Image.Image], Tensor]:
+) -> Transform:
     """PIL image -> augmented tensor (C, H, W), normalised; with aug_splits several of it, (S, C, H, W).
 
     Args:
@@ -159,15 +161,7 @@ def create_train_transform(
         ValueError: `train_crop_mode`, `cutout` or `aug_splits` is none of these.
         AssertionError, KeyError: timm does not know a setting.
     """
-    if train_crop_mode not in CROP_MODES:
-        raise ValueError(f"train_crop_mode must be one of {', '.join(CROP_MODES)}, got {train_crop_mode!r}")
-    if isinstance(cutout, bool) or not isinstance(cutout, int) or cutout < 0:
-        raise ValueError(f"cutout must be a number of pixels, at least 0, got {cutout!r}")
-    if aug_splits == 1 or aug_splits < 0 or (aug_splits and no_aug):
-        raise ValueError(
-            f"aug_splits must be 0 (off), or at least 2 with augmentation, got {aug_splits}"
-            + (" without augmentation" if no_aug else "")
-        )
+    _check_augmentation(no_aug, train_crop_mode, cutout, aug_splits)
     if no_aug:
         return normalizing_in_place(create_transform(**data_config, is_training=True, no_aug=True))
     pad, cifar_policy = train_crop_mode == "pad", auto_augment == "cifar10"
@@ -197,6 +191,18 @@ def create_train_transform(
     return Compose([*crop.transforms, *augment.transforms, *to_tensor.transforms])
 
 
+def _check_augmentation(no_aug: bool, train_crop_mode: str, cutout: int, aug_splits: int) -> None:
+    if train_crop_mode not in CROP_MODES:
+        raise ValueError(f"train_crop_mode must be one of {', '.join(CROP_MODES)}, got {train_crop_mode!r}")
+    if isinstance(cutout, bool) or not isinstance(cutout, int) or cutout < 0:
+        raise ValueError(f"cutout must be a number of pixels, at least 0, got {cutout!r}")
+    if aug_splits == 1 or aug_splits < 0 or (aug_splits and no_aug):
+        raise ValueError(
+            f"aug_splits must be 0 (off), or at least 2 with augmentation, got {aug_splits}"
+            + (" without augmentation" if no_aug else "")
+        )
+
+
 def normalizing_in_place(transform: Compose) -> Compose:
     """The same, without a copy of each tensor, which nobody else holds."""
     for step in transform.transforms:
@@ -216,7 +222,7 @@ class TargetMixer:
     def __init__(self, config: TrainConfig, num_classes: int, smooths: bool = True):
         self.config, self.num_classes = config, num_classes
         self.smoothing = config.smoothing if smooths else 0.0
-        self.mixup = (
+        self.mixup: Mixup | None = (
             Mixup(
                 config.mixup,
                 config.cutmix,
@@ -244,11 +250,11 @@ class TargetMixer:
         """Images (B, C, H, W) and class indices (B,) to images and labels, soft (B, K) where anything is on; without
         labels to images and None."""
         off = self.config.mixup_off_epoch
-        mixing = self.mixup is not None and not (off and epoch >= off)
+        mixup = None if off and epoch >= off else self.mixup
         if self.config.unlabelled:
-            return (self.mixup(x, torch.zeros_like(y))[0] if mixing else x), None
-        if mixing:
-            return self.mixup(x, y)
+            return (x if mixup is None else mixup(x, torch.zeros_like(y))[0]), None
+        if mixup is not None:
+            return mixup(x, y)
         if self.mixes:
             return x, mixup_target(y, self.num_classes, smoothing=self.smoothing).to(torch.float32)
         return x, y

@@ -1,6 +1,7 @@
 """Accuracy and cost of every exit."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ class ExitMeter:
         """
         if not totals[0, 3]:
             raise ValueError("there are no validation images that can be read")
-        names: list[Any] = list(range(len(totals)))
+        names: list[int | str] = list(range(len(totals)))
         if len(names) > 1:
             names[-1] = "ensemble"
         return [
@@ -193,14 +194,12 @@ def with_speedups(
     like = next(model.parameters())
     count = 16 if like.is_cuda else max(1, min(16, CPU_MACS // rows[-1]["macs"]))
     x = torch.randn(count, *input_size, device=like.device, dtype=like.dtype)
-    calls = [lambda x, exit=row["exit"]: model.predict(x, exit) for row in others]
+    calls: list[Callable[[Tensor], Any]] = [partial(model.predict, exit=row["exit"]) for row in others]
     speedups = {plain: 1.0} | dict(zip((row["exit"] for row in others), find_speedups(model, calls, x)))
     return [row | ({} if speedups[row["exit"]] is None else {"speedup": speedups[row["exit"]]}) for row in rows]
 
 
-def find_speedups(
-    model: SelfDistillModel, calls: list[Callable[[torch.Tensor], Any]], x: torch.Tensor
-) -> list[float | None]:
+def find_speedups(model: SelfDistillModel, calls: list[Callable[[Tensor], Any]], x: Tensor) -> list[float | None]:
     """The measured time of the plain network over that of each call, for images x (B, C, H, W); None where the
     measurement is noise."""
     ratios = time_ratios(model, model.backbone, calls, x, seconds=TIMED_SECONDS, at_least=ROUNDS)

@@ -186,10 +186,13 @@ def report_history(output: Path, history: list[dict[str, Any]], labelled: bool, 
 
 
 def _check(config: TrainConfig, checkpoint: Path | None) -> Path | None:
-    if not (config.output or checkpoint):
+    if config.output:
+        output = Path(config.output)
+    elif checkpoint:
+        output = checkpoint.parent.parent
+    else:
         _check_writable(OWN_FOLDER)
         return None
-    output = Path(config.output) if config.output else checkpoint.parent.parent
     if _resumes_here(output, checkpoint):
         return output
     if (output / CONFIG_FILE).exists() and not (_is_restarted(config) or config.resume == "auto"):

@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import Dataset
 
 from ... import hub
 from ...hub.replace import finish_replacing, replacing_files
@@ -17,6 +16,7 @@ from ...model import SelfDistillModel
 from ...truncated import TruncatedModel
 from ...version import __version__
 from ..config import TrainConfig
+from ..data.kinds import RunImages
 from ..data.labels import is_labelled
 from ..data.loaders import image_count
 from ..runtime.accelerator import device_name
@@ -45,8 +45,8 @@ class SavedModels:
         output: Path,
         config: TrainConfig,
         accelerator: Accelerator,
-        train_data: Dataset,
-        val_data: Dataset,
+        train_data: RunImages,
+        val_data: RunImages,
         input_size: tuple[int, int, int],
     ):
         self.output, self.input_size = output, input_size
@@ -69,10 +69,10 @@ class SavedModels:
         self.model_args |= told.get("model_kwargs") or {}
         """Of a plain network, which `create_model` was given and cannot be read back from it."""
         if told.get("initial_checkpoint") or told.get("pretrained_path"):
-            self.known_license = "unknown"
+            self.known_license: str | None = "unknown"
         else:
             self.known_license = "apache-2.0" if told.get("pretrained") is False else None
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "dataset": source if described else None,
             **self.reference,
             "settings": {
@@ -143,7 +143,7 @@ class SavedModels:
     def _save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
         folder, first = self.output / name, metrics is None
         self.costs = self.costs or exit_costs(model, self.input_size)
-        record = {"exits": self.costs, **self._origin(model), **self.facts}
+        record: dict[str, Any] = {"exits": self.costs, **self._origin(model), **self.facts}
         if is_frozen(model):
             record["frozen"] = True
         if None not in self.images:
@@ -177,7 +177,7 @@ class SavedModels:
         """
         costs = with_speedups(model, self.costs or exit_costs(model, self.input_size), self.input_size)
         rows = {epoch: merge_rows(metrics, costs) for epoch, metrics in (best, last)}
-        summary = {
+        summary: dict[str, Any] = {
             "model": model_name(model),
             "epoch": best[0],
             "epochs": last[0],

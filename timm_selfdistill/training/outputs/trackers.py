@@ -79,9 +79,8 @@ class RunTrackers:
             run: what the tracker calls the run that goes on.
         """
         if name == "wandb":
-            folder = {} if "WANDB_DIR" in os.environ else {"dir": str(output)}
             return {
-                **folder,
+                **({} if "WANDB_DIR" in os.environ else {"dir": str(output)}),
                 "name": output.name,
                 "id": run,
                 "resume": "allow" if run else None,

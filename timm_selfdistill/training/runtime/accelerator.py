@@ -94,7 +94,8 @@ def _choose_device(name: str, cpu: bool) -> bool:
         raise ValueError(f"device must be cpu, cuda, cuda:1, ..., got {name!r}") from error
     if device.type == "cpu":
         return False
-    found = "cpu" if cpu else torch.accelerator.current_accelerator().type
+    accelerator = None if cpu else torch.accelerator.current_accelerator()
+    found = "cpu" if accelerator is None else accelerator.type
     if device.type != found or (device.index or 0) >= torch.accelerator.device_count():
         raise ValueError(
             f"there is no device {name} here, but {'the CPU alone' if found == 'cpu' else found}; give"

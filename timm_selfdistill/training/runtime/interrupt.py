@@ -5,7 +5,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -55,7 +54,7 @@ class InterruptRequest:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-        def remember(number: int, _: Any) -> None:
+        def remember(number: int, _: object) -> None:
             self.received = signal.Signals(number)
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
 

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import ProfileKwargs
@@ -75,7 +74,7 @@ class ProgressReporter:
             self.bar.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.live:
             self.bar.stop()
 
@@ -126,7 +125,7 @@ class ProgressReporter:
         with self.console.status(what) if self.live else nullcontext() as status:
             while not is_done(0.5 if self.live else PLAIN_LINE_SECONDS):
                 text = f"{what}, {_clock(time.perf_counter() - began)}"
-                status.update(text) if self.live else self.say(text)
+                self.say(text) if status is None else status.update(text)
 
     def time_left(self) -> str:
         done = max(1, self.done_updates - self.first_update)

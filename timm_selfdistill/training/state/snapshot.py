@@ -237,6 +237,11 @@ def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
 
 
+def plain_task(accelerator: Accelerator, task: nn.Module) -> TrainingTask:
+    """Likewise of a task."""
+    return accelerator.unwrap_model(task, keep_fp32_wrapper=True, keep_torch_compile=False)
+
+
 def take_snapshot(
     accelerator: Accelerator,
     task: nn.Module,
@@ -257,7 +262,7 @@ def take_snapshot(
         "state": state.state_dict(),
         "settings": _describe(accelerator, state, config),
     }
-    weights = trained_state(plain(accelerator, task))
+    weights = trained_state(plain_task(accelerator, task))
     copies = {key: _copy(value).contiguous() for key, value in weights.items()}  # as safetensors takes them
     return Snapshot(copies, tree_map_only(Tensor, _copy, rest))
 
@@ -283,7 +288,7 @@ def restore(
         free=OPTIMIZER_SETTINGS if config.no_resume_opt else (),
     )
     batches.load_state_dicts(snapshot.rest["batches"])
-    _load_weights(plain(accelerator, task), snapshot.weights)
+    _load_weights(plain_task(accelerator, task), snapshot.weights)
     state.load_state_dict(snapshot.rest["state"])
     if not config.no_resume_opt:
         optimizer.load_state_dict(snapshot.rest["optimizer"])

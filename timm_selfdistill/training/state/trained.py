@@ -1,6 +1,7 @@
 """What of a task learns, and what stays as it is: a frozen backbone, or a teacher."""
 
 import hashlib
+from typing import TypeGuard
 
 import torch
 from timm.task import TrainingTask
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ...model import SelfDistillModel
 
 
-def is_frozen(model: nn.Module) -> bool:
+def is_frozen(model: nn.Module | None) -> TypeGuard[SelfDistillModel]:
     return isinstance(model, SelfDistillModel) and model.freeze_backbone
 
 
