@@ -58,7 +58,7 @@ def measure(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
             began = time.perf_counter()
             trainer._save_checkpoint()
             still.append(1000 * (time.perf_counter() - began))
-            trainer.checkpoints.wait()
+            trainer.run.checkpoints.wait()
             written.append(1000 * (time.perf_counter() - began))
     return {
         "megabytes": sum(tensor.nbytes for tensor in tensors) / 1e6,

@@ -168,7 +168,7 @@ def test_clipping(mode, tmp_path):
         data,
         TrainConfig(output=str(tmp_path / "run"), batch_size=4, workers=0, clip_grad=1e-3, clip_mode=mode),
     )
-    model = trainer.update.plain_task.get_trainable_module()
+    model = trainer.update.task.get_trainable_module()
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     twin = SelfDistillTask(copy.deepcopy(model))

@@ -170,7 +170,7 @@ def test_a_data_set_of_which_nothing_can_be_read(few, tmp_path):
 
 def poison(updater: Updater) -> None:
     """The next forward pass gives NaN, also in batch norm's statistics."""
-    model = updater.plain_task.get_trainable_module()
+    model = updater.task.get_trainable_module()
 
     def once(_, __, output):
         handle.remove()
@@ -223,8 +223,8 @@ def test_a_tracker_that_fails_is_left_alone(few, tmp_path, monkeypatch):
     trainer = Trainer(make_task(), *few, settings(tmp_path, report_to=("tensorboard",), log_interval=1))
 
     def fail(updater):
-        trainer.trackers.trackers[0].writer.close()
-        trainer.trackers.trackers[0].writer = None
+        trainer.run.trackers.trackers[0].writer.close()
+        trainer.run.trackers.trackers[0].writer = None
 
     at_update(monkeypatch, 2, fail)
     with pytest.warns(UserWarning, match="tracker tensorboard failed"):
@@ -275,7 +275,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(few, tmp_path, monkeypatc
     """A finite loss whose gradients are not: the next loss would show it, the checkpoint comes before."""
 
     def poison_gradients(updater):
-        model = updater.plain_task.get_trainable_module()
+        model = updater.task.get_trainable_module()
         handle = model.backbone.fc.weight.register_hook(lambda grad: (handle.remove(), grad * float("nan"))[1])
 
     at_update(monkeypatch, 3, poison_gradients)

@@ -77,7 +77,7 @@ def test_optimizer_average_and_checkpoints_hold_the_heads_only(few, tmp_path):
     run = fit(model, few, tmp_path, model_ema=True, weight_decay=0.0)
     in_optimizer = {id(param) for group in run.update.optimizer.param_groups for param in group["params"]}
     assert in_optimizer == set(map(id, model.heads.parameters()))
-    weights = load_file(run.checkpoints.newest / "model.safetensors")
+    weights = load_file(run.run.checkpoints.newest / "model.safetensors")
     names = model.heads.state_dict().keys()
     assert weights.keys() == {f"trainable_module.heads.{name}" for name in names} | {
         f"trainable_module_ema.module.{name}" for name in names
@@ -87,7 +87,7 @@ def test_optimizer_average_and_checkpoints_hold_the_heads_only(few, tmp_path):
 def test_the_average_of_the_heads_is_what_is_evaluated_and_saved(few, tmp_path):
     model = frozen_model()
     run = fit(model, few, tmp_path, model_ema=True, model_ema_decay=0.5)
-    average = run.update.plain_task.trainable_module_ema.module.state_dict()
+    average = run.update.task.trainable_module_ema.module.state_dict()
     assert run.eval_model.backbone is model.backbone
     assert equal(load_file(run.output / "last/self_distill.safetensors"), dict(average))
     assert not equal(dict(average), dict(model.heads.state_dict()))

@@ -105,8 +105,8 @@ def test_pictures_are_drawn_at_the_end_and_every_30_seconds_at_most(
         "timm_selfdistill.training.outputs.run_directory.plot_curves",
         lambda *_: drawn.append([(tmp_path / name / "exits.png").exists() for name in ("best", "last")]),
     )
-    evaluate = Trainer.evaluate
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: (now.append(now.pop() + seconds), evaluate(self))[1])
+    measure = Trainer._measure
+    monkeypatch.setattr(Trainer, "_measure", lambda self: (now.append(now.pop() + seconds), measure(self))[1])
     fit(tmp_path, tuple(Subset(part, range(100)) for part in fashion_tensors), epochs=3)
     assert len(drawn) == times
     for name in ("best", "last"):
@@ -493,7 +493,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_its_directory_to_th
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(Updater, "settle", Mock(side_effect=ValueError("a setting")))
+        patch.setattr(Updater, "fix_gradient_order", Mock(side_effect=ValueError("a setting")))
         with pytest.raises(ValueError, match="a setting"):
             fit(tmp_path / "run", few)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]

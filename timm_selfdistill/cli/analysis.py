@@ -28,6 +28,7 @@ from ..hub.files import CONFIG
 from ..hub.trust import short
 from ..model import SelfDistillModel
 from ..task import SelfDistillTask
+from ..timm_model import as_timm
 from ..training.data.loaders import MeasuredImages
 from ..training.outputs.run_directory import write_json
 from ..training.runtime.accelerator import device_name
@@ -156,7 +157,7 @@ def separability(args: argparse.Namespace) -> int:
     model, loader, _ = opened[args.model]
     report = measure_separability(model, loader, classes=args.classes)
     Console(soft_wrap=True).print(report)
-    names = model.backbone.pretrained_cfg.get("label_names")
+    names = as_timm(model).pretrained_cfg.get("label_names")
     return _write(
         args, data, "separability", _figures({args.model: report}), lambda path: plot_separability(path, report, names)
     )

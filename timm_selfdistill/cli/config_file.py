@@ -72,9 +72,9 @@ def _as_flag(action: argparse.Action, value: Any, where: str) -> list[str]:
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"{where} must be true or false, got {value!r}")
-        return action.option_strings[:1] if value else action.option_strings[1:]
+        return list(action.option_strings[:1] if value else action.option_strings[1:])
     if action.nargs == "?" and action.const is not None and isinstance(value, bool):
-        return action.option_strings[-1:] if value else []
+        return list(action.option_strings[-1:]) if value else []
     if isinstance(action, ParseKwargs) and isinstance(value, dict):
         return [action.option_strings[-1], *(f"{key}={entry!r}" for key, entry in value.items())]
     single = action.nargs in (None, "?")

@@ -1,6 +1,7 @@
 """export --format timm: a saved model of any checkpoint."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,13 @@ def _make_named(saved: SavedWeights, name: Any) -> nn.Module:
             f"{saved.source} does not tell its network; name the timm model with --model"
             + (f", got {name!r}" if name else "")
         )
-    known = timm.get_pretrained_cfg(name).to_dict()
-    sizes = {}
-    for argument, key, dimension in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
-        layer = known.get(key)
-        weight = saved.backbone.get(f"{layer if isinstance(layer, str) else (layer or [''])[0]}.weight")
-        if weight is not None and weight.ndim > dimension:
-            sizes[argument] = weight.shape[dimension]
-    model = timm.create_model(name, **sizes)
+    cfg = timm.get_pretrained_cfg(name)
+    known = cfg.to_dict() if cfg else {}
+    model = timm.create_model(  # which passes over what is None
+        name,
+        num_classes=_size_of(saved, known.get("classifier"), 0),
+        in_chans=_size_of(saved, known.get("first_conv"), 1),
+    )
     say(f"{saved.source} does not record its preprocessing: that of {name} is taken")
     if not saved.heads:
         return model
@@ -108,6 +108,12 @@ def _make_named(saved: SavedWeights, name: Any) -> nn.Module:
             " them, or wrap the network in Python, load the weights and call save_pretrained"
         )
     return wrapped
+
+
+def _size_of(saved: SavedWeights, layer: str | Sequence[str] | None, dimension: int) -> int | None:
+    """A dimension of the weight of a layer, or of the first of several; None where there is none."""
+    weight = saved.backbone.get(f"{layer if isinstance(layer, str) else (layer or [''])[0]}.weight")
+    return weight.shape[dimension] if weight is not None and weight.ndim > dimension else None
 
 
 def without_accuracy(metrics: Any) -> dict[str, Any] | None:

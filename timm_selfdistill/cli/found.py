@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..cost import default_input_size
+from ..timm_model import as_timm
 from ..training import ImageSplits
 from ..training.data.splits import has_new_classifier
 from .measured import trained_before
@@ -41,8 +42,8 @@ def found_lines(images: ImageSplits, backbone: nn.Module, img_size: int | None, 
         lines.append("all images that were looked at are grey: --in-chans 1 would do")
     if (args.pretrained or args.initial_checkpoint) and has_new_classifier(backbone):
         lines.append(
-            f"the classifier is new: {backbone.num_classes} classes, those of the weights are"
-            f" {backbone.pretrained_cfg['num_classes']}"
+            f"the classifier is new: {as_timm(backbone).num_classes} classes, those of the weights are"
+            f" {as_timm(backbone).pretrained_cfg['num_classes']}"
         )
     if record := starting_record(args):
         lines += trained_before(images, args.dataset or args.data_dir, record)

@@ -19,6 +19,7 @@ from ..inference.policy import POLICIES
 from ..model import SelfDistillModel
 from ..training.data.images import value_ranges
 from ..training.data.loaders import MeasuredImages
+from ..training.data.splits import ImageDataset
 from ..training.outputs.metrics import (
     ExitMeter,
     exit_costs,
@@ -116,11 +117,11 @@ def calibrate(args: argparse.Namespace) -> int:
     if not report.met:
         print("nothing is saved: ask for less, or give more images")
         return BUDGET_NOT_MET
-    model.early_exit["dataset"] = _measured(loader)
+    model.early_exit = {**(model.early_exit or {}), "dataset": _measured(loader)}
     metrics = hub.read_metrics(hub.fetch_model(args.model, revision=record.revision, only_config=True))
     if any(getattr(args, name) is not None for name in PREPROCESSING_FLAGS):
         metrics = without_accuracy(metrics)  # which is that of other preprocessing
-    model.save_pretrained(output, metrics=metrics, check=False, data_config=loader.data.data_config)
+    model.save_pretrained(output, metrics=metrics, check=False, data_config=_data_set(loader).data_config)
     print(f"saved in {output}; use it with EarlyExit(SelfDistillModel.from_pretrained({str(output)!r}))")
     return 0
 
@@ -150,8 +151,9 @@ def tradeoff(args: argparse.Namespace) -> int:
     name = model_name(model)
     hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline)
     chosen = choose_images(output, columns=10)
+    config = _data_set(loader).data_config or {}
     pictures = {
-        position: _as_picture(loader.data.data_config, loader.data[loader.kept[position]][0])
+        position: _as_picture(config, loader.data[loader.kept[position]][0])
         for row in chosen.values()
         for position in row
     }
@@ -194,18 +196,26 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _data_set(loader: MeasuredImages) -> ImageDataset:
+    """The images, as `open_data` has found them."""
+    if not isinstance(loader.data, ImageDataset):
+        raise TypeError(f"expected the images of open_data, got {type(loader.data).__name__}")
+    return loader.data
+
+
 def _measured(loader: MeasuredImages) -> dict[str, Any]:
     """Where images come from, see `ImageSplits.source`, and how many there are."""
-    return {**loader.data.source, "images": len(loader.kept)}
+    return {**(_data_set(loader).source or {}), "images": len(loader.kept)}
 
 
 def _say_calibrated(model: SelfDistillModel, loader: MeasuredImages) -> None:
-    if model.early_exit.get("dataset") == _measured(loader):
+    if (model.early_exit or {}).get("dataset") == _measured(loader):
         print("the thresholds for early exit were chosen on these images, so its accuracy on others may be lower")
 
 
 def _input_size(loader: MeasuredImages) -> tuple[int, int, int]:
-    return tuple(next(iter(loader))[0].shape[1:])
+    channels, height, width = next(iter(loader))[0].shape[1:]
+    return channels, height, width
 
 
 def _say_unreadable(loader: MeasuredImages) -> None:
@@ -232,7 +242,8 @@ def _evaluate_early_exit(early_exit: EarlyExit, loader: MeasuredImages) -> dict[
     (metrics,) = meter.compute(meter.totals)
     x = next(iter(loader))[0].to(next(early_exit.model.parameters()).device)
     costs = early_exit.find_costs("macs", x)
-    macs = float(costs.paths([threshold is not None for threshold in early_exit.thresholds])[output.exit].mean())
+    used = [threshold is not None for threshold in early_exit.thresholds or ()]
+    macs = float(costs.paths(used)[output.exit].mean())
     (speedup,) = find_speedups(early_exit.model, [early_exit.predict], x)
     return {
         **metrics._asdict(),

@@ -4,13 +4,23 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..training import ImageSplits, load_images
 from ..training.data.finding import load_split
 from ..training.data.folder import split_kind
+from ..training.data.images import ValueRange, ValueRanges
 from ..training.data.sources import ValFraction
 from .record import Record, as_range
+
+
+class Reading(TypedDict):
+    """How `load_images` and `load_split` read a source."""
+
+    name: str | None
+    image_column: str | None
+    label_column: str | None
+    value_range: ValueRange | ValueRanges | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def _drawing_flags(args: argparse.Namespace) -> str:
 
 
 def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSplits:
-    columns = {
+    columns: Reading = {
         "name": args.dataset_config or (record.dataset_config if choice.owns else None),
         "image_column": args.input_key or (record.text("input_key") if choice.owns else None),
         "label_column": args.target_key or (record.text("target_key") if choice.owns else None),

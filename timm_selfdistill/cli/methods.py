@@ -3,7 +3,7 @@
 import argparse
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import timm
 from timm.layers import convert_splitbn_model
@@ -29,6 +29,7 @@ from ..cost import default_input_size
 from ..loss import SelfDistillLoss
 from ..model import SelfDistillModel, wrap_self_distill
 from ..task import SelfDistillTask
+from ..timm_model import as_timm
 from ..training.data.labels import listed
 from ..training.data.transforms import model_data_config, own_class_names
 from ..training.loop.initial_weights import UNREADABLE, SavedWeights, create_backbone, load_exits
@@ -65,6 +66,18 @@ SOFTMAX_METHODS = ("kd", "dml", "dks")
 KD_TEMPERATURE = 4.0
 
 
+class DistillWeight(TypedDict, total=False):
+    """--distill-loss-weight, where it is given."""
+
+    distill_loss_weight: float
+
+
+class Weights(DistillWeight, total=False):
+    """And --task-loss-weight."""
+
+    task_loss_weight: float
+
+
 class _Baseline(argparse.BooleanOptionalAction):
     """Another name for --method plain; with --no- it is taken back."""
 
@@ -75,7 +88,7 @@ class _Baseline(argparse.BooleanOptionalAction):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        if not option_string.startswith("--no-"):
+        if option_string is None or not option_string.startswith("--no-"):
             namespace.method = "plain"
         elif namespace.method == "plain":
             namespace.method = parser.get_default("method")
@@ -276,15 +289,15 @@ def create_task(
         return SelfDistillTask(_wrap(args, backbone, saved), exit_loss(vars(args)))
     if saved and saved.has_exits:
         say(f"the trained exits of {saved.source} are left out: --method {args.method} trains the plain network")
-    weights = _given(vars(args), "distill_loss_weight", "task_loss_weight")
     criterion = label_criterion(vars(args))
     if args.method == "plain":
         return ClassificationTask(backbone, criterion or nn.CrossEntropyLoss(), verbose=False)
     if args.method == "dml":
         peer = _alike(create_peer(), backbone)
         if args.grad_checkpointing:
-            peer.set_grad_checkpointing()
-        return MutualLearningTask(backbone, peer, **weights)
+            as_timm(peer).set_grad_checkpointing(True)
+        return MutualLearningTask(backbone, peer, **_distill_weight(vars(args)))
+    weights = _weights(vars(args))
     teacher = create_teacher(args.kd_model_name, backbone)
     if args.method == "kd":
         return _distillation_task(args, backbone, teacher, criterion or nn.CrossEntropyLoss(), weights)
@@ -294,7 +307,7 @@ def create_task(
 
 
 def _distillation_task(
-    args: argparse.Namespace, backbone: nn.Module, teacher: nn.Module, criterion: nn.Module, weights: dict[str, float]
+    args: argparse.Namespace, backbone: nn.Module, teacher: nn.Module, criterion: nn.Module, weights: Weights
 ) -> TrainingTask:
     """timm's task for --kd-distill-type.
 
@@ -408,7 +421,7 @@ def exit_loss(settings: Mapping[str, Any]) -> SelfDistillLoss:
     if method == "dsn":
         return deep_supervision_loss(label_loss)
     if method == "dks":
-        return KnowledgeSynergyLoss(**_given(settings, "distill_loss_weight"))
+        return KnowledgeSynergyLoss(**_distill_weight(settings))
     own = {name: settings[name] for name in LOSS_FLAGS if name in settings}
     if own.get("hint") == "none":
         own["hint"] = None
@@ -447,5 +460,13 @@ def _alike(model: nn.Module, like: nn.Module) -> nn.Module:
     return model
 
 
-def _given(settings: Mapping[str, Any], *names: str) -> dict[str, float]:
-    return {name: settings[name] for name in names if settings.get(name) is not None}
+def _distill_weight(settings: Mapping[str, Any]) -> DistillWeight:
+    weight = settings.get("distill_loss_weight")
+    return {} if weight is None else {"distill_loss_weight": weight}
+
+
+def _weights(settings: Mapping[str, Any]) -> Weights:
+    weights: Weights = {**_distill_weight(settings)}
+    if (weight := settings.get("task_loss_weight")) is not None:
+        weights["task_loss_weight"] = weight
+    return weights

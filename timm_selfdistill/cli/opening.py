@@ -15,6 +15,7 @@ from torch import nn
 from .. import hub
 from ..hub.files import CONFIG
 from ..model import SelfDistillModel
+from ..timm_model import as_timm
 from ..training import ImageSplits, model_data_config
 from ..training.data.labels import listed
 from ..training.data.loaders import MeasuredImages
@@ -134,13 +135,13 @@ def open_data(model: nn.Module, record: Record, images: ImageSplits, args: argpa
     Raises:
         ValueError: they are of other classes than the model's, or the model does not take such images.
     """
-    if names := model.pretrained_cfg.get("label_names"):
+    if names := as_timm(model).pretrained_cfg.get("label_names"):
         images = match_classes(images, list(names), "give images of its classes")
         if images.is_reordered:
             print(REORDERED, flush=True)
-    elif images.num_classes != model.num_classes:
+    elif images.num_classes != as_timm(model).num_classes:
         raise ValueError(
-            f"{record.model} has {model.num_classes} classes, and {images.found[-1]['from']} has"
+            f"{record.model} has {as_timm(model).num_classes} classes, and {images.found[-1]['from']} has"
             f" {listed(images.class_names)}; give images of its classes"
         )
     _, val_data = images.transformed(preprocessing(model, record, args))

@@ -7,6 +7,7 @@ import torch
 from timm.data import create_transform
 
 from ..model import SelfDistillModel
+from ..timm_model import as_timm
 from ..training import open_image
 from .data_flags import add_preprocessing_flags
 from .measured import as_range
@@ -42,20 +43,20 @@ def predict(args: argparse.Namespace) -> int:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
     record = read_record(saved_model(args.model), args.revision)
     model = load_any_model(record.model, record.revision)
-    whole = isinstance(model, SelfDistillModel)
-    if not whole and args.exit != "-1":
+    if not isinstance(model, SelfDistillModel) and args.exit != "-1":
         raise ValueError(f"{args.model} has one exit only; leave out --exit")
     config = preprocessing(model, record, args)
     transform, value_range = create_transform(**config), as_range(args.value_range) or record.value_range
-    names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
+    num_classes = as_timm(model).num_classes
+    names = as_timm(model).pretrained_cfg.get("label_names") or [f"class {i}" for i in range(num_classes)]
     if missing := next((path for path in args.image if not os.path.isfile(path)), None):
         raise FileNotFoundError(f"{missing} does not exist; expected an image file")
     for path in args.image:
         with torch.no_grad():
             x = transform(open_image(path, config["input_size"][0], value_range))[None]
-            logits = model.predict(x, parse_exit(args.exit)) if whole else model(x)
+            logits = model.predict(x, parse_exit(args.exit)) if isinstance(model, SelfDistillModel) else model(x)
         if len(args.image) > 1:
             print(printable(f"{path}:"))
-        for probability, index in zip(*logits[0].softmax(0).topk(min(args.topk, model.num_classes))):
+        for probability, index in zip(*logits[0].softmax(0).topk(min(args.topk, num_classes))):
             print(printable(f"{probability:7.2%}  {names[index]}"))
     return 0

@@ -46,8 +46,9 @@ class Record:
         """Share and seed of the validation images that were drawn from the training split; None where they were a
         split of their own."""
         share, seed = self.dataset.get("val_fraction"), self.dataset.get("seed")
-        known = isinstance(share, float) and 0 < share < 1 and type(seed) is int
-        return ValFraction(share, seed) if known else None
+        if isinstance(share, float) and 0 < share < 1 and type(seed) is int:
+            return ValFraction(share, seed)
+        return None
 
     @property
     def drawn_from(self) -> str | None:
@@ -103,12 +104,14 @@ def record_in(folder: Path, model: str, revision: str | None = None) -> Record:
     metrics = hub.read_metrics(folder)
     metrics = metrics if isinstance(metrics, dict) else {}
     saved, dataset, images = (metrics.get(key) for key in ("settings", "dataset", "images"))
-    counted = isinstance(images, list) and [type(count) for count in images] == [int, int]
+    counted = None
+    if isinstance(images, list) and [type(count) for count in images] == [int, int]:
+        counted = images[0], images[1]
     return Record(
         model,
         _run_settings(folder) or (saved if isinstance(saved, dict) else {}),
         dataset if isinstance(dataset, dict) else {},
-        tuple(images) if counted else None,
+        counted,
         revision,
     )
 
@@ -130,4 +133,4 @@ def _run_settings(model: Path) -> dict[str, Any] | None:
 def as_range(value: Any) -> ValueRange | None:
     """Two numbers; None for anything else that a file may hold."""
     numbers = [part for part in value if isinstance(part, (int, float))] if isinstance(value, (list, tuple)) else []
-    return tuple(numbers) if len(numbers) == 2 else None
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None

@@ -33,7 +33,7 @@ DEFAULTS = {
     "model_dtype": "float32",
 }
 """Of timm, for the flags that are refused; the others have none."""
-UNSET = (None, [], {})
+UNSET: tuple[object, ...] = (None, [], {})
 EMPTY = {
     "dataset",
     "class_map",

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..cost import default_input_size
+from ..timm_model import as_timm
 from ..training import (
     ImageSplits,
     Trainer,
@@ -84,10 +86,10 @@ def train(argv: list[str] | None = None, default_data: str | Path | None = None,
     config.settings |= found_settings(images, lines)
     say(*lines)
     interpolation = data_config["interpolation"] if args.no_aug else args.train_interpolation
-    data = images.transformed(
+    train_data, val_data = images.transformed(
         data_config, interpolation=interpolation or data_config["interpolation"], **_augmentation(args)
     )
-    trainer = Trainer(create_task(args, backbone, create, saved), *data, config)
+    trainer = Trainer(create_task(args, backbone, create, saved), train_data, val_data, config)
     result = trainer.fit()
     _report(result, args, Console(quiet=not trainer.accelerator.is_main_process, soft_wrap=True))
     if result.interrupted_by:  # torchrun starts again what ends with another code than 0
@@ -153,7 +155,7 @@ def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
             raise ValueError(f"--split-bn is of batch norm, which {args.model} does not have; leave it out")
         backbone = convert_splitbn_model(backbone, args.aug_splits)
     if args.grad_checkpointing:
-        backbone.set_grad_checkpointing()
+        as_timm(backbone).set_grad_checkpointing(True)
     return backbone
 
 
@@ -169,12 +171,12 @@ def _check_model_name(name: str) -> None:
     )
 
 
-def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[ImageSplits, dict, list[str]]:
+def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[ImageSplits, dict[str, Any], list[str]]:
     """Images and network made ready for each other: the images with its classes, its preprocessing, and lines of what
     was found."""
     frozen = args.freeze_backbone and (args.pretrained or args.initial_checkpoint)  # keeps its own classes and size
     if args.unlabelled:
-        images = images.fitting_labels(backbone.num_classes, own_class_names(backbone))
+        images = images.fitting_labels(as_timm(backbone).num_classes, own_class_names(backbone))
     elif args.pretrained or args.initial_checkpoint:
         images = fit_classes(images, backbone, frozen)
     class_names = images.class_names or (own_class_names(backbone) if frozen else None)
@@ -195,7 +197,7 @@ def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[Ima
     return images, data_config, lines
 
 
-def _augmentation(args: Namespace) -> dict:
+def _augmentation(args: Namespace) -> dict[str, Any]:
     """Arguments of `create_train_transform`."""
     if args.no_aug:
         return {"no_aug": True}
@@ -224,7 +226,7 @@ def _report(result: TrainResult, args: Namespace, console: Console) -> None:
     if result.interrupted_by:
         console.print(f"stopped by {result.interrupted_by.name}; go on with the same command and --resume:")
         console.print(f"  {same_command('--resume', str(result.output))}", markup=False, highlight=False)
-    else:
+    elif result.summary:
         print_exits(console, summary_title(result.summary), result.summary["exits"])
         console.print(next_lines(result.output, args), markup=False, highlight=False)
     if result.upload:

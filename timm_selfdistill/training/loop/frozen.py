@@ -3,14 +3,15 @@
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from contextlib import nullcontext
+from dataclasses import dataclass
 from errno import ENOSPC
 from functools import partial
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +29,8 @@ from ..runtime.accelerator import ask_main_process
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import ProgressReporter
 from ..state.trained import is_frozen
-from .update import Updater
+from .networks import self_distill_model, trainable_model
+from .update import Updater, known_batch_size
 
 IMAGES_READ = 16
 """Twice, to see whether they are the same."""
@@ -37,7 +39,8 @@ IMAGES_READ = 16
 def learns_in_parts(task: TrainingTask, config: TrainConfig) -> bool:
     """Whether parameters that learn at some time have no gradients at another, or never: classifiers learn alone first,
     or without labels and alpha only features do."""
-    return config.head_warmup_epochs > 0 or (config.unlabelled and not task.criterion.alpha)
+    features_alone = config.unlabelled and isinstance(task, SelfDistillTask) and not task.criterion.alpha
+    return config.head_warmup_epochs > 0 or features_alone
 
 
 def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: Dataset, val_data: Dataset) -> None:
@@ -46,7 +49,7 @@ def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: D
     Raises:
         ValueError, TypeError: it is so.
     """
-    model = task.get_trainable_module()
+    model = trainable_model(task)
     for name, reason in (
         ("unlabelled", "which alone can teach without labels"),
         ("cache_features", "whose features of an image alone are the same in every epoch"),
@@ -97,10 +100,11 @@ def _check_unchanging(train_data: Dataset, val_data: Dataset) -> None:
         )
     augmented = getattr(train_data, "augmented", None)
     if augmented is None:
-        step = -(-len(train_data) // IMAGES_READ)
+        count = _length(train_data)
+        step = -(-count // IMAGES_READ)
         augmented = not all(
             torch.equal(*(TrainImages(train_data, "raise")[Draw(seed, index)][0] for seed in range(2)))
-            for index in range(0, len(train_data), step)
+            for index in range(0, count, step)
         )
     if augmented:
         raise ValueError(
@@ -109,11 +113,23 @@ def _check_unchanging(train_data: Dataset, val_data: Dataset) -> None:
         )
 
 
+def _length(data: Dataset) -> int:
+    """Images of a map-style data set.
+
+    Raises:
+        TypeError: it does not tell.
+    """
+    if not isinstance(data, Sized):
+        raise TypeError(f"cache_features needs data sets with a length, which {type(data).__name__} does not have")
+    return len(data)
+
+
 FOLDER = ".features"
 """In the run directory."""
 
 
-class TensorFile(NamedTuple):
+@dataclass(frozen=True)
+class TensorFile:
     """A tensor (images, *shape) in a file that is mapped to memory."""
 
     path: str
@@ -144,7 +160,7 @@ class FeatureCache(Dataset):
         self.tensors: list[Tensor] = []
 
     def __len__(self) -> int:
-        return len(self.data)
+        return _length(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor | BackboneOutput, Any]:
         if not self.files:
@@ -177,10 +193,11 @@ class FeatureCache(Dataset):
         """Run the backbone over the images, unless all agree to stop; call it on every process, each does its part."""
         rank, world = update.accelerator.process_index, update.accelerator.num_processes
         settings = loader_settings(config, update.accelerator) | {"persistent_workers": False}
-        loader = DataLoader(Subset(self.data, range(rank, len(self), world)), config.batch_size, **settings)
+        batch_size = known_batch_size(config)
+        loader = DataLoader(Subset(self.data, range(rank, len(self), world)), batch_size, **settings)
         tensors, begin, batches = [file.open() for file in files], rank, iter(loader)
         try:
-            for step in range(-(-len(self) // (world * config.batch_size))):
+            for step in range(-(-len(self) // (world * batch_size))):
                 batch = next(batches, None)  # none at the last step where other processes have one image more
                 if batch is not None:
                     for tensor, value in zip(tensors, self._compute(update, *batch)):
@@ -202,7 +219,7 @@ class FeatureCache(Dataset):
     def _compute(self, update: Updater, x: Tensor, label: Tensor) -> list[Tensor]:
         x, _ = update.to_device(x, label)
         with nullcontext() if self.full_precision else update.accelerator.autocast():
-            maps, logits = update.plain_task.get_trainable_module().forward_backbone(x)
+            maps, logits = self_distill_model(update.task).forward_backbone(x)
         return [*(value.cpu() for value in (*maps, logits)), label]
 
 

@@ -23,8 +23,10 @@ from ...hub.files import BACKBONE, CONFIG, HEADS, check_version
 from ...hub.trust import check_exits, check_network, read_json, short
 from ...model import SelfDistillModel
 from ...stages import Stage
+from ...timm_model import as_timm
 from ..data.transforms import takes_other_sizes
 from ..state.checkpoint import CHECKSUM_FILE, find_checkpoint, find_damage
+from .networks import trainable_model
 
 UNREADABLE = (
     SafetensorError,
@@ -118,7 +120,7 @@ def _find_file(path: Path) -> Path:
     if (path / "best").is_dir():
         path = path / "best"
     elif (path / "checkpoints").is_dir():
-        path = find_checkpoint(str(path), "")
+        path = find_checkpoint(str(path), "") or path
     if not (path / BACKBONE).is_file():
         raise FileNotFoundError(
             f"checkpoint {path} is neither a file nor a folder with {BACKBONE}; expected a .safetensors or .pth file, a"
@@ -166,7 +168,8 @@ def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
     state = clean_state_dict(state)
     if not all(name.startswith(PARTS) for name in state):
         return state, {}
-    return tuple(clean_state_dict(_part(state, part)) for part in PARTS)
+    backbone, heads = (clean_state_dict(_part(state, part)) for part in PARTS)
+    return backbone, heads
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -265,11 +268,11 @@ def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = F
         state |= {name: own[name] for name in _classifier_names(model) if name in own}
     check_fits(model, state, path)
     model.load_state_dict(state)
-    known = saved.config.get("pretrained_cfg", {})
-    model.pretrained_cfg.update({key: known[key] for key in PREPROCESSING if key in known})
+    known, own_cfg = saved.config.get("pretrained_cfg", {}), as_timm(model).pretrained_cfg
+    own_cfg.update({key: known[key] for key in PREPROCESSING if key in known})
     if not new_classifier:
         names = saved.config.get("label_names")
-        model.pretrained_cfg.update(num_classes=model.num_classes, **({"label_names": names} if names else {}))
+        own_cfg.update(num_classes=as_timm(model).num_classes, **({"label_names": names} if names else {}))
 
 
 def init_classifier(model: nn.Module, scale: float | None, bias: float | None) -> None:
@@ -280,7 +283,7 @@ def init_classifier(model: nn.Module, scale: float | None, bias: float | None) -
     """
     if scale is None and bias is None:
         return
-    layer = model.get_classifier()
+    layer = as_timm(model).get_classifier()
     if not isinstance(getattr(layer, "bias", None), Tensor):
         raise ValueError(
             f"head_init_scale and head_init_bias are for a classifier with a bias, and"
@@ -305,7 +308,7 @@ def check_task(task: Any) -> None:
         raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
     spoilt = [
         name
-        for name, value in task.get_trainable_module().state_dict().items()
+        for name, value in trainable_model(task).state_dict().items()
         if value.is_floating_point() and not bool(value.isfinite().all())
     ]
     if spoilt:
@@ -334,7 +337,7 @@ def check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> 
     found = next((saved[name].shape[0] for name in names if name in saved), None)
     if len(problems) == len(differing) and {text.split()[0] for text in differing} <= set(names):
         advice = (
-            f"it was made for {found} classes, not {model.num_classes}: --num-classes {found} keeps its"
+            f"it was made for {found} classes, not {as_timm(model).num_classes}: --num-classes {found} keeps its"
             " classifier, --pretrained-path instead of --initial-checkpoint begins with a new one"
         )
     else:
@@ -343,7 +346,7 @@ def check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> 
 
 
 def _classifier_names(model: nn.Module) -> list[str]:
-    classifier = model.pretrained_cfg.get("classifier") or ()
+    classifier = as_timm(model).pretrained_cfg.get("classifier") or ()
     return [
         f"{name}.{part}"
         for name in ([classifier] if isinstance(classifier, str) else classifier)
@@ -387,7 +390,9 @@ def read_exits(name: str) -> SavedWeights | None:
     if place not in ("local-dir", "hf-hub"):
         return None
     file = find_config(place, location)
-    config = read_json(file) if file else None
+    if file is None:
+        return None
+    config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get("self_distill"), dict):
         return None
     location = location if place == "local-dir" else location.partition("@")[0]
@@ -423,14 +428,15 @@ def load_exits(
     count = len({name.split(".")[0] for name in saved.heads})
     if exits is None and count == len(stages):
         exits, guessed = list(stages), True
-    kept, anew = [], {}
+    kept: list[Stage] = []
+    anew: dict[str, list[Stage]] = {}
     for position, stage in enumerate(model.stages):
         if reason := _why_anew(model, stage, position, saved, exits, new_classifiers):
             if strict:
                 raise ValueError(f"the exit at {stage.name} cannot be loaded: {reason}")
             anew.setdefault(reason, []).append(stage)
             continue
-        model.heads[position].load_state_dict(_head_state(saved, exits.index(stage.index)))
+        model.heads[position].load_state_dict(_head_state(saved, (exits or []).index(stage.index)))
         kept.append(stage)
     lines = [f"{_exits(kept, 'goes', 'go')} on with the heads of {saved.source}"] if kept else []
     if kept and guessed:
@@ -526,12 +532,12 @@ def create_backbone(
 
 
 def _create_for_size(name: str, img_size: int | None, **kwargs: Any) -> nn.Module:
-    model = timm.create_model(name, **kwargs)
+    model = as_timm(timm.create_model(name, **kwargs))
     channels, *size = model.pretrained_cfg["input_size"]
     if img_size is None or size == [img_size, img_size] or takes_other_sizes(model):
         return model
     try:
-        model = timm.create_model(name, img_size=img_size, **kwargs)
+        model = as_timm(timm.create_model(name, img_size=img_size, **kwargs))
     except TypeError as error:
         if "img_size" not in str(error):
             raise

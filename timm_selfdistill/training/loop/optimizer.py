@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,9 +27,14 @@ def base_lr(config: TrainConfig, images: int) -> float:
 
     Args:
         images: of an update, over all processes and forward passes.
+
+    Raises:
+        ValueError: there is no `lr_base`.
     """
     adaptive = any(name in config.opt.lower() for name in ("ada", "lamb"))
     scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
+    if config.lr_base is None:
+        raise ValueError("there is no lr_base to follow from")
     return config.lr_base * (images / config.lr_base_size) ** (0.5 if scale == "sqrt" else 1)
 
 
@@ -39,7 +45,8 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     Raises:
         ValueError: the model has no groups of layers, no shallow classifiers, or a frozen backbone.
     """
-    if config.head_lr_scale != 1 and not isinstance(model, SelfDistillModel):
+    exits = model.heads if isinstance(model, SelfDistillModel) else None
+    if config.head_lr_scale != 1 and exits is None:
         raise ValueError("head_lr_scale is for shallow classifiers, which a network without exits does not have")
     if config.layer_decay is not None and is_frozen(model):
         raise ValueError("layer_decay is for a backbone that learns, and this one is frozen; leave one of them out")
@@ -54,7 +61,7 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     trained = trained_part(model)
     if config.layer_decay is None and config.head_lr_scale == 1:
         return _create(trained, settings)
-    exempt = getattr(trained, "no_weight_decay", set)()
+    exempt: Collection[str] = getattr(trained, "no_weight_decay", set)()
     if config.layer_decay is None:
         groups = param_groups_weight_decay(trained, config.weight_decay, no_weight_decay_list=exempt)
     else:
@@ -66,8 +73,8 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
             min_scale=by_layer["layer_decay_min_scale"],
             no_opt_scale=by_layer["layer_decay_no_opt_scale"],
         )
-    if config.head_lr_scale != 1:
-        groups = _scale(groups, list(model.heads.parameters()), config.head_lr_scale)
+    if exits is not None and config.head_lr_scale != 1:
+        groups = _scale(groups, list(exits.parameters()), config.head_lr_scale)
     return _create(groups, settings)
 
 

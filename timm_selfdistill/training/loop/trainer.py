@@ -4,6 +4,7 @@ import math
 import signal
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..data.loaders import ValBatches, check_counts, image_count, image_shape, t
 from ..data.transforms import TargetMixer, smooths_labels
 from ..outputs.metrics import ExitMetrics, as_columns, count_logits, deciding_metric, measure_exits, of_columns
 from ..outputs.run_directory import (
+    OWN_FOLDER,
     check_run,
     find_resumed,
     mark_launch,
@@ -33,7 +35,7 @@ from ..outputs.run_directory import (
 )
 from ..outputs.saved_models import SavedModels
 from ..outputs.trackers import RunTrackers, memory_gib
-from ..outputs.upload import UploadResult, check_pushable, create_uploader
+from ..outputs.upload import HubUploader, UploadResult, check_pushable, create_uploader
 from ..runtime.accelerator import create_accelerator, sharing_failures
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
@@ -42,8 +44,9 @@ from ..state.snapshot import TrainState, diverged, restore, take_snapshot
 from ..state.trained import frozen_digest, is_frozen, trained_part
 from .frozen import FeatureCache, check_frozen_settings, drop_caches, fill_caches, learns_in_parts, remove_features
 from .initial_weights import check_task
+from .networks import eval_model
 from .optimizer import base_lr
-from .update import Losses, create_updater, find_batch_size
+from .update import Losses, create_updater, find_batch_size, known_batch_size
 
 PICTURE_INTERVAL = "30s"
 """Between two drawings before the end of a run: they would take longer than the epochs of a small one."""
@@ -62,6 +65,29 @@ class TrainResult:
     interrupted_by: signal.Signals | None = None
     upload: UploadResult | None = None
     """Of the main process, where the run pushes to the Hub."""
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation measured."""
+
+    metrics: list[ExitMetrics]
+    images: int
+    """That these are of, over all processes."""
+
+
+@dataclass
+class OpenedRun:
+    """What a run has once its directory is there."""
+
+    output: Path
+    """The run directory."""
+    checkpoints: Checkpoints
+    uploader: HubUploader | None
+    profiler: UpdateProfiler
+    progress: ProgressReporter
+    trackers: RunTrackers | None = None
+    """None until they are started, after a checkpoint was seen to fit."""
 
 
 class Trainer:
@@ -93,54 +119,70 @@ class Trainer:
         check_frozen_settings(task, config, train_data, val_data)
         self.accelerator = create_accelerator(config, find_unused=learns_in_parts(task, config))
         self.input_size = image_shape(train_data, config)
-        classes = check_classes(task.get_eval_model(), val_data if config.unlabelled else train_data)
-        mixer = TargetMixer(
-            config, classes or count_logits(task.get_eval_model(), self.input_size), smooths=not smooths_labels(task)
-        )
+        model = eval_model(task)
+        classes = check_classes(model, val_data if config.unlabelled else train_data)
+        mixer = TargetMixer(config, classes or count_logits(model, self.input_size), smooths=not smooths_labels(task))
         check_first_labels(mixer.num_classes, mixer.mixes, train_data, val_data)
         self.checkpoint = find_resumed(config, self.accelerator)
         config = find_batch_size(
             self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint
         )
         if config.lr_base is not None:
-            images = config.batch_size * config.grad_accum_steps * self.accelerator.num_processes
+            images = known_batch_size(config) * config.grad_accum_steps * self.accelerator.num_processes
             config = replace(config, lr=base_lr(config, images))
         self.config = config
-        self.caches = []
+        self.caches: list[FeatureCache] = []
         if config.cache_features:
             self.caches = [FeatureCache(train_data), FeatureCache(val_data, full_precision=True)]
-        data = self.caches or [train_data, val_data]
+        data: Sequence[Dataset] = self.caches or [train_data, val_data]
         self.batches = train_batches(data[0], config, self.accelerator)
         self.val_batches = ValBatches(data[1], config, self.accelerator)
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
-        if isinstance(task.get_eval_model(), SelfDistillModel):
-            task.get_eval_model().early_exit = None  # thresholds of the weights as they are now
+        if isinstance(model, SelfDistillModel):
+            model.early_exit = None  # thresholds of the weights as they are now
         self.state = TrainState(
             self.batches.global_batch,
             self.batches.epoch_images,
             frozen_digest(task),
-            name_classes(task.get_eval_model(), train_data, val_data),
+            name_classes(model, train_data, val_data),
             (getattr(val_data, "source", None) or {}).get("drawn_from") or "",
         )
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         self.epochs = self.update.epochs
         self._check_start()
         check_pushable(config, self.eval_model)
-        self.output = check_run(config, self.accelerator, self.checkpoint)
+        self.planned_output = check_run(config, self.accelerator, self.checkpoint)
+        self.opened: OpenedRun | None = None
         self.interval = Interval(config.checkpoint_interval)
         self.pictures = Interval(PICTURE_INTERVAL)
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
         self.saved = SavedModels(
-            self.output, config, self.accelerator, train_data, val_data, image_shape(val_data, config)
+            self.planned_output or OWN_FOLDER,  # `fit` tells it where the run is
+            config,
+            self.accelerator,
+            train_data,
+            val_data,
+            image_shape(val_data, config),
         )
-        self.checkpoints: Checkpoints | None = None
         self.lr = self._lr()
 
     @property
     def eval_model(self) -> nn.Module:
         """What is evaluated and saved: the model, or its moving average."""
-        return self.update.trained_model
+        return self.update.eval_model
+
+    @property
+    def output(self) -> Path | None:
+        """The run directory; None before `fit` where that chooses its name."""
+        return self.opened.output if self.opened else self.planned_output
+
+    @property
+    def run(self) -> OpenedRun:
+        """From the beginning of `fit` on."""
+        if self.opened is None:
+            raise RuntimeError("there is no run directory yet; fit makes it")
+        return self.opened
 
     def fit(self) -> TrainResult:
         """Train, evaluate and save. SIGINT and SIGTERM end it early, with a checkpoint.
@@ -150,7 +192,7 @@ class Trainer:
             ValueError: the model cannot be saved (found before the first step), or an image cannot be read.
         """
         with sharing_failures(self.accelerator):
-            self._open_run()
+            self.opened = run = self._open_run()
             ended = False
             try:
                 self._start()
@@ -162,34 +204,39 @@ class Trainer:
             finally:
                 upload = self._finish(ended)
         return TrainResult(
-            self.output, self.state.history, summary, None if summary else self.interrupt.received, upload
+            run.output, self.state.history, summary, None if summary else self.interrupt.received, upload
         )
 
-    def _open_run(self) -> None:
-        """Make the run directory, to which nothing was written so far."""
-        if self.checkpoints is None:
-            self.output = self.saved.output = open_run(self.config, self.accelerator, self.checkpoint)
-            self.checkpoints = Checkpoints(self.output / "checkpoints", self.config.checkpoint_hist)
-        self.uploader = create_uploader(self.config, self.output, self.accelerator, self.epochs)
-        self.profiler = UpdateProfiler(self.accelerator, self.config.profile, self.output / "profile")
-        self.progress = ProgressReporter(
-            self.updates_per_epoch * self.epochs, self.state.updates, self.accelerator.is_main_process
+    def _open_run(self) -> OpenedRun:
+        """Make the run directory, to which nothing was written so far; of an earlier `fit` take what is there."""
+        config, accelerator = self.config, self.accelerator
+        if self.opened:
+            output, checkpoints = self.opened.output, self.opened.checkpoints
+        else:
+            output = self.saved.output = open_run(config, accelerator, self.checkpoint)
+            checkpoints = Checkpoints(output / "checkpoints", config.checkpoint_hist)
+        return OpenedRun(
+            output,
+            checkpoints,
+            create_uploader(config, output, accelerator, self.epochs),
+            UpdateProfiler(accelerator, config.profile, output / "profile"),
+            ProgressReporter(self.updates_per_epoch * self.epochs, self.state.updates, accelerator.is_main_process),
         )
-        self.trackers: RunTrackers | None = None
 
     def _start(self) -> None:
         """All that comes before the first update."""
+        run = self.run
         if self.checkpoint:
             self._resume(self.checkpoint)
-            self.progress.resume(self.state.updates)
+            run.progress.resume(self.state.updates)
         if self.accelerator.is_main_process:
-            mark_launch(self.output)
-        self.trackers = RunTrackers(self.accelerator, self.config, self.output, resumed=self.checkpoint is not None)
+            mark_launch(run.output)
+        run.trackers = RunTrackers(self.accelerator, self.config, run.output, resumed=self.checkpoint is not None)
         if not self.checkpoint:
             self._save_model("last", None)
-        if self.uploader:
-            self.uploader.start()
-        self.update.settle(self.input_size)
+        if run.uploader:
+            run.uploader.start()
+        self.update.fix_gradient_order(self.input_size)
 
     def _finish(self, ended: bool) -> UploadResult | None:
         """End what runs beside the training.
@@ -197,85 +244,98 @@ class Trainer:
         Args:
             ended: False where an error is the end.
         """
+        run = self.run
         self.batches.end_workers()
         self.val_batches.end_workers()
-        self.checkpoints.wait()
-        drop_caches(self.caches, self.output, self.accelerator)
-        self.profiler.finish()
-        upload = self.uploader and self.uploader.finish(self.progress)
-        if self.trackers:
-            self.trackers.finish()
-        trained = self.checkpoint or self.checkpoints.newest or self.state.history
+        run.checkpoints.wait()
+        drop_caches(self.caches, run.output, self.accelerator)
+        run.profiler.finish()
+        upload = run.uploader.finish(run.progress) if run.uploader else None
+        if run.trackers:
+            run.trackers.finish()
+        trained = self.checkpoint or run.checkpoints.newest or self.state.history
         if not ended and not trained and self.accelerator.is_main_process:
-            release_run(self.output)
+            release_run(run.output)
         return upload
 
     def _train(self) -> dict[str, Any] | None:
         """Train to the end; the summary, or None where a request to stop came before."""
-        state, config = self.state, self.config
-        with self.progress, self.interrupt.listening():
+        run, state = self.run, self.state
+        with run.progress, self.interrupt.listening():
             if self.checkpoint:
-                self.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
+                run.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
             if state.epoch < self.epochs:
-                fill_caches(self.caches, self.update, self.output, config, self.progress, self.interrupt)
+                fill_caches(self.caches, self.update, run.output, self.config, run.progress, self.interrupt)
             while state.epoch < self.epochs and not self.interrupt.agreed:
                 if self._train_epoch():
                     self._finish_epoch()
             if state.epoch < self.epochs:
                 self._save_checkpoint()
-                self.checkpoints.wait()
+                run.checkpoints.wait()
                 self._draw_missing()
                 return None
         summary = self._summarize()
-        if self.accelerator.is_main_process:
-            self.trackers.log_pictures(self.output, state.updates)
-        if self.uploader:
-            self.uploader.push("best", f"Best model of {self.epochs} epochs")
+        if self.accelerator.is_main_process and run.trackers:
+            run.trackers.log_pictures(run.output, state.updates)
+        if run.uploader:
+            run.uploader.push("best", f"Best model of {self.epochs} epochs")
         return summary
 
     def _resume(self, checkpoint: Path) -> None:
-        restore(*self._run_parts(), read_checkpoint(checkpoint))
+        run = self.run
+        restore(
+            accelerator=self.accelerator,
+            task=self.update.wrapped,
+            optimizer=self.update.optimizer,
+            batches=self.batches,
+            state=self.state,
+            config=self.config,
+            snapshot=read_checkpoint(checkpoint),
+        )
         if self.accelerator.is_main_process:
-            remove_features(self.output)
-            self.checkpoints.set_newer_aside(checkpoint)
+            remove_features(run.output)
+            run.checkpoints.set_newer_aside(checkpoint)
             try:
-                write_config(self.config, self.output)
+                write_config(self.config, run.output)
                 if self.saved.take_over(checkpoint.parent.parent, self.state.epoch):
                     self.state.best_epoch = self.saved.best_epoch or self.state.best_epoch
                 else:
                     self.state.best_metric, self.state.best_epoch = float("-inf"), 0
             except OSError as error:
-                warn_unwritten(self.output, error)
+                warn_unwritten(run.output, error)
         self.update.set_schedule(self._position())
-        self.update.repeat_epochs({row["epoch"]: self._deciding(of_columns(row)) for row in self.state.history})
+        epochs = {row["epoch"]: of_columns(row) for row in self.state.history}
+        self.update.repeat_epochs(
+            {epoch: self._deciding(metrics) if metrics else None for epoch, metrics in epochs.items()}
+        )
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> list[ExitMetrics]:
         """Accuracy of every exit and of the ensemble on the validation data, or where these have no labels, how often
         each agrees with the deepest; call it on every process."""
+        return self._measure().metrics
+
+    def _measure(self) -> Evaluation:
+        """See `evaluate`."""
+        labelled = self.saved.val_labelled
         classes = self.update.mixer.num_classes
-        batches = (
-            self.update.to_device(x, check_indices(y, classes) if self.saved.val_labelled else y)
-            for x, y in self.val_batches
-        )
-        metrics, self.saved.val_images = measure_exits(
-            self.eval_model, batches, self.accelerator, self.saved.val_labelled
-        )
+        batches = (self.update.to_device(x, check_indices(y, classes) if labelled else y) for x, y in self.val_batches)
+        metrics, images = measure_exits(self.eval_model, batches, self.accelerator, labelled)
         unreadable = self._sum(self.val_batches.unreadable)
         if unreadable and self.accelerator.is_main_process:
-            warnings.warn(f"{unreadable} validation images cannot be read and are left out", stacklevel=2)
-        return metrics
+            warnings.warn(f"{unreadable} validation images cannot be read and are left out", stacklevel=3)
+        return Evaluation(metrics, images)
 
     def _train_epoch(self) -> bool:
         """Train what is left of the epoch; False if a request to stop came before its end."""
-        state, config = self.state, self.config
+        run, state, config = self.run, self.state, self.config
         self.update.train(state.epoch)
         batches = self.batches.batches(state.epoch, state.images)
-        images_per_batch = config.batch_size * self.accelerator.num_processes
-        began, first_image, pending, replaced = time.perf_counter(), state.images, [], 0
+        began, first_image, replaced = time.perf_counter(), state.images, 0
+        pending: list[tuple[int, Losses]] = []
         while group := list(islice(batches, config.grad_accum_steps)):
             state.updates += 1
-            state.images += len(group) * images_per_batch
+            state.images += len(group) * self.batches.global_batch
             self.lr = self._lr()
             losses = self.update(group, state.epoch, state.updates, self._position())
             replaced += sum(int(flags.sum()) for *_, flags in group)
@@ -284,8 +344,8 @@ class Trainer:
             else:
                 pending.append((state.updates, losses))
             self.rate = (state.images - first_image) / (time.perf_counter() - began)
-            self.progress.advance()
-            self.profiler.step()
+            run.progress.advance()
+            run.profiler.step()
             overdue = self.interrupt.agree(state.updates, self.interval.is_overdue())
             save = overdue or self.interval.is_due(state.updates)
             if save or len(pending) == config.log_interval:
@@ -318,7 +378,7 @@ class Trainer:
             for name, value in present.items():
                 found[name].append(value)
         means = {name: sum(column) / len(column) for name, column in found.items()}
-        self.progress.note(state.epoch, self.epochs, means["loss"], self.rate)
+        self.run.progress.note(state.epoch, self.epochs, means["loss"], self.rate)
         self._track({f"train_{name}": value for name, value in means.items()})
 
     def _sum(self, number: int) -> int:
@@ -327,70 +387,71 @@ class Trainer:
 
     def _track(self, values: dict[str, float]) -> None:
         more = {"lr": self.lr, "images_per_second": self.rate, "memory_gib": memory_gib(self.accelerator.device)}
-        self.trackers.log({**values, **more}, self.state.updates)
+        if self.run.trackers:
+            self.run.trackers.log({**values, **more}, self.state.updates)
 
     def _check_finite(self, losses: list[float], update: int, what: str) -> None:
         for loss in losses:
             if not math.isfinite(loss):
-                self.checkpoints.wait()
+                checkpoints = self.run.checkpoints
+                checkpoints.wait()
                 raise diverged(
-                    f"the {what} is {loss} at update {update} (epoch {self.state.epoch + 1})", self.checkpoints.newest
+                    f"the {what} is {loss} at update {update} (epoch {self.state.epoch + 1})", checkpoints.newest
                 )
 
     def _finish_epoch(self) -> None:
         """Evaluate, record and save, while the images of the next epoch are being loaded."""
-        state, accelerator = self.state, self.accelerator
+        run, state, accelerator = self.run, self.state, self.accelerator
         is_last = state.epoch + 1 == self.epochs
         if not is_last:
             self.batches.start(state.epoch + 1)
         if accelerator.num_processes > 1:
-            distribute_bn(
-                trained_part(self.update.trained_model),
-                accelerator.num_processes,
-                reduce=self.config.dist_bn == "reduce",
-            )
+            reduce = self.config.dist_bn == "reduce"
+            distribute_bn(trained_part(self.eval_model), accelerator.num_processes, reduce=reduce)
         if (state.epoch + 1) % self.config.val_interval and not is_last:
             self._pass_epoch()
             return
-        self.metrics = metrics = self.evaluate()
+        measured = self._measure()
+        self.metrics, self.saved.val_images = measured.metrics, measured.images
+        metrics, deciding = measured.metrics, self._deciding(measured.metrics)
         self._check_finite([metric.loss for metric in metrics], state.updates, "validation loss")
         row = state.end_epoch(self.lr, as_columns(metrics))
-        self.update.end_epoch(state.epoch, self._deciding(metrics))
-        self.progress.say(
+        self.update.end_epoch(state.epoch, deciding)
+        run.progress.say(
             f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  "
             f"{'top-1' if self.saved.val_labelled else 'agreement with the deepest'} "
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
-            + f"  {self.rate:,.0f} images/s  left {self.progress.time_left()}"
-            + state.troubles()
+            + f"  {self.rate:,.0f} images/s  left {run.progress.time_left()}"
+            + state.left_out_note()
         )
         self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
-        metric = self._deciding(metrics) * (-1 if self.config.eval_metric == "loss" else 1)
+        metric = deciding * (-1 if self.config.eval_metric == "loss" else 1)
         self._save_model("last", metrics)
-        is_best = metric > state.best_metric or not (self.output / "best").exists()  # as when resumed elsewhere
+        is_best = metric > state.best_metric or not (run.output / "best").exists()  # as when resumed elsewhere
         is_best = is_best and self._save_model("best", metrics)
         if is_best:
             state.best_metric, state.best_epoch = metric, state.epoch
         if accelerator.is_main_process:
-            report_history(self.output, state.history, self.saved.val_labelled, picture=False)
-            if self.pictures.is_overdue() or (self.uploader and self.uploader.pushes(state.epoch, is_best)):
+            report_history(run.output, state.history, self.saved.val_labelled, picture=False)
+            if self.pictures.is_overdue() or (run.uploader and run.uploader.pushes(state.epoch, is_best)):
                 self._draw_missing()
         self._save_checkpoint()
-        if self.uploader:
-            self.uploader.finish_epoch(state.epoch, is_best, self.progress)
+        if run.uploader:
+            run.uploader.finish_epoch(state.epoch, is_best, run.progress)
 
     def _pass_epoch(self) -> None:
         """Go to the next epoch without a look at this one."""
-        state = self.state
+        state, progress = self.state, self.run.progress
         row = state.end_epoch(self.lr, {})
         self.update.end_epoch(state.epoch, None)
-        self.progress.say(
+        progress.say(
             f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  {self.rate:,.0f} images/s"
-            f"  left {self.progress.time_left()}" + state.troubles()
+            f"  left {progress.time_left()}" + state.left_out_note()
         )
 
-    def _deciding(self, metrics: list[ExitMetrics]) -> float | None:
-        """The eval_metric of an epoch; None where it was not measured."""
-        return deciding_metric(metrics, is_frozen(self.eval_model), self.config.eval_metric) if metrics else None
+    def _deciding(self, metrics: list[ExitMetrics]) -> float:
+        """The eval_metric of an epoch that was measured."""
+        return deciding_metric(metrics, is_frozen(self.eval_model), self.config.eval_metric)
 
     def _check_start(self) -> None:
         """Let a run begin with the epoch that it was told.
@@ -409,13 +470,16 @@ class Trainer:
 
     def _summarize(self) -> dict[str, Any]:
         """Write summary.json and exits.png; the same answer on every process, one of which measures the speed-ups."""
-        metrics = self.metrics or self.evaluate()
+        metrics, output = self.metrics, self.run.output
+        if not metrics:  # of a run that is resumed at its end
+            measured = self._measure()
+            metrics, self.saved.val_images = measured.metrics, measured.images
         answer: list[Any] = [None]
         if self.accelerator.is_main_process:
             state = self.state
             if "best" in self.saved.save_missing(self.eval_model, state.epoch, metrics):
                 state.best_epoch = state.epoch
-            report_history(self.output, state.history, self.saved.val_labelled)
+            report_history(output, state.history, self.saved.val_labelled)
             row = next(row for row in state.history if row["epoch"] == state.best_epoch)
             best = state.best_epoch, of_columns(row)
             answer = [self.saved.summarize(self.eval_model, best, (state.epoch, metrics))]
@@ -424,7 +488,7 @@ class Trainer:
     def _draw_missing(self) -> None:
         """The pictures of the epochs so far."""
         if self.accelerator.is_main_process and self.state.history:
-            report_history(self.output, self.state.history, self.saved.val_labelled)
+            report_history(self.run.output, self.state.history, self.saved.val_labelled)
             self.saved.draw_missing()
             self.pictures.restart()
 
@@ -433,19 +497,22 @@ class Trainer:
         return self.accelerator.is_main_process and self.saved.save(name, self.eval_model, self.state.epoch, metrics)
 
     def _save_checkpoint(self) -> None:
-        snapshot = take_snapshot(*self._run_parts())
+        snapshot = take_snapshot(
+            accelerator=self.accelerator,
+            task=self.update.wrapped,
+            optimizer=self.update.optimizer,
+            batches=self.batches,
+            state=self.state,
+            config=self.config,
+        )
         if snapshot:
-            self.checkpoints.write(snapshot, self.state.updates)
+            self.run.checkpoints.write(snapshot, self.state.updates)
         self.interval.restart()
 
     def _position(self) -> int:
         """Of the schedule: updates that are behind us, had all epochs been as long as this one."""
         state, accumulated = self.state, self.state.global_batch * self.config.grad_accum_steps
         return state.epoch * self.updates_per_epoch + -(-state.images // accumulated)
-
-    def _run_parts(self) -> tuple[Any, ...]:
-        """The first arguments of `take_snapshot` and `restore`."""
-        return self.accelerator, self.update.task, self.update.optimizer, self.batches, self.state, self.config
 
     def _lr(self) -> float:
         """Of the next update, where neither layer_decay nor head_lr_scale changes it."""

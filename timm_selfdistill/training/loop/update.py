@@ -6,9 +6,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import find_executable_batch_size, release_memory, send_to_device, set_seed
 from timm.layers import convert_sync_batchnorm
 from timm.scheduler import PlateauLRScheduler
@@ -27,13 +29,14 @@ from ..data.transforms import TargetMixer, view_by_view
 from ..state.checkpoint import read_settings
 from ..state.snapshot import get_random_states, plain, set_random_states
 from ..state.trained import freeze_teacher, trained_part
+from .networks import eval_model, self_distill_model, trainable_model
 from .optimizer import create_optimizer, create_schedule
 
 MOST_SKIPPED = 10
 """Updates in a row that `on_nan="skip"` leaves out before it gives up."""
 
 Losses = dict[str, Tensor]
-Input = Tensor | BackboneOutput
+Input = TypeVar("Input", Tensor, BackboneOutput)
 """Images, or what a frozen backbone gave for them."""
 
 
@@ -41,7 +44,8 @@ class Updater:
     """Makes updates from batches; nothing in it waits for a GPU, but for fp16's loss scale and `on_nan="skip"`.
 
     Args:
-        task: as Accelerate prepared it.
+        task: timm's, as it is.
+        wrapped: what Accelerate made of it; forward passes go through this.
         schedule: of the learning rate; None is constant.
         epochs: of the run.
         updates_per_epoch: at full length.
@@ -50,8 +54,9 @@ class Updater:
     def __init__(
         self,
         accelerator: Accelerator,
-        task: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        task: TrainingTask,
+        wrapped: nn.Module,
+        optimizer: AcceleratedOptimizer,
         schedule: Scheduler | None,
         mixer: TargetMixer,
         config: TrainConfig,
@@ -59,9 +64,8 @@ class Updater:
         updates_per_epoch: int,
     ):
         self.epochs, self.updates_per_epoch = epochs, updates_per_epoch
-        self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
+        self.accelerator, self.task, self.wrapped, self.optimizer = accelerator, task, wrapped, optimizer
         self.schedule, self.mixer, self.config = schedule, mixer, config
-        self.plain_task: TrainingTask = plain(accelerator, task)
         self.skipped_in_a_row = 0
 
     def __call__(self, group: list[Batch], epoch: int, update: int, position: int) -> Losses | None:
@@ -91,20 +95,20 @@ class Updater:
             self._leave_out(update, buffers)
             return None
         self.skipped_in_a_row = 0
-        self.plain_task.update_ema(step=update)
+        self.task.update_ema(step=update)
         return losses
 
     @property
-    def trained_model(self) -> nn.Module:
-        """What is to be evaluated and saved: the model, or its moving average."""
-        model = self.plain_task.get_eval_model(ema=self.config.model_ema)
+    def eval_model(self) -> nn.Module:
+        """What is to be evaluated and saved: the model, or its moving average; without what wraps it."""
+        model = eval_model(self.task, average=self.config.model_ema)
         return plain(self.accelerator, getattr(model, "module", model))
 
     def train(self, epoch: int) -> None:
         """Go on with training; the first epochs may be of classifiers alone."""
-        self.task.train()
+        self.wrapped.train()
         if self.config.head_warmup_epochs:
-            self.plain_task.get_trainable_module().train_classifiers_alone(epoch < self.config.head_warmup_epochs)
+            self_distill_model(self.task).train_classifiers_alone(epoch < self.config.head_warmup_epochs)
 
     def set_schedule(self, position: int) -> None:
         """The learning rate for the update after this one."""
@@ -125,23 +129,24 @@ class Updater:
         if isinstance(self.schedule, PlateauLRScheduler):
             self.schedule.step(epoch, metric)
 
-    def repeat_epochs(self, metrics: dict[int, float]) -> None:
+    def repeat_epochs(self, metrics: dict[int, float | None]) -> None:
         """Likewise of all epochs of a run that is resumed, from the beginning."""
         if isinstance(self.schedule, PlateauLRScheduler) and metrics:
             self.schedule.update_groups(self.schedule.base_values)
             for epoch, metric in metrics.items():
                 self.schedule.step(epoch, metric)
 
-    def settle(self, input_size: tuple[int, int, int]) -> None:
+    def fix_gradient_order(self, input_size: tuple[int, int, int]) -> None:
         """Two passes that leave no trace but in DistributedDataParallel, which puts its gradients in another order
         after the first: with more than two processes the first sums of a resumed run would differ in rounding."""
         if self.accelerator.num_processes <= 2:
             return
         states, buffers = get_random_states(), self._copy_buffers()
-        x = torch.randn(self.config.batch_size, *input_size, generator=torch.Generator().manual_seed(0))
+        images = known_batch_size(self.config)
+        x = torch.randn(images, *input_size, generator=torch.Generator().manual_seed(0))
         y = torch.zeros(len(x), dtype=torch.long)
         for _ in range(2):
-            self.accelerator.backward(self.task(*self.mixer(*self.to_device(x, y), epoch=0))["loss"])
+            self.accelerator.backward(self.wrapped(*self.mixer(*self.to_device(x, y), epoch=0))["loss"])
             self.optimizer.zero_grad()
         set_random_states(states)
         self._put_back(buffers)
@@ -152,9 +157,9 @@ class Updater:
     def _backward(self, group: list[Batch], epoch: int) -> Losses:
         losses: Losses = {}
         for index, (x, y, _) in enumerate(group):
-            x, y = self.mixer(*self.to_device(*view_by_view(x, self.mixer.check(y))), epoch)
-            with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.task):
-                result = self.task(x, y)
+            images, target = self.mixer(*self.to_device(*view_by_view(x, self.mixer.check(y))), epoch)
+            with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.wrapped):
+                result = self.wrapped(images, target)
                 self.accelerator.backward(result["loss"] / len(group))
             for name in (key for key in result if key.endswith("loss")):
                 losses[name] = losses.get(name, 0) + result[name].detach().float() / len(group)
@@ -168,16 +173,16 @@ class Updater:
             return True
         limit = float("inf") if self.config.clip_grad is None else self.config.clip_grad
         if self.config.clip_mode == "norm" or self.config.clip_grad is None:
-            norm = self.accelerator.clip_grad_norm_(self.task.parameters(), limit)
+            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
             return not watch or bool(norm.isfinite())
         self.accelerator.unscale_gradients()
-        parameters = list(self.plain_task.get_clip_parameters(exclude_head=self.config.clip_mode == "agc"))
+        parameters = list(self.task.get_clip_parameters(exclude_head=self.config.clip_mode == "agc"))
         dispatch_clip_grad(parameters, limit, mode=self.config.clip_mode)
-        return not watch or all(bool(p.grad.isfinite().all()) for p in self.task.parameters() if p.grad is not None)
+        return not watch or all(bool(p.grad.isfinite().all()) for p in self.wrapped.parameters() if p.grad is not None)
 
     def _copy_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Batch norm's statistics, which a forward pass has changed before anyone sees its loss."""
-        return [(buffer, buffer.clone()) for buffer in self.plain_task.get_trainable_module().buffers()]
+        return [(buffer, buffer.clone()) for buffer in trainable_model(self.task).buffers()]
 
     def _leave_out(self, update: int, buffers: list[tuple[Tensor, Tensor]]) -> None:
         self.skipped_in_a_row += 1
@@ -213,7 +218,7 @@ def create_updater(
     """
     set_seed(mixed_seed(config.seed, accelerator.process_index))
     freeze_teacher(task)
-    model = task.get_trainable_module()
+    model = trainable_model(task)
     if config.head_warmup_epochs and not (isinstance(model, SelfDistillModel) and not model.freeze_backbone):
         raise ValueError("head_warmup_epochs is for shallow classifiers on a backbone that learns with them later")
     _prepare_batch_norm(accelerator, model, config)
@@ -224,12 +229,10 @@ def create_updater(
         model.compile(backend=backend, mode=config.torchcompile_mode)
     optimizer = create_optimizer(model, config)
     schedule, epochs = create_schedule(optimizer, config, updates_per_epoch)
-    updater = Updater(
-        accelerator, *accelerator.prepare(task, optimizer), schedule, mixer, config, epochs, updates_per_epoch
-    )
+    wrapped, wrapped_optimizer = accelerator.prepare(task, optimizer)
     if config.model_ema:
-        updater.plain_task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-    return updater
+        task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+    return Updater(accelerator, task, wrapped, wrapped_optimizer, schedule, mixer, config, epochs, updates_per_epoch)
 
 
 def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
@@ -286,6 +289,17 @@ def find_batch_size(
     return replace(config, batch_size=found)
 
 
+def known_batch_size(config: TrainConfig) -> int:
+    """Images of a forward pass of a process: a number, once `find_batch_size` has found it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if isinstance(config.batch_size, str):
+        raise ValueError(f"batch_size is {config.batch_size} still; find_batch_size makes a number of it")
+    return config.batch_size
+
+
 def search(attempt: Callable[[int], None], most: int) -> int:
     """The largest power of two, up to `LARGEST` and `most`, at which a call does not run out of memory; 0 if none."""
     size = LARGEST
@@ -332,7 +346,7 @@ def try_updates(
     states, device = get_random_states(), accelerator.device
     try:
         trial = copy.deepcopy(task).to(device).train()
-        model = trial.get_trainable_module()
+        model = trainable_model(trial)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         optimizer = create_optimizer(model, config)
@@ -343,9 +357,9 @@ def try_updates(
             held = [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
         for _ in range(2):
             x, y = torch.randn(batch_size, *input_size), torch.randint(mixer.num_classes, (batch_size,))
-            x, y = mixer(*to_device(x, y, device, config.channels_last), epoch=0)
+            images, target = mixer(*to_device(x, y, device, config.channels_last), epoch=0)
             with accelerator.autocast():
-                loss = trial(x, y)["loss"]
+                loss = trial(images, target)["loss"]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

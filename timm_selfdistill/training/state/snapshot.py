@@ -56,7 +56,7 @@ class TrainState:
     draws: str = DRAWS
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def troubles(self) -> str:
+    def left_out_note(self) -> str:
         """How many images and updates were left out, for the line of an epoch."""
         return (f"  images replaced {self.replaced_samples}" if self.replaced_samples else "") + (
             f"  updates left out {self.skipped_updates}" if self.skipped_updates else ""
