@@ -29,7 +29,9 @@ from ..hub.trust import short
 from ..model import SelfDistillModel
 from ..task import SelfDistillTask
 from ..timm_model import as_timm
+from ..training.data.kinds import ImageSource
 from ..training.data.loaders import MeasuredImages
+from ..training.data.splits import ImageDataset
 from ..training.outputs.run_directory import write_json
 from ..training.runtime.accelerator import device_name
 from ..version import __version__
@@ -177,7 +179,7 @@ COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": 
 def _open(
     args: argparse.Namespace,
     names: list[str],
-) -> tuple[dict[str, tuple[nn.Module, MeasuredImages, Record]], dict[str, Any]]:
+) -> tuple[dict[str, tuple[nn.Module, MeasuredImages[ImageDataset], Record]], ImageSource]:
     """Models on their device, by the names that they were given, with the images as each takes them and its record; and
     where the images come from, see `ImageSplits.source`. The folder of --output is made. What is wrong with any model
     is found before the first is measured."""
@@ -220,7 +222,7 @@ def _task(name: str, model: nn.Module, record: Record) -> TrainingTask:
 
 def _write_history(
     args: argparse.Namespace,
-    data: dict[str, Any],
+    data: ImageSource,
     histories: dict[str, dict[int, GradientReport]],
     figures: Callable[[str, GradientReport], dict[str, Any]],
 ) -> int:
@@ -256,7 +258,7 @@ def _figures(reports: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(
-    args: argparse.Namespace, data: dict[str, Any], stem: str, models: dict[str, Any], draw: Callable[[Path], None]
+    args: argparse.Namespace, data: ImageSource, stem: str, models: dict[str, Any], draw: Callable[[Path], None]
 ) -> int:
     """The figures of each model as JSON, with what they were measured on, and their picture.
 

@@ -39,6 +39,7 @@ from .saved import saved_model
 
 BUDGET_NOT_MET = 1
 """Exit code of a calibration that could not keep what was asked for."""
+Measured = MeasuredImages[ImageDataset]
 
 
 def add_parsers(commands: Any) -> None:
@@ -121,7 +122,7 @@ def calibrate(args: argparse.Namespace) -> int:
     metrics = hub.read_metrics(hub.fetch_model(args.model, revision=record.revision, only_config=True))
     if any(getattr(args, name) is not None for name in PREPROCESSING_FLAGS):
         metrics = without_accuracy(metrics)  # which is that of other preprocessing
-    model.save_pretrained(output, metrics=metrics, check=False, data_config=_data_set(loader).data_config)
+    model.save_pretrained(output, metrics=metrics, check=False, data_config=loader.data.data_config)
     print(f"saved in {output}; use it with EarlyExit(SelfDistillModel.from_pretrained({str(output)!r}))")
     return 0
 
@@ -151,7 +152,7 @@ def tradeoff(args: argparse.Namespace) -> int:
     name = model_name(model)
     hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline)
     chosen = choose_images(output, columns=10)
-    config = _data_set(loader).data_config or {}
+    config = loader.data.data_config or {}
     pictures = {
         position: _as_picture(config, loader.data[loader.kept[position]][0])
         for row in chosen.values()
@@ -196,35 +197,28 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data_set(loader: MeasuredImages) -> ImageDataset:
-    """The images, as `open_data` has found them."""
-    if not isinstance(loader.data, ImageDataset):
-        raise TypeError(f"expected the images of open_data, got {type(loader.data).__name__}")
-    return loader.data
-
-
-def _measured(loader: MeasuredImages) -> dict[str, Any]:
+def _measured(loader: Measured) -> dict[str, Any]:
     """Where images come from, see `ImageSplits.source`, and how many there are."""
-    return {**(_data_set(loader).source or {}), "images": len(loader.kept)}
+    return {**(loader.data.source or {}), "images": len(loader.kept)}
 
 
-def _say_calibrated(model: SelfDistillModel, loader: MeasuredImages) -> None:
+def _say_calibrated(model: SelfDistillModel, loader: Measured) -> None:
     if (model.early_exit or {}).get("dataset") == _measured(loader):
         print("the thresholds for early exit were chosen on these images, so its accuracy on others may be lower")
 
 
-def _input_size(loader: MeasuredImages) -> tuple[int, int, int]:
+def _input_size(loader: Measured) -> tuple[int, int, int]:
     channels, height, width = next(iter(loader))[0].shape[1:]
     return channels, height, width
 
 
-def _say_unreadable(loader: MeasuredImages) -> None:
+def _say_unreadable(loader: Measured) -> None:
     if loader.unreadable:
         images = "1 image" if loader.unreadable == 1 else f"{loader.unreadable} images"
         print(f"{images} could not be read: left out")
 
 
-def _evaluate(model: nn.Module, loader: MeasuredImages) -> list[dict[str, Any]]:
+def _evaluate(model: nn.Module, loader: Measured) -> list[dict[str, Any]]:
     """A row per exit: accuracy and cost."""
     device = next(model.parameters()).device
     meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, device)
@@ -234,7 +228,7 @@ def _evaluate(model: nn.Module, loader: MeasuredImages) -> list[dict[str, Any]]:
     return merge_rows(meter.compute(meter.totals), exit_costs(model, _input_size(loader)))
 
 
-def _evaluate_early_exit(early_exit: EarlyExit, loader: MeasuredImages) -> dict[str, Any]:
+def _evaluate_early_exit(early_exit: EarlyExit, loader: Measured) -> dict[str, Any]:
     """The row of early exit; its speed is that of one batch of the images."""
     output, labels = predict_all(early_exit, loader)
     meter = ExitMeter(1, torch.device("cpu"))

@@ -19,7 +19,7 @@ from ..timm_model import as_timm
 from ..training import ImageSplits, model_data_config
 from ..training.data.labels import listed
 from ..training.data.loaders import MeasuredImages
-from ..training.data.splits import REORDERED, match_classes
+from ..training.data.splits import REORDERED, ImageDataset, match_classes
 from ..training.loop.initial_weights import find_config
 from ..training.state.checkpoint import WEIGHTS_FILE, find_damage, list_checkpoints
 from ..truncated import load_pretrained
@@ -129,7 +129,9 @@ def read_data(args: argparse.Namespace, record: Record, *others: Record) -> Imag
     return images
 
 
-def open_data(model: nn.Module, record: Record, images: ImageSplits, args: argparse.Namespace) -> MeasuredImages:
+def open_data(
+    model: nn.Module, record: Record, images: ImageSplits, args: argparse.Namespace
+) -> MeasuredImages[ImageDataset]:
     """The validation images as a model takes them; a line says which preprocessing was given by hand.
 
     Raises:
@@ -145,6 +147,8 @@ def open_data(model: nn.Module, record: Record, images: ImageSplits, args: argpa
             f" {listed(images.class_names)}; give images of its classes"
         )
     _, val_data = images.transformed(preprocessing(model, record, args))
+    if not isinstance(val_data, ImageDataset):
+        raise TypeError(f"a command measures images with an order, got {type(val_data).__name__}")
     on_bad_sample = args.on_bad_sample or record.settings.get("on_bad_sample")
     return MeasuredImages(val_data, args.batch_size, args.workers, "skip" if on_bad_sample == "skip" else "raise")
 

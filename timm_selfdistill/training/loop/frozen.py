@@ -3,7 +3,7 @@
 import os
 import shutil
 import warnings
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from errno import ENOSPC
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 from ...output import BackboneOutput
 from ...task import SelfDistillTask
 from ..config import TrainConfig
+from ..data.kinds import IndexedImages, RunImages
 from ..data.labels import is_labelled
 from ..data.loaders import end_workers, loader_settings
 from ..data.sampling import Draw, TrainImages
@@ -43,7 +44,7 @@ def learns_in_parts(task: TrainingTask, config: TrainConfig) -> bool:
     return config.head_warmup_epochs > 0 or features_alone
 
 
-def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: Dataset, val_data: Dataset) -> None:
+def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: RunImages, val_data: RunImages) -> None:
     """Raise where settings need a frozen backbone and there is none, or leave nothing to learn, or to learn from.
 
     Raises:
@@ -90,38 +91,26 @@ def _check_teaching(task: TrainingTask) -> None:
         )
 
 
-def _check_unchanging(train_data: Dataset, val_data: Dataset) -> None:
+def _check_unchanging(train_data: RunImages, val_data: RunImages) -> None:
     """Raise ValueError for images whose features cannot be kept: of a stream, or augmented, as the data set tells or
     some of its images show."""
-    if any(isinstance(data, IterableDataset) for data in (train_data, val_data)):
+    if isinstance(train_data, IterableDataset) or isinstance(val_data, IterableDataset):
         raise ValueError(
             "cache_features keeps the features of each image of a data set, which a stream is not; leave"
             " out streaming or cache_features"
         )
     augmented = getattr(train_data, "augmented", None)
     if augmented is None:
-        count = _length(train_data)
-        step = -(-count // IMAGES_READ)
+        step = -(-len(train_data) // IMAGES_READ)
         augmented = not all(
             torch.equal(*(TrainImages(train_data, "raise")[Draw(seed, index)][0] for seed in range(2)))
-            for index in range(0, count, step)
+            for index in range(0, len(train_data), step)
         )
     if augmented:
         raise ValueError(
             "cache_features keeps the features of each image, but the training images are augmented: not"
             " the same each time that they are read; make them with no_aug=True (--no-aug)"
         )
-
-
-def _length(data: Dataset) -> int:
-    """Images of a map-style data set.
-
-    Raises:
-        TypeError: it does not tell.
-    """
-    if not isinstance(data, Sized):
-        raise TypeError(f"cache_features needs data sets with a length, which {type(data).__name__} does not have")
-    return len(data)
 
 
 FOLDER = ".features"
@@ -154,13 +143,13 @@ class FeatureCache(Dataset):
         full_precision: without mixed precision, as validation is.
     """
 
-    def __init__(self, data: Dataset, full_precision: bool = False):
+    def __init__(self, data: IndexedImages, full_precision: bool = False):
         self.data, self.full_precision = data, full_precision
         self.files: list[TensorFile] = []
         self.tensors: list[Tensor] = []
 
     def __len__(self) -> int:
-        return _length(self.data)
+        return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor | BackboneOutput, Any]:
         if not self.files:
@@ -194,7 +183,8 @@ class FeatureCache(Dataset):
         rank, world = update.accelerator.process_index, update.accelerator.num_processes
         settings = loader_settings(config, update.accelerator) | {"persistent_workers": False}
         batch_size = known_batch_size(config)
-        loader = DataLoader(Subset(self.data, range(rank, len(self), world)), batch_size, **settings)
+        part = Subset(self, range(rank, len(self), world))  # not filled yet, so the images themselves
+        loader = DataLoader(part, batch_size, **settings)
         tensors, begin, batches = [file.open() for file in files], rank, iter(loader)
         try:
             for step in range(-(-len(self) // (world * batch_size))):
@@ -221,6 +211,14 @@ class FeatureCache(Dataset):
         with nullcontext() if self.full_precision else update.accelerator.autocast():
             maps, logits = self_distill_model(update.task).forward_backbone(x)
         return [*(value.cpu() for value in (*maps, logits)), label]
+
+
+def create_caches(config: TrainConfig, train_data: RunImages, val_data: RunImages) -> list[FeatureCache]:
+    """Those of training and validation images; none where features are not kept, and of streams, which
+    `check_frozen_settings` refuses then."""
+    if not config.cache_features or isinstance(train_data, IterableDataset) or isinstance(val_data, IterableDataset):
+        return []
+    return [FeatureCache(train_data), FeatureCache(val_data, full_precision=True)]
 
 
 def fill_caches(

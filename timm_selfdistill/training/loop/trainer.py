@@ -15,10 +15,10 @@ from accelerate.utils import broadcast_object_list
 from timm.task import TrainingTask
 from timm.utils import distribute_bn
 from torch import nn
-from torch.utils.data import Dataset
 
 from ...model import SelfDistillModel
 from ..config import TrainConfig
+from ..data.kinds import RunImages
 from ..data.labels import check_classes, check_first_labels, check_indices, name_classes, paired
 from ..data.loaders import ValBatches, check_counts, image_count, image_shape, train_batches
 from ..data.transforms import TargetMixer, smooths_labels
@@ -42,7 +42,7 @@ from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
 from ..state.checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from ..state.snapshot import TrainState, diverged, restore, take_snapshot
 from ..state.trained import frozen_digest, is_frozen, trained_part
-from .frozen import FeatureCache, check_frozen_settings, drop_caches, fill_caches, learns_in_parts, remove_features
+from .frozen import check_frozen_settings, create_caches, drop_caches, fill_caches, learns_in_parts, remove_features
 from .initial_weights import check_task
 from .networks import eval_model
 from .optimizer import base_lr
@@ -111,7 +111,9 @@ class Trainer:
         FileNotFoundError: there is nothing to resume.
     """
 
-    def __init__(self, task: TrainingTask, train_data: Dataset, val_data: Dataset, config: TrainConfig | None = None):
+    def __init__(
+        self, task: TrainingTask, train_data: RunImages, val_data: RunImages, config: TrainConfig | None = None
+    ):
         config = config or TrainConfig()
         check_task(task)
         check_counts(train_data, val_data)
@@ -131,10 +133,8 @@ class Trainer:
             images = known_batch_size(config) * config.grad_accum_steps * self.accelerator.num_processes
             config = replace(config, lr=base_lr(config, images))
         self.config = config
-        self.caches: list[FeatureCache] = []
-        if config.cache_features:
-            self.caches = [FeatureCache(train_data), FeatureCache(val_data, full_precision=True)]
-        data: Sequence[Dataset] = self.caches or [train_data, val_data]
+        self.caches = create_caches(config, train_data, val_data)
+        data: Sequence[RunImages] = self.caches or [train_data, val_data]
         self.batches = train_batches(data[0], config, self.accelerator)
         self.val_batches = ValBatches(data[1], config, self.accelerator)
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
