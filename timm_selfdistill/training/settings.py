@@ -3,6 +3,7 @@
 import re
 import textwrap
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 
@@ -45,9 +46,14 @@ def described_fields(config: Any) -> list[tuple[Field, Setting]]:
     return [(entry, entry.metadata["setting"]) for entry in fields(config) if "setting" in entry.metadata]
 
 
+@cache
+def _types(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
 def element_type(config: type, name: str) -> type:
     """The type of one value of a field: int of `int | None` and of `tuple[int, ...]`."""
-    found = get_type_hints(config)[name]
+    found = _types(config)[name]
     while get_args(found):
         found = next(part for part in get_args(found) if part not in (type(None), Ellipsis))
     return found
@@ -55,7 +61,7 @@ def element_type(config: type, name: str) -> type:
 
 def takes_several(config: type, name: str) -> bool:
     """Whether a field is a tuple."""
-    found = get_type_hints(config)[name]
+    found = _types(config)[name]
     return any(getattr(part, "__origin__", None) is tuple for part in (found, *get_args(found)))
 
 
