@@ -24,14 +24,14 @@ from ...task import SelfDistillTask
 from ..config import TrainConfig
 from ..data.kinds import IndexedImages, RunImages
 from ..data.labels import is_labelled
-from ..data.loaders import end_workers, loader_settings
+from ..data.loaders import end_workers, known_batch_size, loader_settings
 from ..data.sampling import Draw, TrainImages
 from ..runtime.accelerator import ask_main_process
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import ProgressReporter
 from ..state.trained import is_frozen
 from .networks import self_distill_model, trainable_model
-from .update import Updater, known_batch_size
+from .update import Updater
 
 IMAGES_READ = 16
 """Twice, to see whether they are the same."""

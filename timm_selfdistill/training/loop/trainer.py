@@ -20,7 +20,7 @@ from ...model import SelfDistillModel
 from ..config import TrainConfig
 from ..data.kinds import RunImages
 from ..data.labels import check_classes, check_first_labels, check_indices, name_classes, paired
-from ..data.loaders import ValBatches, check_counts, image_count, image_shape, train_batches
+from ..data.loaders import ValBatches, check_counts, image_count, image_shape, known_batch_size, train_batches
 from ..data.transforms import TargetMixer, smooths_labels
 from ..outputs.metrics import ExitMetrics, as_columns, count_logits, deciding_metric, measure_exits, of_columns
 from ..outputs.run_directory import (
@@ -46,7 +46,7 @@ from .frozen import check_frozen_settings, create_caches, drop_caches, fill_cach
 from .initial_weights import check_task
 from .networks import eval_model
 from .optimizer import base_lr
-from .update import Losses, create_updater, find_batch_size, known_batch_size
+from .update import Losses, create_updater, find_batch_size
 
 PICTURE_INTERVAL = "30s"
 """Between two drawings before the end of a run: they would take longer than the epochs of a small one."""

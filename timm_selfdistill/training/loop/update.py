@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from ...model import SelfDistillModel
 from ...output import BackboneOutput
 from ..config import TrainConfig
+from ..data.loaders import known_batch_size
 from ..data.sampling import Batch, mixed_seed
 from ..data.transforms import TargetMixer, view_by_view
 from ..state.checkpoint import read_settings
@@ -287,17 +288,6 @@ def find_batch_size(
         raise ValueError(f"not even a batch of {SMALLEST} images fits; try a smaller image size or grad_checkpointing")
     accelerator.print(f"batch size {found} per process, the largest power of two up to {LARGEST} that fits")
     return replace(config, batch_size=found)
-
-
-def known_batch_size(config: TrainConfig) -> int:
-    """Images of a forward pass of a process: a number, once `find_batch_size` has found it.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if isinstance(config.batch_size, str):
-        raise ValueError(f"batch_size is {config.batch_size} still; find_batch_size makes a number of it")
-    return config.batch_size
 
 
 def search(attempt: Callable[[int], None], most: int) -> int:
