@@ -16,7 +16,7 @@ from .conftest import EMBEDDED
 from .programs import HANGS, ROOT
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
-GUIDES = [page for page in PAGES if page != "docs/models.md"]  # which is a table of results
+GUIDES = [page for page in PAGES if page not in ("docs/models.md", "docs/architecture.md")]  # which have no blocks
 LOOPS = "docs/own_loop.md"
 QUICK = ["README.md", "docs/hub.md", "docs/install.md"]
 """Pages whose commands run in every test run; those of the others take long."""

@@ -8,9 +8,9 @@ import timm_selfdistill
 
 PACKAGE = Path(timm_selfdistill.__file__).parent
 ROOMS = [
-    ["version", "output", "stages", "heads", "cost", "summary", "loss"],
+    ["version", "timm_model", "output", "stages", "heads", "cost", "summary", "loss", "timm_methods"],
     ["hub"],
-    ["timm_methods", "truncated", "model"],
+    ["truncated", "model"],
     ["task"],
     ["models"],
     ["baselines"],
@@ -31,12 +31,21 @@ ORDER = {name: number for number, names in enumerate(ROOMS) for name in names}
 
 
 def imports(path: Path) -> dict[str, bool]:
-    """Modules of the package that a file imports, and whether it does when it is imported itself."""
+    """Modules of the package that a file imports, but for annotations alone, and whether it does when it is imported
+    itself."""
     parts = [PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]
     package = parts[:-1]
     tree, found = ast.parse(path.read_text()), {}
     at_once = {id(node) for node in tree.body}
+    annotating = {
+        id(node)
+        for block in tree.body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+    }
     for node in ast.walk(tree):
+        if id(node) in annotating:
+            continue
         if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).startswith(PACKAGE.name)):
             base = package[: len(package) - node.level + 1] if node.level else []
             full = [*base, *(node.module.split(".") if node.module else [])]
