@@ -23,20 +23,9 @@ from rich.table import Table
 import timm_selfdistill
 from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, wrap_self_distill
 
-from .test_rooms import ROOMS, files, imports, room
+from .test_rooms import LONGEST, ROOMS, files, imports, long_functions, room
 
 PACKAGE = Path(timm_selfdistill.__file__).parent
-LONGEST = 60
-
-
-def long_functions() -> list[str]:
-    """Functions of more than `LONGEST` lines."""
-    return [
-        f"{path.relative_to(PACKAGE)}: {node.name}, {node.end_lineno - node.lineno + 1} lines"
-        for path in sorted(PACKAGE.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST
-    ]
 
 
 def count_lines() -> tuple[int, int]:

@@ -27,7 +27,18 @@ ROOMS = [
     ["__main__", ""],
 ]
 """From the ground up, as in docs/architecture.md."""
+LONGEST = 60
 ORDER = {name: number for number, names in enumerate(ROOMS) for name in names}
+
+
+def long_functions() -> list[str]:
+    """Functions of more than `LONGEST` lines."""
+    return [
+        f"{path.relative_to(PACKAGE)}: {node.name}, {node.end_lineno - node.lineno + 1} lines"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST
+    ]
 
 
 def imports(path: Path) -> dict[str, bool]:
@@ -74,6 +85,10 @@ def test_no_room_imports_a_later_one():
         if ORDER[room(other)] > ORDER[room(name)]
     ]
     assert not upward
+
+
+def test_a_function_fits_a_screen():
+    assert not long_functions()
 
 
 def test_there_is_no_circle():

@@ -54,50 +54,31 @@ def create_card(
     Args:
         config: content of config.json.
         rows: of every classifier and the ensemble.
-        metrics: as `Trainer` records them: epoch, dataset, settings, versions, hardware, base_model, frozen, and
-            reference where the accuracies are not against labels; all optional.
+        metrics: as `Trainer` records them, all optional; reference where the accuracies are not against labels.
         picture: exits.png lies beside the card.
         card_data: further metadata, or other than what is found, e.g. `license="mit"`.
     """
     metrics = metrics if isinstance(metrics, dict) else {}
     settings: ExitSettings | None = config.get("self_distill")
     dataset, training, versions = (_dict(metrics.get(key)) for key in ("dataset", "settings", "versions"))
-    if not {"name", "type", "split", "images"} <= dataset.keys():
-        dataset = {}
-    truncated = settings.get("truncated_to") if settings else None
+    dataset = dataset if {"name", "type", "split", "images"} <= dataset.keys() else {}
     method = _method(training)
     self_distilled = bool(settings) and method not in ("dsn", "dks")
-    name = config["architecture"] + ("-self-distilled" if self_distilled else "")
-    if truncated is not None:
-        name += f"-{_exit_name(truncated).replace(' ', '-')}"
+    exit = None if not settings or settings.get("truncated_to") is None else _exit_name(settings["truncated_to"])
+    name = config["architecture"] + "-self-distilled" * self_distilled + (f"-{exit.replace(' ', '-')}" if exit else "")
     agreement = metrics.get("reference") is not None
     results = _eval_results(rows, dataset) if dataset and not agreement else []
-    data = ModelCardData(
-        **{
-            **_license(metrics.get("license") or config["pretrained_cfg"].get("license")),
-            "library_name": "timm",
-            "pipeline_tag": "image-classification",
-            "tags": [*TAGS, *(["self-distillation"] * self_distilled), *(["timm-selfdistill"] * bool(settings))],
-            "datasets": [dataset["hub_id"]] if dataset.get("hub_id") else None,
-            "base_model": metrics.get("base_model"),
-            "metrics": ["accuracy"] if results else None,
-            "model_name": name,
-            "eval_results": results or None,
-            **card_data,
-        }
-    )
-    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters["cell"] = _cell
-    template = environment.from_string((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
+    tags = [*TAGS, *(["self-distillation"] * self_distilled), *(["timm-selfdistill"] * bool(settings))]
+    data = _metadata(config, metrics, dataset, results, {"tags": tags, "model_name": name, **card_data})
     return ModelCard(
-        template.render(
+        _template().render(
             card_data=data.to_yaml(),
             mark=MARK,
             model_name=name,
             repo_id=repo_id,
             architecture=config["architecture"],
             exits=len(settings["exits"]) + 1 if settings else 0,
-            truncated=None if truncated is None else _exit_name(truncated),
+            truncated=exit,
             frozen=metrics.get("frozen") is True,
             taught_by=TAUGHT_BY.get(method),
             self_distilled=self_distilled,
@@ -117,6 +98,32 @@ def create_card(
             versions=versions,
         )
     )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters["cell"] = _cell
+    return environment.from_string((Path(__file__).parent / "card_template.md").read_text(encoding="utf-8"))
+
+
+def _metadata(
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    dataset: dict[str, Any],
+    results: list[EvalResult],
+    more: dict[str, Any],
+) -> ModelCardData:
+    """The YAML at the top of a card; `more` wins."""
+    found = {
+        **_license(metrics.get("license") or config["pretrained_cfg"].get("license")),
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "datasets": [dataset["hub_id"]] if dataset.get("hub_id") else None,
+        "base_model": metrics.get("base_model"),
+        "metrics": ["accuracy"] if results else None,
+        "eval_results": results or None,
+    }
+    return ModelCardData(**{**found, **more})
 
 
 def _method(training: dict[str, Any]) -> str:

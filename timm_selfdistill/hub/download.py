@@ -1,6 +1,7 @@
 """A model's files from the Hub."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -55,10 +56,9 @@ def fetch_model(
         check_names((entry.name for entry in folder.iterdir()), BACKBONE, folder)
         return folder
     name = str(model_id)
-    at = f" at revision {revision!r}" if revision else ""
     limit_silence()
     offline = local_files_only or constants.HF_HUB_OFFLINE
-    try:
+    with _clear_errors(name, revision, offline):
         if not offline:
             sizes = _list_sizes(name, revision, token)
             check_names(sizes, BACKBONE, name)
@@ -73,6 +73,17 @@ def fetch_model(
             force_download=force_download,
             allow_patterns=[CONFIG] if only_config else [CONFIG, BACKBONE, HEADS],
         )
+    if not only_config:
+        check_names((entry.name for entry in Path(fetched).iterdir()), BACKBONE, name)
+    return Path(fetched)
+
+
+@contextmanager
+def _clear_errors(name: str, revision: str | None, offline: bool) -> Iterator[None]:
+    """Errors of huggingface_hub become those of `fetch_model`."""
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        yield
     except HFValidationError as error:
         raise FileNotFoundError(
             f"{name} is no folder here, and no id of a repository on the Hub (user/name, without a prefix)"
@@ -95,9 +106,6 @@ def fetch_model(
         raise OSError(_answered(error, name + at)) from error
     except transport_error() as error:
         raise OSError(f"{name}{at} cannot be fetched: {explain_failure(error, name)}") from error
-    if not only_config:
-        check_names((entry.name for entry in Path(fetched).iterdir()), BACKBONE, name)
-    return Path(fetched)
 
 
 def pin(model_id: str | PathLike, folder: Path, revision: str | None) -> str | None:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .card import ExitRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_exits(
@@ -28,41 +31,8 @@ def plot_exits(
 
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
-    line = [row for row in rows if row["exit"] != "ensemble"]
-    axes.plot([row["macs"] / 1e6 for row in line], [row["top1"] for row in line], color="tab:blue", alpha=0.4, zorder=1)
-    for index, row in enumerate(rows):
-        ensemble = row["exit"] == "ensemble"
-        style = exit_style(index, len(rows), str(row["exit"]))
-        label = "ensemble" if ensemble else f"exit {row['exit']} ({row['module']})" if row["module"] else "plain"
-        axes.scatter(
-            row["macs"] / 1e6,
-            row["top1"],
-            s=120 if ensemble else 60,
-            color=style["color"],
-            alpha=style.get("alpha"),
-            marker="*" if ensemble else "o",
-            zorder=2,
-            label=f"{label}: {row['top1']:.2f} %, {row['share']:.0%} of the compute",
-        )
-    if curve:
-        axes.plot(
-            [point["macs"] / 1e6 for point in curve],
-            [point["top1"] for point in curve],
-            color="tab:green",
-            marker=".",
-            label="early exit, one threshold for all exits",
-            zorder=3,
-        )
-    if calibrated:
-        axes.scatter(
-            calibrated["macs"] / 1e6,
-            calibrated["top1"],
-            s=80,
-            color="tab:green",
-            marker="D",
-            zorder=4,
-            label=f"early exit, calibrated: {calibrated['top1']:.2f} %, {calibrated['share']:.0%}",
-        )
+    _plot_rows(axes, rows)
+    _plot_early_exit(axes, curve, calibrated)
     if baseline:
         axes.scatter(
             baseline["macs"] / 1e6,
@@ -82,6 +52,47 @@ def plot_exits(
     )
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def _plot_rows(axes: "Axes", rows: list[ExitRow]) -> None:
+    line = [row for row in rows if row["exit"] != "ensemble"]
+    axes.plot([row["macs"] / 1e6 for row in line], [row["top1"] for row in line], color="tab:blue", alpha=0.4, zorder=1)
+    for index, row in enumerate(rows):
+        ensemble = row["exit"] == "ensemble"
+        style = exit_style(index, len(rows), str(row["exit"]))
+        label = "ensemble" if ensemble else f"exit {row['exit']} ({row['module']})" if row["module"] else "plain"
+        axes.scatter(
+            row["macs"] / 1e6,
+            row["top1"],
+            s=120 if ensemble else 60,
+            color=style["color"],
+            alpha=style.get("alpha"),
+            marker="*" if ensemble else "o",
+            zorder=2,
+            label=f"{label}: {row['top1']:.2f} %, {row['share']:.0%} of the compute",
+        )
+
+
+def _plot_early_exit(axes: "Axes", curve: Sequence[dict[str, Any]], calibrated: dict[str, Any] | None) -> None:
+    if curve:
+        axes.plot(
+            [point["macs"] / 1e6 for point in curve],
+            [point["top1"] for point in curve],
+            color="tab:green",
+            marker=".",
+            label="early exit, one threshold for all exits",
+            zorder=3,
+        )
+    if calibrated:
+        axes.scatter(
+            calibrated["macs"] / 1e6,
+            calibrated["top1"],
+            s=80,
+            color="tab:green",
+            marker="D",
+            zorder=4,
+            label=f"early exit, calibrated: {calibrated['top1']:.2f} %, {calibrated['share']:.0%}",
+        )
 
 
 def exit_style(index: int, count: int, name: str) -> dict[str, Any]:
