@@ -71,8 +71,9 @@ def trace_run(folder: str) -> dict[str, set[tuple[str, str]]]:
     data = [(torch.rand(3, 32, 32), index % 3) for index in range(8)]
     config = TrainConfig(output=f"{folder}/run", epochs=3, batch_size=4, workers=0)
     ends: list[set[tuple[str, str]]] = []
+    task = SelfDistillTask(model)
     with entered() as constructor:
-        trainer = Trainer(SelfDistillTask(model), data, data, config)
+        trainer = Trainer(task, data, data, config)
     finish: Callable[[], None] = trainer._finish_epoch
 
     def traced() -> None:

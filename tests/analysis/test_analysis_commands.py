@@ -23,8 +23,8 @@ from timm_selfdistill.cli import analysis
 from timm_selfdistill.cli.opening import load_checkpoints
 from timm_selfdistill.hub import save_metrics, save_timm_model
 from timm_selfdistill.training.state.checkpoint import Checkpoints
+from timm_selfdistill.training.state.networks import trained_state
 from timm_selfdistill.training.state.snapshot import Snapshot
-from timm_selfdistill.training.state.trained import trained_state
 
 from ..conftest import EMBEDDED, small_backbone, small_model
 

@@ -29,8 +29,7 @@ from ..data.sampling import Draw, TrainImages
 from ..runtime.accelerator import ask_main_process
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import ProgressReporter
-from ..state.trained import is_frozen
-from .networks import self_distill_model, trainable_model
+from ..state.networks import is_frozen, self_distill_model, trainable_model
 from .update import Updater
 
 IMAGES_READ = 16

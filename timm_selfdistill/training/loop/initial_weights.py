@@ -14,7 +14,6 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict, load_state_dict, parse_model_name
-from timm.task import TrainingTask
 from timm.utils import load_checkpoint_metadata
 from torch import Tensor, nn
 
@@ -26,7 +25,6 @@ from ...stages import Stage
 from ...timm_model import as_timm
 from ..data.transforms import takes_other_sizes
 from ..state.checkpoint import CHECKSUM_FILE, find_checkpoint, find_damage
-from .networks import trainable_model
 
 UNREADABLE = (
     SafetensorError,
@@ -295,27 +293,6 @@ def init_classifier(model: nn.Module, scale: float | None, bias: float | None) -
             layer.bias.mul_(scale)
         if bias is not None:
             layer.bias.fill_(bias)
-
-
-def check_task(task: Any) -> None:
-    """Raise unless this can be trained.
-
-    Raises:
-        TypeError: it is no TrainingTask.
-        ValueError: its weights hold NaN or infinity.
-    """
-    if not isinstance(task, TrainingTask):
-        raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
-    spoilt = [
-        name
-        for name, value in trainable_model(task).state_dict().items()
-        if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    if spoilt:
-        raise ValueError(
-            f"the model's weights are not finite before the first update: {_shorten(spoilt)}; they come"
-            " from a run that diverged or a damaged file, take others"
-        )
 
 
 def check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> None:

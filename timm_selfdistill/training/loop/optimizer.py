@@ -19,7 +19,7 @@ from torch import nn
 
 from ...model import SelfDistillModel
 from ..config import TrainConfig
-from ..state.trained import is_frozen, trained_part
+from ..state.networks import is_frozen, trained_part
 
 
 def base_lr(config: TrainConfig, images: int) -> float:

@@ -40,11 +40,9 @@ from ..runtime.accelerator import create_accelerator, sharing_failures
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
 from ..state.checkpoint import Checkpoints, read_checkpoint, warn_unwritten
+from ..state.networks import check_task, eval_model, frozen_digest, is_frozen, trained_part
 from ..state.snapshot import TrainState, diverged, restore, take_snapshot
-from ..state.trained import frozen_digest, is_frozen, trained_part
 from .frozen import check_frozen_settings, create_caches, drop_caches, fill_caches, learns_in_parts, remove_features
-from .initial_weights import check_task
-from .networks import eval_model
 from .optimizer import base_lr
 from .update import Losses, create_updater, find_batch_size
 

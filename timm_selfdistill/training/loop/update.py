@@ -28,9 +28,8 @@ from ..data.loaders import known_batch_size
 from ..data.sampling import Batch, mixed_seed
 from ..data.transforms import TargetMixer, view_by_view
 from ..state.checkpoint import read_settings
+from ..state.networks import eval_model, freeze_teacher, self_distill_model, trainable_model, trained_part
 from ..state.snapshot import get_random_states, plain, set_random_states
-from ..state.trained import freeze_teacher, trained_part
-from .networks import eval_model, self_distill_model, trainable_model
 from .optimizer import create_optimizer, create_schedule
 
 MOST_SKIPPED = 10

@@ -21,7 +21,7 @@ from ..data.labels import is_labelled
 from ..data.loaders import image_count
 from ..runtime.accelerator import device_name
 from ..state.checkpoint import UNWRITABLE, warn_unwritten
-from ..state.trained import is_frozen
+from ..state.networks import is_frozen
 from .metrics import ExitMetrics, exit_costs, merge_rows, model_name, with_speedups
 from .run_directory import write_json
 

@@ -20,7 +20,7 @@ from ..config import TrainConfig
 from ..data.labels import listed
 from ..data.loaders import TrainBatches
 from ..data.sampling import DRAWS
-from .trained import trained_state
+from .networks import trained_state
 
 
 @dataclass

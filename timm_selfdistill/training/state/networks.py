@@ -1,7 +1,11 @@
-"""What of a task learns, and what stays as it is: a frozen backbone, or a teacher."""
+"""The networks of a training task: what learns, what is evaluated and saved, what stays as it is (a frozen backbone,
+or a teacher).
+
+timm's own methods may answer None, for a task without a moving average; here that is an error.
+"""
 
 import hashlib
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from timm.task import TrainingTask
@@ -9,6 +13,63 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
 from ...model import SelfDistillModel
+
+
+def check_task(task: Any) -> None:
+    """Raise unless this can be trained.
+
+    Raises:
+        TypeError: it is no TrainingTask.
+        ValueError: its weights hold NaN or infinity.
+    """
+    if not isinstance(task, TrainingTask):
+        raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
+    spoilt = [
+        name
+        for name, value in trainable_model(task).state_dict().items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    if spoilt:
+        raise ValueError(
+            f"the model's weights are not finite before the first update: {spoilt[0]} first; they come"
+            " from a run that diverged or a damaged file, take others"
+        )
+
+
+def trainable_model(task: TrainingTask) -> nn.Module:
+    """What learns; two networks where a task trains both.
+
+    Raises:
+        TypeError: the task has none.
+    """
+    return _known(task, task.get_trainable_module())
+
+
+def eval_model(task: TrainingTask, average: bool = False) -> nn.Module:
+    """What is evaluated and saved: one network, or its moving average.
+
+    Raises:
+        TypeError: the task has none.
+    """
+    return _known(task, task.get_eval_model(ema=average))
+
+
+def self_distill_model(task: TrainingTask) -> SelfDistillModel:
+    """What learns in a task that is known to be of one with exits.
+
+    Raises:
+        TypeError: it has none.
+    """
+    model = trainable_model(task)
+    if not isinstance(model, SelfDistillModel):
+        raise TypeError(f"expected a task with a SelfDistillModel, got one with {type(model).__name__}")
+    return model
+
+
+def _known(task: TrainingTask, model: nn.Module | None) -> nn.Module:
+    if model is None:
+        raise TypeError(f"{type(task).__name__} has no network")
+    return model
 
 
 def is_frozen(model: nn.Module | None) -> TypeGuard[SelfDistillModel]:
