@@ -79,7 +79,7 @@ ON_A_SMALL_DISK = """
 mount -t tmpfs -o size=7000k none {folder}
 exec {python} -c "
 import runpy, sys
-from timm_selfdistill.training.checkpoint import find_checkpoint
+from timm_selfdistill.training.state.checkpoint import find_checkpoint
 sys.argv[1:] = '--output {folder}/run --data-dir {images} --epochs 3 -j 0 --model test_resnet -b 50'.split()
 try:
     runpy.run_path('examples/train.py', run_name='__main__')
