@@ -18,7 +18,7 @@ from timing import median_ratio
 
 CODE = """
 import resource, sys, time
-import timm_selfdistill.training.data.load
+import timm_selfdistill.training.data.finding
 from timm.data import create_dataset
 from timm_selfdistill import load_images
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
