@@ -128,6 +128,20 @@ def test_the_metric_of_the_best_model(name, choose, few, tmp_path):
     assert read_metrics(tmp_path / "run/best")["epoch"] == 1 + values.index(choose(values))
 
 
+def test_another_metric_after_a_resumption(few, tmp_path, monkeypatch):
+    """The best model so far is compared by the new one."""
+    changes = {"epochs": 4, "lr": 0.3, "warmup_epochs": 0.0}
+    interrupt_after(monkeypatch, 5)
+    fit(tmp_path / "run", few, **changes)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="eval_metric top1 instead of loss|eval_metric loss instead of top1"):
+        resumed, _ = fit(tmp_path / "run", few, resume="latest", eval_metric="loss", **changes)
+    losses = {row["epoch"]: row["loss_exit_3"] for row in resumed.history}
+    before = max(resumed.history[:2], key=lambda row: row["top1_exit_3"])["epoch"]
+    best = min([before, 3, 4], key=lambda epoch: (losses[epoch], epoch))
+    assert read_metrics(tmp_path / "run/best")["epoch"] == best
+
+
 def test_a_run_that_begins_later(few, tmp_path):
     result, _ = fit(tmp_path / "run", few, epochs=3, start_epoch=2)
     whole, _ = fit(tmp_path / "whole", few, epochs=3)

@@ -297,6 +297,7 @@ class Trainer:
                 write_config(self.config, run.output)
                 if self.saved.take_over(checkpoint.parent.parent, self.state.epoch):
                     self.state.best_epoch = self.saved.best_epoch or self.state.best_epoch
+                    self.state.best_metric = self._best_metric()
                 else:
                     self.state.best_metric, self.state.best_epoch = float("-inf"), 0
             except OSError as error:
@@ -307,6 +308,15 @@ class Trainer:
             {epoch: self._deciding(metrics) if metrics else None for epoch, metrics in epochs.items()}
         )
         self.accelerator.wait_for_everyone()
+
+    def _best_metric(self) -> float:
+        """Of the best model, by the eval_metric of this run, which may be another than before."""
+        rows = [row for row in self.state.history if row["epoch"] == self.state.best_epoch]
+        return self._signed(of_columns(rows[0])) if rows else self.state.best_metric
+
+    def _signed(self, metrics: list[ExitMetrics]) -> float:
+        """The eval_metric, of a loss the negative: more is better."""
+        return self._deciding(metrics) * (-1 if self.config.eval_metric == "loss" else 1)
 
     def evaluate(self) -> list[ExitMetrics]:
         """Accuracy of every exit and of the ensemble on the validation data, or where these have no labels, how often
@@ -423,7 +433,7 @@ class Trainer:
             + state.left_out_note()
         )
         self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
-        metric = deciding * (-1 if self.config.eval_metric == "loss" else 1)
+        metric = self._signed(metrics)
         self._save_model("last", metrics)
         is_best = metric > state.best_metric or not (run.output / "best").exists()  # as when resumed elsewhere
         is_best = is_best and self._save_model("best", metrics)
