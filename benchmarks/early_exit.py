@@ -83,8 +83,7 @@ def compare(model: SelfDistillModel, x: Tensor, batch: int, rounds: int, seconds
     other = custom_ee(model.backbone, list(model.exits[:-1]), 100, input_shape=(1, *x.shape[1:])).eval()
     ours, confidence = EarlyExit(model, 1.0), own_confidence(model, x)
     other_confidence = [part.softmax(1).amax(1) for part in other(x, mode="training")[:-1]]
-    # a part of the network takes the time of all its batches
-    parts = [
+    parts = [  # of the network, each with all batches
         *(lambda exit=exit: [model.predict(part, exit) for part in batches] for exit in range(exits)),
         *(lambda exit=exit: [model.heads[exit](part[exit]) for part in maps] for exit in range(exits)),
     ]
@@ -113,30 +112,40 @@ def compare(model: SelfDistillModel, x: Tensor, batch: int, rounds: int, seconds
     times = interleaved(
         [lambda: [model.backbone(part) for part in batches], *parts, *calls], rounds, seconds, warm_up=1
     )
-    plain, networks, heads = times[0], times[1 : 1 + exits], times[1 + exits : 1 + 2 * exits]
     rows = []
     for index, case in enumerate(CASES):
-        mine, batched, single = times[1 + 2 * exits + 3 * index :][:3]
         ours.thresholds = find_thresholds(confidence, CASES[case])
         taken = torch.cat([ours.predict(part).exit for part in batches])
         shares = [float((taken == exit).double().mean()) for exit in range(exits + 1)]
-        ideal = [ideal_time(shares, *round) for round in zip(plain, zip(*networks), zip(*heads))]
-        rows.append(
-            {
-                "leave": case,
-                "shares": shares,
-                "plain_ms": median(plain),
-                "ours_ms": median(mine),
-                "speedup": median_ratio(plain, mine),
-                "ideal_ms": median(ideal),
-                "of_ideal": median_ratio(ideal, mine),
-                "earlyon_batched_ms": median(batched),
-                "earlyon_single_ms": median(single),
-                "over_earlyon_batched": median_ratio(batched, mine),
-                "over_earlyon_single": median_ratio(single, mine),
-            }
-        )
+        of_case = times[1 + 2 * exits + 3 * index :][:3]
+        rows.append({"leave": case, "shares": shares, **figures(shares, times[: 1 + 2 * exits], *of_case)})
     return rows
+
+
+def figures(
+    shares: list[float], parts: list[list[float]], mine: list[float], batched: list[float], single: list[float]
+) -> dict[str, float]:
+    """Medians in milliseconds, and their ratios.
+
+    Args:
+        shares: of the images that leave at each exit.
+        parts: times of the plain network, of the network up to each exit, and of each head.
+        mine, batched, single: times of ours, and of earlyon with batches and with single images.
+    """
+    plain, exits = parts[0], len(parts) // 2
+    networks, heads = parts[1 : 1 + exits], parts[1 + exits :]
+    ideal = [ideal_time(shares, *round) for round in zip(plain, zip(*networks), zip(*heads))]
+    return {
+        "plain_ms": median(plain),
+        "ours_ms": median(mine),
+        "speedup": median_ratio(plain, mine),
+        "ideal_ms": median(ideal),
+        "of_ideal": median_ratio(ideal, mine),
+        "earlyon_batched_ms": median(batched),
+        "earlyon_single_ms": median(single),
+        "over_earlyon_batched": median_ratio(batched, mine),
+        "over_earlyon_single": median_ratio(single, mine),
+    }
 
 
 def own_confidence(model: SelfDistillModel, x: Tensor) -> list[Tensor]:

@@ -180,7 +180,7 @@ def sweep_noise(
 def draw_noise(model: nn.Module, draw: int, scaled: bool = True, seed: int = 0) -> dict[nn.Parameter, Tensor]:
     """Gaussian noise for every parameter, of standard deviation 1, or scaled by the tensor's root mean square.
 
-    It hangs on seed, draw, and the tensor's name and shape, not on the rest of the model or on its device.
+    It depends on seed, draw, and the tensor's name and shape, not on the rest of the model or on its device.
     """
     noise = {}
     for name, parameter in model.named_parameters():

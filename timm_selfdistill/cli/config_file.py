@@ -41,7 +41,7 @@ def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collectio
     if is_timm_file(values):
         values = translate(values, path, known - {"data"})
     if RECORDED[0] in values and values.get("lr_base") is not None:
-        values.pop("lr")  # which followed from it, by the size of the batch
+        values.pop("lr", None)  # which followed from it, by the size of the batch
     flags, seen = [], set()
     for key, value in values.items():
         name = str(key).replace("-", "_")

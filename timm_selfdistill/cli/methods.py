@@ -33,6 +33,7 @@ from ..timm_model import as_timm
 from ..training.data.labels import listed
 from ..training.data.transforms import model_data_config, own_class_names
 from ..training.loop.initial_weights import UNREADABLE, SavedWeights, create_backbone, load_exits
+from ..training.outputs.saved_models import network_args
 from .program import parse_exit, say
 
 NETWORK_FLAGS = ("exits", "head")
@@ -338,7 +339,7 @@ def _wrap(args: argparse.Namespace, backbone: nn.Module, saved: SavedWeights | N
         exits=exits,
         head=head,
         head_args=head_args,
-        model_args=network_args(args),
+        model_args=network_args(vars(args)),
         freeze_backbone=args.freeze_backbone,
     )
     if args.split_bn:
@@ -347,12 +348,6 @@ def _wrap(args: argparse.Namespace, backbone: nn.Module, saved: SavedWeights | N
         other_classes = saved.config.get("num_classes", model.num_classes) != model.num_classes
         say(*load_exits(model, saved, new_classifiers=bool(args.pretrained_path) or other_classes))
     return model
-
-
-def network_args(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given to `create_model` that cannot be read back from a model."""
-    own = {"bn_momentum": args.bn_momentum, "bn_eps": args.bn_eps}
-    return {name: value for name, value in own.items() if value is not None} | args.model_kwargs
 
 
 def create_teacher(name: str, student: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ LONGEST_LINE = 2000
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback.
-    It ends without a word where the program behind a pipe no longer reads.
+    It ends silently where the program behind a pipe no longer reads.
 
     Of several processes on a machine the first one speaks for all."""
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":

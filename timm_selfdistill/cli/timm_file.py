@@ -72,9 +72,9 @@ def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, 
     given = {
         name: value for name, value in values.items() if value not in UNSET and not (value == "" and name in EMPTY)
     }
-    defaults = {**dict.fromkeys(REFUSED), **DEFAULTS}
+    defaults, idle = {**dict.fromkeys(REFUSED), **DEFAULTS}, _idle(given)
     for name, value in given.items():
-        if name in defaults and value != defaults[name] and name not in _idle(given):
+        if name in defaults and value != defaults[name] and name not in idle:
             raise ValueError(f"{path}: {name} {value} cannot be done: {REFUSED[name]}")
     if given.get("kd_loss_type", "kl") != "kl" and "kd_model_name" in given:
         raise ValueError(f"{path}: kd_loss_type {given['kd_loss_type']} cannot be done: timm has kl alone")
@@ -88,13 +88,13 @@ def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, 
             " remove them, or give flags that do the same"
         )
     passed = [name for name in PASSED_OVER.keys() & given.keys() if given[name] not in (False, 0, "all", "kl")]
-    passed += [name for name, changes in _idle(given).items() if changes] + list(odd)
+    passed += [name for name, says in idle.items() if says] + list(odd)
     if passed:
         say(f"{path}: passed over, since they change nothing here: {', '.join(sorted(passed))}")
     flags = {name: value for name, value in given.items() if name in known and name not in PASSED_OVER | defaults}
     if flags.get("val_split") == "validation":  # timm's default; here the first validation split that there is
         del flags["val_split"]
-    for name in _idle(given):
+    for name in idle:
         flags.pop(name, None)
     if "data" in given:
         flags.setdefault("data_dir", given["data"])

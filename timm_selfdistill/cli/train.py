@@ -30,8 +30,9 @@ from ..training import (
 )
 from ..training.data.splits import fit_classes, in_mapped_order
 from ..training.loop.initial_weights import create_backbone, find_saved_weights, init_classifier
+from ..training.outputs.saved_models import network_args
 from .found import found_lines, found_settings
-from .methods import EXIT_METHODS, check_method_flags, create_task, network_args, take_over_exits
+from .methods import EXIT_METHODS, check_method_flags, create_task, take_over_exits
 from .program import NOT_UPLOADED, run, say
 from .train_flags import check_frozen_flags, parse_args, train_config, train_parser
 from .upload_lines import upload_lines
@@ -139,7 +140,7 @@ def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
             global_pool=args.gp,
             initial_checkpoint=args.initial_checkpoint,
             pretrained_path=args.pretrained_path,
-            **network_args(args),
+            **network_args(vars(args)),
         )
     except (TypeError, AttributeError, LookupError, AssertionError) as error:
         given = [f"--{name.replace('_', '-')}" for name in NETWORK_FLAGS if getattr(args, name) not in (None, {})]

@@ -264,7 +264,7 @@ def remove_features(output: Path) -> None:
 
 
 def _create(folder: Path, files: Sequence[TensorFile]) -> None:
-    """Make room: writing to a mapped file for which there is none would end the process without a word."""
+    """Reserve disk space: writing to a mapped file without it kills the process with SIGBUS."""
     shutil.rmtree(folder, ignore_errors=True)
     needed, free = sum(file.bytes for file in files), shutil.disk_usage(folder.parent).free
     try:

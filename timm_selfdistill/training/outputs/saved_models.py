@@ -2,7 +2,7 @@
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ PRIVATE_SETTINGS = {"output", "resume", "data_dir", "initial_checkpoint", "pretr
 """Paths on this machine, which no published file tells."""
 EpochMetrics = tuple[int, list[ExitMetrics]]
 PACKAGES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub")
+
+
+def network_args(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings of a command gave `timm.create_model` and cannot be read back from a model."""
+    own = {name: settings[name] for name in ("bn_momentum", "bn_eps") if settings.get(name) is not None}
+    return own | (settings.get("model_kwargs") or {})
 
 
 class SavedModels:
@@ -65,9 +71,7 @@ class SavedModels:
         """In the place of labels: then accuracies tell how often an exit agrees with the deepest."""
         self.license = config.hub_license
         told = config.settings
-        self.model_args = {name: told[name] for name in ("bn_momentum", "bn_eps") if told.get(name) is not None}
-        self.model_args |= told.get("model_kwargs") or {}
-        """Of a plain network, which `create_model` was given and cannot be read back from it."""
+        self.model_args = network_args(told)
         if told.get("initial_checkpoint") or told.get("pretrained_path"):
             self.known_license: str | None = "unknown"
         else:

@@ -187,6 +187,7 @@ FIXED_SETTINGS = (
     "aug_splits",
     "jsd_loss",
     "split_bn",
+    "kd_distill_type",
 )
 """A run that is resumed with others would be another run."""
 OPTIMIZER_SETTINGS = (
@@ -299,7 +300,7 @@ def restore(
 
 
 def _describe(accelerator: Accelerator, state: TrainState, config: TrainConfig) -> dict[str, str]:
-    """The settings of a run, and what else it hangs on, as text."""
+    """The settings of a run, and what else it depends on, as text."""
     facts = {
         "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
