@@ -42,6 +42,7 @@ from timm_selfdistill import (
     model_data_config,
     wrap_self_distill,
 )
+from timm_selfdistill.task import ExitHeads
 
 IMAGES = Path(__file__).parents[1] / "examples/data"
 CLASSES = 10
@@ -136,8 +137,9 @@ def forward(backbone: nn.Module, loader: DataLoader, args: argparse.Namespace) -
 
 def train_heads(model: SelfDistillModel, features: list[Any], optimizer: torch.optim.Optimizer | None) -> None:
     criterion = SelfDistillLoss.paper()
+    heads = ExitHeads(model)
     for x, y in features:
-        criterion(model(x), y).backward()
+        criterion(heads(x), y).backward()
         if optimizer:
             optimizer.step()
         model.zero_grad()

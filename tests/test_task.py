@@ -1,9 +1,13 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from timm_selfdistill import SelfDistillLoss, SelfDistillTask
+from timm_selfdistill.task import FrozenBackboneTask
 
 from .conftest import small_backbone, small_model
 
@@ -25,6 +29,47 @@ def test_a_timm_training_task_that_gives_the_terms_of_its_loss():
 @pytest.mark.parametrize(("frozen", "loss"), [(False, SelfDistillLoss()), (True, SelfDistillLoss.paper())])
 def test_the_loss_where_none_is_given(frozen, loss):
     assert repr(SelfDistillTask(small_model(freeze_backbone=frozen)).criterion) == repr(loss)
+
+
+def test_the_heads_of_a_frozen_backbone_are_what_is_trained():
+    model = small_model(freeze_backbone=True)
+    task = SelfDistillTask(model)
+    assert isinstance(task, FrozenBackboneTask)
+    assert list(task.get_trainable_module().parameters()) == list(model.heads.parameters())
+    task.train()
+    assert model.training
+    assert model.heads.training
+    assert not model.backbone.training
+    x, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
+    by_images, by_features = task(x, y), task(task.frozen(x), y)
+    whole = SelfDistillLoss.paper().terms(model(x), y)
+    for name, value in by_images.items():
+        assert torch.equal(value, by_features[name])
+    assert torch.equal(by_images["loss"], whole["loss"])
+    by_images["loss"].backward()
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert all(p.grad is not None for p in model.heads.parameters())
+    assert task.get_eval_model() is model
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))])
+def test_a_copy_of_a_frozen_task_is_one_of_its_own(copied):
+    task = SelfDistillTask(small_model(freeze_backbone=True))
+    other = copied(task).double()
+    assert type(other) is FrozenBackboneTask
+    assert other.model.heads is other.get_trainable_module().heads is not task.model.heads
+    assert other.model.backbone is other.frozen.backbone is not task.model.backbone
+    x = torch.randn(2, 3, 32, 32)
+    assert other(x.double())["output"].dtype == torch.double
+    assert task(x)["output"].dtype == torch.float
+
+
+def test_a_compiled_frozen_task_gives_the_same():
+    task, x = SelfDistillTask(small_model(freeze_backbone=True)).train(), torch.randn(2, 3, 32, 32)
+    expected = copy.deepcopy(task)(x, torch.tensor([0, 1]))
+    assert task.compile(backend="eager") is task.model
+    for name, value in task(x, torch.tensor([0, 1])).items():
+        torch.testing.assert_close(value, expected[name])
 
 
 def test_in_eval_mode_too():

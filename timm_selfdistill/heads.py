@@ -4,7 +4,7 @@ A head maps its stage's feature map to `(logits, feature)`: logits (B, K), and a
 teacher's D channels at about the teacher's resolution, which the hint loss compares with the teacher's own feature.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from itertools import pairwise
 from math import log2, sqrt
@@ -17,6 +17,7 @@ from timm.layers import ConvNormAct, SeparableConvNormAct
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .output import BackboneOutput, SelfDistillOutput
 from .stages import Stage
 
 HeadFactory = Callable[..., nn.Module]
@@ -198,6 +199,20 @@ def check_output(output: Any, x: Tensor, num_classes: int, channels: int, where:
         )
     logits, feature = parts
     return logits, feature
+
+
+def gather_exits(shallow: Sequence[tuple[Tensor, Tensor]], features: BackboneOutput) -> SelfDistillOutput:
+    """What every exit says.
+
+    Args:
+        shallow: logits and feature of every head.
+        features: that the heads were given.
+    """
+    teacher = features.maps[-1]
+    return SelfDistillOutput(
+        logits=(*(logits for logits, _ in shallow), features.logits),
+        features=(*(resize_feature(feature, teacher) for _, feature in shallow), teacher),
+    )
 
 
 def resize_feature(feature: Tensor, teacher: Tensor) -> Tensor:

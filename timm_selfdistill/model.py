@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .cost import default_input_size
-from .heads import HeadFactory, check_output, create_head, move_alike, resize_feature
+from .heads import HeadFactory, check_output, create_head, gather_exits, move_alike
 from .hub import ExitRow, ExitSettings, HubMixin, build_backbone, choose_head, measured_rows
 from .output import BackboneOutput, SelfDistillOutput
 from .stages import Stage, check_logits, check_timm_classifier, explain_misfit, select_stages
@@ -188,26 +188,18 @@ class SelfDistillModel(HubMixin):
         self._waiting = self._waiting if alone else []
         self.train(self.training)
 
-    def forward(self, x: Tensor | BackboneOutput) -> SelfDistillOutput | Tensor:
+    def forward(self, x: Tensor) -> SelfDistillOutput | Tensor:
         """Training mode: what every classifier says. Eval mode: the deepest logits (B, K), the backbone's own.
 
         Args:
-            x: images (B, in_chans, H, W), or what `forward_backbone` gave for them.
+            x: images (B, in_chans, H, W).
         """
-        if self.training:
-            return self.forward_exits(x)
-        return x.logits if isinstance(x, BackboneOutput) else self._run(x, self.backbone)
+        return self.forward_exits(x) if self.training else self._run(x, self.backbone)
 
-    def forward_exits(self, x: Tensor | BackboneOutput) -> SelfDistillOutput:
-        """What every classifier says, in either mode, for images (B, in_chans, H, W), or for what `forward_backbone`
-        gave for them."""
-        maps, deepest = x if isinstance(x, BackboneOutput) else self.forward_backbone(x)
-        teacher = maps[-1]
-        shallow = self._run_heads(maps)
-        return SelfDistillOutput(
-            logits=(*(logits for logits, _ in shallow), deepest),
-            features=(*(resize_feature(feature, teacher) for _, feature in shallow), teacher),
-        )
+    def forward_exits(self, x: Tensor) -> SelfDistillOutput:
+        """What every classifier says, in either mode, for images (B, in_chans, H, W)."""
+        features = self.forward_backbone(x)
+        return gather_exits(self._run_heads(features.maps), features)
 
     def forward_backbone(self, x: Tensor) -> BackboneOutput:
         """What the backbone gives the shallow classifiers for images (B, in_chans, H, W); a frozen one always the
@@ -324,12 +316,6 @@ class SelfDistillModel(HubMixin):
                 " was another, call set_input_size(PIXELS) before saving",
                 stacklevel=3,
             )
-
-    def with_heads(self, heads: nn.ModuleList) -> "SelfDistillModel":
-        """The same model, its backbone shared, with other heads of the same kind."""
-        other = copy(self)
-        other._modules = {**self._modules, "heads": heads}
-        return other
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Fresh classifiers for other classes: the backbone's own, as timm makes it, and the shallow ones.

@@ -2,25 +2,26 @@
 
 import json
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any
 
-import torch
 from timm.data import resolve_model_data_config
 from timm.task import ClassificationTask
-from timm.utils import ModelEmaV3, unwrap_model
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from .heads import check_output, gather_exits
 from .hub.files import VERSIONS
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel
-from .output import BackboneOutput
+from .output import BackboneOutput, SelfDistillOutput
 
 
 class SelfDistillTask(ClassificationTask):
     """A `timm.task.TrainingTask` that pairs a `SelfDistillModel` with its loss.
 
-    Distribution, compilation, EMA and `get_checkpoint_state` are those of timm's `ClassificationTask`; the EMA of a
-    model with a frozen backbone is of its heads alone.
+    Distribution, compilation, EMA and `get_checkpoint_state` are those of timm's `ClassificationTask`. For a model with
+    a frozen backbone it is a `FrozenBackboneTask`.
 
     Args:
         model: of `wrap_self_distill`.
@@ -32,6 +33,10 @@ class SelfDistillTask(ClassificationTask):
 
     criterion: SelfDistillLoss
 
+    def __new__(cls, model: SelfDistillModel | None = None, *args: Any, **kwargs: Any) -> "SelfDistillTask":
+        frozen = cls is SelfDistillTask and isinstance(model, SelfDistillModel) and model.freeze_backbone
+        return super().__new__(FrozenBackboneTask if frozen else cls)
+
     def __init__(self, model: SelfDistillModel, criterion: SelfDistillLoss | None = None):
         if not isinstance(model, SelfDistillModel):
             raise TypeError(f"expected a SelfDistillModel, got {type(model).__name__}; use wrap_self_distill(model)")
@@ -40,47 +45,18 @@ class SelfDistillTask(ClassificationTask):
                 f"expected a SelfDistillLoss, got {type(criterion).__name__}; other criteria are its label_loss:"
                 " SelfDistillLoss(label_loss=criterion)"
             )
-        if criterion is None:
-            criterion = SelfDistillLoss.paper() if model.freeze_backbone else SelfDistillLoss()
-        super().__init__(model, criterion, device=next(model.parameters()).device, verbose=False)
+        super().__init__(model, criterion or SelfDistillLoss(), device=next(model.parameters()).device, verbose=False)
 
     @property
-    def _model(self) -> SelfDistillModel:
+    def model(self) -> SelfDistillModel:
+        """The network with all its exits, without what wraps it."""
         return unwrap_model(self.trainable_module)
-
-    def setup_ema(
-        self,
-        decay: float = 0.9999,
-        use_warmup: bool = False,
-        device: torch.device | None = None,
-        **settings: Any,
-    ) -> nn.Module:
-        """Keep a moving average; `settings` are the others of timm's `ModelEmaV3`."""
-        settings = {"decay": decay, "use_warmup": use_warmup, "device": device, **settings}
-        if not self._model.freeze_backbone:
-            return super().setup_ema(**settings)
-        self.trainable_module_ema = ModelEmaV3(self._model.heads, **settings)
-        return self.trainable_module_ema
-
-    def update_ema(self, step: int | None = None) -> None:
-        if not self._model.freeze_backbone:
-            super().update_ema(step)
-        elif self.has_ema():
-            self.trainable_module_ema.update(self._model.heads, step)
-
-    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        model = super().get_eval_model(module, ema)
-        own = model is self.get_trainable_module(ema=True)
-        if ema and own and self._model.freeze_backbone and isinstance(model, ModelEmaV3):
-            return self._model.with_heads(model.module)
-        return model
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterable[nn.Parameter]:
         """Those to clip; `exclude_head` leaves out the last two, the classifier, of the backbone and of each head."""
         if not exclude_head:
             return super().get_clip_parameters()
-        model = self._model
-        return [p for part in (model.backbone, *model.heads) for p in list(part.parameters())[:-2]]
+        return [p for part in (self.model.backbone, *self.model.heads) for p in list(part.parameters())[:-2]]
 
     def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Callable[..., Any] = unwrap_model) -> dict[str, Any]:
         """timm's checkpoint entries, and "self_distill": what makes the network and its exits again, as config.json of
@@ -88,30 +64,33 @@ class SelfDistillTask(ClassificationTask):
         state = super().get_checkpoint_state(ema, unwrap_fn)
         if ema:
             return state
-        model = self._model
-        known = model.backbone.pretrained_cfg
+        known = self.model.backbone.pretrained_cfg
+        settings = {key: value for key, value in self.model.settings().items() if key != "early_exit"}
         network = {
             "architecture": known.get("architecture"),
-            "num_classes": model.num_classes,
+            "num_classes": self.model.num_classes,
             "label_names": known.get("label_names"),
-            "model_args": model.model_args,
-            "pretrained_cfg": resolve_model_data_config(model.backbone) | {"input_size": model.input_size},
-            "self_distill": VERSIONS | {key: value for key, value in model.settings().items() if key != "early_exit"},
+            "model_args": self.model.model_args,
+            "pretrained_cfg": resolve_model_data_config(self.model.backbone) | {"input_size": self.model.input_size},
+            "self_distill": VERSIONS | settings,
         }
         return state | {"self_distill": json.loads(json.dumps(network, default=str))}
 
-    def forward(self, input: Tensor | BackboneOutput, target: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, input: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
         """Run all exits and the loss, in training and in eval mode.
 
         Args:
-            input: images (B, in_chans, H, W), or what `SelfDistillModel.forward_backbone` gave for them.
+            input: images (B, in_chans, H, W).
             target: class indices (B,), soft labels (B, K), or None for images without labels.
 
         Returns:
             "loss", "label_loss", "distill_loss", "hint_loss" (scalars) and "output", the deepest logits (B, K).
         """
-        forward = self.trainable_module if self.training else self._model.forward_exits
-        output = forward(input)
+        forward = self.trainable_module if self.training else self.model.forward_exits
+        return self.run_loss(forward(input), target)
+
+    def run_loss(self, output: SelfDistillOutput, target: Tensor | None) -> dict[str, Tensor]:
+        """What `forward` returns, for what the exits say."""
         terms = self.criterion.terms(output, target)
         return {
             "loss": terms["loss"],
@@ -120,3 +99,93 @@ class SelfDistillTask(ClassificationTask):
             "distill_loss": terms["distill"],
             "hint_loss": terms["hint"],
         }
+
+
+class ExitHeads(nn.Module):
+    """The heads of a `SelfDistillModel`, apart from its backbone: the backbone's features to what every exit says."""
+
+    def __init__(self, model: SelfDistillModel):
+        super().__init__()
+        self.heads = model.heads
+        self.places = [f"{type(model.backbone).__name__} at {stage}" for stage in model.stages]
+        """For messages."""
+
+    def forward(self, features: BackboneOutput) -> SelfDistillOutput:
+        *maps, teacher = features.maps
+        classes, channels = features.logits.shape[1], teacher.shape[1]
+        shallow = [
+            check_output(head(feature_map), feature_map, classes, channels, place)
+            for head, feature_map, place in zip(self.heads, maps, self.places)
+        ]
+        return gather_exits(shallow, features)
+
+
+class FrozenBackbone(nn.Module):
+    """The backbone of a `SelfDistillModel`, which stays as it is: images (B, in_chans, H, W) to its features."""
+
+    def __init__(self, model: SelfDistillModel):
+        super().__init__()
+        self.backbone = model.backbone
+        self._model = (model,)  # in a tuple, so that its heads are not among the modules of this one
+
+    @property
+    def model(self) -> SelfDistillModel:
+        return self._model[0]
+
+    def forward(self, x: Tensor) -> BackboneOutput:
+        return self.model.forward_backbone(x)
+
+
+class FrozenBackboneTask(SelfDistillTask):
+    """Exits on a backbone that stays as it is: what is trained, averaged and distributed are the heads. The backbone
+    stands beside them, as the teachers of timm's distillation tasks do.
+
+    Args:
+        model: of `wrap_self_distill(..., freeze_backbone=True)`.
+        criterion: None is `SelfDistillLoss.paper()`.
+
+    Attributes:
+        trainable_module: the heads.
+        frozen: the backbone.
+    """
+
+    def __init__(self, model: SelfDistillModel, criterion: SelfDistillLoss | None = None):
+        super().__init__(model, criterion or SelfDistillLoss.paper())
+        self.trainable_module = ExitHeads(model)
+        self.frozen = FrozenBackbone(model)
+
+    @property
+    def model(self) -> SelfDistillModel:
+        return self.frozen.model
+
+    def train(self, mode: bool = True) -> "FrozenBackboneTask":
+        super().train(mode)
+        self.model.train(mode)  # whose backbone stays in eval mode
+        return self
+
+    def compile(self, *args: Any, **settings: Any) -> nn.Module:  # type: ignore[override]  # as timm's tasks
+        """Compile heads and backbone, each for itself; arguments are those of `torch.compile`."""
+        for part in (self.trainable_module, self.frozen):
+            part.compile(*args, **settings)
+        return self.model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The network with all its exits: the backbone and the heads, or their moving average."""
+        if module is not None or hasattr(self, "eval_model_ema" if ema else "eval_model"):
+            return super().get_eval_model(module, ema)
+        trained = self.get_trainable_module(ema)
+        if trained is None:
+            return None
+        heads = unwrap_model(trained).heads
+        shared: dict[int, Any] = {id(self.model.backbone): self.model.backbone, id(self.model.heads): heads}
+        return self.model if heads is self.model.heads else deepcopy(self.model, shared)
+
+    def forward(self, input: Tensor | BackboneOutput, target: Tensor | None = None) -> dict[str, Tensor]:
+        """See `SelfDistillTask.forward`.
+
+        Args:
+            input: images (B, in_chans, H, W), or their features, which `frozen` gave.
+            target: as there.
+        """
+        features = input if isinstance(input, BackboneOutput) else self.frozen(input)
+        return self.run_loss(self.trainable_module(features), target)

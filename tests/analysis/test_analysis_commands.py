@@ -23,7 +23,7 @@ from timm_selfdistill.cli import analysis
 from timm_selfdistill.cli.opening import load_checkpoints
 from timm_selfdistill.hub import save_metrics, save_timm_model
 from timm_selfdistill.training.state.checkpoint import Checkpoints
-from timm_selfdistill.training.state.networks import trained_state
+from timm_selfdistill.training.state.networks import learned_state
 from timm_selfdistill.training.state.snapshot import Snapshot
 
 from ..conftest import EMBEDDED, small_backbone, small_model
@@ -268,7 +268,7 @@ def test_checkpoints_hold_the_network_whatever_learns_beside_it(make, tmp_path):
     for step in (3, 7):
         task = make()
         states.append(task.get_eval_model().state_dict())
-        weights = {name: value.clone() for name, value in trained_state(task).items()}
+        weights = {name: value.clone() for name, value in learned_state(task).items()}
         checkpoints.write(Snapshot(weights, {}), step)
     checkpoints.wait()
     model = make().get_eval_model()

@@ -22,8 +22,11 @@ from timm_selfdistill import (
     wrap_self_distill,
 )
 from timm_selfdistill.hub import read_metrics
+from timm_selfdistill.task import ExitHeads
 from timm_selfdistill.training.loop.frozen import FOLDER
 from timm_selfdistill.training.outputs.metrics import ExitMetrics, deciding_metric
+from timm_selfdistill.training.state.checkpoint import Checkpoints, read_checkpoint
+from timm_selfdistill.training.state.snapshot import Snapshot
 
 from ..conftest import EMBEDDED, ROOT, run_python, small_backbone, small_model
 from .frozen_runs import equal, fit, frozen_model
@@ -61,13 +64,13 @@ def test_the_backbone_leaves_no_graph():
 
     maps = model.forward_backbone(x)
     assert not any(part.requires_grad for part in [*maps.maps, maps.logits])
-    assert len(saved_by(lambda: model(x))) == len(saved_by(lambda: model(maps))) > 0
+    assert len(saved_by(lambda: model(x))) == len(saved_by(lambda: ExitHeads(model)(maps))) > 0
     assert saved_by(lambda: model.forward_backbone(x)) == []
 
 
 def test_what_the_backbone_gave_says_the_same_as_the_images():
     model, x = frozen_model().eval(), torch.randn(4, 1, 32, 32)
-    direct, later = model.forward_exits(x), model.forward_exits(model.forward_backbone(x))
+    direct, later = model.forward_exits(x), ExitHeads(model)(model.forward_backbone(x))
     for one, other in zip([*direct.logits, *direct.features], [*later.logits, *later.features], strict=True):
         assert torch.equal(one, other)
 
@@ -80,14 +83,14 @@ def test_optimizer_average_and_checkpoints_hold_the_heads_only(few, tmp_path):
     weights = load_file(run.run.checkpoints.newest / "model.safetensors")
     names = model.heads.state_dict().keys()
     assert weights.keys() == {f"trainable_module.heads.{name}" for name in names} | {
-        f"trainable_module_ema.module.{name}" for name in names
+        f"trainable_module_ema.module.heads.{name}" for name in names
     }
 
 
 def test_the_average_of_the_heads_is_what_is_evaluated_and_saved(few, tmp_path):
     model = frozen_model()
     run = fit(model, few, tmp_path, model_ema=True, model_ema_decay=0.5)
-    average = run.update.task.trainable_module_ema.module.state_dict()
+    average = run.update.task.trainable_module_ema.module.heads.state_dict()
     assert run.eval_model.backbone is model.backbone
     assert equal(load_file(run.output / "last/self_distill.safetensors"), dict(average))
     assert not equal(dict(average), dict(model.heads.state_dict()))
@@ -97,6 +100,21 @@ def test_the_average_of_the_heads_is_what_is_evaluated_and_saved(few, tmp_path):
 def test_a_resumed_run_gives_the_same_heads(settings, few, tmp_path):
     whole = fit(frozen_model(), few, tmp_path / "whole", **settings)
     fit(frozen_model(), few, tmp_path / "part", resume=str(tmp_path / "whole/checkpoints/step-00000002"), **settings)
+    for name in ("last/self_distill.safetensors", "history.csv"):
+        assert (tmp_path / "part" / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_a_checkpoint_of_the_first_versions_resumes(few, tmp_path):
+    """In which the averaged heads had other names."""
+    whole = fit(frozen_model(), few, tmp_path / "whole", model_ema=True)
+    weights, rest = read_checkpoint(tmp_path / "whole/checkpoints/step-00000002")
+    average = "trainable_module_ema.module."
+    renamed = {name.replace(f"{average}heads.", average): value for name, value in weights.items()}
+    assert renamed.keys() != weights.keys()
+    checkpoints = Checkpoints(tmp_path / "first/checkpoints", keep=1)
+    checkpoints.write(Snapshot(renamed, rest), 2)
+    checkpoints.wait()
+    fit(frozen_model(), few, tmp_path / "part", resume=str(tmp_path / "first"), model_ema=True)
     for name in ("last/self_distill.safetensors", "history.csv"):
         assert (tmp_path / "part" / name).read_bytes() == (whole.output / name).read_bytes()
 

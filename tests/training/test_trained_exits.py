@@ -68,7 +68,7 @@ def begin(*flags: object, num_classes: int = 10, in_chans: int = 3) -> tuple[nn.
         initial_checkpoint=args.initial_checkpoint,
         pretrained_path=args.pretrained_path,
     )
-    return create_task(args, backbone, lambda: None, weights).get_trainable_module(), args
+    return create_task(args, backbone, lambda: None, weights).get_eval_model(), args
 
 
 def same(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 if TYPE_CHECKING:
     from .kinds import IndexedImages
 
-Batch = tuple[Tensor, Tensor, Tensor]
+Batch = tuple[Any, Tensor, Tensor]
 """Images (B, C, H, W), class indices (B,), and which of them took another's place; of a stream, how many were left out
 before each."""
 

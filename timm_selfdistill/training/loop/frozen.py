@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from ...output import BackboneOutput
-from ...task import SelfDistillTask
+from ...task import FrozenBackbone, FrozenBackboneTask, SelfDistillTask
 from ..config import TrainConfig
 from ..data.kinds import IndexedImages, RunImages
 from ..data.labels import is_labelled
@@ -29,7 +29,6 @@ from ..data.sampling import Draw, TrainImages
 from ..runtime.accelerator import ask_main_process
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import ProgressReporter
-from ..state.networks import is_frozen, self_distill_model, trainable_model
 from .update import Updater
 
 IMAGES_READ = 16
@@ -49,17 +48,17 @@ def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: R
     Raises:
         ValueError, TypeError: it is so.
     """
-    model = trainable_model(task)
+    frozen = isinstance(task, FrozenBackboneTask)
     for name, reason in (
         ("unlabelled", "which alone can teach without labels"),
         ("cache_features", "whose features of an image alone are the same in every epoch"),
     ):
-        if getattr(config, name) and not is_frozen(model):
+        if getattr(config, name) and not frozen:
             raise ValueError(
                 f"{name} (--{name.replace('_', '-')}) needs a model with a frozen backbone, {reason};"
                 " wrap_self_distill(model, freeze_backbone=True) makes one (--freeze-backbone)"
             )
-    if is_frozen(model) and not config.head_lr_scale:
+    if frozen and not config.head_lr_scale:
         raise ValueError("the backbone is frozen and head_lr_scale is 0: nothing would learn; leave one of them out")
     if config.cache_features:
         _check_unchanging(train_data, val_data)
@@ -150,8 +149,12 @@ class FeatureCache(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | BackboneOutput, Any]:
-        if not self.files:
+    @property
+    def is_filled(self) -> bool:
+        return bool(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        if not self.is_filled:
             return self.data[index]
         if not self.tensors:
             self.tensors = [file.open() for file in self.files]
@@ -162,9 +165,9 @@ class FeatureCache(Dataset):
         """For a loading process, which maps the files itself."""
         return {**vars(self), "tensors": []}
 
-    def plan(self, update: Updater, folder: Path) -> list[TensorFile]:
+    def plan(self, update: Updater, frozen: FrozenBackbone, folder: Path) -> list[TensorFile]:
         """The files that will be filled, whose shapes and types the first image tells."""
-        first = self._compute(update, *default_collate([self.data[0]]))
+        first = self._compute(update, frozen, *default_collate([self.data[0]]))
         return [
             TensorFile(str(folder / f"{index}.bin"), len(self), tuple(value.shape[1:]), value.dtype)
             for index, value in enumerate(first)
@@ -173,6 +176,7 @@ class FeatureCache(Dataset):
     def fill(
         self,
         update: Updater,
+        frozen: FrozenBackbone,
         files: list[TensorFile],
         config: TrainConfig,
         progress: ProgressReporter,
@@ -189,7 +193,7 @@ class FeatureCache(Dataset):
             for step in range(-(-len(self) // (world * batch_size))):
                 batch = next(batches, None)  # none at the last step where other processes have one image more
                 if batch is not None:
-                    for tensor, value in zip(tensors, self._compute(update, *batch)):
+                    for tensor, value in zip(tensors, self._compute(update, frozen, *batch)):
                         tensor[begin::world][: len(value)] = value
                     begin += world * len(batch[0])
                 progress.count("features of", min(begin, len(self)), len(self))
@@ -205,10 +209,10 @@ class FeatureCache(Dataset):
         self.files, self.tensors = [], []
 
     @torch.no_grad()
-    def _compute(self, update: Updater, x: Tensor, label: Tensor) -> list[Tensor]:
+    def _compute(self, update: Updater, frozen: FrozenBackbone, x: Tensor, label: Tensor) -> list[Tensor]:
         x, _ = update.to_device(x, label)
         with nullcontext() if self.full_precision else update.accelerator.autocast():
-            maps, logits = self_distill_model(update.task).forward_backbone(x)
+            maps, logits = frozen(x)
         return [*(value.cpu() for value in (*maps, logits)), label]
 
 
@@ -234,10 +238,11 @@ def fill_caches(
     Raises:
         OSError: the disk is too small.
     """
-    if not caches:
+    task = update.task
+    if not caches or not isinstance(task, FrozenBackboneTask):
         return
     folder = output / FOLDER
-    plans = [cache.plan(update, folder / name) for cache, name in zip(caches, ("train", "val"))]
+    plans = [cache.plan(update, task.frozen, folder / name) for cache, name in zip(caches, ("train", "val"))]
     files = list(chain(*plans))
     ask_main_process(update.accelerator, partial(_create, folder, files))
     progress.say(
@@ -246,7 +251,7 @@ def fill_caches(
     )
     for cache, plan in zip(caches, plans):
         if not interrupt.agreed:
-            cache.fill(update, plan, config, progress, interrupt)
+            cache.fill(update, task.frozen, plan, config, progress, interrupt)
     progress.restart_clock()
 
 

@@ -18,8 +18,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ...model import SelfDistillModel
+from ...task import ExitHeads
 from ..config import TrainConfig
-from ..state.networks import is_frozen, trained_part
 
 
 def base_lr(config: TrainConfig, images: int) -> float:
@@ -45,10 +45,10 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     Raises:
         ValueError: the model has no groups of layers, no shallow classifiers, or a frozen backbone.
     """
-    exits = model.heads if isinstance(model, SelfDistillModel) else None
-    if config.head_lr_scale != 1 and exits is None:
+    heads = model.heads if isinstance(model, (SelfDistillModel, ExitHeads)) else None
+    if config.head_lr_scale != 1 and heads is None:
         raise ValueError("head_lr_scale is for shallow classifiers, which a network without exits does not have")
-    if config.layer_decay is not None and is_frozen(model):
+    if config.layer_decay is not None and isinstance(model, ExitHeads):
         raise ValueError("layer_decay is for a backbone that learns, and this one is frozen; leave one of them out")
     known = get_optimizer_info(config.opt)
     for name, has in (("eps", known.has_eps), ("betas", known.has_betas)):
@@ -58,23 +58,22 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     by_layer = {
         name: settings.pop(name, None) for name in ("layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale")
     }
-    trained = trained_part(model)
     if config.layer_decay is None and config.head_lr_scale == 1:
-        return _create(trained, settings)
-    exempt: Collection[str] = getattr(trained, "no_weight_decay", set)()
+        return _create(model, settings)
+    exempt: Collection[str] = getattr(model, "no_weight_decay", set)()
     if config.layer_decay is None:
-        groups = param_groups_weight_decay(trained, config.weight_decay, no_weight_decay_list=exempt)
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
     else:
         groups = param_groups_layer_decay(
-            trained,
+            model,
             config.weight_decay,
             exempt,
             layer_decay=config.layer_decay,
             min_scale=by_layer["layer_decay_min_scale"],
             no_opt_scale=by_layer["layer_decay_no_opt_scale"],
         )
-    if exits is not None and config.head_lr_scale != 1:
-        groups = _scale(groups, list(exits.parameters()), config.head_lr_scale)
+    if heads is not None and config.head_lr_scale != 1:
+        groups = _scale(groups, list(heads.parameters()), config.head_lr_scale)
     return _create(groups, settings)
 
 

@@ -40,7 +40,7 @@ from ..runtime.accelerator import create_accelerator, sharing_failures
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
 from ..state.checkpoint import Checkpoints, read_checkpoint, warn_unwritten
-from ..state.networks import check_task, eval_model, frozen_digest, is_frozen, trained_part
+from ..state.networks import check_task, eval_model, frozen_digest
 from ..state.snapshot import TrainState, diverged, restore, take_snapshot
 from .frozen import check_frozen_settings, create_caches, drop_caches, fill_caches, learns_in_parts, remove_features
 from .optimizer import base_lr
@@ -328,7 +328,9 @@ class Trainer:
         labelled = self.saved.val_labelled
         classes = self.update.mixer.num_classes
         batches = (self.update.to_device(x, check_indices(y, classes) if labelled else y) for x, y in self.val_batches)
-        metrics, images = measure_exits(self.eval_model, batches, self.accelerator, labelled)
+        cached = any(cache.is_filled for cache in self.caches)
+        model = self.update.learned_model if cached else self.eval_model
+        metrics, images = measure_exits(model, batches, self.accelerator, labelled)
         unreadable = self._sum(self.val_batches.unreadable)
         if unreadable and self.accelerator.is_main_process:
             warnings.warn(f"{unreadable} validation images cannot be read and are left out", stacklevel=3)
@@ -415,7 +417,7 @@ class Trainer:
             self.batches.start(state.epoch + 1)
         if accelerator.num_processes > 1:
             reduce = self.config.dist_bn == "reduce"
-            distribute_bn(trained_part(self.eval_model), accelerator.num_processes, reduce=reduce)
+            distribute_bn(self.update.learned_model, accelerator.num_processes, reduce=reduce)
         if (state.epoch + 1) % self.config.val_interval and not is_last:
             self._pass_epoch()
             return
@@ -459,7 +461,8 @@ class Trainer:
 
     def _deciding(self, metrics: list[ExitMetrics]) -> float:
         """The eval_metric of an epoch that was measured."""
-        return deciding_metric(metrics, is_frozen(self.eval_model), self.config.eval_metric)
+        frozen = getattr(self.eval_model, "freeze_backbone", False)
+        return deciding_metric(metrics, frozen, self.config.eval_metric)
 
     def _check_start(self) -> None:
         """Let a run begin with the epoch that it was told.

@@ -16,19 +16,19 @@ from timm.layers import convert_sync_batchnorm
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
-from timm.utils import dispatch_clip_grad
+from timm.utils import dispatch_clip_grad, unwrap_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from ...model import SelfDistillModel
-from ...output import BackboneOutput
+from ...task import FrozenBackboneTask
 from ..config import TrainConfig
 from ..data.loaders import known_batch_size
 from ..data.sampling import Batch, mixed_seed
 from ..data.transforms import TargetMixer, view_by_view
 from ..state.checkpoint import read_settings
-from ..state.networks import eval_model, freeze_teacher, self_distill_model, trainable_model, trained_part
+from ..state.networks import eval_model, freeze_teacher, trainable_model
 from ..state.snapshot import get_random_states, plain, set_random_states
 from .optimizer import create_optimizer, create_schedule
 
@@ -36,8 +36,8 @@ MOST_SKIPPED = 10
 """Updates in a row that `on_nan="skip"` leaves out before it gives up."""
 
 Losses = dict[str, Tensor]
-Input = TypeVar("Input", Tensor, BackboneOutput)
-"""Images, or what a frozen backbone gave for them."""
+Input = TypeVar("Input")
+"""A batch of images, or what a data set has in their place."""
 
 
 class Updater:
@@ -104,11 +104,20 @@ class Updater:
         model = eval_model(self.task, average=self.config.model_ema)
         return plain(self.accelerator, getattr(model, "module", model))
 
+    @property
+    def learned_model(self) -> nn.Module:
+        """Likewise, of a frozen backbone the heads alone, `ExitHeads`."""
+        if not isinstance(self.task, FrozenBackboneTask):
+            return self.eval_model
+        heads = self.task.get_trainable_module(ema=self.config.model_ema)
+        return unwrap_model(heads)
+
     def train(self, epoch: int) -> None:
         """Go on with training; the first epochs may be of classifiers alone."""
         self.wrapped.train()
-        if self.config.head_warmup_epochs:
-            self_distill_model(self.task).train_classifiers_alone(epoch < self.config.head_warmup_epochs)
+        model = trainable_model(self.task)
+        if self.config.head_warmup_epochs and isinstance(model, SelfDistillModel):
+            model.train_classifiers_alone(epoch < self.config.head_warmup_epochs)
 
     def set_schedule(self, position: int) -> None:
         """The learning rate for the update after this one."""
@@ -219,14 +228,15 @@ def create_updater(
     set_seed(mixed_seed(config.seed, accelerator.process_index))
     freeze_teacher(task)
     model = trainable_model(task)
-    if config.head_warmup_epochs and not (isinstance(model, SelfDistillModel) and not model.freeze_backbone):
+    if config.head_warmup_epochs and not isinstance(model, SelfDistillModel):
         raise ValueError("head_warmup_epochs is for shallow classifiers on a backbone that learns with them later")
     _prepare_batch_norm(accelerator, model, config)
     if config.channels_last:
         task.to(memory_format=torch.channels_last)  # a teacher, too
     if config.torchcompile:
         backend = "inductor" if config.torchcompile is True else config.torchcompile
-        model.compile(backend=backend, mode=config.torchcompile_mode)
+        for part in (model, task.frozen) if isinstance(task, FrozenBackboneTask) else (model,):
+            part.compile(backend=backend, mode=config.torchcompile_mode)
     optimizer = create_optimizer(model, config)
     schedule, epochs = create_schedule(optimizer, config, updates_per_epoch)
     wrapped, wrapped_optimizer = accelerator.prepare(task, optimizer)
@@ -236,7 +246,6 @@ def create_updater(
 
 
 def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
-    model = trained_part(model)
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
     if norms and config.batch_size == 1 and not (config.sync_bn and accelerator.num_processes > 1):
         raise ValueError(

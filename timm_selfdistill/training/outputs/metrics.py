@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...cost import count_cost, evaluating, time_ratios
 from ...model import SelfDistillModel
-from ...output import BackboneOutput
+from ...task import ExitHeads
 
 
 class ExitMetrics(NamedTuple):
@@ -31,8 +31,14 @@ class ExitMetrics(NamedTuple):
         return self.exit if self.exit == "ensemble" else f"exit_{self.exit}"
 
 
-def exit_logits(model: nn.Module, x: Tensor | BackboneOutput) -> tuple[Tensor, ...]:
-    """Logits (B, K) of every classifier of a self-distilled model, or of the only one of another."""
+def exit_logits(model: nn.Module, x: Any) -> tuple[Tensor, ...]:
+    """Logits (B, K) of every classifier of a self-distilled model, or of the only one of another.
+
+    Args:
+        x: images (B, in_chans, H, W); of `ExitHeads`, the features of a frozen backbone.
+    """
+    if isinstance(model, ExitHeads):
+        return model(x).logits
     return model.forward_exits(x).logits if isinstance(model, SelfDistillModel) else (model(x),)
 
 
@@ -96,7 +102,7 @@ class ExitMeter:
 
 def measure_exits(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor | BackboneOutput, Tensor]],
+    batches: Iterable[tuple[Any, Tensor]],
     accelerator: Accelerator,
     labelled: bool = True,
 ) -> tuple[list[ExitMetrics], int]:
@@ -106,7 +112,8 @@ def measure_exits(
     Args:
         labelled: False counts as right what the deepest classifier says.
     """
-    meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, accelerator.device)
+    classifiers = len(model.heads) + 1 if isinstance(model, (SelfDistillModel, ExitHeads)) else 1
+    meter = ExitMeter(classifiers, accelerator.device)
     with evaluating(model), torch.no_grad(), torch.autocast(accelerator.device.type, enabled=False):
         for x, y in batches:
             logits = exit_logits(model, x)

@@ -21,7 +21,6 @@ from ..data.labels import is_labelled
 from ..data.loaders import image_count
 from ..runtime.accelerator import device_name
 from ..state.checkpoint import UNWRITABLE, warn_unwritten
-from ..state.networks import is_frozen
 from .metrics import ExitMetrics, exit_costs, merge_rows, model_name, with_speedups
 from .run_directory import write_json
 
@@ -148,7 +147,7 @@ class SavedModels:
         folder, first = self.output / name, metrics is None
         self.costs = self.costs or exit_costs(model, self.input_size)
         record: dict[str, Any] = {"exits": self.costs, **self._origin(model), **self.facts}
-        if is_frozen(model):
+        if getattr(model, "freeze_backbone", False):
             record["frozen"] = True
         if None not in self.images:
             record["images"] = self.images

@@ -1,18 +1,18 @@
-"""The networks of a training task: what learns, what is evaluated and saved, what stays as it is (a frozen backbone,
-or a teacher).
+"""The networks of a training task: what learns, what is evaluated and saved, and what is frozen, a backbone or a
+teacher.
 
 timm's own methods may answer None, for a task without a moving average; here that is an error.
 """
 
 import hashlib
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from timm.task import TrainingTask
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
-from ...model import SelfDistillModel
+from ...task import FrozenBackboneTask
 
 
 def check_task(task: Any) -> None:
@@ -26,7 +26,8 @@ def check_task(task: Any) -> None:
         raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
     spoilt = [
         name
-        for name, value in trainable_model(task).state_dict().items()
+        for module in dict.fromkeys([eval_model(task), trainable_model(task)])
+        for name, value in module.state_dict().items()
         if value.is_floating_point() and not bool(value.isfinite().all())
     ]
     if spoilt:
@@ -54,38 +55,16 @@ def eval_model(task: TrainingTask, average: bool = False) -> nn.Module:
     return _known(task, task.get_eval_model(ema=average))
 
 
-def self_distill_model(task: TrainingTask) -> SelfDistillModel:
-    """What learns in a task that is known to be of one with exits.
-
-    Raises:
-        TypeError: it has none.
-    """
-    model = trainable_model(task)
-    if not isinstance(model, SelfDistillModel):
-        raise TypeError(f"expected a task with a SelfDistillModel, got one with {type(model).__name__}")
-    return model
-
-
 def _known(task: TrainingTask, model: nn.Module | None) -> nn.Module:
     if model is None:
         raise TypeError(f"{type(task).__name__} has no network")
     return model
 
 
-def is_frozen(model: nn.Module | None) -> TypeGuard[SelfDistillModel]:
-    return isinstance(model, SelfDistillModel) and model.freeze_backbone
-
-
-def trained_part(model: nn.Module) -> nn.Module:
-    """The heads of a model with a frozen backbone, or else the whole model."""
-    return model.heads if is_frozen(model) else model
-
-
-def frozen_part(task: TrainingTask) -> nn.Module | None:
-    """The network that stays as it is: a frozen backbone, or the teacher of one of timm's distillation tasks, ours
-    included. What else a task may call its teacher perhaps learns."""
-    model = task.get_trainable_module()
-    return model.backbone if is_frozen(model) else _teacher(task)
+def frozen_network(task: TrainingTask) -> nn.Module | None:
+    """The backbone of a `FrozenBackboneTask`, or the teacher of one of timm's distillation tasks, ours included. What
+    else a task may call its teacher perhaps learns."""
+    return task.frozen.backbone if isinstance(task, FrozenBackboneTask) else _teacher(task)
 
 
 def freeze_teacher(task: TrainingTask) -> None:
@@ -107,9 +86,9 @@ def freeze_teacher(task: TrainingTask) -> None:
         )
 
 
-def trained_state(task: TrainingTask) -> dict[str, Tensor]:
+def learned_state(task: TrainingTask) -> dict[str, Tensor]:
     """The state of a task, without that of its frozen network."""
-    state, network = task.state_dict(), frozen_part(task)
+    state, network = task.state_dict(), frozen_network(task)
     if network is None:
         return state
     frozen = tuple(f"{name}." for name, part in task.named_modules() if part is network)
@@ -118,7 +97,7 @@ def trained_state(task: TrainingTask) -> dict[str, Tensor]:
 
 def frozen_digest(task: TrainingTask) -> str:
     """SHA-256 of the frozen network, which a checkpoint holds in its place; "" where nothing is frozen."""
-    network = frozen_part(task)
+    network = frozen_network(task)
     if network is None:
         return ""
     digest = hashlib.sha256()

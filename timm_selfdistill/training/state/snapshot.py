@@ -1,6 +1,7 @@
 """The state of a run: copied to memory, and put back."""
 
 import random
+import re
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from ..config import TrainConfig
 from ..data.labels import listed
 from ..data.loaders import TrainBatches
 from ..data.sampling import DRAWS
-from .networks import trained_state
+from .networks import learned_state
 
 
 @dataclass
@@ -263,7 +264,7 @@ def take_snapshot(
         "state": state.state_dict(),
         "settings": _describe(accelerator, state, config),
     }
-    weights = trained_state(plain_task(accelerator, task))
+    weights = learned_state(plain_task(accelerator, task))
     copies = {key: _copy(value).contiguous() for key, value in weights.items()}  # as safetensors takes them
     return Snapshot(copies, tree_map_only(Tensor, _copy, rest))
 
@@ -336,8 +337,13 @@ def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool, free
         warnings.warn(f"resumed with other settings than before: {', '.join(said.values())}", stacklevel=2)
 
 
+HEADS_BEFORE = r"^(trainable_module_ema\.module\.)(\d+\.)"
+"""Names of the averaged heads of a frozen backbone in checkpoints of the first versions."""
+
+
 def _load_weights(task: TrainingTask, saved: dict[str, Tensor]) -> None:
-    own = trained_state(task)
+    own = learned_state(task)
+    saved = {re.sub(HEADS_BEFORE, r"\1heads.\2", name): value for name, value in saved.items()}
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     differing = sorted(
         key
