@@ -180,8 +180,14 @@ def move_alike(heads: nn.Module, backbone: nn.Module) -> None:
         heads.to(memory_format=torch.channels_last)
 
 
-def check_output(output: Any, x: Tensor, num_classes: int, channels: int, where: str) -> tuple[Tensor, Tensor]:
+def check_output(
+    output: Any, x: Tensor, num_classes: int, channels: int, stage: Stage, model_name: str
+) -> tuple[Tensor, Tensor]:
     """The logits and the feature that a head returned for x (B, C, H, W). While torch.fx traces it there are no shapes.
+
+    Args:
+        stage: that the head stands on.
+        model_name: for error messages.
 
     Raises:
         ValueError: they are no pair of tensors (B, num_classes) and (B, channels, H', W').
@@ -194,11 +200,29 @@ def check_output(output: Any, x: Tensor, num_classes: int, channels: int, where:
     fits = len(shapes) == 2 and shapes[0] == (batch, num_classes)
     if not fits or len(shapes[1]) != 4 or shapes[1][:2] != (batch, channels):
         raise ValueError(
-            f"the head of {where} must return logits {(batch, num_classes)} and a feature ({batch}, {channels}, H, W),"
-            f" got {shapes}; mend the callable that was given as head"
+            f"the head of {model_name} at {stage} must return logits {(batch, num_classes)} and a feature"
+            f" ({batch}, {channels}, H, W), got {shapes}; mend the callable that was given as head"
         )
     logits, feature = parts
     return logits, feature
+
+
+def check_logits(model: nn.Module, logits: Any, x: Tensor, num_classes: int) -> None:
+    """Raise where a backbone's own classifier does not give logits (B, K) for images x (B, C, H, W). While torch.fx
+    traces it there are no shapes."""
+    if isinstance(logits, Proxy):
+        return
+    name, shape = type(model).__name__, (x.shape[0], num_classes)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{name} gives {len(logits)} logits instead of one in training mode; call its"
+            " set_distilled_training(False), which gives their mean"
+        )
+    if logits.shape != shape:
+        raise ValueError(
+            f"{name} gives logits {tuple(logits.shape)}, expected {shape}; it must pool its features (global_pool), and"
+            " reset_classifier is called on the wrapped model, which then renews all its classifiers"
+        )
 
 
 def gather_exits(shallow: Sequence[tuple[Tensor, Tensor]], features: BackboneOutput) -> SelfDistillOutput:

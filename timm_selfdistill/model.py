@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .cost import default_input_size
-from .heads import HeadFactory, check_output, create_head, gather_exits, move_alike
+from .heads import HeadFactory, check_logits, check_output, create_head, gather_exits, move_alike
 from .hub import ExitRow, ExitSettings, HubMixin, build_backbone, choose_head, measured_rows
 from .output import BackboneOutput, SelfDistillOutput
-from .stages import Stage, check_logits, check_timm_classifier, explain_misfit, select_stages
+from .stages import Stage, check_timm_classifier, explain_misfit, select_stages
 from .summary import Summary, summarize
 from .timm_methods import TimmMethods
 from .timm_model import TimmModel
@@ -231,9 +231,8 @@ class SelfDistillModel(HubMixin):
 
     def run_head(self, exit: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, K) and feature (B, D, H', W') of a shallow classifier for the feature map of its stage."""
-        stage = self.stages[exit]
-        where = f"{type(self.backbone).__name__} at {stage}"
-        return check_output(self.heads[exit](feature_map), feature_map, self.num_classes, self.feature_channels, where)
+        output, name = self.heads[exit](feature_map), type(self.backbone).__name__
+        return check_output(output, feature_map, self.num_classes, self.feature_channels, self.stages[exit], name)
 
     def run_to(self, exit: int, x: Tensor) -> Tensor:
         """The feature map (B, C, H, W) at a shallow exit for images (B, in_chans, H, W), running no layer behind it."""

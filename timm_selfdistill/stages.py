@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from .cost import default_input_size
 from .timm_model import TimmModel, as_timm
@@ -54,24 +53,6 @@ def check_timm_classifier(model: nn.Module) -> TimmModel:
             " create it with timm.create_model(..., num_classes=K), K >= 1; encoders without a head cannot be used"
         )
     return as_timm(model)
-
-
-def check_logits(model: nn.Module, logits: Any, x: Tensor, num_classes: int) -> None:
-    """Raise where a backbone's own classifier does not give logits (B, K) for images x (B, C, H, W). While torch.fx
-    traces it there are no shapes."""
-    if isinstance(logits, Proxy):
-        return
-    name, shape = type(model).__name__, (x.shape[0], num_classes)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"{name} gives {len(logits)} logits instead of one in training mode; call its"
-            " set_distilled_training(False), which gives their mean"
-        )
-    if logits.shape != shape:
-        raise ValueError(
-            f"{name} gives logits {tuple(logits.shape)}, expected {shape}; it must pool its features (global_pool), and"
-            " reset_classifier is called on the wrapped model, which then renews all its classifiers"
-        )
 
 
 def explain_misfit(model: nn.Module, x: Tensor, model_args: dict[str, Any] | None = None) -> str | None:

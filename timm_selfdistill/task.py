@@ -107,15 +107,14 @@ class ExitHeads(nn.Module):
     def __init__(self, model: SelfDistillModel):
         super().__init__()
         self.heads = model.heads
-        self.places = [f"{type(model.backbone).__name__} at {stage}" for stage in model.stages]
-        """For messages."""
+        self.stages, self.model_name = model.stages, type(model.backbone).__name__
 
     def forward(self, features: BackboneOutput) -> SelfDistillOutput:
         *maps, teacher = features.maps
         classes, channels = features.logits.shape[1], teacher.shape[1]
         shallow = [
-            check_output(head(feature_map), feature_map, classes, channels, place)
-            for head, feature_map, place in zip(self.heads, maps, self.places)
+            check_output(head(feature_map), feature_map, classes, channels, stage, self.model_name)
+            for head, feature_map, stage in zip(self.heads, maps, self.stages)
         ]
         return gather_exits(shallow, features)
 

@@ -8,8 +8,9 @@ from timm.task.distillation import DistillationTeacher, FeatureDistillationTrain
 from torch import Tensor, nn
 
 from ..cost import default_input_size
+from ..heads import check_logits
 from ..loss import LabelLoss, full_precision
-from ..stages import Stage, check_logits, check_timm_classifier, choose_exits
+from ..stages import Stage, check_timm_classifier, choose_exits
 from ..timm_model import TimmModel, as_timm
 
 Pair = tuple[Stage, Stage]

@@ -41,7 +41,7 @@ from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
 from ..state.checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from ..state.networks import check_task, eval_model, frozen_digest
-from ..state.snapshot import TrainState, diverged, restore, take_snapshot
+from ..state.snapshot import TrainState, describe_run, diverged, restore, take_snapshot
 from .frozen import check_frozen_settings, create_caches, drop_caches, fill_caches, learns_in_parts, remove_features
 from .optimizer import base_lr
 from .update import Losses, create_updater, find_batch_size
@@ -85,7 +85,7 @@ class OpenedRun:
     profiler: UpdateProfiler
     progress: ProgressReporter
     trackers: RunTrackers | None = None
-    """None until they are started, after a checkpoint was seen to fit."""
+    """None where there are none, or until they are started, after a checkpoint was seen to fit."""
 
 
 class Trainer:
@@ -145,6 +145,7 @@ class Trainer:
             name_classes(model, train_data, val_data),
             (getattr(val_data, "source", None) or {}).get("drawn_from") or "",
         )
+        self.settings = describe_run(self.accelerator, self.state, config)
         self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
         self.epochs = self.update.epochs
         self._check_start()
@@ -229,7 +230,8 @@ class Trainer:
             run.progress.resume(self.state.updates)
         if self.accelerator.is_main_process:
             mark_launch(run.output)
-        run.trackers = RunTrackers(self.accelerator, self.config, run.output, resumed=self.checkpoint is not None)
+        if self.config.report_to:
+            run.trackers = RunTrackers(self.accelerator, self.config, run.output, resumed=self.checkpoint is not None)
         if not self.checkpoint:
             self._save_model("last", None)
         if run.uploader:
@@ -283,12 +285,13 @@ class Trainer:
         run = self.run
         restore(
             accelerator=self.accelerator,
-            task=self.update.wrapped,
+            task=self.update.task,
             optimizer=self.update.optimizer,
             batches=self.batches,
             state=self.state,
-            config=self.config,
+            settings=self.settings,
             snapshot=read_checkpoint(checkpoint),
+            no_resume_opt=self.config.no_resume_opt,
         )
         if self.accelerator.is_main_process:
             remove_features(run.output)
@@ -396,8 +399,8 @@ class Trainer:
         return int(self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), "sum"))
 
     def _track(self, values: dict[str, float]) -> None:
-        more = {"lr": self.lr, "images_per_second": self.rate, "memory_gib": memory_gib(self.accelerator.device)}
         if self.run.trackers:
+            more = {"lr": self.lr, "images_per_second": self.rate, "memory_gib": memory_gib(self.accelerator.device)}
             self.run.trackers.log({**values, **more}, self.state.updates)
 
     def _check_finite(self, losses: list[float], update: int, what: str) -> None:
@@ -510,11 +513,11 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         snapshot = take_snapshot(
             accelerator=self.accelerator,
-            task=self.update.wrapped,
+            task=self.update.task,
             optimizer=self.update.optimizer,
             batches=self.batches,
             state=self.state,
-            config=self.config,
+            settings=self.settings,
         )
         if snapshot:
             self.run.checkpoints.write(snapshot, self.state.updates)

@@ -29,7 +29,7 @@ from ..data.sampling import Batch, mixed_seed
 from ..data.transforms import TargetMixer, view_by_view
 from ..state.checkpoint import read_settings
 from ..state.networks import eval_model, freeze_teacher, trainable_model
-from ..state.snapshot import get_random_states, plain, set_random_states
+from ..state.snapshot import get_random_states, set_random_states
 from .optimizer import create_optimizer, create_schedule
 
 MOST_SKIPPED = 10
@@ -102,15 +102,14 @@ class Updater:
     def eval_model(self) -> nn.Module:
         """What is to be evaluated and saved: the model, or its moving average; without what wraps it."""
         model = eval_model(self.task, average=self.config.model_ema)
-        return plain(self.accelerator, getattr(model, "module", model))
+        return unwrap_model(model)
 
     @property
     def learned_model(self) -> nn.Module:
         """Likewise, of a frozen backbone the heads alone, `ExitHeads`."""
         if not isinstance(self.task, FrozenBackboneTask):
             return self.eval_model
-        heads = self.task.get_trainable_module(ema=self.config.model_ema)
-        return unwrap_model(heads)
+        return unwrap_model(self.task.get_trainable_module(ema=self.config.model_ema))
 
     def train(self, epoch: int) -> None:
         """Go on with training; the first epochs may be of classifiers alone."""

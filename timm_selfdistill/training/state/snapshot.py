@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from timm.task import TrainingTask
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..config import TrainConfig
@@ -234,25 +234,19 @@ class Snapshot(NamedTuple):
     torch.load reads with weights_only."""
 
 
-def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The module under DDP and mixed-precision wrappers."""
-    return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-
-
-def plain_task(accelerator: Accelerator, task: nn.Module) -> TrainingTask:
-    """Likewise of a task."""
-    return accelerator.unwrap_model(task, keep_fp32_wrapper=True, keep_torch_compile=False)
-
-
 def take_snapshot(
     accelerator: Accelerator,
-    task: nn.Module,
+    task: TrainingTask,
     optimizer: AcceleratedOptimizer,
     batches: TrainBatches,
     state: TrainState,
-    config: TrainConfig,
+    settings: dict[str, str],
 ) -> Snapshot | None:
-    """Copy the state of the run; call it on every process, the main one gets it."""
+    """Copy the state of the run; call it on every process, the main one gets it.
+
+    Args:
+        settings: of `describe_run`.
+    """
     random_states, places = zip(*gather_object([(get_random_states(), batches.state_dict())]))
     if not accelerator.is_main_process:
         return None
@@ -262,37 +256,42 @@ def take_snapshot(
         "random": list(random_states),
         "batches": list(places),
         "state": state.state_dict(),
-        "settings": _describe(accelerator, state, config),
+        "settings": settings,
     }
-    weights = learned_state(plain_task(accelerator, task))
+    weights = learned_state(task)
     copies = {key: _copy(value).contiguous() for key, value in weights.items()}  # as safetensors takes them
     return Snapshot(copies, tree_map_only(Tensor, _copy, rest))
 
 
 def restore(
     accelerator: Accelerator,
-    task: nn.Module,
+    task: TrainingTask,
     optimizer: AcceleratedOptimizer,
     batches: TrainBatches,
     state: TrainState,
-    config: TrainConfig,
+    settings: dict[str, str],
     snapshot: Snapshot,
+    no_resume_opt: bool = False,
 ) -> None:
     """Put a state back; processes that the run did not have keep their own random state.
+
+    Args:
+        settings: of `describe_run`.
+        no_resume_opt: leave the optimizer as it is.
 
     Raises:
         ValueError: it is that of another run: of other settings, another model or other batches.
     """
     _check_settings(
         snapshot.rest["settings"],
-        _describe(accelerator, state, config),
+        settings,
         warn=accelerator.is_main_process,
-        free=OPTIMIZER_SETTINGS if config.no_resume_opt else (),
+        free=OPTIMIZER_SETTINGS if no_resume_opt else (),
     )
     batches.load_state_dicts(snapshot.rest["batches"])
-    _load_weights(plain_task(accelerator, task), snapshot.weights)
+    _load_weights(task, snapshot.weights)
     state.load_state_dict(snapshot.rest["state"])
-    if not config.no_resume_opt:
+    if not no_resume_opt:
         optimizer.load_state_dict(snapshot.rest["optimizer"])
         if accelerator.scaler and snapshot.rest["scaler"]:
             accelerator.scaler.load_state_dict(snapshot.rest["scaler"])
@@ -300,8 +299,8 @@ def restore(
         set_random_states(snapshot.rest["random"][accelerator.process_index])
 
 
-def _describe(accelerator: Accelerator, state: TrainState, config: TrainConfig) -> dict[str, str]:
-    """The settings of a run, and what else it depends on, as text."""
+def describe_run(accelerator: Accelerator, state: TrainState, config: TrainConfig) -> dict[str, str]:
+    """The settings of a run, and what else it depends on, as text; a checkpoint holds it."""
     facts = {
         "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
