@@ -148,7 +148,7 @@ class SelfDistillModel(HubMixin):
         self.early_exit = None
         self._trained_size = TrainedSize()
         self.register_load_state_dict_post_hook(_note_loaded)
-        self._waiting: list[nn.Parameter] = []
+        self._paused: list[nn.Parameter] = []
         self.backbone = backbone
         self.training = model.training
         self.heads = self._create_heads(self.num_classes)
@@ -166,7 +166,7 @@ class SelfDistillModel(HubMixin):
 
     def train(self, mode: bool = True) -> "SelfDistillModel":
         super().train(mode)
-        if self.freeze_backbone or self._waiting:
+        if self.freeze_backbone or self._paused:
             self.backbone.eval()
         return self
 
@@ -178,14 +178,14 @@ class SelfDistillModel(HubMixin):
     def train_classifiers_alone(self, alone: bool) -> None:
         """Let the backbone's features wait, in eval mode and without gradients, while its classifier and the shallow
         ones learn; or let all learn again that did before."""
-        if alone and not self._waiting:
+        if alone and not self._paused:
             found = self.get_classifier()
             parts = found if isinstance(found, tuple) else (found,)
             classifiers = {id(p) for part in parts for p in part.parameters()}
-            self._waiting = [p for p in self.backbone.parameters() if p.requires_grad and id(p) not in classifiers]
-        for parameter in self._waiting:
+            self._paused = [p for p in self.backbone.parameters() if p.requires_grad and id(p) not in classifiers]
+        for parameter in self._paused:
             parameter.requires_grad_(not alone)
-        self._waiting = self._waiting if alone else []
+        self._paused = self._paused if alone else []
         self.train(self.training)
 
     def forward(self, x: Tensor) -> SelfDistillOutput | Tensor:
@@ -207,7 +207,7 @@ class SelfDistillModel(HubMixin):
         self.note_training(x)
         indices = [stage.index for stage in [*self.stages, self._last_stage]]
         learning = torch.is_grad_enabled() and not self.freeze_backbone
-        with torch.set_grad_enabled(learning and not self._waiting):
+        with torch.set_grad_enabled(learning and not self._paused):
             final, maps = self._run(x, lambda x: self.backbone.forward_intermediates(x, indices=indices))
         with torch.set_grad_enabled(learning):
             deepest = self.backbone.forward_head(final)

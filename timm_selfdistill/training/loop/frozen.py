@@ -19,6 +19,7 @@ from timm.task import TrainingTask
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from ...loss import SelfDistillLoss
 from ...output import BackboneOutput
 from ...task import FrozenBackbone, FrozenBackboneTask, SelfDistillTask
 from ..config import TrainConfig
@@ -29,6 +30,7 @@ from ..data.sampling import Draw, TrainImages
 from ..runtime.accelerator import ask_main_process
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import ProgressReporter
+from ..state.networks import eval_model
 from .update import Updater
 
 IMAGES_READ = 16
@@ -48,22 +50,28 @@ def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: R
     Raises:
         ValueError, TypeError: it is so.
     """
-    frozen = isinstance(task, FrozenBackboneTask)
+    frozen = getattr(eval_model(task), "freeze_backbone", False)
     for name, reason in (
         ("unlabelled", "which alone can teach without labels"),
         ("cache_features", "whose features of an image alone are the same in every epoch"),
     ):
+        flag = f"{name} (--{name.replace('_', '-')})"
         if getattr(config, name) and not frozen:
             raise ValueError(
-                f"{name} (--{name.replace('_', '-')}) needs a model with a frozen backbone, {reason};"
+                f"{flag} needs a model with a frozen backbone, {reason};"
                 " wrap_self_distill(model, freeze_backbone=True) makes one (--freeze-backbone)"
+            )
+        if getattr(config, name) and not isinstance(task, FrozenBackboneTask):
+            raise TypeError(
+                f"{flag} needs a SelfDistillTask, whose exits learn from the deepest; {type(task).__name__} learns from"
+                " labels, through the whole network"
             )
     if frozen and not config.head_lr_scale:
         raise ValueError("the backbone is frozen and head_lr_scale is 0: nothing would learn; leave one of them out")
     if config.cache_features:
         _check_unchanging(train_data, val_data)
-    if config.unlabelled:
-        _check_teaching(task)
+    if config.unlabelled and isinstance(task, FrozenBackboneTask):
+        _check_teaching(task.criterion)
     elif not is_labelled(train_data):
         raise ValueError(
             "the training images have no labels; give unlabelled=True (--unlabelled), which needs a model"
@@ -71,13 +79,7 @@ def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: R
         )
 
 
-def _check_teaching(task: TrainingTask) -> None:
-    if not isinstance(task, SelfDistillTask):
-        raise TypeError(
-            f"unlabelled (--unlabelled) needs a SelfDistillTask, whose exits learn from the deepest;"
-            f" {type(task).__name__} learns from labels"
-        )
-    loss = task.criterion
+def _check_teaching(loss: SelfDistillLoss) -> None:
     if loss.teacher != "deepest":
         raise ValueError(f'teacher {loss.teacher!r} learns itself, from labels; unlabelled needs the teacher "deepest"')
     if not loss.alpha and (not loss.beta or loss.hint is None):
