@@ -29,7 +29,6 @@ from ..hub.trust import short
 from ..model import SelfDistillModel
 from ..task import SelfDistillTask
 from ..timm_model import as_timm
-from ..training.data.kinds import ImageSource
 from ..training.data.loaders import MeasuredImages
 from ..training.data.splits import ImageDataset
 from ..training.outputs.run_directory import write_json
@@ -179,7 +178,7 @@ COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": 
 def _open(
     args: argparse.Namespace,
     names: list[str],
-) -> tuple[dict[str, tuple[nn.Module, MeasuredImages[ImageDataset], Record]], ImageSource]:
+) -> tuple[dict[str, tuple[nn.Module, MeasuredImages[ImageDataset], Record]], hub.ImageSource]:
     """Models on their device, by the names that they were given, with the images as each takes them and its record; and
     where the images come from, see `ImageSplits.source`. The folder of --output is made. What is wrong with any model
     is found before the first is measured."""
@@ -222,7 +221,7 @@ def _task(name: str, model: nn.Module, record: Record) -> TrainingTask:
 
 def _write_history(
     args: argparse.Namespace,
-    data: ImageSource,
+    data: hub.ImageSource,
     histories: dict[str, dict[int, GradientReport]],
     figures: Callable[[str, GradientReport], dict[str, Any]],
 ) -> int:
@@ -258,7 +257,7 @@ def _figures(reports: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(
-    args: argparse.Namespace, data: ImageSource, stem: str, models: dict[str, Any], draw: Callable[[Path], None]
+    args: argparse.Namespace, data: hub.ImageSource, stem: str, models: dict[str, Any], draw: Callable[[Path], None]
 ) -> int:
     """The figures of each model as JSON, with what they were measured on, and their picture.
 

@@ -13,10 +13,11 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ...hub import ImageSource
 from ...timm_model import as_timm
 from .folder import ImageFiles
 from .images import Sample, ValueRange, ValueRanges, read_image, take_sample, undecoded
-from .kinds import FoundSplit, ImageSource, Transform
+from .kinds import FoundSplit, Transform
 from .labels import NO_LABEL, listed, some_names
 from .sources import Rows
 from .streams import StreamedImages

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ... import hub
+from ...hub import ExitRow, TrainingRecord
 from ...hub.replace import finish_replacing, replacing_files
 from ...model import SelfDistillModel
 from ...truncated import TruncatedModel
@@ -23,7 +24,7 @@ from ..runtime.accelerator import device_name
 from ..state.checkpoint import UNWRITABLE, warn_unwritten
 from ..state.networks import is_frozen
 from .metrics import ExitMetrics, exit_costs, merge_rows, model_name, with_speedups
-from .run_directory import write_json
+from .run_directory import RunSummary, Unlabelled, write_json
 
 PRIVATE_SETTINGS = {"output", "resume", "data_dir", "initial_checkpoint", "pretrained_path"}
 """Paths on this machine, which no published file tells."""
@@ -59,16 +60,16 @@ class SavedModels:
         self.data_config = {**(getattr(val_data, "data_config", None) or {}), "input_size": input_size}
         self.unsaved: dict[str, int] = {}
         """Epochs of models that could not be written."""
-        self.costs: list[dict[str, Any]] = []
-        self.images = [image_count(train_data), image_count(val_data)]
-        """None where a stream does not tell."""
+        self.costs: list[ExitRow] = []
+        counts = [image_count(train_data), image_count(val_data)]
+        self.images = [] if None in counts else [count for count in counts if count is not None]
+        """That the run trains on and measures; empty where a stream does not tell."""
         self.val_images = 0
         """Images that the metrics are of."""
         source = getattr(val_data, "source", None)
         described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
         self.val_labelled = is_labelled(val_data)
-        self.reference = {} if self.val_labelled else {"reference": "deepest"}
-        """In the place of labels: then accuracies tell how often an exit agrees with the deepest."""
+        self.reference: Unlabelled = {} if self.val_labelled else {"reference": "deepest"}
         self.license = config.hub_license
         told = config.settings
         self.model_args = network_args(told)
@@ -76,7 +77,7 @@ class SavedModels:
             self.known_license: str | None = "unknown"
         else:
             self.known_license = "apache-2.0" if told.get("pretrained") is False else None
-        self.facts: dict[str, Any] = {
+        self.facts: TrainingRecord = {
             "dataset": source if described else None,
             **self.reference,
             "settings": {
@@ -110,25 +111,46 @@ class SavedModels:
         """Of the best model, from 1; 0 where it does not tell."""
         return _epoch_of(self.output / "best")
 
-    def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:
+    def save(
+        self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None, required: bool = False
+    ) -> bool:
         """Save a model under its name, without its picture; the first time, without metrics, after seeing that it can
         be loaded again.
 
         In the middle of a run a disk that is full is no reason to end it: there is a warning, the earlier model stays.
 
+        Args:
+            required: the run ends here, so that a disk that is full is an error, as it is the first time.
+
         Returns:
             Whether it is saved.
         """
+        folder, first = self.output / name, metrics is None
+        record = self._record(model, epoch, metrics)
         try:
-            self._save(name, model, epoch, metrics)
-            self.unsaved.pop(name, None)
-            return True
+            if isinstance(model, (SelfDistillModel, TruncatedModel)):
+                model.save_pretrained(folder, metrics=record, check=first, picture=False, data_config=self.data_config)
+            elif hasattr(model, "pretrained_cfg"):
+                hub.save_timm_model(
+                    model,
+                    folder,
+                    metrics=record,
+                    rows=record["exits"],
+                    check=first,
+                    picture=False,
+                    data_config=self.data_config,
+                    model_args=self.model_args,
+                )
+            else:
+                hub.save_weights(model, folder)
         except UNWRITABLE as error:
-            if metrics is None:
+            if first or required:
                 raise
             self.unsaved[name] = epoch
-            warn_unwritten(self.output / name, error)
+            warn_unwritten(folder, error)
             return False
+        self.unsaved.pop(name, None)
+        return True
 
     def save_missing(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics]) -> list[str]:
         """At the end of a run: save what is not there, as in one that is resumed into another directory, or could not
@@ -141,38 +163,24 @@ class SavedModels:
             name for name in ("last", "best") if not (self.output / name).exists() or self.unsaved.get(name) == epoch
         ]
         for name in missing:
-            self._save(name, model, epoch, metrics)
+            self.save(name, model, epoch, metrics, required=True)
         return missing
 
-    def _save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
-        folder, first = self.output / name, metrics is None
+    def _record(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> TrainingRecord:
+        """What is recorded of a model; of one that is not trained yet, costs instead of metrics."""
         self.costs = self.costs or exit_costs(model, self.input_size)
-        record: dict[str, Any] = {"exits": self.costs, **self._origin(model), **self.facts}
+        record: TrainingRecord = {"exits": self.costs, **self._origin(model), **self.facts}
         if is_frozen(model):
             record["frozen"] = True
-        if None not in self.images:
+        if self.images:
             record["images"] = self.images
         if metrics is not None:
             record |= {"epoch": epoch, "exits": merge_rows(metrics, self.costs)}
             if record["dataset"]:
-                record["dataset"] = {**record["dataset"], "images": self.val_images}
-        if isinstance(model, (SelfDistillModel, TruncatedModel)):
-            model.save_pretrained(folder, metrics=record, check=first, picture=False, data_config=self.data_config)
-        elif hasattr(model, "pretrained_cfg"):
-            hub.save_timm_model(
-                model,
-                folder,
-                metrics=record,
-                rows=record["exits"],
-                check=first,
-                picture=False,
-                data_config=self.data_config,
-                model_args=self.model_args,
-            )
-        else:
-            hub.save_weights(model, folder)
+                record["dataset"] = record["dataset"] | {"images": self.val_images}
+        return record
 
-    def summarize(self, model: nn.Module, best: EpochMetrics, last: EpochMetrics) -> dict[str, Any]:
+    def summarize(self, model: nn.Module, best: EpochMetrics, last: EpochMetrics) -> RunSummary:
         """Measure the speed-up of every exit at the end of the run; write summary.json and exits.png, of the best
         model, and record the speed-ups in the saved models, whose exits are as fast.
 
@@ -181,7 +189,7 @@ class SavedModels:
         """
         costs = with_speedups(model, self.costs or exit_costs(model, self.input_size), self.input_size)
         rows = {epoch: merge_rows(metrics, costs) for epoch, metrics in (best, last)}
-        summary: dict[str, Any] = {
+        summary: RunSummary = {
             "model": model_name(model),
             "epoch": best[0],
             "epochs": last[0],
@@ -214,13 +222,18 @@ class SavedModels:
             if record := hub.read_metrics(folder):
                 yield folder, record
 
-    def _origin(self, model: nn.Module) -> dict[str, str]:
+    def _origin(self, model: nn.Module) -> TrainingRecord:
         """Licence, and the weights that the training began with, as far as both are known."""
         backbone = model.backbone if isinstance(model, SelfDistillModel) else model
         pretrained = self.facts["settings"].get("pretrained")
         base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id") if pretrained else None
         license = self.license or self.known_license
-        return {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}
+        origin: TrainingRecord = {}
+        if base_model:
+            origin["base_model"] = base_model
+        if license:
+            origin["license"] = license
+        return origin
 
 
 def _epoch_of(folder: Path) -> int:
