@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .files import ExitSettings
-from .records import ExitRow
+from .records import ExitRow, ImageSource
 
 PLACEHOLDER = "user/name"
 """Stands for the repository's id in the card of a model that has none yet."""
@@ -60,8 +60,8 @@ def create_card(
     """
     metrics = metrics if isinstance(metrics, dict) else {}
     settings: ExitSettings | None = config.get("self_distill")
-    dataset, training, versions = (_dict(metrics.get(key)) for key in ("dataset", "settings", "versions"))
-    dataset = dataset if {"name", "type", "split", "images"} <= dataset.keys() else {}
+    training, versions = _dict(metrics.get("settings")), _dict(metrics.get("versions"))
+    dataset = _dataset(metrics)
     method = _method(training)
     self_distilled = bool(settings) and method not in ("dsn", "dks")
     exit = None if not settings or settings.get("truncated_to") is None else _exit_name(settings["truncated_to"])
@@ -109,7 +109,7 @@ def _template() -> jinja2.Template:
 def _metadata(
     config: dict[str, Any],
     metrics: Mapping[str, Any],
-    dataset: dict[str, Any],
+    dataset: ImageSource,
     results: list[EvalResult],
     more: dict[str, Any],
 ) -> ModelCardData:
@@ -126,7 +126,7 @@ def _metadata(
     return ModelCardData(**{**found, **more})
 
 
-def _method(training: dict[str, Any]) -> str:
+def _method(training: Mapping[str, Any]) -> str:
     """The key of `TAUGHT_BY` for the settings of a run; another word where they do not tell, as for one from Python."""
     method = "unlabelled" if training.get("unlabelled") else training.get("method")
     return str(training.get("teacher") if method == "self-distill" else method)
@@ -146,6 +146,12 @@ def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30
 
 
+def _dataset(metrics: Mapping[str, Any]) -> ImageSource:
+    """What a record of metrics was measured on; empty where it does not tell all that the Hub asks for."""
+    dataset = _dict(metrics.get("dataset"))
+    return cast(ImageSource, dataset if {"name", "type", "split", "images"} <= dataset.keys() else {})
+
+
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -155,7 +161,7 @@ def may_replace(path: Path) -> bool:
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _eval_results(rows: list[ExitRow], dataset: dict[str, Any]) -> list[EvalResult]:
+def _eval_results(rows: list[ExitRow], dataset: ImageSource) -> list[EvalResult]:
     """The Hub's entries, accuracies as fractions: first the deepest exit, which is what plain timm loads."""
     measured = [row for row in rows if "top1" in row]
     deepest = next((row for row in reversed(measured) if row["exit"] != "ensemble"), None)

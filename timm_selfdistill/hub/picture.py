@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from .records import CurvePoint, ExitRow
 
@@ -95,7 +95,18 @@ def _plot_early_exit(axes: "Axes", curve: Sequence[CurvePoint], calibrated: Exit
         )
 
 
-def exit_style(index: int, count: int, name: str) -> dict[str, Any]:
+class _Style(TypedDict):
+    color: str
+
+
+class ExitStyle(_Style, total=False):
+    """Arguments of matplotlib."""
+
+    alpha: float
+    linestyle: str
+
+
+def exit_style(index: int, count: int, name: str) -> ExitStyle:
     """The look of an exit among `count` rows, in every picture the same."""
     if name == "ensemble":
         return {"color": "tab:orange", "linestyle": "--"}

@@ -1,7 +1,7 @@
 """Training and validation images that were found, as data sets of tensors."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
@@ -70,7 +70,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = self.rows[index]
+        row: Mapping[str, Any] = self.rows[index]
         image = self.transform(read_image(row[self.image_column], self.mode, index, self.ranges))
         if self.label_column is None:
             return image, NO_LABEL
