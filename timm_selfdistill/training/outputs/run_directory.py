@@ -24,6 +24,10 @@ from ..runtime.accelerator import ask_main_process
 from ..state.checkpoint import find_checkpoint, list_checkpoints, warn_unwritten
 from ..state.snapshot import HistoryRow
 
+CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
+OWN_FOLDER = Path("output/train")
+"""Parent of the run directories that are not named by the user."""
+
 
 class EpochExits(TypedDict):
     epoch: int
@@ -126,11 +130,6 @@ def plot_curves(path: Path, history: list[HistoryRow], labelled: bool = True) ->
     fresh = path.with_name(f".{path.name}")
     figure.savefig(fresh, dpi=120, format="png")
     os.replace(fresh, path)
-
-
-CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
-OWN_FOLDER = Path("output/train")
-"""Where runs go that were not told where."""
 
 
 def find_resumed(config: TrainConfig, accelerator: Accelerator) -> Path | None:
@@ -243,8 +242,7 @@ def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:
 def _make_new(path: Path) -> Path:
     """A directory that was not there, with a number behind its name where another run took that in the same second."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = count(2)
-    fresh = path
+    fresh, numbers = path, count(2)
     while True:
         try:
             fresh.mkdir()

@@ -70,13 +70,8 @@ class SavedModels:
         described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
         self.val_labelled = is_labelled(val_data)
         self.reference: Unlabelled = {} if self.val_labelled else {"reference": "deepest"}
-        self.license = config.hub_license
-        told = config.settings
-        self.model_args = network_args(told)
-        if told.get("initial_checkpoint") or told.get("pretrained_path"):
-            self.known_license: str | None = "unknown"
-        else:
-            self.known_license = "apache-2.0" if told.get("pretrained") is False else None
+        self.model_args = network_args(config.settings)
+        self.license = config.hub_license or _initial_license(config.settings)
         self.facts: TrainingRecord = {
             "dataset": source if described else None,
             **self.reference,
@@ -114,16 +109,16 @@ class SavedModels:
     def save(
         self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None, required: bool = False
     ) -> bool:
-        """Save a model under its name, without its picture; the first time, without metrics, after seeing that it can
-        be loaded again.
+        """Save a model under its name, without its picture.
 
-        In the middle of a run a disk that is full is no reason to end it: there is a warning, the earlier model stays.
+        The first model, which has no metrics, is loaded again as a check. If a later one cannot be written, say because
+        the disk is full, a warning is issued, the earlier model stays and the run continues.
 
         Args:
-            required: the run ends here, so that a disk that is full is an error, as it is the first time.
+            required: raise instead, as for the first model; at the end of a run.
 
         Returns:
-            Whether it is saved.
+            Whether the model was saved.
         """
         folder, first = self.output / name, metrics is None
         record = self._record(model, epoch, metrics)
@@ -153,11 +148,14 @@ class SavedModels:
         return True
 
     def save_missing(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics]) -> list[str]:
-        """At the end of a run: save what is not there, as in one that is resumed into another directory, or could not
-        be written before; their names.
+        """At the end of a run, save the models that are missing: those that could not be written before, and those of a
+        run that was resumed into another directory.
+
+        Returns:
+            The names of the models.
 
         Raises:
-            OSError, SafetensorError: it still cannot be.
+            OSError, SafetensorError: a model still cannot be written.
         """
         missing = [
             name for name in ("last", "best") if not (self.output / name).exists() or self.unsaved.get(name) == epoch
@@ -223,17 +221,23 @@ class SavedModels:
                 yield folder, record
 
     def _origin(self, model: nn.Module) -> TrainingRecord:
-        """Licence, and the weights that the training began with, as far as both are known."""
+        """License, and the weights that training started from, as far as both are known."""
         backbone = model.backbone if isinstance(model, SelfDistillModel) else model
         pretrained = self.facts["settings"].get("pretrained")
         base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id") if pretrained else None
-        license = self.license or self.known_license
         origin: TrainingRecord = {}
         if base_model:
             origin["base_model"] = base_model
-        if license:
-            origin["license"] = license
+        if self.license:
+            origin["license"] = self.license
         return origin
+
+
+def _initial_license(settings: Mapping[str, Any]) -> str | None:
+    """License of the weights that training started from; None where timm's pretrained weights tell it."""
+    if settings.get("initial_checkpoint") or settings.get("pretrained_path"):
+        return "unknown"
+    return "apache-2.0" if settings.get("pretrained") is False else None
 
 
 def _epoch_of(folder: Path) -> int:
