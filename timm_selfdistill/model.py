@@ -1,7 +1,7 @@
 """One verb turns a timm model into a network that teaches itself."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ from torch.fx import Proxy
 
 from .cost import default_input_size
 from .heads import HeadFactory, check_logits, check_output, create_head, gather_exits, move_alike
-from .hub import ExitRow, ExitSettings, HubMixin, build_backbone, choose_head, measured_rows
+from .hub import CalibrationRecord, ExitRow, ExitSettings, HubMixin, build_backbone, choose_head, measured_rows
 from .output import BackboneOutput, SelfDistillOutput
 from .stages import Stage, check_timm_classifier, explain_misfit, select_stages
 from .summary import Summary, summarize
@@ -121,7 +121,7 @@ class SelfDistillModel(HubMixin):
     exits: tuple[str, ...]
     num_classes: int
     model_args: dict[str, Any]
-    early_exit: dict[str, Any] | None
+    early_exit: CalibrationRecord | None
 
     def __init__(
         self,
@@ -450,12 +450,12 @@ class SelfDistillModel(HubMixin):
             settings["early_exit"] = self.early_exit
         return settings
 
-    def card_rows(self, metrics: dict[str, Any] | None) -> list[ExitRow]:
+    def card_rows(self, metrics: Mapping[str, Any] | None) -> list[ExitRow]:
         """See `HubMixin.card_rows`."""
         measured = measured_rows(metrics)
         if measured and all({"module", "macs", "share"} <= row.keys() for row in measured):
             return measured
-        costs = [
+        costs: list[ExitRow] = [
             {"exit": row.exit, "module": row.module, "macs": row.macs, "share": row.share} for row in self.summary()
         ]
-        return [cost | next((row for row in measured if row["exit"] == cost["exit"]), {}) for cost in costs]
+        return [cost | next((row for row in measured if row["exit"] == cost["exit"]), cost) for cost in costs]

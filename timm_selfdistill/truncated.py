@@ -1,5 +1,6 @@
 """One exit as a network of its own."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -179,12 +180,13 @@ class TruncatedModel(HubMixin):
     def settings(self) -> ExitSettings:
         return {**self.model.settings(), "truncated_to": self.exit}
 
-    def card_rows(self, metrics: dict[str, Any] | None) -> list[ExitRow]:
+    def card_rows(self, metrics: Mapping[str, Any] | None) -> list[ExitRow]:
         """The one exit: its cost, and what is measured of it."""
         cost = count_cost(self, self.input_size)
         module = self.model.exits[-1 if self.exit == "ensemble" else self.exit]
         measured = [row for row in measured_rows(metrics) if row["exit"] == self.exit]
-        return [{"exit": self.exit, "module": module, "macs": cost.macs} | row for row in measured or [{}]]
+        row: ExitRow = {"exit": self.exit, "module": module, "macs": cost.macs}
+        return [row | other for other in measured] or [row]
 
     def rebuild(self, folder: Path) -> tuple[nn.Module, nn.Module]:
         head = None if isinstance(self.model.head, str) else self.model.head

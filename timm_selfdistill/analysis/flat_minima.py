@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import torch
 from rich.table import Table
@@ -32,6 +32,22 @@ STYLES: tuple[Literal[":", "-.", "--"], ...] = (":", "-.", "--")
 T = TypeVar("T")
 
 
+class NoiseRow(TypedDict):
+    """An exit under noise of one level: mean, standard deviation (None of a single draw), smallest and largest over
+    the draws of top-1 (per cent) and cross entropy (nats)."""
+
+    level: float
+    exit: int | str
+    top1: float
+    top1_std: float | None
+    top1_min: float
+    top1_max: float
+    loss: float
+    loss_std: float | None
+    loss_min: float
+    loss_max: float
+
+
 @dataclass
 class FlatMinimaReport:
     """Accuracy and loss of every exit under noise on the weights. Level 0 is the model as it is, in one draw."""
@@ -46,28 +62,36 @@ class FlatMinimaReport:
     metrics: list[list[list[ExitMetrics]]]
     """Per level, draw and exit."""
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A row per level and exit: mean, standard deviation (None of a single draw), smallest and largest over the
-        draws of top1 (per cent) and loss (nats)."""
-        rows = []
+    @property
+    def deepest(self) -> int:
+        """Number of the deepest exit."""
+        return max(metrics.exit for metrics in self.metrics[0][0] if isinstance(metrics.exit, int))
+
+    def rows(self) -> list[NoiseRow]:
+        """A row per level and exit."""
+        rows: list[NoiseRow] = []
         for level, draws in zip(self.levels, self.metrics):
             for of_exit in zip(*draws):
-                row = {"level": level, "exit": of_exit[0].exit}
-                for name in ("top1", "loss"):
-                    values = [getattr(metrics, name) for metrics in of_exit]
-                    row |= {
-                        name: mean(values),
-                        f"{name}_std": stdev(values) if len(values) > 1 else None,
-                        f"{name}_min": min(values),
-                        f"{name}_max": max(values),
+                top1, loss = [metrics.top1 for metrics in of_exit], [metrics.loss for metrics in of_exit]
+                rows.append(
+                    {
+                        "level": level,
+                        "exit": of_exit[0].exit,
+                        "top1": mean(top1),
+                        "top1_std": _stdev(top1),
+                        "top1_min": min(top1),
+                        "top1_max": max(top1),
+                        "loss": mean(loss),
+                        "loss_std": _stdev(loss),
+                        "loss_min": min(loss),
+                        "loss_max": max(loss),
                     }
-                rows.append(row)
+                )
         return rows
 
-    def of_exit(self, exit: int | str = -1) -> list[dict[str, Any]]:
+    def of_exit(self, exit: int | str = -1) -> list[NoiseRow]:
         """The rows of one exit, by level; -1 is the deepest."""
-        if exit == -1:
-            exit = max(row["exit"] for row in self.rows() if row["exit"] != "ensemble")
+        exit = self.deepest if exit == -1 else exit
         return [row for row in self.rows() if row["exit"] == exit]
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,8 +108,8 @@ class FlatMinimaReport:
             table.add_row(
                 f"{row['level']:g}",
                 str(row["exit"]),
-                _with_spread(row, "top1", 2),
-                _with_spread(row, "loss", 3),
+                _with_spread(row["top1"], row["top1_std"], 2),
+                _with_spread(row["loss"], row["loss_std"], 3),
                 end_section=exits > 1 and number % exits == 0,
             )
         return table
@@ -218,12 +242,13 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    panels = dict(zip(("top1", "loss"), figure.subplots(1, 2)))
+    accuracy, loss = figure.subplots(1, 2)
+    panels: dict[Literal["top1", "loss"], Axes] = {"top1": accuracy, "loss": loss}
     for index, (name, report) in enumerate(reports.items()):
         color, deepest = f"C{index % 10}", report.of_exit()
         for key, axes in panels.items():
             _draw_band(axes, deepest, key, color=color, label=f"{name}, deepest exit")
-            for exit in range(deepest[0]["exit"]):
+            for exit in range(report.deepest):
                 axes.plot(
                     report.levels,
                     [row[key] for row in report.of_exit(exit)],
@@ -240,7 +265,7 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
         )
         axes.grid(alpha=0.3)
     panels["top1"].set(ylabel="top-1 %", title="accuracy under noise on the weights")
-    shallow = max(report.of_exit()[0]["exit"] for report in reports.values())
+    shallow = max(report.deepest for report in reports.values())
     handles, _ = panels["top1"].get_legend_handles_labels()
     others = [
         Line2D([], [], color="grey", linestyle=STYLES[exit % len(STYLES)], label=f"exit {exit}")
@@ -253,7 +278,7 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
     figure.savefig(path, dpi=120)
 
 
-def _draw_band(axes: "Axes", rows: list[dict[str, Any]], key: str, **style: Any) -> None:
+def _draw_band(axes: "Axes", rows: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
     levels, means, low, high = ([row[name] for row in rows] for name in ("level", key, f"{key}_min", f"{key}_max"))
     axes.plot(levels, means, marker=".", **style)
     axes.fill_between(levels, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -277,6 +302,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
-def _with_spread(row: dict[str, Any], key: str, digits: int) -> str:
-    spread = row[f"{key}_std"]
-    return f"{row[key]:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+def _with_spread(value: float, spread: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def _stdev(values: list[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None

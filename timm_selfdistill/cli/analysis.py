@@ -1,9 +1,9 @@
 """flat-minima, gradients, separability and agreement of the command `timm-selfdistill`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -13,7 +13,10 @@ from torch import nn
 
 from .. import hub
 from ..analysis import (
+    AgreementReport,
+    FlatMinimaReport,
     GradientReport,
+    SeparabilityReport,
     measure_agreement,
     measure_flatness,
     measure_gradients,
@@ -29,7 +32,6 @@ from ..hub.trust import short
 from ..model import SelfDistillModel
 from ..task import SelfDistillTask
 from ..timm_model import as_timm
-from ..training.data.kinds import ImageSource
 from ..training.data.loaders import MeasuredImages
 from ..training.data.splits import ImageDataset
 from ..training.outputs.run_directory import write_json
@@ -48,6 +50,9 @@ from .opening import (
 from .record import Record, read_record
 from .saved import saved_model
 
+Report: TypeAlias = FlatMinimaReport | GradientReport | SeparabilityReport | AgreementReport
+Figures: TypeAlias = dict[str, Any]
+"""A report as JSON."""
 NUMBER, NONE = (int, float), type(None)
 SETTINGS = {
     "method": (str,),
@@ -136,7 +141,7 @@ def gradients(args: argparse.Namespace) -> int:
     def measure(name: str) -> GradientReport:
         return measure_gradients(tasks[name], opened[name][1], exits=exits)
 
-    def figures(name: str, report: GradientReport) -> dict[str, Any]:
+    def figures(name: str, report: GradientReport) -> Figures:
         return {"criterion": repr(tasks[name].criterion), **report.to_dict()}
 
     if args.checkpoints:
@@ -179,7 +184,7 @@ COMMANDS = {"flat-minima": flat_minima, "gradients": gradients, "separability": 
 def _open(
     args: argparse.Namespace,
     names: list[str],
-) -> tuple[dict[str, tuple[nn.Module, MeasuredImages[ImageDataset], Record]], ImageSource]:
+) -> tuple[dict[str, tuple[nn.Module, MeasuredImages[ImageDataset], Record]], hub.ImageSource]:
     """Models on their device, by the names that they were given, with the images as each takes them and its record; and
     where the images come from, see `ImageSplits.source`. The folder of --output is made. What is wrong with any model
     is found before the first is measured."""
@@ -222,9 +227,9 @@ def _task(name: str, model: nn.Module, record: Record) -> TrainingTask:
 
 def _write_history(
     args: argparse.Namespace,
-    data: ImageSource,
+    data: hub.ImageSource,
     histories: dict[str, dict[int, GradientReport]],
-    figures: Callable[[str, GradientReport], dict[str, Any]],
+    figures: Callable[[str, GradientReport], Figures],
 ) -> int:
     """Reports by model and number of updates."""
     for name, history in histories.items():
@@ -246,19 +251,23 @@ def _write_history(
     )
 
 
-def _print_all(reports: dict[str, Any]) -> None:
+def _print_all(reports: Mapping[str, Report]) -> None:
     console = Console(soft_wrap=True)
     for name, report in reports.items():
         console.print(name, markup=False, highlight=False)
         console.print(report)
 
 
-def _figures(reports: dict[str, Any]) -> dict[str, Any]:
+def _figures(reports: Mapping[str, Report]) -> dict[str, Figures]:
     return {name: report.to_dict() for name, report in reports.items()}
 
 
 def _write(
-    args: argparse.Namespace, data: ImageSource, stem: str, models: dict[str, Any], draw: Callable[[Path], None]
+    args: argparse.Namespace,
+    data: hub.ImageSource,
+    stem: str,
+    models: Mapping[str, Figures | list[Figures]],
+    draw: Callable[[Path], None],
 ) -> int:
     """The figures of each model as JSON, with what they were measured on, and their picture.
 

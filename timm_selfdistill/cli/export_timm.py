@@ -123,5 +123,5 @@ def without_accuracy(metrics: Any) -> dict[str, Any] | None:
     kept = {key: value for key, value in metrics.items() if key != "epoch"}
     if isinstance(kept.get("dataset"), dict):
         kept["dataset"] = {key: value for key, value in kept["dataset"].items() if key != "images"}
-    rows = [{key: row[key] for key in COSTS if key in row} for row in hub.measured_rows(metrics)]
+    rows = [{key: value for key, value in row.items() if key in COSTS} for row in hub.measured_rows(metrics)]
     return kept | {"exits": rows}

@@ -1,13 +1,14 @@
 """What a run says of its images before it begins, and records."""
 
 import argparse
-from typing import Any
+from typing import TypedDict
 
 from torch import nn
 
 from ..cost import default_input_size
 from ..timm_model import as_timm
 from ..training import ImageSplits
+from ..training.data.kinds import FoundSplit
 from ..training.data.splits import has_new_classifier
 from .measured import trained_before
 from .opening import starting_record
@@ -50,11 +51,32 @@ def found_lines(images: ImageSplits, backbone: nn.Module, img_size: int | None, 
     return [printable(line) for line in lines]
 
 
-def found_settings(images: ImageSplits, lines: list[str]) -> dict[str, Any]:
-    """What a run records of its images: `found`, and what is black and white, by kind of images."""
-    ranges = {kind: list(found) for kind, found in images.sample.ranges.items()}
-    found = {"splits": images.found, "read": lines[len(images.found) :], "class_names": images.class_names}
-    return {"found": found, **({"value_ranges": ranges} if ranges else {})}
+class FoundImages(TypedDict):
+    splits: list[FoundSplit]
+    read: list[str]
+    """How the images are read: lines of `found_lines`."""
+    class_names: list[str]
+
+
+class _Found(TypedDict):
+    found: FoundImages
+
+
+class FoundSettings(_Found, total=False):
+    """What a run records of its images, beside its flags."""
+
+    value_ranges: dict[str, list[float]]
+    """Black and white, by kind of images."""
+
+
+def found_settings(images: ImageSplits, lines: list[str]) -> FoundSettings:
+    read = lines[len(images.found) :]
+    settings: FoundSettings = {
+        "found": {"splits": images.found, "read": read, "class_names": images.class_names},
+    }
+    if images.sample.ranges:
+        settings["value_ranges"] = {kind: list(found) for kind, found in images.sample.ranges.items()}
+    return settings
 
 
 def _why_size(images: ImageSplits, img_size: int | None, own_size: list[int], args: argparse.Namespace) -> str:

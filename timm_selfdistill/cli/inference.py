@@ -197,7 +197,7 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measured(loader: Measured) -> dict[str, Any]:
+def _measured(loader: Measured) -> hub.ImageSource:
     """Where images come from, see `ImageSplits.source`, and how many there are."""
     return {**(loader.data.source or {}), "images": len(loader.kept)}
 
@@ -218,7 +218,7 @@ def _say_unreadable(loader: Measured) -> None:
         print(f"{images} could not be read: left out")
 
 
-def _evaluate(model: nn.Module, loader: Measured) -> list[dict[str, Any]]:
+def _evaluate(model: nn.Module, loader: Measured) -> list[hub.ExitRow]:
     """A row per exit: accuracy and cost."""
     device = next(model.parameters()).device
     meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, device)
@@ -228,7 +228,7 @@ def _evaluate(model: nn.Module, loader: Measured) -> list[dict[str, Any]]:
     return merge_rows(meter.compute(meter.totals), exit_costs(model, _input_size(loader)))
 
 
-def _evaluate_early_exit(early_exit: EarlyExit, loader: Measured) -> dict[str, Any]:
+def _evaluate_early_exit(early_exit: EarlyExit, loader: Measured) -> hub.ExitRow:
     """The row of early exit; its speed is that of one batch of the images."""
     output, labels = predict_all(early_exit, loader)
     meter = ExitMeter(1, torch.device("cpu"))
@@ -239,14 +239,16 @@ def _evaluate_early_exit(early_exit: EarlyExit, loader: Measured) -> dict[str, A
     used = [threshold is not None for threshold in early_exit.thresholds or ()]
     macs = float(costs.paths(used)[output.exit].mean())
     (speedup,) = find_speedups(early_exit.model, [early_exit.predict], x)
-    return {
-        **metrics._asdict(),
+    row: hub.ExitRow = {
         "exit": "early",
+        "top1": metrics.top1,
+        "top5": metrics.top5,
+        "loss": metrics.loss,
         "module": "",
         "macs": macs,
         "share": macs / costs.plain,
-        **({} if speedup is None else {"speedup": speedup}),
     }
+    return row if speedup is None else row | {"speedup": speedup}
 
 
 def _as_picture(config: dict[str, Any], image: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -128,12 +129,12 @@ def _info(model: str, revision: str | None) -> None:
         print(f"{size / 1e6:10,.1f} MB  {name}")
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[hub.ExitRow]) -> Table:
     table = Table("exit", "stage")
     for name in ("top-1 %", "top-5 %", "MACs (M)", "share", "speed-up"):
         table.add_column(name, justify="right")
     for row in rows:
-        row = {**row, "macs": row["macs"] / 1e6} if "macs" in row else row
-        cells = (form.format(row[name]) if name in row else "" for name, form in COLUMNS.items())
+        values: Mapping[str, Any] = {**row, "macs": row["macs"] / 1e6} if "macs" in row else row
+        cells = (form.format(values[name]) if name in values else "" for name, form in COLUMNS.items())
         table.add_row(*(Text(printable(cell[:40])) for cell in cells))
     return table

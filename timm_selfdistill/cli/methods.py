@@ -258,7 +258,12 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def take_over_exits(args: argparse.Namespace, saved: SavedWeights | None) -> dict[str, Any]:
+class ExitFlags(TypedDict):
+    exits: list[str] | None
+    head: str
+
+
+def take_over_exits(args: argparse.Namespace, saved: SavedWeights | None) -> ExitFlags:
     """Let exits and head be those that were trained already, unless flags name others; what a run records of them."""
     if args.method in EXIT_METHODS and saved and saved.has_exits:
         if args.exits is None and saved.exits:
@@ -443,7 +448,7 @@ def label_criterion(settings: Mapping[str, Any]) -> nn.Module | None:
     )
 
 
-def loss_settings(loss: SelfDistillLoss) -> dict[str, Any]:
+def loss_settings(loss: SelfDistillLoss) -> dict[str, float | bool | str]:
     """The flags that make a loss, by their names."""
     return {name: "none" if (value := getattr(loss, name)) is None else value for name in LOSS_FLAGS}
 

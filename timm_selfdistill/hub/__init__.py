@@ -1,20 +1,25 @@
 """A saved model on disk and on the Hub."""
 
 from .building import build_backbone, choose_head
-from .card import ExitRow, measured_rows
+from .card import measured_rows
 from .client import explain_failure
 from .download import fetch_model, file_sizes, pin
 from .files import PICTURE, ExitSettings, facts, read_config, read_metrics, read_network
 from .mixin import HubMixin
 from .picture import exit_style, plot_exits
 from .push import create_repository, push_folder, push_staged, stage_model
+from .records import CalibrationRecord, CurvePoint, ExitRow, ImageSource, TrainingRecord
 from .saving import save_metrics, save_timm_model, save_weights, unshared_state_dict
 
 __all__ = [
     "PICTURE",
+    "CalibrationRecord",
+    "CurvePoint",
     "ExitRow",
     "ExitSettings",
     "HubMixin",
+    "ImageSource",
+    "TrainingRecord",
     "build_backbone",
     "choose_head",
     "create_repository",

@@ -1,16 +1,16 @@
 """The model card: what a model is, how good each exit is, how to load it, and how it was made."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .files import ExitSettings
+from .records import ExitRow, ImageSource
 
-ExitRow = dict[str, Any]
-"""Of a classifier or the ensemble: exit, module, and any of top1, top5 (in per cent), macs, share and speedup."""
 PLACEHOLDER = "user/name"
 """Stands for the repository's id in the card of a model that has none yet."""
 MARK = "Written by timm-selfdistill. Remove this line to keep your edits when the model is saved here again."
@@ -43,7 +43,7 @@ HUB_LICENSES = {
 def create_card(
     config: dict[str, Any],
     rows: list[ExitRow],
-    metrics: dict[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     *,
     repo_id: str = PLACEHOLDER,
     picture: bool = False,
@@ -60,8 +60,8 @@ def create_card(
     """
     metrics = metrics if isinstance(metrics, dict) else {}
     settings: ExitSettings | None = config.get("self_distill")
-    dataset, training, versions = (_dict(metrics.get(key)) for key in ("dataset", "settings", "versions"))
-    dataset = dataset if {"name", "type", "split", "images"} <= dataset.keys() else {}
+    training, versions = _dict(metrics.get("settings")), _dict(metrics.get("versions"))
+    dataset = _dataset(metrics)
     method = _method(training)
     self_distilled = bool(settings) and method not in ("dsn", "dks")
     exit = None if not settings or settings.get("truncated_to") is None else _exit_name(settings["truncated_to"])
@@ -108,8 +108,8 @@ def _template() -> jinja2.Template:
 
 def _metadata(
     config: dict[str, Any],
-    metrics: dict[str, Any],
-    dataset: dict[str, Any],
+    metrics: Mapping[str, Any],
+    dataset: ImageSource,
     results: list[EvalResult],
     more: dict[str, Any],
 ) -> ModelCardData:
@@ -126,17 +126,17 @@ def _metadata(
     return ModelCardData(**{**found, **more})
 
 
-def _method(training: dict[str, Any]) -> str:
+def _method(training: Mapping[str, Any]) -> str:
     """The key of `TAUGHT_BY` for the settings of a run; another word where they do not tell, as for one from Python."""
     method = "unlabelled" if training.get("unlabelled") else training.get("method")
     return str(training.get("teacher") if method == "self-distill" else method)
 
 
-def measured_rows(metrics: dict[str, Any] | None) -> list[ExitRow]:
+def measured_rows(metrics: Mapping[str, Any] | None) -> list[ExitRow]:
     """The rows in a record of metrics, whoever wrote it: exit, module, and of the rest what are numbers."""
     rows = _dict(metrics).get("exits")
     return [
-        {key: value for key, value in row.items() if key in ("exit", "module") or _is_finite(value)}
+        cast(ExitRow, {key: value for key, value in row.items() if key in ("exit", "module") or _is_finite(value)})
         for row in (rows if isinstance(rows, list) else [])
         if isinstance(row, dict) and "exit" in row
     ]
@@ -144,6 +144,12 @@ def measured_rows(metrics: dict[str, Any] | None) -> list[ExitRow]:
 
 def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30
+
+
+def _dataset(metrics: Mapping[str, Any]) -> ImageSource:
+    """What a record of metrics was measured on; empty where it does not tell all that the Hub asks for."""
+    dataset = _dict(metrics.get("dataset"))
+    return cast(ImageSource, dataset if {"name", "type", "split", "images"} <= dataset.keys() else {})
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -155,7 +161,7 @@ def may_replace(path: Path) -> bool:
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _eval_results(rows: list[ExitRow], dataset: dict[str, Any]) -> list[EvalResult]:
+def _eval_results(rows: list[ExitRow], dataset: ImageSource) -> list[EvalResult]:
     """The Hub's entries, accuracies as fractions: first the deepest exit, which is what plain timm loads."""
     measured = [row for row in rows if "top1" in row]
     deepest = next((row for row in reversed(measured) if row["exit"] != "ensemble"), None)
@@ -163,8 +169,9 @@ def _eval_results(rows: list[ExitRow], dataset: dict[str, Any]) -> list[EvalResu
     results = []
     for row in measured:
         which = "" if row is deepest else f", {_exit_name(row['exit'])}"
-        for key, name in (("top1", "Top-1 accuracy"), ("top5", "Top-5 accuracy")):
-            if key not in row:
+        kinds = (("accuracy", "Top-1", row.get("top1")), ("top_5_accuracy", "Top-5", row.get("top5")))
+        for kind, name, accuracy in kinds:
+            if accuracy is None:
                 continue
             results.append(
                 EvalResult(
@@ -174,9 +181,9 @@ def _eval_results(rows: list[ExitRow], dataset: dict[str, Any]) -> list[EvalResu
                     dataset_name=dataset["name"],
                     dataset_config=dataset.get("config"),
                     dataset_split=dataset["split"],
-                    metric_type="accuracy" if key == "top1" else "top_5_accuracy",
-                    metric_name=name + which,
-                    metric_value=round(row[key] / 100, 6),
+                    metric_type=kind,
+                    metric_name=f"{name} accuracy{which}",
+                    metric_value=round(accuracy / 100, 6),
                 )
             )
     return results
@@ -214,7 +221,7 @@ def _cell(text: str) -> str:
 
 def _table_row(row: ExitRow) -> list[str]:
     forms = {"top1": "{:.2f}", "top5": "{:.2f}", "macs": "{:,.1f} M", "share": "{:.1%}", "speedup": "{:.2f}x"}
-    numbers = row | {"macs": row["macs"] / 1e6} if "macs" in row else row
+    numbers: Mapping[str, Any] = row | {"macs": row["macs"] / 1e6} if "macs" in row else row
     return [
         str(row["exit"]),
         row.get("module", ""),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..version import __version__
+from .records import CalibrationRecord
 from .replace import finish_replacing
 from .trust import (
     MAX_HEADER_BYTES,
@@ -42,7 +43,7 @@ class RequiredSettings(TypedDict):
 class ExitSettings(RequiredSettings, total=False):
     """What makes the exits of a model again: "self_distill" of its config.json, without versions and metrics."""
 
-    early_exit: dict[str, Any]
+    early_exit: CalibrationRecord
     """What `EarlyExit.calibrate` found."""
     truncated_to: int | str
     """Of a `TruncatedModel`: its exit."""

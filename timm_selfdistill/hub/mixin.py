@@ -1,6 +1,6 @@
 """Saving, loading and pushing, as methods of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from os import PathLike
@@ -16,10 +16,10 @@ from ..heads import HeadFactory
 from ..timm_methods import TimmMethods
 from ..timm_model import TimmModel
 from .building import BoundedBuild, NoRandomInit, check_buffers, choose_head
-from .card import ExitRow
 from .download import fetch_model, pin
 from .files import ExitSettings, check_model_files, check_sizes, load_weights, read_config
 from .push import push_folder
+from .records import ExitRow
 from .saving import create_model_card, save_timm_model
 
 T = TypeVar("T", bound="HubMixin")
@@ -49,7 +49,7 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
         self,
         save_directory: str | PathLike,
         *,
-        metrics: dict[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
         check: bool = True,
         picture: bool = True,
         data_config: dict[str, Any] | None = None,
@@ -108,7 +108,7 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
     def warn_of_unknown_size(self) -> None:
         """Warn where the image size of the model is a guess; a class without guesses has nothing to say."""
 
-    def card_rows(self, metrics: dict[str, Any] | None) -> list[ExitRow]:
+    def card_rows(self, metrics: Mapping[str, Any] | None) -> list[ExitRow]:
         """What is known of each exit: its cost, and what is measured of it."""
         raise NotImplementedError
 
@@ -223,7 +223,7 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
         ignore_patterns: list[str] | str | None = None,
         delete_patterns: list[str] | str | None = None,
         model_card_kwargs: dict[str, Any] | None = None,
-        metrics: dict[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> str:
         """Save the model and upload it to the Hub, where both readers load it by `repo_id`.
 
@@ -258,7 +258,7 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
                 delete_patterns=delete_patterns,
             )
 
-    def generate_model_card(self, *, metrics: dict[str, Any] | None = None, **card_data: Any) -> ModelCard:
+    def generate_model_card(self, *, metrics: Mapping[str, Any] | None = None, **card_data: Any) -> ModelCard:
         """The card that `save_pretrained` would write; see there."""
         return create_model_card(
             self.whole, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data, self.input_size

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
-from .card import ExitRow
+from .records import CurvePoint, ExitRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,9 +14,9 @@ def plot_exits(
     path: Path,
     model: str,
     rows: list[ExitRow],
-    curve: Sequence[dict[str, Any]] = (),
-    calibrated: dict[str, Any] | None = None,
-    baseline: dict[str, Any] | None = None,
+    curve: Sequence[CurvePoint] = (),
+    calibrated: ExitRow | None = None,
+    baseline: ExitRow | None = None,
     agreement: bool = False,
 ) -> None:
     """Draw the rows, each with exit, module, top1 (per cent), macs and share.
@@ -73,7 +73,7 @@ def _plot_rows(axes: "Axes", rows: list[ExitRow]) -> None:
         )
 
 
-def _plot_early_exit(axes: "Axes", curve: Sequence[dict[str, Any]], calibrated: dict[str, Any] | None) -> None:
+def _plot_early_exit(axes: "Axes", curve: Sequence[CurvePoint], calibrated: ExitRow | None) -> None:
     if curve:
         axes.plot(
             [point["macs"] / 1e6 for point in curve],
@@ -95,7 +95,18 @@ def _plot_early_exit(axes: "Axes", curve: Sequence[dict[str, Any]], calibrated: 
         )
 
 
-def exit_style(index: int, count: int, name: str) -> dict[str, Any]:
+class _Style(TypedDict):
+    color: str
+
+
+class ExitStyle(_Style, total=False):
+    """Arguments of matplotlib."""
+
+    alpha: float
+    linestyle: str
+
+
+def exit_style(index: int, count: int, name: str) -> ExitStyle:
     """The look of an exit among `count` rows, in every picture the same."""
     if name == "ensemble":
         return {"color": "tab:orange", "linestyle": "--"}

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ..cost import default_input_size, evaluating
 from ..timm_model import as_timm
-from .card import ExitRow, create_card, may_replace, measured_rows
+from .card import create_card, may_replace, measured_rows
 from .files import BACKBONE, CARD, CONFIG, HEADS, PICTURE, VERSIONS, ExitSettings, facts, read_config
 from .picture import plot_exits
+from .records import ExitRow
 from .replace import replacing_files
 from .trust import read_json, short
 
@@ -53,7 +54,7 @@ def save_timm_model(
     model_args: dict[str, Any] | None = None,
     heads: nn.Module | None = None,
     settings: ExitSettings | None = None,
-    metrics: dict[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     rows: list[ExitRow] | None = None,
     check: bool = True,
     picture: bool = True,
@@ -123,7 +124,7 @@ def check_metrics(metrics: Any) -> None:
         raise ValueError(f"metrics must be what JSON can hold, got {short(metrics)}: {error}") from error
 
 
-def save_metrics(folder: str | PathLike, metrics: dict[str, Any], picture: Path | None = None) -> None:
+def save_metrics(folder: str | PathLike, metrics: Mapping[str, Any], picture: Path | None = None) -> None:
     """Record what else was measured of a saved model, in config.json and card, and draw exits.png where it is missing.
 
     Args:
@@ -147,7 +148,7 @@ def create_model_card(
     backbone: nn.Module,
     model_args: dict[str, Any],
     settings: ExitSettings,
-    metrics: dict[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
     rows: list[ExitRow],
     card_data: dict[str, Any],
     input_size: tuple[int, int, int],
@@ -158,7 +159,7 @@ def create_model_card(
         return create_card(read_json(Path(folder) / CONFIG), rows, metrics, **card_data)
 
 
-def _save_picture(fresh: Path, rows: list[ExitRow], metrics: dict[str, Any] | None) -> None:
+def _save_picture(fresh: Path, rows: list[ExitRow], metrics: Mapping[str, Any] | None) -> None:
     """Draw exits.png where accuracy and cost of every row are known."""
     if rows and all({"top1", "macs", "share"} <= row.keys() for row in rows):
         architecture = read_json(fresh / CONFIG)["architecture"]
@@ -169,7 +170,7 @@ def _save_card(
     fresh: Path,
     folder: Path,
     rows: list[ExitRow],
-    metrics: dict[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
     card_data: dict[str, Any] | None,
     picture: bool,
 ) -> None:
@@ -243,7 +244,7 @@ def _save_config(
     path: Path,
     model_args: dict[str, Any] | None,
     settings: ExitSettings | None,
-    metrics: dict[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
     data_config: dict[str, Any],
 ) -> None:
     """Write config.json as timm does, without what describes other weights than these."""

@@ -1,9 +1,11 @@
 """What a calibration found, as a table and for config.json."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import cast
 
 from rich.table import Table
+
+from ..hub import CalibrationRecord
 
 
 @dataclass
@@ -51,8 +53,8 @@ class CalibrationReport:
         """The exit at which all images leave, if there is one."""
         return self.shares.index(1.0) if 1.0 in self.shares else None
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_dict(self) -> CalibrationRecord:
+        return cast(CalibrationRecord, asdict(self))
 
     def __rich__(self) -> Table:
         ((name, value),) = self.budget.items()

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..hub import CurvePoint
 from .batch_run import EarlyExitOutput
 from .calibration import Answers, collect_logits, to_threshold
 from .early_exit import EarlyExit
@@ -28,7 +28,7 @@ def predict_all(early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]]) 
 def trace_curve(
     early_exit: EarlyExit,
     loader: Iterable[tuple[Tensor, Tensor]],
-) -> tuple[list[dict[str, Any]], list[float | None]]:
+) -> tuple[list[CurvePoint], list[float | None]]:
     """Early exit with one threshold for all exits, from one that lets all images leave at the first to one that lets
     nobody leave: points with threshold, top1 (per cent) and mean macs.
 
@@ -39,7 +39,7 @@ def trace_curve(
     sureness, exits = answers.sureness, len(answers.sureness)
     as_threshold = partial(to_threshold, policy=early_exit.policy, classes=early_exit.model.num_classes)
     costs = early_exit.find_costs("macs", images)
-    curve = []
+    curve: list[CurvePoint] = []
     for threshold in [*sureness[0].quantile(torch.linspace(0, 1, POINTS, dtype=torch.double)).tolist(), None]:
         taken, macs = simulate(sureness, [threshold] * exits, costs)
         curve.append(

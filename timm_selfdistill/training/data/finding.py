@@ -10,9 +10,9 @@ from typing import Any
 import datasets
 import numpy as np
 
+from ...hub import ImageSource
 from .folder import ImageFiles, Tree, collect, split_kind, val_splits
 from .images import ValueRange, ValueRanges
-from .kinds import ImageSource
 from .labels import NO_LABEL, check_range
 from .sources import UNDIVIDED, Found, Reading, Source, Table, ValFraction, entry, fingerprint, read_source
 from .splits import ImageSplits

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -24,6 +24,23 @@ RUN_FILES = (("config.yaml", "last"), ("config.json", "model.safetensors"))
 TABLE_ENDINGS = (".parquet", ".arrow")
 SHARD_ENDINGS = (".tar",)
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+
+
+class EncodedImage(TypedDict):
+    """An undecoded image of `datasets`."""
+
+    bytes: bytes | None
+    path: str | None
+    """Where the bytes are None, of the file; else a name, if any."""
+
+
+class _ImageRow(TypedDict):
+    image: EncodedImage
+
+
+class ImageRow(_ImageRow, total=False):
+    label: int
+    """Class index; left out of images without labels."""
 
 
 @dataclass(repr=False)
@@ -157,8 +174,8 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = {"image": {"bytes": None, "path": self.paths[index]}}
+    def __getitem__(self, index: int) -> ImageRow:
+        row: ImageRow = {"image": {"bytes": None, "path": self.paths[index]}}
         return row if self.labels is None else {**row, "label": int(self.labels[index])}
 
     @property

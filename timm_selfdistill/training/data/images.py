@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 from PIL import ExifTags, Image
 
-from .folder import ImageFiles
+from .folder import EncodedImage, ImageFiles
 
 if TYPE_CHECKING:
     import datasets
@@ -63,7 +63,7 @@ def open_image(path: str | Path, channels: int, value_range: ValueRange | ValueR
         raise ValueError(f"this model takes images of {channels} channels; a file's are made into 1 or 3")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; expected an image file")
-    image = {"bytes": None, "path": str(path)}
+    image: EncodedImage = {"bytes": None, "path": str(path)}
     with named_errors(image):
         decoded = decode_image(image)
         ranges = value_ranges(value_range)
@@ -85,7 +85,7 @@ def value_ranges(value_range: ValueRange | ValueRanges | None) -> ValueRanges:
 
 
 def read_image(
-    image: dict[str, Any], mode: str, row: int | None = None, ranges: ValueRanges | None = None
+    image: EncodedImage, mode: str, row: int | None = None, ranges: ValueRanges | None = None
 ) -> Image.Image:
     """An image of `datasets`, which has bytes or a path, upright and converted.
 
@@ -110,7 +110,7 @@ def undecoded(rows: Any, image_column: str, label_column: str | None = None) -> 
 
 
 @contextmanager
-def named_errors(image: dict[str, Any], row: int | None = None, way_out: str = "") -> Iterator[None]:
+def named_errors(image: EncodedImage, row: int | None = None, way_out: str = "") -> Iterator[None]:
     """Whatever Pillow raises at a damaged file becomes a ValueError that names it, and what to do."""
     try:
         yield
@@ -120,7 +120,7 @@ def named_errors(image: dict[str, Any], row: int | None = None, way_out: str = "
         raise ValueError(f"cannot read image {name}: {reason}{way_out}") from error
 
 
-def decode_image(image: dict[str, Any]) -> Image.Image:
+def decode_image(image: EncodedImage) -> Image.Image:
     """An image of `datasets` as it is, upright."""
     decoded = load_header(image)
     if decoded.format == "TIFF":  # which is turned while it is loaded, unless nothing says so
@@ -135,11 +135,13 @@ def decode_image(image: dict[str, Any]) -> Image.Image:
     return decoded if turn is None else decoded.transpose(turn)
 
 
-def load_header(image: dict[str, Any]) -> Image.Image:
+def load_header(image: EncodedImage) -> Image.Image:
     """An image of `datasets` that knows its size and mode, but not yet its pixels."""
     if image["bytes"] is not None:
         return Image.open(BytesIO(image["bytes"]))
     path = image["path"]
+    if path is None:
+        raise ValueError("it has neither bytes nor a path")
     if "://" not in path:
         return Image.open(path)
     with fsspec.open(path, "rb") as file:  # streamed folders give an address, such as hf://datasets/user/name/a.png
@@ -272,7 +274,7 @@ def _range_of_all(kind: str, lows: tuple[float, ...], highs: tuple[float, ...], 
 
 def _spread(
     rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset", image_column: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, EncodedImage]]:
     """Number and undecoded image of each row of the sample."""
     if isinstance(rows, ImageFiles):
         for index in _indices(len(rows)):

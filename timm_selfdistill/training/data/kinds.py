@@ -9,23 +9,6 @@ from torch import Tensor
 from .streams import StreamedImages
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
-
-
-class ImageSource(TypedDict, total=False):
-    """Where validation images come from, in the Hub's terms."""
-
-    name: str
-    type: str
-    config: str | None
-    split: str
-    hub_id: str
-    val_fraction: float
-    """With seed and drawn_from, where they were drawn from the training split."""
-    seed: int
-    drawn_from: str | None
-    """See `fingerprint`."""
-
-
 FoundSplit = TypedDict("FoundSplit", {"split": str, "images": int | None, "classes": int, "from": str, "left_out": str})
 """What a run says of a split, and records."""
 

@@ -1,8 +1,8 @@
 """The images of a run, batch by batch, on every process."""
 
 import warnings
-from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,16 @@ EMPTY_PASSES = 3
 """Through a stream, in a row, without one whole batch: the end of a run."""
 
 
+class LoaderSettings(TypedDict):
+    """Arguments of every DataLoader of a run."""
+
+    num_workers: int
+    persistent_workers: bool
+    pin_memory: bool
+    worker_init_fn: Callable[[int], None]
+    generator: torch.Generator
+
+
 class IndexedBatches:
     """Training batches of a map-style data set; the loading processes live as long as it does.
 
@@ -30,7 +40,7 @@ class IndexedBatches:
         ValueError: the training images do not fill a batch.
     """
 
-    def __init__(self, data: IndexedImages, config: TrainConfig, accelerator: Accelerator, common: dict[str, Any]):
+    def __init__(self, data: IndexedImages, config: TrainConfig, accelerator: Accelerator, common: LoaderSettings):
         for name in ("steps_per_epoch", "train_num_samples", "epoch_repeats"):
             if getattr(config, name):
                 raise ValueError(f"{name} is for streamed images; these have an end, which is that of the epoch")
@@ -81,7 +91,7 @@ class StreamedBatches:
         ValueError: nobody knows how long an epoch is, or the images do not fill a batch.
     """
 
-    def __init__(self, data: StreamedImages, config: TrainConfig, accelerator: Accelerator, common: dict[str, Any]):
+    def __init__(self, data: StreamedImages, config: TrainConfig, accelerator: Accelerator, common: LoaderSettings):
         world, rank = self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
         batch_size = known_batch_size(config)
         self.global_batch = batch_size * world
@@ -327,7 +337,7 @@ class MeasuredImages(Generic[Images]):
         self.kept, self.unreadable = [index for index, could in enumerate(seen) if could], seen.count(False)
 
 
-def loader_settings(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+def loader_settings(config: TrainConfig, accelerator: Accelerator) -> LoaderSettings:
     seeds = torch.Generator()  # of the loading processes; without it they would be drawn from the run's own
     return {
         "num_workers": config.workers,

@@ -1,7 +1,7 @@
 """Training and validation images that were found, as data sets of tensors."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
@@ -13,10 +13,11 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ...hub import ImageSource
 from ...timm_model import as_timm
 from .folder import ImageFiles
 from .images import Sample, ValueRange, ValueRanges, read_image, take_sample, undecoded
-from .kinds import FoundSplit, ImageSource, Transform
+from .kinds import FoundSplit, Transform
 from .labels import NO_LABEL, listed, some_names
 from .sources import Rows
 from .streams import StreamedImages
@@ -69,7 +70,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = self.rows[index]
+        row: Mapping[str, Any] = self.rows[index]
         image = self.transform(read_image(row[self.image_column], self.mode, index, self.ranges))
         if self.label_column is None:
             return image, NO_LABEL

@@ -17,7 +17,8 @@ from .sampling import ATTEMPTS, Batch, mixed_seed, seeded
 if TYPE_CHECKING:
     import datasets
 
-    from .kinds import ImageSource, Transform
+    from ...hub import ImageSource
+    from .kinds import Transform
 
 Row: TypeAlias = dict[str, Any]
 """Of a table of `datasets`, by column."""

@@ -25,6 +25,7 @@ from ..data.transforms import TargetMixer, smooths_labels
 from ..outputs.metrics import ExitMetrics, as_columns, count_logits, deciding_metric, measure_exits, of_columns
 from ..outputs.run_directory import (
     OWN_FOLDER,
+    RunSummary,
     check_run,
     find_resumed,
     mark_launch,
@@ -41,7 +42,7 @@ from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
 from ..state.checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from ..state.networks import check_task, eval_model, frozen_digest
-from ..state.snapshot import TrainState, describe_run, diverged, restore, take_snapshot
+from ..state.snapshot import HistoryRow, TrainState, describe_run, diverged, restore, take_snapshot
 from .frozen import check_frozen_settings, create_caches, drop_caches, fill_caches, learns_in_parts, remove_features
 from .optimizer import base_lr
 from .update import Losses, create_updater, find_batch_size
@@ -56,9 +57,9 @@ class TrainResult:
 
     output: Path
     """The run directory."""
-    history: list[dict[str, Any]]
+    history: list[HistoryRow]
     """A row per finished epoch, as in history.csv."""
-    summary: dict[str, Any] | None = None
+    summary: RunSummary | None = None
     """As in summary.json; None where the run was interrupted."""
     interrupted_by: signal.Signals | None = None
     upload: UploadResult | None = None
@@ -258,7 +259,7 @@ class Trainer:
             release_run(run.output)
         return upload
 
-    def _train(self) -> dict[str, Any] | None:
+    def _train(self) -> RunSummary | None:
         """Train to the end; the summary, or None where a request to stop came before."""
         run, state = self.run, self.state
         with run.progress, self.interrupt.listening():
@@ -306,7 +307,7 @@ class Trainer:
             except OSError as error:
                 warn_unwritten(run.output, error)
         self.update.set_schedule(self._position())
-        epochs = {row["epoch"]: of_columns(row) for row in self.state.history}
+        epochs = {int(row["epoch"]): of_columns(row) for row in self.state.history}
         self.update.repeat_epochs(
             {epoch: self._deciding(metrics) if metrics else None for epoch, metrics in epochs.items()}
         )
@@ -482,7 +483,7 @@ class Trainer:
         if self.state.epoch:
             self.update.set_schedule(self._position())
 
-    def _summarize(self) -> dict[str, Any]:
+    def _summarize(self) -> RunSummary:
         """Write summary.json and exits.png; the same answer on every process, one of which measures the speed-ups."""
         metrics, output = self.metrics, self.run.output
         if not metrics:  # of a run that is resumed at its end

@@ -11,8 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...cost import count_cost, evaluating, time_ratios
+from ...hub import ExitRow
 from ...model import SelfDistillModel
 from ...task import ExitHeads
+from ..state.snapshot import HistoryRow
 
 
 class ExitMetrics(NamedTuple):
@@ -127,7 +129,7 @@ def as_columns(metrics: list[ExitMetrics]) -> dict[str, float]:
     return {f"{name}_{metric.label}": getattr(metric, name) for metric in metrics for name in ("top1", "top5", "loss")}
 
 
-def of_columns(row: dict[str, Any]) -> list[ExitMetrics]:
+def of_columns(row: HistoryRow) -> list[ExitMetrics]:
     """The metrics in a row of history.csv; empty where the epoch was not measured."""
     labels = [key.removeprefix("top1_") for key in row if key.startswith("top1_")]
     return [
@@ -169,7 +171,7 @@ NOISE = 0.05
 """Highest standard error of a speed-up, as a share of it; one with a higher is noise and not written down."""
 
 
-def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[dict[str, Any]]:
+def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[ExitRow]:
     """Exit, module, parameters, multiply-adds and share of the plain network's, for each exit or a plain model alone.
 
     Args:
@@ -184,14 +186,15 @@ def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[dict[
     return [{"exit": 0, "module": "", "params": params, "macs": macs, "share": 1.0}]
 
 
-def merge_rows(metrics: list[ExitMetrics], costs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge_rows(metrics: list[ExitMetrics], costs: list[ExitRow]) -> list[ExitRow]:
     """A row per exit: its accuracy and its cost."""
-    return [metric._asdict() | cost for metric, cost in zip(metrics, costs, strict=True)]
+    return [
+        {"exit": metric.exit, "top1": metric.top1, "top5": metric.top5, "loss": metric.loss, **cost}
+        for metric, cost in zip(metrics, costs, strict=True)
+    ]
 
 
-def with_speedups(
-    model: nn.Module, rows: list[dict[str, Any]], input_size: tuple[int, int, int]
-) -> list[dict[str, Any]]:
+def with_speedups(model: nn.Module, rows: list[ExitRow], input_size: tuple[int, int, int]) -> list[ExitRow]:
     """The rows with "speedup", the measured time of the plain network over that of the row's exit, on the model's
     device in eval mode: 1 for the plain network itself; left out where the measurement is noise."""
     if not isinstance(model, SelfDistillModel):
@@ -199,11 +202,11 @@ def with_speedups(
     plain = len(model.exits) - 1
     others = [row for row in rows if row["exit"] != plain]
     like = next(model.parameters())
-    count = 16 if like.is_cuda else max(1, min(16, CPU_MACS // rows[-1]["macs"]))
+    count = 16 if like.is_cuda else max(1, min(16, int(CPU_MACS // rows[-1]["macs"])))
     x = torch.randn(count, *input_size, device=like.device, dtype=like.dtype)
     calls: list[Callable[[Tensor], Any]] = [partial(model.predict, exit=row["exit"]) for row in others]
     speedups = {plain: 1.0} | dict(zip((row["exit"] for row in others), find_speedups(model, calls, x)))
-    return [row | ({} if speedups[row["exit"]] is None else {"speedup": speedups[row["exit"]]}) for row in rows]
+    return [row if (found := speedups[row["exit"]]) is None else row | {"speedup": found} for row in rows]
 
 
 def find_speedups(model: SelfDistillModel, calls: list[Callable[[Tensor], Any]], x: Tensor) -> list[float | None]:

@@ -11,20 +11,49 @@ from functools import partial
 from io import StringIO
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from ...hub import exit_style
+from ...hub import ExitRow, exit_style
 from ..config import TrainConfig
 from ..runtime.accelerator import ask_main_process
 from ..state.checkpoint import find_checkpoint, list_checkpoints, warn_unwritten
+from ..state.snapshot import HistoryRow
+
+CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
+OWN_FOLDER = Path("output/train")
+"""Parent of the run directories that are not named by the user."""
 
 
-def summary_title(summary: dict[str, Any]) -> str:
+class EpochExits(TypedDict):
+    epoch: int
+    """From 1."""
+    exits: list[ExitRow]
+
+
+class Unlabelled(TypedDict, total=False):
+    reference: str
+    """"deepest" in the place of labels: accuracies then tell how often an exit agrees with it."""
+
+
+class RunSummary(Unlabelled):
+    """summary.json: the best model of a run."""
+
+    model: str
+    epoch: int
+    """From 1, of the best model."""
+    epochs: int
+    input_size: list[int]
+    """(channels, height, width)."""
+    exits: list[ExitRow]
+    last: EpochExits
+
+
+def summary_title(summary: RunSummary) -> str:
     """What stands over the table of a run's exits."""
     title = f"{summary['model']}: epoch {summary['epoch']}, the best of {summary['epochs']}"
     if "reference" in summary:
@@ -32,7 +61,7 @@ def summary_title(summary: dict[str, Any]) -> str:
     return title
 
 
-def print_exits(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+def print_exits(console: Console, title: str, rows: list[ExitRow]) -> None:
     """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up
     where it is no noise."""
     table = Table(title=title, title_justify="left")
@@ -57,7 +86,7 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(fresh, path)
 
 
-def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+def write_history(path: Path, history: list[HistoryRow]) -> None:
     """history.csv: a row an epoch; what only some epochs have is a column, too."""
     text = StringIO(newline="")
     columns = dict.fromkeys(name for row in history for name in row)
@@ -71,7 +100,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def plot_curves(path: Path, history: list[dict[str, Any]], labelled: bool = True) -> None:
+def plot_curves(path: Path, history: list[HistoryRow], labelled: bool = True) -> None:
     """curves.png: training loss, and validation accuracy of every exit, or without labels its agreement with the
     deepest, over the epochs."""
     from matplotlib.figure import Figure
@@ -101,11 +130,6 @@ def plot_curves(path: Path, history: list[dict[str, Any]], labelled: bool = True
     fresh = path.with_name(f".{path.name}")
     figure.savefig(fresh, dpi=120, format="png")
     os.replace(fresh, path)
-
-
-CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
-OWN_FOLDER = Path("output/train")
-"""Where runs go that were not told where."""
 
 
 def find_resumed(config: TrainConfig, accelerator: Accelerator) -> Path | None:
@@ -175,7 +199,7 @@ def write_config(config: TrainConfig, output: Path) -> None:
     write_atomically(output / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
-def report_history(output: Path, history: list[dict[str, Any]], labelled: bool, picture: bool = True) -> None:
+def report_history(output: Path, history: list[HistoryRow], labelled: bool, picture: bool = True) -> None:
     """history.csv, and curves.png unless `picture` is False; a disk that is full is no reason to end the run."""
     try:
         write_history(output / "history.csv", history)
@@ -218,8 +242,7 @@ def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:
 def _make_new(path: Path) -> Path:
     """A directory that was not there, with a number behind its name where another run took that in the same second."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = count(2)
-    fresh = path
+    fresh, numbers = path, count(2)
     while True:
         try:
             fresh.mkdir()

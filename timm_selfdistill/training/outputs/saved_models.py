@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ... import hub
+from ...hub import ExitRow, TrainingRecord
 from ...hub.replace import finish_replacing, replacing_files
 from ...model import SelfDistillModel
 from ...truncated import TruncatedModel
@@ -22,7 +23,7 @@ from ..data.loaders import image_count
 from ..runtime.accelerator import device_name
 from ..state.checkpoint import UNWRITABLE, warn_unwritten
 from .metrics import ExitMetrics, exit_costs, merge_rows, model_name, with_speedups
-from .run_directory import write_json
+from .run_directory import RunSummary, Unlabelled, write_json
 
 PRIVATE_SETTINGS = {"output", "resume", "data_dir", "initial_checkpoint", "pretrained_path"}
 """Paths on this machine, which no published file tells."""
@@ -58,24 +59,19 @@ class SavedModels:
         self.data_config = {**(getattr(val_data, "data_config", None) or {}), "input_size": input_size}
         self.unsaved: dict[str, int] = {}
         """Epochs of models that could not be written."""
-        self.costs: list[dict[str, Any]] = []
-        self.images = [image_count(train_data), image_count(val_data)]
-        """None where a stream does not tell."""
+        self.costs: list[ExitRow] = []
+        counts = [image_count(train_data), image_count(val_data)]
+        self.images = [] if None in counts else [count for count in counts if count is not None]
+        """That the run trains on and measures; empty where a stream does not tell."""
         self.val_images = 0
         """Images that the metrics are of."""
         source = getattr(val_data, "source", None)
         described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
         self.val_labelled = is_labelled(val_data)
-        self.reference = {} if self.val_labelled else {"reference": "deepest"}
-        """In the place of labels: then accuracies tell how often an exit agrees with the deepest."""
-        self.license = config.hub_license
-        told = config.settings
-        self.model_args = network_args(told)
-        if told.get("initial_checkpoint") or told.get("pretrained_path"):
-            self.known_license: str | None = "unknown"
-        else:
-            self.known_license = "apache-2.0" if told.get("pretrained") is False else None
-        self.facts: dict[str, Any] = {
+        self.reference: Unlabelled = {} if self.val_labelled else {"reference": "deepest"}
+        self.model_args = network_args(config.settings)
+        self.license = config.hub_license or _initial_license(config.settings)
+        self.facts: TrainingRecord = {
             "dataset": source if described else None,
             **self.reference,
             "settings": {
@@ -109,69 +105,79 @@ class SavedModels:
         """Of the best model, from 1; 0 where it does not tell."""
         return _epoch_of(self.output / "best")
 
-    def save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> bool:
-        """Save a model under its name, without its picture; the first time, without metrics, after seeing that it can
-        be loaded again.
+    def save(
+        self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None, required: bool = False
+    ) -> bool:
+        """Save a model under its name, without its picture.
 
-        In the middle of a run a disk that is full is no reason to end it: there is a warning, the earlier model stays.
+        The first model, which has no metrics, is loaded again as a check. If a later one cannot be written, say because
+        the disk is full, a warning is issued, the earlier model stays and the run continues.
+
+        Args:
+            required: raise instead, as for the first model; at the end of a run.
 
         Returns:
-            Whether it is saved.
+            Whether the model was saved.
         """
+        folder, first = self.output / name, metrics is None
+        record = self._record(model, epoch, metrics)
         try:
-            self._save(name, model, epoch, metrics)
-            self.unsaved.pop(name, None)
-            return True
+            if isinstance(model, (SelfDistillModel, TruncatedModel)):
+                model.save_pretrained(folder, metrics=record, check=first, picture=False, data_config=self.data_config)
+            elif hasattr(model, "pretrained_cfg"):
+                hub.save_timm_model(
+                    model,
+                    folder,
+                    metrics=record,
+                    rows=record["exits"],
+                    check=first,
+                    picture=False,
+                    data_config=self.data_config,
+                    model_args=self.model_args,
+                )
+            else:
+                hub.save_weights(model, folder)
         except UNWRITABLE as error:
-            if metrics is None:
+            if first or required:
                 raise
             self.unsaved[name] = epoch
-            warn_unwritten(self.output / name, error)
+            warn_unwritten(folder, error)
             return False
+        self.unsaved.pop(name, None)
+        return True
 
     def save_missing(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics]) -> list[str]:
-        """At the end of a run: save what is not there, as in one that is resumed into another directory, or could not
-        be written before; their names.
+        """At the end of a run, save the models that are missing: those that could not be written before, and those of a
+        run that was resumed into another directory.
+
+        Returns:
+            The names of the models.
 
         Raises:
-            OSError, SafetensorError: it still cannot be.
+            OSError, SafetensorError: a model still cannot be written.
         """
         missing = [
             name for name in ("last", "best") if not (self.output / name).exists() or self.unsaved.get(name) == epoch
         ]
         for name in missing:
-            self._save(name, model, epoch, metrics)
+            self.save(name, model, epoch, metrics, required=True)
         return missing
 
-    def _save(self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> None:
-        folder, first = self.output / name, metrics is None
+    def _record(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> TrainingRecord:
+        """What is recorded of a model; of one that is not trained yet, costs instead of metrics."""
         self.costs = self.costs or exit_costs(model, self.input_size)
-        record: dict[str, Any] = {"exits": self.costs, **self._origin(model), **self.facts}
+        record: TrainingRecord = {"exits": self.costs, **self._origin(model), **self.facts}
         if getattr(model, "freeze_backbone", False):
             record["frozen"] = True
-        if None not in self.images:
+        if self.images:
             record["images"] = self.images
         if metrics is not None:
             record |= {"epoch": epoch, "exits": merge_rows(metrics, self.costs)}
             if record["dataset"]:
-                record["dataset"] = {**record["dataset"], "images": self.val_images}
-        if isinstance(model, (SelfDistillModel, TruncatedModel)):
-            model.save_pretrained(folder, metrics=record, check=first, picture=False, data_config=self.data_config)
-        elif hasattr(model, "pretrained_cfg"):
-            hub.save_timm_model(
-                model,
-                folder,
-                metrics=record,
-                rows=record["exits"],
-                check=first,
-                picture=False,
-                data_config=self.data_config,
-                model_args=self.model_args,
-            )
-        else:
-            hub.save_weights(model, folder)
+                record["dataset"] = record["dataset"] | {"images": self.val_images}
+        return record
 
-    def summarize(self, model: nn.Module, best: EpochMetrics, last: EpochMetrics) -> dict[str, Any]:
+    def summarize(self, model: nn.Module, best: EpochMetrics, last: EpochMetrics) -> RunSummary:
         """Measure the speed-up of every exit at the end of the run; write summary.json and exits.png, of the best
         model, and record the speed-ups in the saved models, whose exits are as fast.
 
@@ -180,7 +186,7 @@ class SavedModels:
         """
         costs = with_speedups(model, self.costs or exit_costs(model, self.input_size), self.input_size)
         rows = {epoch: merge_rows(metrics, costs) for epoch, metrics in (best, last)}
-        summary: dict[str, Any] = {
+        summary: RunSummary = {
             "model": model_name(model),
             "epoch": best[0],
             "epochs": last[0],
@@ -213,13 +219,24 @@ class SavedModels:
             if record := hub.read_metrics(folder):
                 yield folder, record
 
-    def _origin(self, model: nn.Module) -> dict[str, str]:
-        """Licence, and the weights that the training began with, as far as both are known."""
+    def _origin(self, model: nn.Module) -> TrainingRecord:
+        """License, and the weights that training started from, as far as both are known."""
         backbone = model.backbone if isinstance(model, SelfDistillModel) else model
         pretrained = self.facts["settings"].get("pretrained")
         base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id") if pretrained else None
-        license = self.license or self.known_license
-        return {key: value for key, value in {"base_model": base_model, "license": license}.items() if value}
+        origin: TrainingRecord = {}
+        if base_model:
+            origin["base_model"] = base_model
+        if self.license:
+            origin["license"] = self.license
+        return origin
+
+
+def _initial_license(settings: Mapping[str, Any]) -> str | None:
+    """License of the weights that training started from; None where timm's pretrained weights tell it."""
+    if settings.get("initial_checkpoint") or settings.get("pretrained_path"):
+        return "unknown"
+    return "apache-2.0" if settings.get("pretrained") is False else None
 
 
 def _epoch_of(folder: Path) -> int:

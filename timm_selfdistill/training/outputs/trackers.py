@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import GeneralTracker, filter_trackers
 from PIL import Image
 
 from ..config import TrainConfig
@@ -41,7 +41,7 @@ class RunTrackers:
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, output: Path, resumed: bool):
         self.accelerator = accelerator
-        self.trackers: list[Any] = []
+        self.trackers: list[GeneralTracker] = []
         self.own_store = MLFLOW_STORE not in os.environ and "mlflow" in config.report_to
         if self.own_store:
             os.environ[MLFLOW_STORE] = f"sqlite:///{output.resolve() / 'mlflow.db'}"
@@ -60,7 +60,7 @@ class RunTrackers:
         try:
             accelerator.project_configuration.set_directories(str(output))
             accelerator.log_with = filter_trackers([name], accelerator.logging_dir)
-            accelerator.trackers = []  # which Accelerate would start again
+            accelerator.trackers = []  # Accelerate would start them again
             project = (config.wandb_project if name == "wandb" else None) or PROJECT
             accelerator.init_trackers(project, settings, {name: self._arguments(name, config, output, run)})
             if accelerator.is_main_process:
@@ -98,27 +98,26 @@ class RunTrackers:
         return {}
 
     def log(self, values: dict[str, float], step: int) -> None:
-        for tracker in list(self.trackers):
-            self._call(tracker, partial(tracker.log, values, step=step))
+        self._call_each(lambda tracker: tracker.log(values, step=step))
 
     def log_pictures(self, folder: Path, step: int) -> None:
-        """The run's PNG files, to trackers that take pictures."""
-        for tracker in list(self.trackers):
-            self._call(tracker, partial(_log_pictures, tracker, sorted(folder.glob("*.png")), step))
+        """Log the run's PNG files to the trackers that take pictures."""
+        self._call_each(partial(_log_pictures, paths=sorted(folder.glob("*.png")), step=step))
 
     def finish(self) -> None:
-        for tracker in list(self.trackers):
-            self._call(tracker, tracker.finish)
+        self._call_each(lambda tracker: tracker.finish())
         if self.own_store:
             os.environ.pop(MLFLOW_STORE, None)
 
-    def _call(self, tracker: Any, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # whatever a tracker's own client raises
-            if tracker in self.trackers:
+    def _call_each(self, call: Callable[[GeneralTracker], None]) -> None:
+        """Call every tracker. `Accelerator.log` and `Accelerator.end_training` would stop at the first that fails, and
+        the latter destroys the process group."""
+        for tracker in list(self.trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # whatever a tracker's own client raises
                 self.trackers.remove(tracker)
-            _warn(tracker.name, error)
+                _warn(tracker.name, error)
 
 
 def _log_pictures(tracker: Any, paths: list[Path], step: int) -> None:

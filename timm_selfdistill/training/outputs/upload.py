@@ -6,6 +6,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, Queue
 from typing import NamedTuple
 
 from accelerate import Accelerator
@@ -87,10 +88,13 @@ class HubUploader:
         self.result: UploadResult | None = None
         self.news: list[str] = []
         """What is to be said about the uploads."""
-        self.waiting: _Upload | None = None
-        self.running: _Upload | None = None
-        self.closing = self.stopped = False
-        self.changed = threading.Condition()
+        self.queue: Queue[_Upload | None] = Queue()
+        """At most one upload that waits, and None at the end of the run."""
+        self.pending: _Upload | None = None
+        """The last one that was asked for, until its outcome is told."""
+        self.stopped = False
+        self.telling = threading.Lock()
+        # of huggingface_hub's futures the interpreter waits for the last one at its end, after Ctrl-C, too
         self.thread = threading.Thread(target=self._work, name="upload", daemon=True)
 
     def start(self) -> None:
@@ -108,11 +112,12 @@ class HubUploader:
         except OSError as error:  # a full disk, say
             self._tell(UploadResult(self.repo_id, folder, failure=str(error)))
             return
-        with self.changed:
-            if self.waiting:
-                shutil.rmtree(self.waiting.staged, ignore_errors=True)
-            self.waiting = upload
-            self.changed.notify_all()
+        with suppress(Empty):
+            if replaced := self.queue.get_nowait():
+                shutil.rmtree(replaced.staged, ignore_errors=True)
+        with self.telling:
+            self.pending = upload
+        self.queue.put(upload)
 
     def pushes(self, epoch: int, is_best: bool) -> bool:
         """Whether the strategy has an upload after this epoch."""
@@ -131,18 +136,15 @@ class HubUploader:
 
     def finish(self, progress: ProgressReporter) -> UploadResult | None:
         """Wait for what is not uploaded yet; Ctrl-C and SIGTERM end the waiting."""
-        with self.changed:
-            self.closing = True
-            upload = self.waiting or self.running
-            self.changed.notify_all()
-        if upload:
+        self.queue.put(None)
+        if upload := self.pending:
             size = sum(path.stat().st_size for path in upload.folder.glob("*") if path.is_file()) / 1e6
             try:
                 with raising_on_sigterm():
                     progress.wait(f"uploading {upload.folder} to {self.repo_id}, {size:,.1f} MB", self._is_done)
             except KeyboardInterrupt:
-                with self.changed:
-                    if self.running or self.waiting:  # else it has just ended
+                with self.telling:
+                    if self.pending:  # else it has just ended
                         self.stopped = True
                         self._tell(UploadResult(self.repo_id, upload.folder, failure="stopped while it was uploaded"))
         self._clean()
@@ -158,7 +160,7 @@ class HubUploader:
             create_repository(self.repo_id, private=self.private)
         except BaseException as error:  # the training goes on, whatever it is
             self.news.append(f"models may not reach {self.repo_id}: {explain_failure(error, self.repo_id)}")
-        while upload := self._next():
+        while upload := self.queue.get():
             result = UploadResult(self.repo_id, upload.folder)
             try:
                 result.url = push_staged(
@@ -166,19 +168,13 @@ class HubUploader:
                 )
             except BaseException as error:  # likewise
                 result.failure = explain_failure(error, self.repo_id)
-            with self.changed:
+            with self.telling:
                 if self.stopped:  # its files are gone
                     return
                 self._tell(result)
-                self.running = None
+                if self.pending is upload:
+                    self.pending = None
             shutil.rmtree(upload.staged, ignore_errors=True)
-
-    def _next(self) -> _Upload | None:
-        """The upload that waits, or the next that comes; None at the end of the run."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.waiting or self.closing)
-            self.running, self.waiting = self.waiting, None
-            return self.running
 
     def _tell(self, result: UploadResult) -> None:
         self.result = result

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from ..data.labels import listed
 from ..data.loaders import TrainBatches
 from ..data.sampling import DRAWS
 from .networks import learned_state
+
+HistoryRow: TypeAlias = dict[str, float]
+"""Of history.csv, an epoch: epoch (from 1), lr, the train_ losses, and top1_, top5_ and loss_ of each exit."""
 
 
 @dataclass
@@ -55,7 +58,7 @@ class TrainState:
     best_epoch: int = 0
     """From 1, of the best model; 0 where there is none yet."""
     draws: str = DRAWS
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[HistoryRow] = field(default_factory=list)
 
     def left_out_note(self) -> str:
         """How many images and updates were left out, for the line of an epoch."""
@@ -69,7 +72,7 @@ class TrainState:
             self.losses[name] = self.losses.get(name, 0.0) + value
             self.loss_updates[name] = self.loss_updates.get(name, 0) + 1
 
-    def end_epoch(self, lr: float, measured: dict[str, float]) -> dict[str, Any]:
+    def end_epoch(self, lr: float, measured: dict[str, float]) -> HistoryRow:
         """Go to the next epoch; the row of this one.
 
         Args:
@@ -81,7 +84,7 @@ class TrainState:
         """
         if not self.losses:
             raise FloatingPointError(f"no update of epoch {self.epoch + 1} had finite gradients; try a lower lr")
-        row: dict[str, Any] = {"epoch": self.epoch + 1, "lr": lr}
+        row: HistoryRow = {"epoch": self.epoch + 1, "lr": lr}
         row |= {f"train_{name}": total / self.loss_updates[name] for name, total in self.losses.items()}
         row |= measured
         self.history.append(row)
