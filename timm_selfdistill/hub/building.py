@@ -1,29 +1,25 @@
-"""Making the network that a config.json describes, quickly and within limits."""
+"""Building the network that a config.json describes: quickly, and first where it takes no memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from ..heads import HeadFactory
-from .files import ExitSettings
-from .trust import preprocessing
-
-MAX_CALLS = 64_000
-"""Most calls of torch while a network is made; timm's largest takes 32,000."""
-MAX_ELEMENTS = 2**28
-"""Most elements of a tensor."""
-MAX_BUFFER_BYTES = 256 * 2**20
-"""Most bytes of buffers that no file holds; timm's largest takes 200 MB."""
+from .files import BACKBONE, ExitSettings, read_network
+from .trust import MAX_SPARE, MAX_STEPS, check_memory, preprocessing
 
 
 class NoRandomInit(TorchFunctionMode):
-    """Within it random first values are not drawn, which takes most of the time of making a network.
+    """Skips random initialization, which takes most of the time of building a network.
 
     For networks whose parameters are all loaded afterwards.
     """
@@ -50,18 +46,44 @@ class NoRandomInit(TorchFunctionMode):
 
 
 class BoundedBuild(TorchFunctionMode):
-    """Within it a network beyond the limits is given up; for the meta device, on which it takes no memory till then."""
+    """Stops building a network that would never be done, or has a tensor that is too large whatever the files hold."""
 
     calls = 0
+    index_bytes = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         self.calls += 1
-        if self.calls > MAX_CALLS:
-            raise ValueError(f"it has too many layers: making it takes more than {MAX_CALLS} calls of torch")
+        if self.calls > MAX_STEPS:
+            raise ValueError(f"it has too many layers: making it takes more than {MAX_STEPS} calls of torch")
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.numel() > MAX_ELEMENTS:
-            raise ValueError(f"it has a tensor of {result.numel()} elements, more than {MAX_ELEMENTS}")
+        if isinstance(result, Tensor) and result.numel() > MAX_SPARE:
+            raise ValueError(f"it has a tensor of {result.numel()} elements, more than {MAX_SPARE}")
+        if func is torch.empty and not result.is_floating_point():  # which TinyViT fills in a loop of Python
+            self.index_bytes += result.nbytes
+            if self.index_bytes > MAX_SPARE:
+                raise ValueError(f"it has tables of indices of more than {MAX_SPARE} bytes")
         return result
+
+
+@contextmanager
+def sketching() -> Iterator[None]:
+    """Networks are built on the meta device, where they take no memory.
+
+    Raises:
+        ValueError: building takes too long, or a tensor is too large.
+    """
+    with torch.device("meta"), BoundedBuild(), NoRandomInit():
+        yield
+
+
+def check_plain_network(folder: Path) -> None:
+    """Raise ValueError for the folder of a plain timm model that takes far more memory than its file of weights; those
+    of self-distilled models are compared with their tensors, see `check_model_files`."""
+    config = read_network(folder)
+    if "self_distill" not in config:
+        with sketching():
+            network = build_backbone(config, folder)
+        check_memory(folder / BACKBONE, network)
 
 
 def build_backbone(config: dict[str, Any], folder: str | PathLike) -> nn.Module:
@@ -94,15 +116,3 @@ def choose_head(settings: ExitSettings, head: HeadFactory | None, name: str | Pa
     if kind is None:
         raise ValueError(f"{name} was saved with a head of its own; pass it: from_pretrained(..., head=...)")
     return kind
-
-
-def check_buffers(model: nn.Module) -> None:
-    """Refuse a network, which may be on the meta device, with too large buffers that are not in its files.
-
-    Raises:
-        ValueError: it has.
-    """
-    saved = model.state_dict().keys()
-    size = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in saved)
-    if size > MAX_BUFFER_BYTES:
-        raise ValueError(f"this network needs {size} bytes beside its weights, more than {MAX_BUFFER_BYTES}")

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .building import check_plain_network
 from .client import explain_failure, limit_silence, transport_error
 from .files import BACKBONE, CONFIG, FILES, HEADS
 from .replace import finish_replacing
@@ -48,12 +49,15 @@ def fetch_model(
             the Hub.
         PermissionError: the repository is private or gated, and the token does not open it.
         OSError: the Hub answers with another error.
-        ValueError: the weights are there only in a file that would have to be unpickled.
+        ValueError: the weights are there only in a file that would have to be unpickled; or they are fetched, and the
+            config of a plain timm model asks for far more memory than they take.
     """
     if str(model_id) and Path(model_id).is_dir():
         folder = Path(model_id)
         finish_replacing(folder)
         check_names((entry.name for entry in folder.iterdir()), BACKBONE, folder)
+        if not only_config:
+            check_plain_network(folder)
         return folder
     name = str(model_id)
     limit_silence()
@@ -75,6 +79,7 @@ def fetch_model(
         )
     if not only_config:
         check_names((entry.name for entry in Path(fetched).iterdir()), BACKBONE, name)
+        check_plain_network(Path(fetched))
     return Path(fetched)
 
 

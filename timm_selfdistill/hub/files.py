@@ -16,9 +16,10 @@ from ..version import __version__
 from .records import CalibrationRecord
 from .replace import finish_replacing
 from .trust import (
-    MAX_HEADER_BYTES,
+    MAX_JSON_BYTES,
     check_exits,
     check_links,
+    check_memory,
     check_network,
     check_tensors,
     read_json,
@@ -112,10 +113,12 @@ def check_model_files(folder: str | PathLike, backbone: nn.Module, heads: nn.Mod
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or holds tensors of other names, shapes or kinds.
+        ValueError: a file is damaged, or holds tensors of other names, shapes or kinds; or a module takes far more
+            memory than its file.
     """
     for module, name in ((backbone, BACKBONE), (heads, HEADS)):
         check_tensors(Path(folder) / name, module)
+        check_memory(Path(folder) / name, module)
 
 
 def check_sizes(sizes: dict[str, int], backbone: nn.Module, heads: nn.Module) -> None:
@@ -129,7 +132,7 @@ def check_sizes(sizes: dict[str, int], backbone: nn.Module, heads: nn.Module) ->
     """
     for module, name in ((backbone, BACKBONE), (heads, HEADS)):
         tensors = module.state_dict().values()
-        most = MAX_HEADER_BYTES + sum(8 * tensor.numel() for tensor in tensors)
+        most = MAX_JSON_BYTES + sum(8 * tensor.numel() for tensor in tensors)
         if sizes.get(name, 0) > most:
             raise ValueError(f"{name} has {sizes[name]} bytes; this network's tensors fill {most} at most")
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 
 from ..heads import HeadFactory
 from ..timm_methods import TimmMethods
 from ..timm_model import TimmModel
-from .building import BoundedBuild, NoRandomInit, check_buffers, choose_head
+from .building import NoRandomInit, choose_head, sketching
 from .download import fetch_model, pin
 from .files import ExitSettings, check_model_files, check_sizes, load_weights, read_config
 from .push import push_folder
@@ -192,12 +191,10 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
         """The model of `from_config` on the meta device, where it takes no memory.
 
         Raises:
-            ValueError: it is beyond the limits of `hub/building.py`.
+            ValueError: building it takes too long, or a tensor of it is too large.
         """
-        with torch.device("meta"), BoundedBuild(), NoRandomInit():
-            model = cls.from_config(config, folder, head)
-        check_buffers(model)
-        return model
+        with sketching():
+            return cls.from_config(config, folder, head)
 
     @classmethod
     def from_config(

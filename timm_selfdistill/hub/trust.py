@@ -1,60 +1,38 @@
-"""A repository from a stranger is data: what is checked before anything is built from it, and before memory is taken.
+"""Checks of an untrusted repository, made before a network is built from it and before memory is taken.
 
-Nothing is unpickled, imported or executed that a repository names. A config may ask only for a network that timm itself
-registers, with plain values as arguments, and within the limits below.
+Nothing that a repository names is unpickled, imported or executed. A config may ask only for a network that timm itself
+registers, with plain values as arguments; the tensors of its files must be those of that network on the meta device.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import timm
 from safetensors import SafetensorError, safe_open
+from timm.models import build_model_with_cfg
 from torch import nn
 
-MAX_CONFIG_BYTES = 16 * 2**20
-MAX_CLASSES = 100_000
-MAX_NUMBER = 65_536
-"""Highest number among the arguments of model and heads: widths, ..."""
-MAX_PIXELS = 4_096
-"""Highest width and height of images."""
-MAX_HEADER_BYTES = 16 * 2**20
-"""Of a safetensors file: names and shapes; timm's largest models have less than 1 MB."""
-MAX_DEPTH = 512
-"""Highest sum of the arguments that say how many blocks or layers a network has."""
-MAX_ITEMS = 256
-"""Most values among the arguments of a model or a head."""
-MAX_TEXT = 10_000
-"""Most characters of a text."""
+# What must be bounded before there is a network whose tensors could be compared with those of the files.
+MAX_JSON_BYTES = 16 * 2**20
+"""Bounds text that is parsed: config.json, the header of a safetensors file (timm's largest have less than 1 MB)."""
+MAX_STEPS = 2**16
+"""Bounds the time of building a network: the sum of its arguments, and the calls of torch (timm's largest: 32,000)."""
+MAX_SPARE = 2**28
+"""Bounds the memory that no file accounts for: bytes of an image, bytes that a network takes beside its weights (timm's
+largest: 200 MB), elements of a tensor that is made while building it."""
 
 PICKLES = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".pth.tar")
 """Ends of the names of files that are unpickled to be read."""
 
-# Arguments of `timm.create_model` that load, name files or change what is built, instead of describing a network.
+# Arguments that load, name files or change what is built, instead of describing a network.
 FORBIDDEN_ARGS = {
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_strict",
-    "pretrained_filter_fn",
-    "pretrained_model_args",
-    "checkpoint_path",
-    "cache_dir",
-    "model_name",
-    "scriptable",
-    "exportable",
-    "no_jit",
-    "features_only",
-    "out_indices",
-    "feature_cls",
-    "feature_cfg",
-    "model_cfg",
-    "cfg",
-    "kwargs_filter",
-    "device",
-    "dtype",
+    *signature(timm.create_model).parameters,
+    *signature(build_model_with_cfg).parameters,
+    *("pretrained_model_args", "features_only", "out_indices", "feature_cls", "cfg", "device", "dtype"),
 }
 DTYPES = {
     "F64": "float64",
@@ -110,8 +88,8 @@ def read_json(path: Path) -> Any:
         ValueError: it is too large or too deep, or no JSON.
     """
     size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {size} bytes, more than the {MAX_CONFIG_BYTES} that are read")
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that are read")
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError:
@@ -134,7 +112,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def check_network(config: dict[str, Any], path: Path) -> None:
-    """Refuse a config that asks for anything but a timm network of bounded size.
+    """Refuse a config that asks for anything but a timm network described by plain values.
 
     Raises:
         ValueError: it does.
@@ -143,8 +121,8 @@ def check_network(config: dict[str, Any], path: Path) -> None:
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(f"{path}: architecture must be the name of a timm model, got {short(architecture)}")
     classes = config.get("num_classes")
-    if isinstance(classes, bool) or not isinstance(classes, int) or not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(f"{path}: num_classes must be 1 to {MAX_CLASSES}, got {short(classes)}")
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+        raise ValueError(f"{path}: num_classes must be a whole number above 0, got {short(classes)}")
     model_args = config.get("model_args") or {}
     if not isinstance(model_args, dict):
         raise ValueError(f"{path}: model_args must be an object, got {short(model_args)}")
@@ -154,11 +132,11 @@ def check_network(config: dict[str, Any], path: Path) -> None:
     if model_args.get("num_classes", classes) != classes:
         raise ValueError(f"{path} has {classes} classes, but {short(model_args['num_classes'])} in model_args")
     preprocessing(config, path)
-    _check_values({key: value for key, value in model_args.items() if key != "num_classes"}, f"{path}: model_args")
+    _check_arguments({key: value for key, value in model_args.items() if key != "num_classes"}, f"{path}: model_args")
 
 
 def check_exits(settings: dict[str, Any], path: Path) -> None:
-    """Refuse exits and heads beyond the limits.
+    """Refuse exits that are not numbers of levels, and arguments of heads that are not plain values.
 
     Args:
         settings: "self_distill" of a config.
@@ -166,68 +144,49 @@ def check_exits(settings: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: they are.
     """
-    if len(settings["exits"]) > MAX_ITEMS:
-        raise ValueError(f"{path}: {len(settings['exits'])} exits are more than {MAX_ITEMS}")
-    if not all(type(exit) is int and 0 <= exit <= MAX_DEPTH for exit in settings["exits"]):
-        raise ValueError(f"{path}: exits must be feature_info indices, got {short(settings['exits'])}")
-    _check_values(settings["head_args"], f"{path}: head_args")
+    exits = settings["exits"]
+    if not all(type(exit) is int and 0 <= exit < MAX_STEPS for exit in exits) or exits != sorted(set(exits)):
+        raise ValueError(f"{path}: exits must be ascending feature_info indices, got {short(exits)}")
+    _check_arguments(settings["head_args"], f"{path}: head_args")
     early_exit = settings.get("early_exit")
     if early_exit is not None and not isinstance(early_exit, dict):
         raise ValueError(f"{path}: early_exit must be an object, got {short(early_exit)}")
 
 
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_TEXT
+def _are_integers(value: Any, length: int, low: int) -> bool:
+    integers = isinstance(value, tuple) and all(type(item) is int and item >= low for item in value)
+    return integers and len(value) == length
 
 
-def _is_printable(value: Any) -> bool:
-    """Nothing that could steer a terminal."""
-    return _is_word(value) and value.isprintable()
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
 
 
-def _are_numbers(
-    value: Any, lengths: tuple[int, ...], low: float, high: float, kind: type[int] | tuple[type[int], type[float]]
-) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) in lengths
-        and all(isinstance(item, kind) and not isinstance(item, bool) and low <= item <= high for item in value)
-    )
+def _are_intensities(value: Any) -> bool:
+    return isinstance(value, tuple) and all(_is_number(item, 0, 255) for item in value)
 
 
-def _are_words(value: Any) -> bool:
-    several = isinstance(value, (list, tuple)) and len(value) <= MAX_ITEMS
-    return _is_word(value) or (several and all(map(_is_word, value)))
+def _are_texts(value: Any) -> bool:
+    return all(isinstance(item, str) for item in (value if isinstance(value, tuple) else (value,)))
 
 
-CHANNELS = tuple(range(1, 257))
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 CROP_MODES = ("center", "squash", "border")
+IMAGE_SIZES = ("input_size", "test_input_size", "min_input_size")
+CROPS = ("crop_pct", "test_crop_pct")
+TEXTS = ("tag", "license", "description", "origin_url", "paper_name", "first_conv", "classifier", "paper_ids", "notes")
 PREPROCESSING: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("input_size", "test_input_size", "min_input_size"),
-        (
-            lambda value: _are_numbers(value, (3,), 1, MAX_PIXELS, int),
-            f"channels, height and width, at most {MAX_PIXELS} pixels",
-        ),
-    ),
-    **dict.fromkeys(
-        ("pool_size", "test_pool_size"),
-        (lambda value: _are_numbers(value, (2,), 0, MAX_PIXELS, int), "height and width"),
-    ),
-    "mean": (lambda value: _are_numbers(value, CHANNELS, 0, 255, (int, float)), "a number for each channel"),
-    "std": (lambda value: _are_numbers(value, CHANNELS, 1e-3, 255, (int, float)), "a number above 0 for each channel"),
-    **dict.fromkeys(
-        ("crop_pct", "test_crop_pct"),
-        (lambda value: _are_numbers([value], (1,), 0.1, 2, (int, float)), "a number from 0.1 to 2"),
-    ),
+    **dict.fromkeys(IMAGE_SIZES, (lambda value: _are_integers(value, 3, 1), "channels, height and width")),
+    **dict.fromkeys(("pool_size", "test_pool_size"), (lambda value: _are_integers(value, 2, 0), "height and width")),
+    "mean": (_are_intensities, "a number from 0 to 255 for each channel"),
+    "std": (lambda value: _are_intensities(value) and all(value), "a number above 0, at most 255, for each channel"),
+    **dict.fromkeys(CROPS, (lambda value: _is_number(value, 0.1, 2), "a number from 0.1 to 2")),
     "interpolation": (lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
     "crop_mode": (lambda value: value in CROP_MODES, f"one of {', '.join(CROP_MODES)}"),
     "fixed_input_size": (lambda value: isinstance(value, bool), "true or false"),
-    **dict.fromkeys(("tag", "license", "description", "origin_url", "paper_name"), (_is_word, "a text")),
-    **dict.fromkeys(("first_conv", "classifier", "paper_ids", "notes"), (_are_words, "a text or a list of them")),
+    **dict.fromkeys(TEXTS, (_are_texts, "a text or a list of them")),
 }
-"""What timm's PretrainedCfg holds, but for where weights come from: when a value is right, and in words."""
+"""The fields of timm's PretrainedCfg, except where weights come from: what holds for valid values, and in words."""
 
 
 def preprocessing(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -239,7 +198,7 @@ def preprocessing(config: dict[str, Any], path: Path) -> dict[str, Any]:
     values, classes = config.get("pretrained_cfg"), config["num_classes"]
     if not isinstance(values, dict) or values.get("input_size") is None:
         raise ValueError(f"{path}: pretrained_cfg must be an object with an input_size, got {short(values)}")
-    known = {
+    known: dict[str, Any] = {
         key: tuple(values[key]) if isinstance(values[key], list) else values[key]
         for key in PREPROCESSING
         if values.get(key) is not None
@@ -248,35 +207,42 @@ def preprocessing(config: dict[str, Any], path: Path) -> dict[str, Any]:
         fits, words = PREPROCESSING[key]
         if not fits(value):
             raise ValueError(f"{path}: pretrained_cfg has {key}={short(value)}, expected {words}")
+    crop = min((known[key] for key in CROPS if key in known), default=1)
+    for key in IMAGE_SIZES:
+        channels, height, width = known.get(key, (0, 0, 0))
+        if 4 * channels * height * width > MAX_SPARE * min(crop, 1) ** 2:  # float32, resized before it is cropped
+            raise ValueError(
+                f"{path}: pretrained_cfg has {key}={short(known[key])}, an image of more than {MAX_SPARE} bytes"
+            )
+    for key in ("mean", "std"):
+        if key in known and len(known[key]) not in (1, known["input_size"][0]):
+            raise ValueError(f"{path}: {key} has {len(known[key])} values for {known['input_size'][0]} channels")
     names = config.get("label_names", values.get("label_names"))
     if names is not None:
         if not isinstance(names, list) or len(names) != classes or not all(map(_is_printable, names)):
             raise ValueError(f"{path}: label_names must hold {classes} printable names, got {short(names)}")
         known["label_names"] = names
-    for key in ("mean", "std"):
-        if key in known and len(known[key]) not in (1, known["input_size"][0]):
-            raise ValueError(f"{path}: {key} has {len(known[key])} values for {known['input_size'][0]} channels")
     return known | {"num_classes": classes, "architecture": config["architecture"]}
 
 
-def _check_values(values: dict[str, Any], where: str) -> None:
-    """Plain values only: null, booleans, bounded numbers, short strings, and lists of them."""
-    depth, items = 0, 0
+def _is_printable(value: Any) -> bool:
+    """Whether it is a text without characters that could control a terminal."""
+    return isinstance(value, str) and value.isprintable()
+
+
+def _check_arguments(values: dict[str, Any], where: str) -> None:
+    """Refuse anything but plain values, and numbers that keep timm's own code busy before it has made a tensor: depths
+    and widths are lengths of its lists and loops. Any value counts as one at least."""
+    steps: float = 0
     for key, value in values.items():
         for item in _flatten(value, where):
-            items += 1
-            number = isinstance(item, (int, float)) and not isinstance(item, bool)
-            most = MAX_PIXELS if key.endswith("img_size") else MAX_NUMBER
-            if number and not abs(item) <= most:
-                raise ValueError(f"{where}: {short(key)} must be at most {most}, got {short(item)}")
-            if isinstance(item, str) and (len(item) > 100 or "/" in item or "\\" in item or ":" in item):
+            if isinstance(item, str) and any(mark in item for mark in "/\\:"):
                 raise ValueError(f"{where}: {short(key)} must be a plain word, got {short(item)}")
-            if number and any(word in key for word in ("depth", "layer", "block", "repeat")):
-                depth += item
-    if items > MAX_ITEMS or depth > MAX_DEPTH:
-        raise ValueError(
-            f"{where} has {items} values and asks for {depth} blocks or layers; at most {MAX_ITEMS} and {MAX_DEPTH}"
-        )
+            steps += max(1, abs(item)) if isinstance(item, (int, float)) else 1
+            if steps > MAX_STEPS:
+                raise ValueError(
+                    f"{where}: numbers must add up to at most {MAX_STEPS}, exceeded with {short(item)} for {short(key)}"
+                )
 
 
 def _flatten(value: Any, where: str, level: int = 0) -> list[Any]:
@@ -294,39 +260,58 @@ def check_tensors(path: Path, module: nn.Module) -> None:
         FileNotFoundError: the file is missing.
         ValueError: it is damaged, or holds tensors of other names, shapes or kinds.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist, so the folder is not a complete saved model; save or download it again"
-        )
-    expected = {key: (tuple(value.shape), value.dtype) for key, value in module.state_dict().items()}
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
+    check_present(path)
+    expected = module.state_dict()
     try:
-        if header > min(path.stat().st_size, MAX_HEADER_BYTES):
+        with path.open("rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > MAX_JSON_BYTES:
             raise ValueError(f"a header of {header} bytes")
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            if len(names) > len(expected) + MAX_ITEMS:
-                raise ValueError(f"{len(names)} tensors instead of {len(expected)}")
-            found = {key: file.get_slice(key) for key in names}
-            found = {key: (tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for key, part in found.items()}
+        with safe_open(path, "pt") as file:  # which compares the header with the size of the file
+            names = set(file.keys())
+            found = {key: file.get_slice(key) for key in sorted(names & expected.keys())}
+            kinds = {key: (tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for key, part in found.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file ({short(str(error))}); fetch or save it again"
         ) from error
-    missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    missing, foreign = sorted(expected.keys() - names), sorted(names - expected.keys())
     if missing or foreign:
         raise ValueError(
             f"{path} does not hold this model's tensors: {len(missing)} missing {missing[:3]},"
             f" {len(foreign)} foreign {short(foreign[:3])}"
         )
-    for key, (shape, dtype) in found.items():
-        wanted_shape, wanted_dtype = expected[key]
-        if shape != wanted_shape:
-            raise ValueError(f"{path}: {key} has shape {shape}, expected {wanted_shape}")
+    for key, (shape, dtype) in kinds.items():
+        if shape != expected[key].shape:
+            raise ValueError(f"{path}: {key} has shape {shape}, expected {tuple(expected[key].shape)}")
         is_float = dtype is not None and "float" in dtype
-        if dtype is None or is_float != wanted_dtype.is_floating_point:
-            raise ValueError(f"{path}: {key} holds {dtype or 'numbers of an unknown kind'}, expected {wanted_dtype}")
+        if dtype is None or is_float != expected[key].is_floating_point():
+            kind = dtype or "numbers of an unknown kind"
+            raise ValueError(f"{path}: {key} holds {kind}, expected {expected[key].dtype}")
+
+
+def check_present(path: Path) -> None:
+    """Raise FileNotFoundError where a file of a saved model is missing."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist, so the folder is not a complete saved model; save or download it again"
+        )
+
+
+def check_memory(path: Path, module: nn.Module) -> None:
+    """Refuse a module, which may be on the meta device, that takes far more memory than the file of its weights.
+
+    Buffers that are not saved may do so: those of a Swin grow with the image size, its weights do not.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the module is too large.
+    """
+    check_present(path)
+    size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    most = 4 * path.stat().st_size + MAX_SPARE  # half precision doubles when it is loaded
+    if size > most:
+        raise ValueError(f"{path}: this network takes {size} bytes, more than the {most} for a file of this size")
 
 
 def short(value: Any) -> str:
