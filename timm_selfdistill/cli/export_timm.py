@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from .. import hub
-from ..hub.building import build_backbone
+from ..hub.building import build_backbone, sketching
 from ..hub.files import CONFIG
 from ..model import SelfDistillModel, wrap_self_distill
 from ..training.loop.initial_weights import SavedWeights, check_fits, load_exits, read_record, read_weights
@@ -72,6 +72,8 @@ def _open_checkpoint(source: Path, name: str | None) -> tuple[nn.Module, dict[st
 def _make_recorded(saved: SavedWeights) -> nn.Module:
     """The network that the saved model or the record of a checkpoint describes."""
     if not saved.heads:
+        with sketching():
+            check_fits(build_backbone(saved.config, saved.source), saved.backbone, saved.source)
         return build_backbone(saved.config, saved.source)
     if saved.own_head:
         raise ValueError(
