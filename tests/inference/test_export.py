@@ -153,7 +153,9 @@ def test_the_example_without_torch_answers_as_early_exit_does(tmp_path):
     about = json.loads((tmp_path / "stages.json").read_text())
     assert {key: about[key] for key in model.early_exit} == model.early_exit
     for policy in POLICIES:
-        middle = [float(POLICIES[policy].score(part).quantile(0.5)) for part in likely[:-1]]
+        middle = [
+            POLICIES[policy].sign * float(POLICIES[policy].confidence(part).quantile(0.5)) for part in likely[:-1]
+        ]
         model.early_exit |= {"policy": policy, "thresholds": [middle[0], None, middle[2]]}
         probabilities, exits = example["predict"](tmp_path, about | model.early_exit, x.numpy())
         expected = EarlyExit(model).predict(x)
