@@ -34,7 +34,7 @@ def measure(answers: Answers, chosen: list[Thresholds], costs: ExitCosts) -> dic
     """Accuracy in per cent and mean share of the plain network's multiply-adds, heads included."""
     points = []
     for thresholds in chosen:
-        exits, macs = simulate(answers.sureness, thresholds, costs)
+        exits, macs = simulate(answers.confidence, thresholds, costs)
         points.append({"share": float(macs.mean()) / costs.plain, "top1": top1(answers.right.gather(0, exits[None]))})
     return {
         "exit_top1": [top1(right) for right in answers.right],

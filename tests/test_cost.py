@@ -1,6 +1,7 @@
+import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_selfdistill import cost, wrap_self_distill
@@ -47,7 +48,7 @@ def test_default_input_size_knows_the_channels():
     assert default_input_size(timm.create_model("test_vit")) == (3, 160, 160)
 
 
-def test_speed_ups_are_ratios_of_medians_to_the_plain_call(monkeypatch):
+def test_speed_ups_are_ratios_of_medians_to_the_reference_call(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
 
@@ -57,11 +58,11 @@ def test_speed_ups_are_ratios_of_medians_to_the_plain_call(monkeypatch):
 
         return call
 
-    plain, x = lasting(4.0), torch.zeros(1)
-    assert measure_speedups(torch.nn.Identity(), plain, [plain, lasting(1.0), lasting(8.0)], x) == [1, 4, 0.5]
+    reference, x = lasting(4.0), torch.zeros(1)
+    assert measure_speedups(torch.nn.Identity(), reference, [reference, lasting(1.0), lasting(8.0)], x) == [1, 4, 0.5]
     for seconds, rounds in ((0, 1), (20, 2), (10**6, 15)):  # each of 8 s, after one for warming up
         began = now[0]
-        measure_speedups(torch.nn.Identity(), plain, [plain], x, seconds=seconds)
+        measure_speedups(torch.nn.Identity(), reference, [reference], x, seconds=seconds)
         assert now[0] - began == 8 * (1 + rounds)
 
 
@@ -83,16 +84,32 @@ def test_a_tensor_that_two_modules_share_counts_once():
 
 
 class LooksAtValues(nn.Module):
-    def __init__(self):
+    def __init__(self, look):
         super().__init__()
         self.fc = nn.Linear(8, 8, bias=False)
+        self.look = look
 
     def forward(self, x):
-        return self.fc(x) if x.sum().item() == 0 else x
+        self.look(x)
+        return self.fc(x)
 
 
-def test_a_model_that_cannot_run_on_the_meta_device_is_counted_where_it_is():
-    model = LooksAtValues()
+@pytest.mark.parametrize("look", [Tensor.tolist, Tensor.nonzero, Tensor.numpy, lambda x: x.sum().item()])
+def test_a_model_that_cannot_run_on_the_meta_device_is_counted_where_it_is(look):
+    model = LooksAtValues(look)
     weight = model.fc.weight
     assert count_cost(model, (1, 1, 8))[:2] == (64, 64)
     assert model.fc.weight is weight
+    assert model.training
+
+
+def test_counting_leaves_no_tensor_in_a_cache_of_the_model():
+    model = timm.create_model("levit_128s", num_classes=10)  # its attention keeps biases for each device
+    count_cost(model, (3, 224, 224))
+    assert not any(getattr(module, "attention_bias_cache", None) for module in model.modules())
+
+
+def test_the_layers_of_an_lstm_are_counted():
+    model = nn.Sequential(nn.Flatten(1, 2), nn.LSTM(8, 16, batch_first=True))
+    macs = 4 * 10 * (8 + 16) * 16  # four gates for each of ten steps
+    assert count_cost(model, (1, 10, 8)).macs == macs

@@ -193,7 +193,7 @@ def test_other_classes_renew_all_classifiers(name, head, tmp_path):
 def test_other_classes_of_a_truncated_model(exit, tmp_path):
     made = small_model().to(torch.bfloat16).truncate(exit).train()
     made.reset_classifier(4)
-    assert made.num_classes == made.whole.num_classes == 4
+    assert made.num_classes == made.full_backbone.num_classes == 4
     assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
     assert all(module.training for module in made.modules())
     made = made.float().eval()

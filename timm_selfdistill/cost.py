@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -10,7 +11,6 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -58,112 +58,50 @@ def count_cost(
 ) -> Cost:
     """Parameters used and multiply-adds of `call(model, x)` in eval mode, for one image.
 
-    Runs on the meta device: no memory, no arithmetic, no random numbers; models that look at values, which cannot run
-    there, run on their own device. Multiply-adds are half of what torch's `FlopCounterMode` counts.
+    Runs a copy on the meta device: no memory, no arithmetic, no random numbers, and no trace on the model. Models that
+    look at values, which cannot run there, run on their own device. Multiply-adds are half of what torch's
+    `FlopCounterMode` counts.
 
     Args:
         input_size: (channels, height, width) in pixels.
     """
-    caller = _Caller(model, call)
-    shadows = _shadow_tensors(caller)
     try:
-        return _run_counted(caller, shadows, torch.device("meta"), input_size)
-    except RuntimeError as error:
-        if "meta tensors" not in str(error):
+        return _run_counted(_copy_to_meta(model).eval(), torch.device("meta"), input_size, call)
+    except (RuntimeError, TypeError) as error:
+        if "meta" not in str(error):
             raise
-    own = dict([*caller.named_parameters(), *caller.named_buffers()])
-    return _run_counted(caller, own, next(model.parameters()).device, input_size)
+    with evaluating(model):
+        return _run_counted(model, next(model.parameters()).device, input_size, call)
+
+
+def _copy_to_meta(model: nn.Module) -> Any:
+    """A copy whose tensors have no values; tensors and modules that are shared are shared in the copy, too.
+
+    Under torch's `FakeTensorMode`, tensors keep their device, and FLOPs of the operations that are fused there, such as
+    an LSTM's on a CPU, would not be counted.
+    """
+    copies: dict[int, Any] = {}  # the memo of deepcopy: by the id of a tensor, what takes its place
+    for module in model.modules():
+        for tensor in tree_leaves(vars(module)):
+            if isinstance(tensor, Tensor):
+                copy = torch.empty_like(tensor, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+    return deepcopy(model, copies)
 
 
 def _run_counted(
-    caller: "_Caller", tensors: dict[str, Tensor], device: torch.device, input_size: tuple[int, int, int]
+    model: nn.Module, device: torch.device, input_size: tuple[int, int, int], call: Callable[[Any, Tensor], Any]
 ) -> Cost:
-    params = [p for p in dict.fromkeys(tensors.values()) if isinstance(p, nn.Parameter)]
+    params = list(model.parameters())
     dtype = next((p.dtype for p in params if p.is_floating_point()), torch.float32)
     x = torch.zeros(1, *input_size, device=device, dtype=dtype)
     seen = _SeenTensors()
-    with evaluating(caller.model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels are not counted
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels are not counted
         with FlopCounterMode(display=False) as flops, seen:
-            output = functional_call(caller, tensors, (x,), tie_weights=False)
+            output = call(model, x)
     used = sum(p.numel() for p in params if id(p) in seen.ids)
     return Cost(used, flops.get_total_flops() // 2, output)
-
-
-def measure_speedups(
-    model: nn.Module,
-    plain: Callable[[Tensor], Any],
-    calls: list[Callable[[Tensor], Any]],
-    x: Tensor,
-    rounds: int = 15,
-    seconds: float = 5.0,
-) -> list[float]:
-    """Time of `plain(x)` over the time of each call, in eval mode: medians of `time_ratios`."""
-    return [median(ratios) for ratios in time_ratios(model, plain, calls, x, rounds, seconds)]
-
-
-def time_ratios(
-    model: nn.Module,
-    plain: Callable[[Tensor], Any],
-    calls: list[Callable[[Tensor], Any]],
-    x: Tensor,
-    rounds: int = 15,
-    seconds: float = 5.0,
-    at_least: int = 1,
-) -> list[list[float]]:
-    """Time of `plain(x)` over the time of each call, in eval mode: for each call the ratios of all rounds, in each of
-    which all calls run in turn.
-
-    Args:
-        x: a batch of images (B, C, H, W), on the model's device.
-        rounds: at most; fewer, down to `at_least`, where `seconds` are used up.
-    """
-    times: list[list[float]] = [[] for _ in [plain, *calls]]
-    began = time.perf_counter()
-    with evaluating(model), torch.no_grad():
-        for round in range(-1, rounds):
-            for record, call in zip(times, [plain, *calls]):
-                start = time.perf_counter()
-                call(x)
-                if x.is_cuda:
-                    torch.cuda.synchronize(x.device)
-                record.append(time.perf_counter() - start)
-            if round == -1:  # the first round is for warming up
-                times = [[] for _ in times]
-            elif len(times[0]) >= at_least and time.perf_counter() - began > seconds:
-                break
-    return [[first / second for first, second in zip(times[0], record)] for record in times[1:]]
-
-
-def _shadow_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of every module on the meta device, a tensor that two modules share only once.
-
-    Every module counts once, whatever the number of its names: `functional_call` would put the second name's tensor
-    back as it found it under the first, which is the shadow.
-    """
-    shadows: dict[int, Tensor] = {}
-    named = {}
-    for prefix, part in module.named_modules():
-        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
-            if tensor is None:
-                continue
-            if id(tensor) not in shadows:
-                shadow = torch.empty_like(tensor, device="meta")
-                is_parameter = isinstance(tensor, nn.Parameter)
-                shadows[id(tensor)] = nn.Parameter(shadow, requires_grad=False) if is_parameter else shadow
-            named[f"{prefix}.{name}"] = shadows[id(tensor)]
-    return named
-
-
-class _Caller(nn.Module):
-    """Any method of a model as a forward, which is what `functional_call` swaps the weights for."""
-
-    def __init__(self, model: nn.Module, call: Callable[[Any, Tensor], Any]):
-        super().__init__()
-        self.model = model
-        self.call = call
-
-    def forward(self, x: Tensor) -> Any:
-        return self.call(self.model, x)
 
 
 class _SeenTensors(TorchDispatchMode):
@@ -178,3 +116,48 @@ class _SeenTensors(TorchDispatchMode):
     ) -> Any:
         self.ids.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return func(*args, **(kwargs or {}))
+
+
+def measure_speedups(
+    model: nn.Module,
+    reference: Callable[[Tensor], Any],
+    calls: list[Callable[[Tensor], Any]],
+    x: Tensor,
+    rounds: int = 15,
+    seconds: float = 5.0,
+) -> list[float]:
+    """Time of `reference(x)` over the time of each call, in eval mode: medians of `time_ratios`."""
+    return [median(ratios) for ratios in time_ratios(model, reference, calls, x, rounds, seconds)]
+
+
+def time_ratios(
+    model: nn.Module,
+    reference: Callable[[Tensor], Any],
+    calls: list[Callable[[Tensor], Any]],
+    x: Tensor,
+    rounds: int = 15,
+    seconds: float = 5.0,
+    at_least: int = 1,
+) -> list[list[float]]:
+    """Time of `reference(x)` over the time of each call, in eval mode: for each call the ratios of all rounds. In each
+    round all calls run in turn.
+
+    Args:
+        x: a batch of images (B, C, H, W), on the model's device.
+        rounds: at most; fewer, down to `at_least`, where `seconds` are used up.
+    """
+    times: list[list[float]] = [[] for _ in [reference, *calls]]
+    began = time.perf_counter()
+    with evaluating(model), torch.no_grad():
+        for round in range(-1, rounds):
+            for record, call in zip(times, [reference, *calls]):
+                start = time.perf_counter()
+                call(x)
+                if x.is_cuda:
+                    torch.cuda.synchronize(x.device)
+                record.append(time.perf_counter() - start)
+            if round == -1:  # the first round is for warming up
+                times = [[] for _ in times]
+            elif len(times[0]) >= at_least and time.perf_counter() - began > seconds:
+                break
+    return [[first / second for first, second in zip(times[0], record)] for record in times[1:]]

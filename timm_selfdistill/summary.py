@@ -104,9 +104,8 @@ def summarize(
     ).output
     shapes: list[tuple[int, int, int]] = [tuple(feature_map.shape[1:]) for feature_map in maps]
     heads = [count_cost(head, shape) for head, shape in zip(model.heads, shapes)]
-    whole = _count_exit(model, "ensemble", input_size)
+    ensemble_cost = _count_exit(model, "ensemble", input_size)
     costs = [_count_exit(model, exit, input_size) for exit in range(len(stages))]
-    plain = costs[-1]
     rows = [
         ExitSummary(
             exit=exit,
@@ -116,7 +115,7 @@ def summarize(
             head_macs=heads[exit].macs if exit < len(heads) else 0,
             params=cost.params,
             macs=cost.macs,
-            share=cost.macs / plain.macs,
+            share=cost.macs / costs[-1].macs,
         )
         for exit, (stage, shape, cost) in enumerate(zip(stages, shapes, costs))
     ]
@@ -126,9 +125,9 @@ def summarize(
         feature_shape=shapes[-1],
         head_params=sum(head.params for head in heads),
         head_macs=sum(head.macs for head in heads),
-        params=whole.params,
-        macs=whole.macs,
-        share=whole.macs / plain.macs,
+        params=ensemble_cost.params,
+        macs=ensemble_cost.macs,
+        share=ensemble_cost.macs / costs[-1].macs,
     )
     return Summary([*rows, ensemble])
 

@@ -38,7 +38,7 @@ class TruncatedModel(HubMixin):
     def __init__(self, model: SelfDistillModel, exit: int | Literal["ensemble"]):
         super().__init__()
         self.model, self.exit = model, exit
-        self._whole: tuple[TimmModel] | None = None
+        self._full_backbone: tuple[TimmModel] | None = None
         model.early_exit = None
         if exit == "ensemble":
             return
@@ -46,7 +46,9 @@ class TruncatedModel(HubMixin):
             if other != exit:
                 model.heads[other] = nn.Identity()
         if exit < len(model.stages):
-            self._whole = (deepcopy(model.backbone).to("meta"),)  # in a tuple, so that it is no module of this one
+            self._full_backbone = (
+                deepcopy(model.backbone).to("meta"),
+            )  # in a tuple, so that it is no module of this one
             model.backbone.prune_intermediate_layers([model.stages[exit].index], prune_norm=True)
 
     @property
@@ -69,8 +71,8 @@ class TruncatedModel(HubMixin):
         return self.model.pretrained_cfg
 
     @property
-    def whole(self) -> TimmModel:
-        return self.model.backbone if self._whole is None else self._whole[0]
+    def full_backbone(self) -> TimmModel:
+        return self.model.backbone if self._full_backbone is None else self._full_backbone[0]
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -154,13 +156,13 @@ class TruncatedModel(HubMixin):
             )
         else:
             self.model.reset_heads(num_classes)
-            self.whole.reset_classifier(num_classes)
+            self.full_backbone.reset_classifier(num_classes)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """See `SelfDistillModel.set_input_size`."""
         self.model.set_input_size(*args, **kwargs)
-        if self._shallow_exit is not None and hasattr(self.whole, "set_input_size"):
-            self.whole.set_input_size(*args, **kwargs)
+        if self._shallow_exit is not None and hasattr(self.full_backbone, "set_input_size"):
+            self.full_backbone.set_input_size(*args, **kwargs)
 
     @classmethod
     def check_kind(cls, settings: ExitSettings, name: str | PathLike) -> None:

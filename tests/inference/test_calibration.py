@@ -18,7 +18,6 @@ from timm_selfdistill.inference.calibration import (
     fit_temperature,
     is_met,
     macs_of_exits,
-    to_threshold,
 )
 from timm_selfdistill.inference.calibration_report import FixedExit
 from timm_selfdistill.inference.policy import POLICIES
@@ -63,29 +62,29 @@ def test_the_calibration_error_is_that_of_the_definition():
 
 
 def test_an_image_pays_for_its_stages_and_the_heads_on_its_way():
-    sureness = torch.tensor([[0.9, 0.1, 0.1], [0.0, 0.8, 0.2]])
-    exits, cost = simulate(sureness, [0.5, 0.5], COSTS)
+    confidence = torch.tensor([[0.9, 0.1, 0.1], [0.0, 0.8, 0.2]])
+    exits, cost = simulate(confidence, [0.5, 0.5], COSTS)
     assert exits.tolist() == [0, 1, 2]
     assert cost.tolist() == [11.0, 23.0, 43.0]
-    assert simulate(sureness, [0.5, None], COSTS)[1].tolist() == [11.0, 41.0, 41.0]
+    assert simulate(confidence, [0.5, None], COSTS)[1].tolist() == [11.0, 41.0, 41.0]
     later = ExitCosts(COSTS.stages, COSTS.heads, stops=[1, 2])  # rows leave the batch one exit later
-    assert simulate(sureness, [0.5, 0.5], later)[1].tolist() == [23.0, 43.0, 43.0]
+    assert simulate(confidence, [0.5, 0.5], later)[1].tolist() == [23.0, 43.0, 43.0]
 
 
 def test_the_curve_is_no_worse_than_any_pair_of_thresholds():
     generator = torch.Generator().manual_seed(0)
-    sureness = torch.rand(2, 120, generator=generator).double()
+    confidence = torch.rand(2, 120, generator=generator).double()
     right = torch.stack(
         [
             torch.rand(120, generator=generator) < sure
-            for sure in (0.4 + 0.6 * sureness[0], 0.5 + 0.5 * sureness[1], torch.full((120,), 0.9))
+            for sure in (0.4 + 0.6 * confidence[0], 0.5 + 0.5 * confidence[1], torch.full((120,), 0.9))
         ]
     )
-    curve = find_curve(sureness, right, COSTS)
+    curve = find_curve(confidence, right, COSTS)
     assert [point.cost for point in curve] == sorted(point.cost for point in curve)
     assert [point.accuracy for point in curve] == sorted(point.accuracy for point in curve)
     grid = [None, *torch.linspace(0, 1, 25).tolist()]
-    grid_points = [(simulate(sureness, [first, second], COSTS)) for first in grid for second in grid]
+    grid_points = [(simulate(confidence, [first, second], COSTS)) for first in grid for second in grid]
     for budget in (15.0, 20.0, 25.0, 30.0, 35.0):
         best = max(
             float(right.gather(0, exits[None]).double().mean()) for exits, cost in grid_points if cost.mean() <= budget
@@ -95,7 +94,7 @@ def test_the_curve_is_no_worse_than_any_pair_of_thresholds():
         reached = max(point.accuracy - weight * point.cost for point in curve)
         for first in grid:
             for second in grid:
-                exits, cost = simulate(sureness, [first, second], COSTS)
+                exits, cost = simulate(confidence, [first, second], COSTS)
                 accuracy = float(right.gather(0, exits[None]).double().mean())
                 assert accuracy - weight * float(cost.mean()) <= reached + 0.01
 
@@ -106,8 +105,8 @@ def synthetic(seed: int, count: int) -> Answers:
     hard = torch.rand(count, generator=generator).double()
     noise = torch.rand(3, count, generator=generator)
     right = torch.stack([noise[exit] > 2 * share * hard for exit, share in enumerate((0.15, 0.10, 0.07))])
-    sureness = (1 - hard) + 0.1 * torch.randn(2, count, generator=generator)
-    return Answers(sureness.double(), right)
+    confidence = (1 - hard) + 0.1 * torch.randn(2, count, generator=generator)
+    return Answers(confidence.double(), right)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +123,8 @@ def test_a_promise_that_can_be_kept_is_mostly_kept_on_other_images(budget, count
     kept = []
     for seed in range(40):
         found, other = synthetic(seed, count), synthetic(seed + 1000, count)
-        point = choose_point(find_curve(found.sureness, found.right, COSTS), found, COSTS, budget)
-        exits, cost = simulate(other.sureness, point.thresholds, COSTS)
+        point = choose_point(find_curve(found.confidence, found.right, COSTS), found, COSTS, budget)
+        exits, cost = simulate(other.confidence, point.thresholds, COSTS)
         accuracy = float(other.right.gather(0, exits[None]).double().mean())
         reached = OperatingPoint(point.thresholds, accuracy, float(cost.mean()))
         kept.append(is_met(reached, other.plain_accuracy, COSTS, budget))
@@ -133,10 +132,10 @@ def test_a_promise_that_can_be_kept_is_mostly_kept_on_other_images(budget, count
 
 
 def test_what_everybody_and_nobody_mean_for_each_policy():
-    assert [to_threshold(value, "confidence", 10) for value in (None, EVERYBODY, 0.5)] == [None, 0.0, 0.5]
-    assert [to_threshold(value, "entropy", 10) for value in (None, -0.5)] == [None, 0.5]
+    assert [POLICIES["confidence"].to_threshold(value, 10) for value in (None, EVERYBODY, 0.5)] == [None, 0.0, 0.5]
+    assert [POLICIES["entropy"].to_threshold(value, 10) for value in (None, -0.5)] == [None, 0.5]
     uniform = torch.full((4, 10), 0.1)
-    assert POLICIES["entropy"].leaves(uniform, to_threshold(EVERYBODY, "entropy", 10)).all()
+    assert POLICIES["entropy"].leaves(uniform, POLICIES["entropy"].to_threshold(EVERYBODY, 10)).all()
 
 
 def loader(count: int = 600, classes: int = 10, noise: float = 1.0) -> DataLoader:

@@ -79,11 +79,11 @@ def images(model: SelfDistillModel, count: int) -> torch.Tensor:
 
 
 def quantiles(logits: tuple[torch.Tensor, ...], share: float, policy: str = "confidence") -> list[float]:
-    """Thresholds at which a share of all images is sure enough."""
-    score, low_leaves, highest = POLICIES[policy]
+    """Thresholds at which a share of all images is confident enough."""
+    confidence, sign, highest = POLICIES[policy]
     if share in (0, 1):
-        return [0.0 if low_leaves != bool(share) else highest(logits[0].shape[1])] * (len(logits) - 1)
-    return [float(score(part.float().softmax(1)).quantile(share if low_leaves else 1 - share)) for part in logits[:-1]]
+        return [0.0 if (sign < 0) != bool(share) else highest(logits[0].shape[1])] * (len(logits) - 1)
+    return [sign * float(confidence(part.float().softmax(1)).quantile(1 - share)) for part in logits[:-1]]
 
 
 def row_by_row(model: SelfDistillModel, x: torch.Tensor, exits: torch.Tensor) -> torch.Tensor:

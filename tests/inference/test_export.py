@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torch import nn
 
 from timm_selfdistill import EarlyExit, wrap_self_distill
 from timm_selfdistill.heads import LinearHead
 from timm_selfdistill.inference import export
 from timm_selfdistill.inference.export import export_onnx, export_program, export_stages
 from timm_selfdistill.inference.policy import POLICIES
+from timm_selfdistill.inference.staging import split_stages
 from timm_selfdistill.training.data.images import open_image
 
 from ..conftest import ROOT, small_backbone, small_model
@@ -102,6 +104,42 @@ def test_the_stages_one_after_the_other_are_the_network(name, head, exits, tmp_p
     assert size < 1.5 * (tmp_path / "all.onnx").stat().st_size  # no stage holds what another has
 
 
+class WritesInPlace(nn.Module):
+    """Part of the second exit's feature is written through a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        first = x.mean((2, 3)) * self.scale
+        feature = x * self.scale
+        feature[:, :, 1:] += first[:, :, None, None]
+        return first, feature.mean((2, 3))
+
+
+def test_what_is_written_in_place_is_part_of_its_stage():
+    model = WritesInPlace()
+    shallow, deep = split_stages(export_program(model, (3, 4, 4)))
+    x = torch.randn(5, 3, 4, 4)
+    first, *carried = shallow(x)
+    second, *nothing = deep(*(part[1:] for part in carried))
+    assert torch.equal(first, model(x)[0])
+    assert torch.equal(second, model(x[1:])[1])
+    assert not nothing
+
+
+class Transposes(WritesInPlace):
+    def forward(self, x):
+        columns = (x.flatten(1).T * self.scale).exp()
+        return columns.sum(0)[:, None], columns.cumsum(0).T
+
+
+def test_what_goes_on_must_have_a_row_for_each_image():
+    with pytest.raises(ValueError, match="exp .* goes from one to another, and its rows are not the images"):
+        split_stages(export_program(Transposes(), (3, 4, 4)))
+
+
 @pytest.mark.slow
 def test_the_example_without_torch_answers_as_early_exit_does(tmp_path):
     model = small_model().eval()
@@ -115,7 +153,9 @@ def test_the_example_without_torch_answers_as_early_exit_does(tmp_path):
     about = json.loads((tmp_path / "stages.json").read_text())
     assert {key: about[key] for key in model.early_exit} == model.early_exit
     for policy in POLICIES:
-        middle = [float(POLICIES[policy].score(part).quantile(0.5)) for part in likely[:-1]]
+        middle = [
+            POLICIES[policy].sign * float(POLICIES[policy].confidence(part).quantile(0.5)) for part in likely[:-1]
+        ]
         model.early_exit |= {"policy": policy, "thresholds": [middle[0], None, middle[2]]}
         probabilities, exits = example["predict"](tmp_path, about | model.early_exit, x.numpy())
         expected = EarlyExit(model).predict(x)

@@ -60,7 +60,7 @@ def draw(kind: str, seed: int, count: int = 120, classes: int = 5, policy: str =
 
 
 def measure(point: OperatingPoint, data: Answers, costs: ExitCosts) -> OperatingPoint:
-    exits, cost = simulate(data.sureness, point.thresholds, costs)
+    exits, cost = simulate(data.confidence, point.thresholds, costs)
     accuracy = data.right.gather(0, exits[None]).double().mean()
     return OperatingPoint(point.thresholds, float(accuracy), float(cost.mean()))
 
@@ -92,7 +92,7 @@ def test_no_fixed_exit_is_better_on_the_images_that_thresholds_are_found_on(kind
     kinds = [TWO] if kind == "two exits" else [COSTS, NOISY, LATE]
     for seed, (policy, costs) in enumerate(product(POLICIES, kinds)):
         data = draw(kind, seed, policy=policy)
-        curve = find_curve(data.sureness, data.right, costs)
+        curve = find_curve(data.confidence, data.right, costs)
         budgets = [{"max_accuracy_drop": drop} for drop in (0.0, 1.0, 5.0, 30.0)]
         budgets += [{"min_speedup": speedup} for speedup in (1.0, 1.5, 1.7, 2.5, 100.0)]
         budgets += [{"max_macs": fixed.cost * share} for fixed in fixed_exits(data.right, costs) for share in (1, 1.1)]
@@ -112,11 +112,11 @@ def test_a_fixed_exit_costs_what_its_stages_and_its_head_cost():
 def test_the_second_exit_is_found_where_it_alone_keeps_a_speed_up():
     """Its head runs without that of the first; a mixture of the two costs more than the second by itself."""
     data = draw("best in the middle", 0)
-    point = choose_point(find_curve(data.sureness, data.right, COSTS), data, COSTS, {"max_macs": 22.0})
+    point = choose_point(find_curve(data.confidence, data.right, COSTS), data, COSTS, {"max_macs": 22.0})
     assert point.accuracy >= float(data.right[1].double().mean())
-    data.sureness[:] = torch.rand(data.sureness.shape).double()  # which say nothing
+    data.confidence[:] = torch.rand(data.confidence.shape).double()  # which say nothing
     data.right[0] = False
-    assert choose_point(find_curve(data.sureness, data.right, COSTS), data, COSTS, {"max_macs": 22.0}).thresholds == [
+    assert choose_point(find_curve(data.confidence, data.right, COSTS), data, COSTS, {"max_macs": 22.0}).thresholds == [
         None,
         EVERYBODY,
     ]

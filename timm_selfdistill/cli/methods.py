@@ -279,7 +279,7 @@ def create_task(
     create_peer: Callable[[], nn.Module],
     saved: SavedWeights | None = None,
 ) -> TrainingTask:
-    """The task of a method around a timm model, whose preprocessing is settled. A line says what becomes of exits that
+    """The task of a method around a timm model, whose preprocessing is known. A line says what becomes of exits that
     were trained before.
 
     Args:

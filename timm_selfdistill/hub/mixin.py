@@ -88,7 +88,7 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
         save_timm_model(
             self.backbone,
             save_directory,
-            whole=self.whole,
+            full_backbone=self.full_backbone,
             model_args=self.model_args,
             heads=self.heads,
             settings=self.settings(),
@@ -258,11 +258,17 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
     def generate_model_card(self, *, metrics: Mapping[str, Any] | None = None, **card_data: Any) -> ModelCard:
         """The card that `save_pretrained` would write; see there."""
         return create_model_card(
-            self.whole, self.model_args, self.settings(), metrics, self.card_rows(metrics), card_data, self.input_size
+            self.full_backbone,
+            self.model_args,
+            self.settings(),
+            metrics,
+            self.card_rows(metrics),
+            card_data,
+            self.input_size,
         )
 
     @property
-    def whole(self) -> TimmModel:
+    def full_backbone(self) -> TimmModel:
         """The network that config.json describes; may be on the meta device."""
         return self.backbone
 

@@ -50,7 +50,7 @@ def save_timm_model(
     backbone: nn.Module,
     folder: str | PathLike,
     *,
-    whole: nn.Module | None = None,
+    full_backbone: nn.Module | None = None,
     model_args: dict[str, Any] | None = None,
     heads: nn.Module | None = None,
     settings: ExitSettings | None = None,
@@ -65,7 +65,7 @@ def save_timm_model(
     """Write a timm model in timm's layout with its card, after seeing that it can be loaded from the files.
 
     Args:
-        whole: what config.json describes, where the backbone is only a part of it; may be on the meta device.
+        full_backbone: what config.json describes, where `backbone` is only a part of it; may be on the meta device.
         heads, settings: of a self-distilled model: its shallow classifiers, and what makes them again ("exits", "head",
             "head_args").
         metrics: what to record in config.json.
@@ -84,9 +84,9 @@ def save_timm_model(
     earlier = _is_saved_here(Path(folder))
     with replacing_files(Path(folder)) as fresh:
         check_metrics(metrics)
-        whole = whole or backbone
-        data_config = {"input_size": default_input_size(whole, model_args), **(data_config or {})}
-        _save_config(whole, fresh / CONFIG, model_args, settings, metrics, data_config)
+        full_backbone = full_backbone or backbone
+        data_config = {"input_size": default_input_size(full_backbone, model_args), **(data_config or {})}
+        _save_config(full_backbone, fresh / CONFIG, model_args, settings, metrics, data_config)
         _save_tensors(backbone, fresh / BACKBONE)
         if heads is not None:
             read_config(fresh)  # a model that could not be loaded again is refused while the old files are in place

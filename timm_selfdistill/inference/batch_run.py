@@ -1,5 +1,6 @@
 """One batch on its way through a network with exits."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,36 +52,36 @@ class BatchRun:
         self.waiting = 0
         """How many these are."""
         self.answers: list[tuple[Tensor | None, int, Tensor, Tensor]] = []
-        """Positions (None is all), exit, logits and confidence of those who left."""
+        """Positions (None is all), exit, logits and confidence of the images that left."""
 
-    def go(self, route: Route, owner: int) -> None:
-        """Through the network, as far as it takes.
+    def run_stages(self, route: Route, owner: int) -> None:
+        """Run the network stage by stage, until all images have left.
 
         Args:
             owner: of the network's `StageHook`s.
         """
-        logits = run_with(owner, lambda exit, output: self._pass(exit, output, route), self.model.backbone, self.x)
+        logits = run_with(owner, partial(self._reach_exit, route), self.model.backbone, self.x)
         if logits is not None:
-            self._leave(len(self.thresholds), logits, None)
+            self._answer(len(self.thresholds), logits, None)
 
-    def answer_all(self) -> None:
-        """The whole batch runs through the whole network, and each image gets the answer of its exit."""
+    def run_all(self) -> None:
+        """Run the whole batch through the whole network; each image gets the answer of its exit."""
         *shallow, deepest = self.model.forward_exits(self.x).logits
         for exit, (logits, threshold) in enumerate(zip(shallow, self.thresholds)):
             if threshold is not None:
-                self._leave(exit, logits, threshold)
-        self._leave(len(shallow), deepest, None)
+                self._answer(exit, logits, threshold)
+        self._answer(len(shallow), deepest, None)
 
-    def _pass(self, exit: int, output: Any, route: Route) -> Any:
-        """Let images leave at a shallow exit; what goes on, where it is not all of `output`.
+    def _reach_exit(self, route: Route, exit: int, output: Any) -> Any:
+        """Let images leave at a shallow exit; the rows of `output` that go on, None for all.
 
         Raises:
-            AllGone: nothing.
+            AllGone: all images have left.
         """
         threshold = self.thresholds[exit]
         if threshold is not None:
-            logits, _ = self.model.heads[exit](route.to_maps[exit](output))
-            self._leave(exit, logits, threshold)
+            logits, _ = self.model.heads[exit](route.readers[exit](output))
+            self._answer(exit, logits, threshold)
         if self.done is None:
             return None
         batch = len(self.done)
@@ -93,8 +94,8 @@ class BatchRun:
         self.done, self.waiting = None, 0
         return keep_rows(output, stay, batch)
 
-    def _leave(self, exit: int, logits: Tensor, threshold: float | None) -> None:
-        """Keep the answers of those who may leave, all of them where the threshold is None."""
+    def _answer(self, exit: int, logits: Tensor, threshold: float | None) -> None:
+        """Record the answers of the images that leave: all where the threshold is None."""
         temperature = self.temperatures[exit]
         probabilities = (logits.float() if temperature == 1 else logits.float() / temperature).softmax(1)
         if threshold is not None:

@@ -14,7 +14,7 @@ from ..model import SelfDistillModel
 from .calibration_report import CalibrationReport, FixedExit
 from .labelled import check_finite, labelled_batches
 from .policy import find_policy
-from .thresholds import EVERYBODY, ExitCosts, OperatingPoint, find_curve, fixed_exits, simulate
+from .thresholds import ExitCosts, OperatingPoint, find_curve, fixed_exits, simulate
 
 MIN_IMAGES = 300
 """Fewest images: a hundred for each of the three parts."""
@@ -56,7 +56,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature by which logits (N, K) are divided that makes the labels (N,) likeliest (arXiv:1706.04599).
 
     The likelihood is concave in the inverse temperature, whose root of the derivative is found by bisection. It is kept
-    between 1/4 and 4: where every answer is right, the likelihood alone would go to 0, and all images be equally sure.
+    between 1/4 and 4: where every answer is right, the likelihood alone would go to 0, and all confidences to 1.
     """
     logits, low, high = logits.double(), 0.25, 4.0
     right = logits.gather(1, labels[:, None])[:, 0]
@@ -77,7 +77,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
 
 
 class Calibration:
-    """What all exits say to some images, from which the thresholds for any budget follow: `EarlyExit.calibrate`.
+    """Outputs of all exits for some images, from which the thresholds for any budget follow: `EarlyExit.calibrate`.
 
     Args:
         loader: gives (images (B, C, H, W), class indices (B,)).
@@ -108,8 +108,8 @@ class Calibration:
         macs, costs = self.costs("macs"), self.costs(unit)
         point = choose_point(self.curve(unit), self._answers(1), costs, budget)
         check = self._answers(2)
-        exits, macs_each = simulate(check.sureness, point.thresholds, macs)
-        _, cost_each = simulate(check.sureness, point.thresholds, costs)
+        exits, macs_each = simulate(check.confidence, point.thresholds, macs)
+        _, cost_each = simulate(check.confidence, point.thresholds, costs)
         accuracy = float(check.right.gather(0, exits[None]).double().mean())
         found = OperatingPoint(point.thresholds, accuracy, float(cost_each.mean()))
         better = find_better_exit(found, check, costs, budget)
@@ -136,12 +136,12 @@ class Calibration:
             policy=self.policy,
             temperatures=self.temperatures,
             images=[len(part) for part in self.parts],
-            thresholds=[to_threshold(value, self.policy, self.classes) for value in point.thresholds],
+            thresholds=[find_policy(self.policy).to_threshold(value, self.classes) for value in point.thresholds],
         )
 
     def _find_curve(self, unit: str) -> list[OperatingPoint]:
         data = self._answers(1)
-        return find_curve(data.sureness, data.right, self.costs(unit))
+        return find_curve(data.confidence, data.right, self.costs(unit))
 
     def _answers(self, part: int) -> "Answers":
         return Answers.of(self.logits, self.labels, self.parts[part], self.temperatures, self.policy)
@@ -159,19 +159,11 @@ class Calibration:
         return before, after
 
 
-def to_threshold(sureness: float | None, policy: str, classes: int) -> float | None:
-    """The policy's threshold for one of the sureness."""
-    rule = find_policy(policy)
-    if sureness in (None, EVERYBODY):
-        return None if sureness is None else rule.highest(classes) if rule.low_leaves else 0.0
-    return -sureness if rule.low_leaves else sureness
-
-
 @dataclass
 class Answers:
-    """What all exits say to some images."""
+    """Outputs of all exits for some images."""
 
-    sureness: Tensor
+    confidence: Tensor
     """(C - 1, N): images leave where it is at least the threshold."""
     right: Tensor
     """(C, N): whether the most likely class is the label."""
@@ -190,15 +182,11 @@ class Answers:
         temperatures: list[float],
         policy: str,
     ) -> "Answers":
-        rule = find_policy(policy)
-        sign = -1 if rule.low_leaves else 1
-        sureness = torch.stack(
-            [
-                sign * rule.score((part[rows] / temperature).softmax(1))
-                for part, temperature in zip(logits[:-1], temperatures)
-            ]
+        measure = find_policy(policy).confidence
+        confidence = torch.stack(
+            [measure((part[rows] / temperature).softmax(1)) for part, temperature in zip(logits[:-1], temperatures)]
         )
-        return cls(sureness.double(), torch.stack([part[rows].argmax(1) == labels[rows] for part in logits]))
+        return cls(confidence.double(), torch.stack([part[rows].argmax(1) == labels[rows] for part in logits]))
 
 
 def check_budget(budget: dict[str, float | None]) -> dict[str, float]:
@@ -251,7 +239,7 @@ def _cheapest(point: OperatingPoint) -> tuple[float, float]:
 
 def _pessimistic(point: OperatingPoint, data: Answers, costs: ExitCosts) -> OperatingPoint:
     """A point with the errors of its accuracy (less the plain network's) and of its cost against it."""
-    exits, cost = simulate(data.sureness, point.thresholds, costs)
+    exits, cost = simulate(data.confidence, point.thresholds, costs)
     gains = data.right.gather(0, exits[None])[0].double() - data.right[-1].double()
     return point._replace(accuracy=point.accuracy - _error(gains), cost=point.cost + _error(cost))
 
@@ -286,7 +274,7 @@ def find_better_exit(found: OperatingPoint, data: Answers, costs: ExitCosts, bud
         for exit, point in enumerate(fixed)
         if is_met(_pessimistic(point, data, costs), data.plain_accuracy, costs, budget)
     ]
-    exits, cost = simulate(data.sureness, found.thresholds, costs)
+    exits, cost = simulate(data.confidence, found.thresholds, costs)
     if not is_met(found, data.plain_accuracy, costs, budget):
         better = [exit for exit in kept if fixed[exit].cost < costs.plain]
     elif "max_accuracy_drop" in budget:

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..model import SelfDistillModel
 from .batch_run import BatchRun, EarlyExitOutput
 from .calibration import Calibration, check_budget, macs_of_exits, times_of_exits
 from .calibration_report import CalibrationReport
-from .policy import find_policy
+from .labelled import check_images
+from .policy import check_temperatures, check_thresholds, find_policy
 from .row_dropping import Route, StageHook, add_hook, find_route
-from .settings import check_images, check_temperatures, check_thresholds
 from .thresholds import ExitCosts
 
 PIECE, PIECE_PIXELS = 32, 32 * 112 * 112
@@ -31,7 +30,7 @@ _owners = count(1)
 
 
 class EarlyExit:
-    """Inference in which every image leaves at the first exit that is sure enough of it.
+    """Inference in which every image leaves at the first exit that is confident enough.
 
     In a batch, images that are done leave it at their stage and the rest go on; no layer runs twice. Whether the layers
     behind give the others the same logits then is tried for every image size, with a handful of random images (at
@@ -87,12 +86,10 @@ class EarlyExit:
         self._owner, self._lock = next(_owners), threading.Lock()
         self._routes: dict[tuple[int, ...], Route | None] = {}
         modules = dict(self.model.backbone.named_modules())
-        handles = [
-            add_hook(modules[stage.name], StageHook(exit, self._owner))
-            for exit, stage in enumerate(self.model.stages)
-            if stage.name in modules
-        ]
-        weakref.finalize(self, _remove, handles)
+        for exit, stage in enumerate(self.model.stages):
+            if stage.name in modules:
+                handle = add_hook(modules[stage.name], StageHook(exit, self._owner))
+                weakref.finalize(self, handle.remove)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: all but the hooks on the model and what was found with them."""
@@ -126,9 +123,9 @@ class EarlyExit:
             for piece in x.split(_piece(x)):
                 run = BatchRun(self.model, piece, find_policy(self.policy), self.thresholds, self.temperatures)
                 if route is None:
-                    run.answer_all()
+                    run.run_all()
                 else:
-                    run.go(route, self._owner)
+                    run.run_stages(route, self._owner)
                 outputs.append(run.output())
         return outputs[0] if len(outputs) == 1 else EarlyExitOutput(*map(torch.cat, zip(*outputs)))
 
@@ -218,8 +215,3 @@ def _piece(x: Tensor) -> int:
 def _check_mode(parts: list[nn.Module]) -> None:
     if any(part.training for part in parts):
         raise ValueError("the model is in training mode; call model.eval() first")
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

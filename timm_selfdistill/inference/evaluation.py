@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..hub import CurvePoint
 from .batch_run import EarlyExitOutput
-from .calibration import Answers, collect_logits, to_threshold
+from .calibration import Answers, collect_logits
 from .early_exit import EarlyExit
+from .policy import find_policy
 from .thresholds import simulate
 
 POINTS = 21
@@ -36,12 +37,12 @@ def trace_curve(
     """
     logits, labels, images = collect_logits(early_exit.model, loader)
     answers = Answers.of(logits, labels, torch.arange(len(labels)), early_exit.temperatures, early_exit.policy)
-    sureness, exits = answers.sureness, len(answers.sureness)
-    as_threshold = partial(to_threshold, policy=early_exit.policy, classes=early_exit.model.num_classes)
+    confidence, exits = answers.confidence, len(answers.confidence)
+    as_threshold = partial(find_policy(early_exit.policy).to_threshold, classes=early_exit.model.num_classes)
     costs = early_exit.find_costs("macs", images)
     curve: list[CurvePoint] = []
-    for threshold in [*sureness[0].quantile(torch.linspace(0, 1, POINTS, dtype=torch.double)).tolist(), None]:
-        taken, macs = simulate(sureness, [threshold] * exits, costs)
+    for threshold in [*confidence[0].quantile(torch.linspace(0, 1, POINTS, dtype=torch.double)).tolist(), None]:
+        taken, macs = simulate(confidence, [threshold] * exits, costs)
         curve.append(
             {
                 "threshold": as_threshold(threshold),
@@ -50,7 +51,7 @@ def trace_curve(
             }
         )
     left, halving = torch.ones_like(labels, dtype=torch.bool), []
-    for part in sureness:
+    for part in confidence:
         middle = float(part[left].median()) if left.any() else None
         halving.append(as_threshold(middle))
         if middle is not None:

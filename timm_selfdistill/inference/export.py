@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from timm.data import resolve_model_data_config
@@ -109,12 +109,12 @@ def export_stages(
     stages: list[StageFile] = []
     paths: list[Path] = []
     for index, stage in enumerate(split_stages(program)):
-        names_out = ["logits", *(f"state{index}_{number}" for number in range(stage.carried))]
-        paths.append(folder / f"stage{index}.onnx")
-        shapes = (({0: Dim("batch", min=1)},) * len(carried),)
-        exported = torch.export.export(_Star(stage.module), (tuple(carried),), dynamic_shapes=shapes, strict=False)
         with torch.no_grad():
-            outputs = stage.module(*carried)
+            outputs = stage(*carried)
+        names_out = ["logits", *(f"state{index}_{number}" for number in range(len(outputs) - 1))]
+        paths.append(folder / f"stage{index}.onnx")
+        shapes = tuple({0: Dim("batch", min=1)} for _ in carried)
+        exported = torch.export.export(stage, tuple(carried), dynamic_shapes=shapes, strict=False)
         _write_onnx(exported, paths[-1], names_in, names_out, carried, outputs)
         stages.append({"file": paths[-1].name, "inputs": names_in, "outputs": names_out})
         carried, names_in = list(outputs[1:]), names_out[1:]
@@ -138,17 +138,6 @@ class _AllLogits(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.model.forward_exits(x).logits
-
-
-class _Star(nn.Module):
-    """A module that takes its arguments in one tuple, whose shapes torch.export can be told together."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
-        return self.module(*inputs)
 
 
 def _write_onnx(

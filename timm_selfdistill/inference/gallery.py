@@ -9,8 +9,8 @@ from .batch_run import EarlyExitOutput
 
 
 def choose_images(output: EarlyExitOutput, columns: int) -> dict[int, list[int]]:
-    """For each exit that was taken up to `columns` of the images that left there: the surest first, the least sure
-    last, evenly between."""
+    """For each exit that was taken, up to `columns` of the images that left there, evenly spaced from the most to the
+    least confident."""
     rows = {}
     for exit in output.exit.unique().tolist():
         members = (output.exit == exit).nonzero()[:, 0]

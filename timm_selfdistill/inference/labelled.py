@@ -1,4 +1,4 @@
-"""Images with labels, checked before a model is measured on them."""
+"""Images and labels, checked before they go into a model."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -6,8 +6,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model import SelfDistillModel
+from ..stages import explain_misfit
 from ..timm_model import as_timm
-from .settings import check_images
+from ..truncated import TruncatedModel
+
+
+def check_images(model: nn.Module, x: Tensor, known_size: bool = False) -> None:
+    """Raise ValueError for images that a model cannot take.
+
+    Args:
+        model: self-distilled, truncated, or a plain timm model.
+        known_size: it has taken such a shape before.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"expected images as a tensor (B, C, H, W), got {type(x).__name__}")
+    backbone = model
+    model_args: dict[str, Any] | None = None
+    if isinstance(model, (SelfDistillModel, TruncatedModel)):
+        backbone, model_args = model.backbone, model.model_args
+    if not known_size and (misfit := explain_misfit(backbone, x, model_args)):
+        raise ValueError(misfit)
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    if x.device != like.device or (x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)):
+        raise ValueError(
+            f"the images are {x.dtype} on {x.device}, the model's weights {like.dtype} on {like.device};"
+            " convert the images with x.to(...)"
+        )
 
 
 def labelled_batches(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

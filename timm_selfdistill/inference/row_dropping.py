@@ -6,13 +6,13 @@ that are left. Whether their logits stay the same depends on the network, so a `
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from ..cost import evaluating
@@ -61,8 +61,8 @@ class AllGone(Exception):
 
 
 def run_with(owner: int, call: Callable[[int, Any], Any], network: Callable[[Tensor], Any], x: Tensor) -> Any:
-    """What a network says while its stages' outputs go through `call(exit, output)`, whose answer, if any, takes the
-    output's place; None where `call` raised `AllGone`."""
+    """The output of a network in which `call(exit, output)` may replace the output of each stage, by returning other
+    than None; None where it raised `AllGone`."""
     before = getattr(_running, "call", (None, None))
     _running.call = owner, call
     try:
@@ -73,11 +73,32 @@ def run_with(owner: int, call: Callable[[int, Any], Any], network: Callable[[Ten
         _running.call = before
 
 
+@dataclass(frozen=True)
+class MapReader:
+    """From a module's output to the feature map (B, C, H, W) that is in it."""
+
+    index: int
+    """Which of the output's parts it is."""
+    layout: Literal["NCHW", "NHWC", "tokens"]
+    """"tokens": (B, N, C), with class and register tokens in front."""
+    height: int
+    width: int
+    copy: bool = False
+    """Where the head would write into the output."""
+
+    def __call__(self, output: Any) -> Tensor:
+        part = tree_leaves(output)[self.index]
+        if self.layout == "tokens":
+            part = part[:, part.shape[1] - self.height * self.width :].unflatten(1, (self.height, self.width))
+        feature_map = part if self.layout == "NCHW" else part.permute(0, 3, 1, 2)
+        return feature_map.clone() if self.copy else feature_map
+
+
 class Route(NamedTuple):
     """How a batch goes through a network for images of one size."""
 
-    to_maps: list[Callable[[Any], Tensor]]
-    """For each shallow exit: from its module's output to the feature map (B, C, H, W) that its head takes."""
+    readers: list[MapReader]
+    """For each shallow exit."""
     droppable: list[bool]
     """For each shallow exit: whether rows may leave there."""
 
@@ -88,40 +109,36 @@ def find_route(model: SelfDistillModel, owner: int, size: tuple[int, ...]) -> Ro
     Args:
         size: (in_chans, H, W).
     """
-    with torch.inference_mode(False), torch.no_grad():  # only ordinary tensors tell what was written into them
-        return _find_route(model, owner, size)
-
-
-def _find_route(model: SelfDistillModel, owner: int, size: tuple[int, ...]) -> Route | None:
     exits, like = len(model.stages), next(p for p in model.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(exits + 2, *size, generator=generator)
-    x = (x * torch.linspace(0.2, 2, exits + 2)[:, None, None, None]).to(like)  # rows that nobody mistakes for others
     outputs: list[tuple[int, Any]] = []
-    with evaluating(model), torch.autocast(like.device.type, enabled=False):
-        run_with(
-            owner,
-            lambda exit, output: outputs.append((exit, tree_map_only(Tensor, torch.clone, output))),
-            model.backbone,
-            x,
-        )
+
+    def keep_output(exit: int, output: Any) -> None:
+        outputs.append((exit, tree_map_only(Tensor, torch.clone, output)))
+
+    without_autocast = torch.autocast(like.device.type, enabled=False)
+    # only ordinary tensors, not those of inference mode, tell what was written into them
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model), without_autocast:
+        x = torch.randn(exits + 2, *size, generator=torch.Generator().manual_seed(0))
+        x = (x * torch.linspace(0.2, 2, exits + 2)[:, None, None, None]).to(like)  # no two rows are alike
+        run_with(owner, keep_output, model.backbone, x)
         if [exit for exit, _ in outputs] != list(range(exits)):
             return None  # not all stages are modules, or one runs twice
         maps = model.backbone.forward_intermediates(
             x, indices=[stage.index for stage in model.stages], intermediates_only=True
         )
-        readers = [_find_reader(output, feature_map) for (_, output), feature_map in zip(outputs, maps)]
-        to_maps = [reader for reader in readers if reader is not None]
-        if len(to_maps) < len(readers):
-            return None
-        for exit, (head, feature_map) in enumerate(zip(model.heads, maps)):
+        readers = []
+        for head, (_, output), feature_map in zip(model.heads, outputs, maps):
+            reader = _find_reader(output, feature_map)
+            if reader is None:
+                return None
             if _writes_into(head, feature_map):  # the layers behind would see that
-                to_maps[exit] = partial(_read_copy, to_maps[exit])
+                reader = replace(reader, copy=True)
+            readers.append(reader)
         expected = _features_and_logits(model.backbone, x)
         droppable = [_is_exact(model, owner, x, expected, [exit]) for exit in range(exits)]
         if not _is_exact(model, owner, x, expected, [exit for exit in range(exits) if droppable[exit]]):
             droppable = [False] * exits
-    return Route(to_maps, droppable)
+    return Route(readers, droppable)
 
 
 def _writes_into(head: nn.Module, feature_map: Tensor) -> bool:
@@ -135,7 +152,7 @@ def _writes_into(head: nn.Module, feature_map: Tensor) -> bool:
 def _features_and_logits(backbone: TimmModel, x: Tensor) -> list[Tensor]:
     """Both, since a fresh classifier may give every image the same logits."""
     features = backbone.forward_features(x)
-    return [*tree_flatten(features)[0], backbone.forward_head(features)]
+    return [*tree_leaves(features), backbone.forward_head(features)]
 
 
 def _is_exact(model: SelfDistillModel, owner: int, x: Tensor, expected: list[Tensor], exits: list[int]) -> bool:
@@ -144,7 +161,7 @@ def _is_exact(model: SelfDistillModel, owner: int, x: Tensor, expected: list[Ten
     def drop_first(exit: int, output: Any) -> Any:
         if exit not in exits:
             return None
-        rows = tree_flatten(output)[0][0].shape[0]
+        rows = tree_leaves(output)[0].shape[0]
         return keep_rows(output, torch.arange(1, rows, device=x.device), rows)
 
     try:
@@ -167,64 +184,34 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 def keep_rows(output: Any, rows: Tensor, batch: int) -> Any:
     """Some rows of every tensor in a module's output that has `batch` of them."""
-    return tree_map(lambda part: _select(part, rows) if _has_rows(part, batch) else part, output)
+
+    def select(part: Any) -> Any:
+        if not _has_rows(part, batch):
+            return part
+        if part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last):
+            return part.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+        return part.index_select(0, rows)
+
+    return tree_map(select, output)
 
 
 def _has_rows(part: Any, batch: int) -> bool:
     return isinstance(part, Tensor) and part.ndim > 1 and part.shape[0] == batch
 
 
-def _select(part: Tensor, rows: Tensor) -> Tensor:
-    if part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last):
-        return part.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
-    return part.index_select(0, rows)
-
-
-def _find_reader(output: Any, feature_map: Tensor) -> Callable[[Any], Tensor] | None:
-    """What makes a feature map (B, C, H, W) of a module's output, in whatever layout that is."""
-    leaves, _ = tree_flatten(output)
+def _find_reader(output: Any, feature_map: Tensor) -> MapReader | None:
+    """How a feature map (B, C, H, W) is read from a module's output; None where it is not in there."""
     height, width = feature_map.shape[2:]
-    for index, leaf in enumerate(leaves):
-        if not _has_rows(leaf, len(feature_map)):
+    for index, part in enumerate(tree_leaves(output)):
+        if not _has_rows(part, len(feature_map)):
             continue
-        for layout in _layouts(leaf, height, width):
-            found = layout(leaf)
+        readers = []
+        if part.ndim == 4:
+            readers = [MapReader(index, "NCHW", height, width), MapReader(index, "NHWC", height, width)]
+        elif part.ndim == 3 and part.shape[1] >= height * width:
+            readers = [MapReader(index, "tokens", height, width)]
+        for reader in readers:
+            found = reader(output)
             if found.shape == feature_map.shape and _same(found, feature_map):
-                return partial(_read_leaf, index, layout)
+                return reader
     return None
-
-
-def _layouts(part: Tensor, height: int, width: int) -> list[Callable[[Tensor], Tensor]]:
-    """How a part of an output may hold a feature map (B, C, H, W)."""
-    if part.ndim == 4:
-        return [_nchw, _nhwc]
-    tokens = part.ndim == 3 and part.shape[1] >= height * width
-    return [_nchw, _Tokens(height, width)] if tokens else [_nchw]
-
-
-def _read_leaf(index: int, layout: Callable[[Tensor], Tensor], output: Any) -> Tensor:
-    return layout(tree_flatten(output)[0][index])
-
-
-def _read_copy(read: Callable[[Any], Tensor], output: Any) -> Tensor:
-    return read(output).clone()
-
-
-def _nchw(part: Tensor) -> Tensor:
-    return part
-
-
-def _nhwc(part: Tensor) -> Tensor:
-    return part.permute(0, 3, 1, 2)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """(B, N, C) with class and register tokens in front."""
-
-    height: int
-    width: int
-
-    def __call__(self, part: Tensor) -> Tensor:
-        tokens = part[:, part.shape[1] - self.height * self.width :]
-        return tokens.unflatten(1, (self.height, self.width)).permute(0, 3, 1, 2)

@@ -43,24 +43,24 @@ class ExitCosts:
 
 class OperatingPoint(NamedTuple):
     thresholds: list[float | None]
-    """Of the sureness at each shallow exit, None where nobody leaves and the head does not run."""
+    """Of the confidence at each shallow exit, None where nobody leaves and the head does not run."""
     accuracy: float
     """0 to 1."""
     cost: float
     """Mean of the images."""
 
 
-def simulate(sureness: Tensor, thresholds: list[float | None], costs: ExitCosts) -> tuple[Tensor, Tensor]:
+def simulate(confidence: Tensor, thresholds: list[float | None], costs: ExitCosts) -> tuple[Tensor, Tensor]:
     """The exit (N,) that each image takes, and what it costs (N,).
 
     Args:
-        sureness: (C - 1, N).
+        confidence: (C - 1, N).
     """
-    exits = torch.full(sureness.shape[1:], len(thresholds))
+    exits = torch.full(confidence.shape[1:], len(thresholds))
     for exit in reversed(range(len(thresholds))):
         threshold = thresholds[exit]
         if threshold is not None:
-            exits[sureness[exit] >= threshold] = exit
+            exits[confidence[exit] >= threshold] = exit
     return exits, costs.paths([threshold is not None for threshold in thresholds])[exits]
 
 
@@ -78,33 +78,33 @@ def fixed_exits(right: Tensor, costs: ExitCosts) -> list[OperatingPoint]:
     return points
 
 
-def find_curve(sureness: Tensor, right: Tensor, costs: ExitCosts) -> list[OperatingPoint]:
+def find_curve(confidence: Tensor, right: Tensor, costs: ExitCosts) -> list[OperatingPoint]:
     """Points that no other beats in both accuracy and cost, the cheapest first.
 
     For each weight of the cost the thresholds are chosen exit by exit, each the best one while the others stay, until
-    nothing changes. Between two neighbours, at each exit the number of images that are sure enough goes from one's to
-    the other's in equal steps. The fixed exits are among the candidates.
+    nothing changes. Between two neighbours, at each exit the number of images that are confident enough goes from one's
+    to the other's in equal steps. The fixed exits are among the candidates.
 
     Args:
-        sureness: (C - 1, N).
+        confidence: (C - 1, N).
         right: (C, N) booleans.
     """
     candidates = fixed_exits(right, costs)
-    thresholds: list[float | None] = [None] * len(sureness)
+    thresholds: list[float | None] = [None] * len(confidence)
     for weight in WEIGHTS:
-        thresholds = _improve(thresholds, sureness, right, costs, weight / costs.plain)
-        candidates.append(_measure(thresholds, sureness, right, costs))
+        thresholds = _improve(thresholds, confidence, right, costs, weight / costs.plain)
+        candidates.append(_measure(thresholds, confidence, right, costs))
     coarse = _undominated(candidates)
     between = [
-        _measure(thresholds, sureness, right, costs)
+        _measure(thresholds, confidence, right, costs)
         for first, second in pairwise(coarse)
-        for thresholds in _interpolate(first.thresholds, second.thresholds, sureness)
+        for thresholds in _interpolate(first.thresholds, second.thresholds, confidence)
     ]
     return _undominated(coarse + between)
 
 
-def _measure(thresholds: list[float | None], sureness: Tensor, right: Tensor, costs: ExitCosts) -> OperatingPoint:
-    exits, cost = simulate(sureness, thresholds, costs)
+def _measure(thresholds: list[float | None], confidence: Tensor, right: Tensor, costs: ExitCosts) -> OperatingPoint:
+    exits, cost = simulate(confidence, thresholds, costs)
     accuracy = float(right.gather(0, exits[None]).double().mean())
     return OperatingPoint(thresholds, accuracy, float(cost.mean()))
 
@@ -118,9 +118,9 @@ def _undominated(points: list[OperatingPoint]) -> list[OperatingPoint]:
     return best
 
 
-def _interpolate(first: list[float | None], second: list[float | None], sureness: Tensor) -> list[list[float | None]]:
+def _interpolate(first: list[float | None], second: list[float | None], confidence: Tensor) -> list[list[float | None]]:
     """Thresholds between two, by the numbers of images that they let leave."""
-    ordered = sureness.sort(1, descending=True).values
+    ordered = confidence.sort(1, descending=True).values
     counts = [
         [0 if threshold is None else int((part >= threshold).sum()) for part, threshold in zip(ordered, side)]
         for side in (first, second)
@@ -132,7 +132,7 @@ def _interpolate(first: list[float | None], second: list[float | None], sureness
 
 
 def _between(ordered: Tensor, count: int) -> float | None:
-    """The threshold at which the `count` surest images leave, surest first."""
+    """The threshold at which the `count` most confident images leave, the most confident first."""
     if count == 0:
         return None
     return EVERYBODY if count == len(ordered) else float((ordered[count - 1] + ordered[count]) / 2)
@@ -140,7 +140,7 @@ def _between(ordered: Tensor, count: int) -> float | None:
 
 def _improve(
     thresholds: list[float | None],
-    sureness: Tensor,
+    confidence: Tensor,
     right: Tensor,
     costs: ExitCosts,
     weight: float,
@@ -148,8 +148,8 @@ def _improve(
     """Thresholds whose mean of (right answer - weight x cost) is no worse."""
     for _ in range(SWEEPS):
         before = thresholds
-        for exit in range(len(sureness)):
-            best = _best_threshold(exit, thresholds, sureness, right, costs, weight)
+        for exit in range(len(confidence)):
+            best = _best_threshold(exit, thresholds, confidence, right, costs, weight)
             thresholds = [*thresholds[:exit], best, *thresholds[exit + 1 :]]
         if thresholds == before:
             break
@@ -159,7 +159,7 @@ def _improve(
 def _best_threshold(
     exit: int,
     thresholds: list[float | None],
-    sureness: Tensor,
+    confidence: Tensor,
     right: Tensor,
     costs: ExitCosts,
     weight: float,
@@ -169,7 +169,7 @@ def _best_threshold(
     def values(used: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Whether images reach the exit, and their value if they go on and if they leave there."""
         others = [threshold if other != exit else None for other, threshold in enumerate(thresholds)]
-        taken, _ = simulate(sureness, others, costs)
+        taken, _ = simulate(confidence, others, costs)
         paths = costs.paths(
             [used if other == exit else threshold is not None for other, threshold in enumerate(thresholds)]
         )
@@ -180,10 +180,10 @@ def _best_threshold(
     reaches, go_on, leave = values(used=True)
     if not reaches.any():
         return None
-    sure, order = sureness[exit][reaches].sort(descending=True)
+    ordered, order = confidence[exit][reaches].sort(descending=True)
     totals = go_on.sum() + (leave - go_on)[reaches][order].cumsum(0)
-    totals[:-1][sure[:-1] == sure[1:]] = float("-inf")  # equally sure images leave together
+    totals[:-1][ordered[:-1] == ordered[1:]] = float("-inf")  # equally confident images leave together
     best = int(totals.argmax())
     if totals[best] <= unused.sum():
         return None
-    return _between(sure, best + 1)
+    return _between(ordered, best + 1)
