@@ -103,7 +103,7 @@ def draw_rooms(path: str) -> None:
         below = sorted(other.removeprefix("training.") for other in others - {"", "training"})
         axes.text(5000, height, ", ".join(below), va="center", fontsize=8)
     axes.text(5000, len(rooms), "imports from", va="center", fontsize=9, weight="bold")
-    axes.set(xlim=(-1200, 11800), ylim=(-0.7, len(rooms) + 0.7))
+    axes.set(xlim=(-1200, 12300), ylim=(-0.7, len(rooms) + 0.7))
     axes.axis("off")
     figure.savefig(path, dpi=110)
 
