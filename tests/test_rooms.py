@@ -15,7 +15,7 @@ ROOMS = [
     ["models"],
     ["baselines"],
     ["inference"],
-    ["training.settings", "training.config"],
+    ["training.config"],
     ["training.runtime"],
     ["training.data"],
     ["training.state"],

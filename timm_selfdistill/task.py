@@ -1,12 +1,15 @@
-"""Self distillation as a timm training task."""
+"""Self distillation as a timm training task, and the networks of any such task."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
 
+import torch
 from timm.data import resolve_model_data_config
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TrainingTask
+from timm.task.distillation import DistillationTeacher
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -188,3 +191,100 @@ class FrozenBackboneTask(SelfDistillTask):
         """
         features = input if isinstance(input, BackboneOutput) else self.frozen(input)
         return self.run_loss(self.trainable_module(features), target)
+
+
+def check_task(task: Any) -> None:
+    """Raise unless this can be trained.
+
+    Raises:
+        TypeError: it is no TrainingTask.
+        ValueError: its weights hold NaN or infinity.
+    """
+    if not isinstance(task, TrainingTask):
+        raise TypeError(f"expected a timm.task.TrainingTask such as SelfDistillTask, got {type(task).__name__}")
+    spoilt = [
+        name
+        for module in dict.fromkeys([eval_model(task), trainable_model(task)])
+        for name, value in module.state_dict().items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    if spoilt:
+        raise ValueError(
+            f"the model's weights are not finite before the first update: {spoilt[0]} first; they come"
+            " from a run that diverged or a damaged file, take others"
+        )
+
+
+def trainable_model(task: TrainingTask) -> nn.Module:
+    """What learns; two networks where a task trains both.
+
+    Raises:
+        TypeError: the task has none.
+    """
+    return _known(task, task.get_trainable_module())
+
+
+def eval_model(task: TrainingTask, average: bool = False) -> nn.Module:
+    """What is evaluated and saved: one network, or its moving average.
+
+    Raises:
+        TypeError: the task has none.
+    """
+    return _known(task, task.get_eval_model(ema=average))
+
+
+def _known(task: TrainingTask, model: nn.Module | None) -> nn.Module:
+    if model is None:
+        raise TypeError(f"{type(task).__name__} has no network")
+    return model
+
+
+def frozen_network(task: TrainingTask) -> nn.Module | None:
+    """The backbone of a `FrozenBackboneTask`, or the teacher of one of timm's distillation tasks, ours included. What
+    else a task may call its teacher perhaps learns."""
+    return task.frozen.backbone if isinstance(task, FrozenBackboneTask) else _teacher(task)
+
+
+def freeze_teacher(task: TrainingTask) -> None:
+    """Freeze the teacher of timm's distillation tasks, which timm does only where it distributes them itself: else
+    DistributedDataParallel would wait for its gradients.
+
+    Raises:
+        ValueError: its weights hold NaN or infinity.
+    """
+    teacher = _teacher(task)
+    if teacher is None:
+        return
+    teacher.requires_grad_(False)
+    spoilt = [name for name, value in teacher.model.state_dict().items() if not bool(value.isfinite().all())]
+    if spoilt:
+        raise ValueError(
+            f"the teacher's weights are not finite, {spoilt[0]} first; they come from a run that diverged"
+            " or a damaged file, take another teacher"
+        )
+
+
+def learned_state(task: TrainingTask) -> dict[str, Tensor]:
+    """The state of a task, without that of its frozen network."""
+    state, network = task.state_dict(), frozen_network(task)
+    if network is None:
+        return state
+    frozen = tuple(f"{name}." for name, part in task.named_modules() if part is network)
+    return {key: value for key, value in state.items() if not key.startswith(frozen)}
+
+
+def frozen_digest(task: TrainingTask) -> str:
+    """SHA-256 of the frozen network, which a checkpoint holds in its place; "" where nothing is frozen."""
+    network = frozen_network(task)
+    if network is None:
+        return ""
+    digest = hashlib.sha256()
+    for key, value in network.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _teacher(task: TrainingTask) -> DistillationTeacher | None:
+    teacher = getattr(task, "teacher", None)
+    return teacher if isinstance(teacher, DistillationTeacher) else None

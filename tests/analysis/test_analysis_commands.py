@@ -22,8 +22,8 @@ from timm_selfdistill.baselines import FitNetTask, MutualLearningTask
 from timm_selfdistill.cli import analysis
 from timm_selfdistill.cli.opening import load_checkpoints
 from timm_selfdistill.hub import save_metrics, save_timm_model
+from timm_selfdistill.task import learned_state
 from timm_selfdistill.training.state.checkpoint import Checkpoints
-from timm_selfdistill.training.state.networks import learned_state
 from timm_selfdistill.training.state.snapshot import Snapshot
 
 from ..conftest import EMBEDDED, small_backbone, small_model

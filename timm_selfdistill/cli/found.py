@@ -8,7 +8,7 @@ from torch import nn
 from ..cost import default_input_size
 from ..timm_model import as_timm
 from ..training import ImageSplits
-from ..training.data.kinds import FoundSplit
+from ..training.data.sources import FoundSplit
 from ..training.data.splits import has_new_classifier
 from .measured import trained_before
 from .opening import starting_record

@@ -13,10 +13,10 @@ from timm.utils import ParseKwargs
 from ..heads import HEADS
 from ..loss import SelfDistillLoss
 from ..training import TrainConfig
+from ..training.config import described_fields, element_type, takes_several
 from ..training.data.sources import ValFraction
 from ..training.data.transforms import CROP_MODES
 from ..training.outputs.run_directory import OWN_FOLDER
-from ..training.settings import described_fields, element_type, takes_several
 from .config_file import read_flags
 from .data_flags import add_image_flags, add_preprocessing_flags
 from .methods import (

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from .sampling import ATTEMPTS
 
 if TYPE_CHECKING:
-    from .kinds import IndexedImages, RunImages
+    from .sampling import IndexedImages
+    from .streams import RunImages
 
 
 def some_names(names: list[str], count: int = 3) -> str:

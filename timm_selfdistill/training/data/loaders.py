@@ -12,9 +12,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ..config import TrainConfig
 from ..runtime.interrupt import leave_process_group
-from .kinds import IndexedImages, RunImages
-from .sampling import DRAWS, Batch, Draw, EpochSampler, TrainImages
-from .streams import Place, StreamedImages, TrainStream
+from .sampling import DRAWS, Batch, Draw, EpochSampler, IndexedImages, TrainImages
+from .streams import Place, RunImages, StreamedImages, TrainStream
 
 EMPTY_PASSES = 3
 """Through a stream, in a row, without one whole batch: the end of a run."""

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -12,10 +12,17 @@ from numpy.random import mtrand
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-if TYPE_CHECKING:
-    from .kinds import IndexedImages
 
-Batch = tuple[Any, Tensor, Tensor]
+class IndexedImages(Protocol):
+    """A map-style data set that tells how many samples it has, such as `ImageDataset` or one of torchvision's: (image
+    (C, H, W), label), or images alone."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+Batch: TypeAlias = tuple[Any, Tensor, Tensor]
 """Images (B, C, H, W), class indices (B,), and which of them took another's place; of a stream, how many were left out
 before each."""
 

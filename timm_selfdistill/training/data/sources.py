@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import datasets
 import numpy as np
@@ -33,7 +33,9 @@ from .folder import (
     split_kind,
 )
 from .images import undecoded
-from .kinds import FoundSplit
+
+FoundSplit = TypedDict("FoundSplit", {"split": str, "images": int | None, "classes": int, "from": str, "left_out": str})
+"""What a run says of a split, and records."""
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Rows: TypeAlias = ImageFiles | Table

@@ -17,11 +17,10 @@ from ...hub import ImageSource
 from ...timm_model import as_timm
 from .folder import ImageFiles
 from .images import Sample, ValueRange, ValueRanges, read_image, take_sample, undecoded
-from .kinds import FoundSplit, Transform
 from .labels import NO_LABEL, listed, some_names
-from .sources import Rows
+from .sources import FoundSplit, Rows
 from .streams import StreamedImages
-from .transforms import create_train_transform, normalizing_in_place, own_class_names, takes_other_sizes
+from .transforms import Transform, create_train_transform, normalizing_in_place, own_class_names, takes_other_sizes
 
 if TYPE_CHECKING:
     import datasets

@@ -12,13 +12,13 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .images import ValueRanges, read_image, undecoded
 from .labels import NO_LABEL, check_range
-from .sampling import ATTEMPTS, Batch, mixed_seed, seeded
+from .sampling import ATTEMPTS, Batch, IndexedImages, mixed_seed, seeded
 
 if TYPE_CHECKING:
     import datasets
 
     from ...hub import ImageSource
-    from .kinds import Transform
+    from .transforms import Transform
 
 Row: TypeAlias = dict[str, Any]
 """Of a table of `datasets`, by column."""
@@ -232,3 +232,7 @@ class TrainStream(IterableDataset[tuple[Batch, Place] | None]):
                 " which spoils training; write the rows in random order, or leave out streaming",
                 stacklevel=2,
             )
+
+
+RunImages: TypeAlias = IndexedImages | StreamedImages
+"""What `Trainer` takes for training and for validation."""

@@ -1,6 +1,7 @@
 """From images to the input of a network: preprocessing, augmentation, and what is done to batches."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -17,8 +18,9 @@ from ...cost import default_input_size
 from ...model import SelfDistillModel
 from ...timm_model import as_timm
 from ..config import TrainConfig
-from .kinds import Transform
 from .labels import check_targets
+
+Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 
 def takes_other_sizes(backbone: nn.Module) -> bool:

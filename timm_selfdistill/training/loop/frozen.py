@@ -21,16 +21,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from ...loss import SelfDistillLoss
 from ...output import BackboneOutput
-from ...task import FrozenBackbone, FrozenBackboneTask, SelfDistillTask
+from ...task import FrozenBackbone, FrozenBackboneTask, SelfDistillTask, eval_model
 from ..config import TrainConfig
-from ..data.kinds import IndexedImages, RunImages
 from ..data.labels import is_labelled
 from ..data.loaders import end_workers, known_batch_size, loader_settings
-from ..data.sampling import Draw, TrainImages
+from ..data.sampling import Draw, IndexedImages, TrainImages
+from ..data.streams import RunImages
 from ..runtime.accelerator import ask_main_process
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import ProgressReporter
-from ..state.networks import eval_model
 from .update import Updater
 
 IMAGES_READ = 16

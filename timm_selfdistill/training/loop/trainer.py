@@ -17,10 +17,11 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from ...model import SelfDistillModel
+from ...task import check_task, eval_model, frozen_digest
 from ..config import TrainConfig
-from ..data.kinds import RunImages
 from ..data.labels import check_classes, check_first_labels, check_indices, name_classes, paired
 from ..data.loaders import ValBatches, check_counts, image_count, image_shape, known_batch_size, train_batches
+from ..data.streams import RunImages
 from ..data.transforms import TargetMixer, smooths_labels
 from ..outputs.metrics import ExitMetrics, as_columns, count_logits, deciding_metric, measure_exits, of_columns
 from ..outputs.run_directory import (
@@ -41,7 +42,6 @@ from ..runtime.accelerator import create_accelerator, sharing_failures
 from ..runtime.interrupt import InterruptRequest
 from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
 from ..state.checkpoint import Checkpoints, read_checkpoint, warn_unwritten
-from ..state.networks import check_task, eval_model, frozen_digest
 from ..state.snapshot import HistoryRow, TrainState, describe_run, diverged, restore, take_snapshot
 from .frozen import check_frozen_settings, create_caches, drop_caches, fill_caches, learns_in_parts, remove_features
 from .optimizer import base_lr

@@ -22,13 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from ...model import SelfDistillModel
-from ...task import FrozenBackboneTask
+from ...task import FrozenBackboneTask, eval_model, freeze_teacher, trainable_model
 from ..config import TrainConfig
 from ..data.loaders import known_batch_size
 from ..data.sampling import Batch, mixed_seed
 from ..data.transforms import TargetMixer, view_by_view
 from ..state.checkpoint import read_settings
-from ..state.networks import eval_model, freeze_teacher, trainable_model
 from ..state.snapshot import get_random_states, set_random_states
 from .optimizer import create_optimizer, create_schedule
 

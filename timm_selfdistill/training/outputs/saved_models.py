@@ -17,9 +17,9 @@ from ...model import SelfDistillModel
 from ...truncated import TruncatedModel
 from ...version import __version__
 from ..config import TrainConfig
-from ..data.kinds import RunImages
 from ..data.labels import is_labelled
 from ..data.loaders import image_count
+from ..data.streams import RunImages
 from ..runtime.accelerator import device_name
 from ..state.checkpoint import UNWRITABLE, warn_unwritten
 from .metrics import ExitMetrics, exit_costs, merge_rows, model_name, with_speedups

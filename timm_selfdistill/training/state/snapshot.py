@@ -17,11 +17,11 @@ from timm.task import TrainingTask
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ...task import learned_state
 from ..config import TrainConfig
 from ..data.labels import listed
 from ..data.loaders import TrainBatches
 from ..data.sampling import DRAWS
-from .networks import learned_state
 
 HistoryRow: TypeAlias = dict[str, float]
 """Of history.csv, an epoch: epoch (from 1), lr, the train_ losses, and top1_, top5_ and loss_ of each exit."""
