@@ -157,7 +157,7 @@ def test_with_cached_features_the_backbone_sees_each_image_once(few, tmp_path):
     save_missing = saved.save_missing
     saved.save_missing = lambda *args: (counts.append(sum(seen)), save_missing(*args))[1]
     seen.clear()
-    saved.save = lambda *_: True  # which runs the model, to see that it can be loaded
+    saved.save = lambda *_, **__: True  # which runs the model, to see that it can be loaded
     trainer.fit()
     one_for_its_shape = 1
     assert counts == [95 + 50 + 2 * one_for_its_shape]
