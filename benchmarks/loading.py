@@ -53,7 +53,7 @@ def write_photographs(folder: Path, count: int) -> None:
         height = min(width * 375 // 500, photograph.height)
         left, top = draw.randint(0, photograph.width - width), draw.randint(0, photograph.height - height)
         path = folder / str(index % 2) / f"{index}.jpg"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         photograph.crop((left, top, left + width, top + height)).resize((500, 375)).save(path, quality=90)
 
 

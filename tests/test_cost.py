@@ -113,3 +113,20 @@ def test_the_layers_of_an_lstm_are_counted():
     model = nn.Sequential(nn.Flatten(1, 2), nn.LSTM(8, 16, batch_first=True))
     macs = 4 * 10 * (8 + 16) * 16  # four gates for each of ten steps
     assert count_cost(model, (1, 10, 8)).macs == macs
+
+
+def test_a_model_with_a_hook_that_keeps_activations():
+    """Which cannot be copied once it has seen images."""
+    model = timm.create_model("test_resnet")
+
+    class Recorder:
+        def __init__(self):
+            self.seen = []
+
+        def keep(self, module, inputs, output):
+            self.seen.append(output)
+
+    expected = count_cost(model, (3, 32, 32))
+    model.layer1.register_forward_hook(Recorder().keep)
+    model(torch.randn(2, 3, 64, 64))
+    assert count_cost(model, (3, 32, 32))[:2] == expected[:2]

@@ -64,10 +64,20 @@ def test_a_copy_of_a_frozen_task_is_one_of_its_own(copied):
     assert task(x)["output"].dtype == torch.float
 
 
+def test_a_frozen_model_in_a_task_that_trains_all_of_it_and_the_reverse():
+    class Own(SelfDistillTask):
+        pass
+
+    with pytest.raises(TypeError, match=r"frozen, and Own trains the whole network; .*FrozenBackboneTask"):
+        Own(small_model(freeze_backbone=True))
+    with pytest.raises(ValueError, match=r"freeze_backbone=True\)"):
+        FrozenBackboneTask(small_model())
+
+
 def test_a_compiled_frozen_task_gives_the_same():
     task, x = SelfDistillTask(small_model(freeze_backbone=True)).train(), torch.randn(2, 3, 32, 32)
     expected = copy.deepcopy(task)(x, torch.tensor([0, 1]))
-    assert task.compile(backend="eager") is task.model
+    assert task.compile("eager")._orig_mod is task.model
     for name, value in task(x, torch.tensor([0, 1])).items():
         torch.testing.assert_close(value, expected[name])
 

@@ -59,17 +59,22 @@ def count_cost(
     """Parameters used and multiply-adds of `call(model, x)` in eval mode, for one image.
 
     Runs a copy on the meta device: no memory, no arithmetic, no random numbers, and no trace on the model. Models that
-    look at values, which cannot run there, run on their own device. Multiply-adds are half of what torch's
+    look at values, or cannot be copied, run on their own device. Multiply-adds are half of what torch's
     `FlopCounterMode` counts.
 
     Args:
         input_size: (channels, height, width) in pixels.
     """
     try:
-        return _run_counted(_copy_to_meta(model).eval(), torch.device("meta"), input_size, call)
-    except (RuntimeError, TypeError) as error:
-        if "meta" not in str(error):
-            raise
+        copied = _copy_to_meta(model).eval()
+    except Exception:  # whatever an object that cannot be copied raises, such as a lock, or a hook's recorded tensors
+        copied = None
+    if copied is not None:
+        try:
+            return _run_counted(copied, torch.device("meta"), input_size, call)
+        except (RuntimeError, TypeError) as error:
+            if "meta" not in str(error):
+                raise
     with evaluating(model):
         return _run_counted(model, next(model.parameters()).device, input_size, call)
 

@@ -4,7 +4,7 @@ A head maps its stage's feature map to `(logits, feature)`: logits (B, K), and a
 teacher's D channels at about the teacher's resolution, which the hint loss compares with the teacher's own feature.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from itertools import pairwise
 from math import log2, sqrt
@@ -223,6 +223,26 @@ def check_logits(model: nn.Module, logits: Any, x: Tensor, num_classes: int) -> 
             f"{name} gives logits {tuple(logits.shape)}, expected {shape}; it must pool its features (global_pool), and"
             " reset_classifier is called on the wrapped model, which then renews all its classifiers"
         )
+
+
+def run_heads(
+    heads: Iterable[nn.Module],
+    maps: Sequence[Tensor],
+    stages: Sequence[Stage],
+    num_classes: int,
+    channels: int,
+    model_name: str,
+) -> list[tuple[Tensor, Tensor]]:
+    """Logits and feature of every head.
+
+    Args:
+        maps: feature maps of their stages, and the teacher's.
+        num_classes, channels, model_name: as of `check_output`.
+    """
+    return [
+        check_output(head(feature_map), feature_map, num_classes, channels, stage, model_name)
+        for head, feature_map, stage in zip(heads, maps, stages)
+    ]
 
 
 def gather_exits(shallow: Sequence[tuple[Tensor, Tensor]], features: BackboneOutput) -> SelfDistillOutput:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .cost import default_input_size
-from .heads import HeadFactory, check_logits, check_output, create_head, gather_exits, move_alike
+from .heads import HeadFactory, check_logits, check_output, create_head, gather_exits, move_alike, run_heads
 from .hub import CalibrationRecord, ExitRow, ExitSettings, HubMixin, build_backbone, choose_head, measured_rows
 from .output import BackboneOutput, SelfDistillOutput
 from .stages import Stage, check_timm_classifier, explain_misfit, select_stages
@@ -227,7 +227,8 @@ class SelfDistillModel(HubMixin):
 
     def _run_heads(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Logits and feature of every shallow classifier for the maps of `forward_backbone`."""
-        return [self.run_head(exit, feature_map) for exit, feature_map in enumerate(maps[:-1])]
+        name = type(self.backbone).__name__
+        return run_heads(self.heads, maps, self.stages, self.num_classes, self.feature_channels, name)
 
     def run_head(self, exit: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, K) and feature (B, D, H', W') of a shallow classifier for the feature map of its stage."""

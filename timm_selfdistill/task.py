@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from copy import deepcopy
-from typing import Any
+from copy import copy
+from typing import Any, cast
 
 import torch
 from timm.data import resolve_model_data_config
@@ -13,7 +13,7 @@ from timm.task.distillation import DistillationTeacher
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .heads import check_output, gather_exits
+from .heads import gather_exits, run_heads
 from .hub.files import VERSIONS
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel
@@ -23,8 +23,8 @@ from .output import BackboneOutput, SelfDistillOutput
 class SelfDistillTask(ClassificationTask):
     """A `timm.task.TrainingTask` that pairs a `SelfDistillModel` with its loss.
 
-    Distribution, compilation, EMA and `get_checkpoint_state` are those of timm's `ClassificationTask`. For a model with
-    a frozen backbone it is a `FrozenBackboneTask`.
+    Distribution, compilation, EMA and `get_checkpoint_state` are those of timm's `ClassificationTask`. A model with a
+    frozen backbone makes it a `FrozenBackboneTask`.
 
     Args:
         model: of `wrap_self_distill`.
@@ -36,6 +36,7 @@ class SelfDistillTask(ClassificationTask):
 
     criterion: SelfDistillLoss
 
+    # A frozen model has always been given to this class; what trains it is a class of its own.
     def __new__(cls, model: SelfDistillModel | None = None, *args: Any, **kwargs: Any) -> "SelfDistillTask":
         frozen = cls is SelfDistillTask and isinstance(model, SelfDistillModel) and model.freeze_backbone
         return super().__new__(FrozenBackboneTask if frozen else cls)
@@ -47,6 +48,11 @@ class SelfDistillTask(ClassificationTask):
             raise TypeError(
                 f"expected a SelfDistillLoss, got {type(criterion).__name__}; other criteria are its label_loss:"
                 " SelfDistillLoss(label_loss=criterion)"
+            )
+        if model.freeze_backbone and not isinstance(self, FrozenBackboneTask):
+            raise TypeError(
+                f"the backbone of this model is frozen, and {type(self).__name__} trains the whole network; make it a"
+                " subclass of timm_selfdistill.task.FrozenBackboneTask"
             )
         super().__init__(model, criterion or SelfDistillLoss(), device=next(model.parameters()).device, verbose=False)
 
@@ -113,17 +119,14 @@ class ExitHeads(nn.Module):
         self.stages, self.model_name = model.stages, type(model.backbone).__name__
 
     def forward(self, features: BackboneOutput) -> SelfDistillOutput:
-        *maps, teacher = features.maps
-        classes, channels = features.logits.shape[1], teacher.shape[1]
-        shallow = [
-            check_output(head(feature_map), feature_map, classes, channels, stage, self.model_name)
-            for head, feature_map, stage in zip(self.heads, maps, self.stages)
-        ]
+        classes, channels = features.logits.shape[1], features.maps[-1].shape[1]
+        shallow = run_heads(self.heads, features.maps, self.stages, classes, channels, self.model_name)
         return gather_exits(shallow, features)
 
 
 class FrozenBackbone(nn.Module):
-    """The backbone of a `SelfDistillModel`, which stays as it is: images (B, in_chans, H, W) to its features."""
+    """The backbone of a `SelfDistillModel` without its heads, so that a task which holds it owns the backbone's tensors
+    once: images (B, in_chans, H, W) to the features that the heads take."""
 
     def __init__(self, model: SelfDistillModel):
         super().__init__()
@@ -149,10 +152,18 @@ class FrozenBackboneTask(SelfDistillTask):
     Attributes:
         trainable_module: the heads.
         frozen: the backbone.
+
+    Raises:
+        TypeError: the model or the criterion is not one of these.
+        ValueError: the backbone is not frozen.
     """
 
     def __init__(self, model: SelfDistillModel, criterion: SelfDistillLoss | None = None):
         super().__init__(model, criterion or SelfDistillLoss.paper())
+        if not model.freeze_backbone:
+            raise ValueError(
+                "expected a model of wrap_self_distill(..., freeze_backbone=True), whose backbone is frozen"
+            )
         self.trainable_module = ExitHeads(model)
         self.frozen = FrozenBackbone(model)
 
@@ -165,11 +176,15 @@ class FrozenBackboneTask(SelfDistillTask):
         self.model.train(mode)  # whose backbone stays in eval mode
         return self
 
-    def compile(self, *args: Any, **settings: Any) -> nn.Module:  # type: ignore[override]  # as timm's tasks
-        """Compile heads and backbone, each for itself; arguments are those of `torch.compile`."""
+    def compile(  # type: ignore[override]  # as timm's tasks
+        self, backend: str = "inductor", mode: str | None = None, **settings: Any
+    ) -> nn.Module:
+        """Compile heads, backbone, and the network that is evaluated; further arguments are those of
+        `torch.compile`."""
         for part in (self.trainable_module, self.frozen):
-            part.compile(*args, **settings)
-        return self.model
+            part.compile(backend=backend, mode=mode, **settings)
+        self.eval_model = cast(nn.Module, torch.compile(self.model, backend=backend, mode=mode, **settings))
+        return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """The network with all its exits: the backbone and the heads, or their moving average."""
@@ -179,8 +194,11 @@ class FrozenBackboneTask(SelfDistillTask):
         if trained is None:
             return None
         heads = unwrap_model(trained).heads
-        shared: dict[int, Any] = {id(self.model.backbone): self.model.backbone, id(self.model.heads): heads}
-        return self.model if heads is self.model.heads else deepcopy(self.model, shared)
+        if heads is self.model.heads:
+            return self.model
+        averaged = copy(self.model)
+        averaged._modules = {**self.model._modules, "heads": heads}
+        return averaged
 
     def forward(self, input: Tensor | BackboneOutput, target: Tensor | None = None) -> dict[str, Tensor]:
         """See `SelfDistillTask.forward`.

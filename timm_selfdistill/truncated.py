@@ -46,9 +46,8 @@ class TruncatedModel(HubMixin):
             if other != exit:
                 model.heads[other] = nn.Identity()
         if exit < len(model.stages):
-            self._full_backbone = (
-                deepcopy(model.backbone).to("meta"),
-            )  # in a tuple, so that it is no module of this one
+            # in a tuple, so that it is no module of this one
+            self._full_backbone = (deepcopy(model.backbone).to("meta"),)
             model.backbone.prune_intermediate_layers([model.stages[exit].index], prune_norm=True)
 
     @property

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.task import ClassificationTask
+from torch import nn
 from torch.utils.data import Subset
 
 from timm_selfdistill import (
@@ -117,6 +118,20 @@ def test_a_checkpoint_of_the_first_versions_resumes(few, tmp_path):
     fit(frozen_model(), few, tmp_path / "part", resume=str(tmp_path / "first"), model_ema=True)
     for name in ("last/self_distill.safetensors", "history.csv"):
         assert (tmp_path / "part" / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_a_plain_network_of_numbered_layers_resumes_with_its_average(few, tmp_path):
+    def run(output, **settings):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
+        config = TrainConfig(output=str(output), epochs=2, batch_size=40, workers=0, model_ema=True, **settings)
+        trainer = Trainer(ClassificationTask(network, verbose=False), *few, config)
+        trainer.fit()
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    part = run(tmp_path / "part", resume=str(tmp_path / "whole/checkpoints/step-00000002"))
+    assert equal(dict(part.eval_model.state_dict()), dict(whole.eval_model.state_dict()))
 
 
 def test_a_checkpoint_of_heads_on_another_backbone_is_refused(few, tmp_path):

@@ -25,7 +25,7 @@ class Setting:
     Attributes:
         help: what it is. Names of other settings stand in braces, which become flags on the command line.
         bounds: ">= 1", "> 0", or an interval such as "[0, 1)"; None is allowed where the default is None.
-        whole: whether it counts something.
+        integer: whether it counts something.
         choices: all that it may be.
         flags: short forms of its flag.
         otherwise: what it is where it is not given, if the default does not tell.
@@ -33,7 +33,7 @@ class Setting:
 
     help: str
     bounds: str = ""
-    whole: bool = False
+    integer: bool = False
     choices: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     otherwise: str = ""
@@ -86,11 +86,11 @@ def check_setting(name: str, value: Any, described: Setting, optional: bool) -> 
         return None
     if described.choices and value not in described.choices:
         raise ValueError(f"{name} must be one of {', '.join(described.choices)}, got {value!r}")
-    if described.whole:
+    if described.integer:
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise ValueError(f"{name} must be a whole number, got {value}")
         value = int(value) if isinstance(value, float) else value
-    if described.bounds and described.whole and not is_number(value):
+    if described.bounds and described.integer and not is_number(value):
         raise ValueError(f"{name} must be a number, got {value!r}")
     if described.bounds and not (is_number(value) and _inside(value, described.bounds)):
         raise ValueError(f"{name} must {_words(described)}, got {value!r}")
@@ -101,7 +101,7 @@ def _words(described: Setting) -> str:
     """For example "lie in [0, 1)", "be a number >= 0", "be at least 1"."""
     if described.bounds[0] in "[(":
         return f"lie in {described.bounds}"
-    if described.whole and described.bounds != ">= 0":
+    if described.integer and described.bounds != ">= 0":
         return f"be at least {described.bounds.removeprefix('>= ')}"
     return f"be a number {described.bounds}"
 
@@ -162,15 +162,15 @@ class TrainConfig:
     device: str | None = setting(
         None, "cpu, cuda, cuda:1, ...", otherwise="the GPU of the process, or the CPU if there is none"
     )
-    seed: int = setting(42, "random seed", whole=True, bounds=">= 0")
+    seed: int = setting(42, "random seed", integer=True, bounds=">= 0")
     epochs: int = setting(
         6,
         "epochs of the schedule; {warmup_prefix}, {cooldown_epochs} and {lr_cycle_limit} make the run longer",
-        whole=True,
+        integer=True,
         bounds=">= 1",
     )
     start_epoch: int = setting(
-        0, "begin with this epoch, counted from 0; for weights that were trained elsewhere", whole=True, bounds=">= 0"
+        0, "begin with this epoch, counted from 0; for weights that were trained elsewhere", integer=True, bounds=">= 0"
     )
     batch_size: int | str = setting(
         64,
@@ -179,21 +179,26 @@ class TrainConfig:
         flags=("-b",),
     )
     validation_batch_size: int | None = setting(
-        None, "images per process in validation", whole=True, bounds=">= 1", flags=("-vb",), otherwise="the batch size"
+        None,
+        "images per process in validation",
+        integer=True,
+        bounds=">= 1",
+        flags=("-vb",),
+        otherwise="the batch size",
     )
     steps_per_epoch: int | None = setting(
         None,
         "updates in an epoch of streamed images",
-        whole=True,
+        integer=True,
         bounds=">= 1",
         otherwise="all images, where their number is known",
     )
     train_num_samples: int | None = setting(
-        None, "number of rows of a stream that does not tell it", whole=True, bounds=">= 1"
+        None, "number of rows of a stream that does not tell it", integer=True, bounds=">= 1"
     )
     epoch_repeats: float = setting(0.0, "how often an epoch reads a stream, at least once", bounds=">= 0")
     shuffle_buffer: int = setting(
-        1000, "rows of a stream that each DataLoader worker shuffles together", whole=True, bounds=">= 1"
+        1000, "rows of a stream that each DataLoader worker shuffles together", integer=True, bounds=">= 1"
     )
     aug_repeats: float = setting(
         0.0,
@@ -209,7 +214,7 @@ class TrainConfig:
     lr_base: float | None = setting(
         None, "learning rate for {lr_base_size} images per update, from which that of the run follows"
     )
-    lr_base_size: int = setting(256, "images per update that {lr_base} is for", whole=True, bounds=">= 1")
+    lr_base_size: int = setting(256, "images per update that {lr_base} is for", integer=True, bounds=">= 1")
     lr_base_scale: str = setting(
         "",
         "how the learning rate grows with the number of images: linear, or with its square root, sqrt",
@@ -231,7 +236,7 @@ class TrainConfig:
     head_warmup_epochs: int = setting(
         0,
         "epochs at the beginning in which only the classifiers are trained, the deepest included",
-        whole=True,
+        integer=True,
         bounds=">= 0",
     )
     unlabelled: bool = setting(
@@ -248,7 +253,7 @@ class TrainConfig:
     warmup_lr: float = setting(1e-5, "learning rate at the start of the warm-up", bounds=">= 0")
     min_lr: float = setting(0.0, "lowest learning rate", bounds=">= 0")
     cooldown_epochs: int = setting(
-        0, "epochs at {min_lr} after {epochs}, for cosine, tanh and poly", whole=True, bounds=">= 0"
+        0, "epochs at {min_lr} after {epochs}, for cosine, tanh and poly", integer=True, bounds=">= 0"
     )
     lr_noise: tuple[float, ...] | None = setting(
         None, "share of the run from which, or between which, the learning rate is noisy"
@@ -258,7 +263,7 @@ class TrainConfig:
     lr_cycle_mul: float = setting(1.0, "length of a cycle relative to the one before", bounds=">= 0")
     lr_cycle_decay: float = setting(0.5, "learning rate of a cycle relative to the one before", bounds=">= 0")
     lr_cycle_limit: int = setting(
-        1, "number of cycles of cosine, tanh and poly, the first {epochs} long", whole=True, bounds=">= 0"
+        1, "number of cycles of cosine, tanh and poly, the first {epochs} long", integer=True, bounds=">= 0"
     )
     lr_k_decay: float = setting(1.0, "exponent of the time in cosine and poly (arXiv:2004.05909)", bounds=">= 0")
     lr_decay_fn: str | None = setting(None, "shape of the decay of wsd and rsqrt", otherwise="timm's")
@@ -272,7 +277,7 @@ class TrainConfig:
     decay_milestones: tuple[int, ...] = setting((90, 180, 270), "epochs of the steps of the multistep schedule")
     decay_rate: float = setting(0.1, "factor of a step, or the power of poly", bounds=">= 0", flags=("--dr",))
     patience_epochs: int = setting(
-        10, "epochs without a better {eval_metric} before plateau lowers the learning rate", whole=True, bounds=">= 0"
+        10, "epochs without a better {eval_metric} before plateau lowers the learning rate", integer=True, bounds=">= 0"
     )
     smoothing: float = setting(0.0, "label smoothing; the task gets soft labels (B, K)", bounds="[0, 1)")
     mixup: float = setting(0.0, "alpha of mixup, 0 is off", bounds=">= 0")
@@ -284,14 +289,14 @@ class TrainConfig:
     mixup_switch_prob: float = setting(0.5, "probability of CutMix where both are on", bounds="[0, 1]")
     mixup_mode: str = setting("batch", "mix per batch, pair or image", choices=("batch", "pair", "elem"))
     mixup_off_epoch: int = setting(
-        0, "epoch from which mixup and CutMix are off, 0 is never", whole=True, bounds=">= 0"
+        0, "epoch from which mixup and CutMix are off, 0 is never", integer=True, bounds=">= 0"
     )
     model_ema: bool = setting(False, "keep, evaluate and save a moving average of the weights")
     model_ema_decay: float = setting(0.9998, "decay of the moving average", bounds="[0, 1]")
     model_ema_warmup: bool = setting(False, "a faster moving average at the beginning, for short runs")
     amp: bool = setting(False, "mixed precision; otherwise that of accelerate launch")
     amp_dtype: str = setting("float16", "dtype of mixed precision", choices=("float16", "bfloat16"))
-    grad_accum_steps: int = setting(1, "forward passes per update", whole=True, bounds=">= 1")
+    grad_accum_steps: int = setting(1, "forward passes per update", integer=True, bounds=">= 1")
     clip_grad: float | None = setting(None, "clip gradients at this value, see {clip_mode}", bounds="> 0")
     clip_mode: str = setting(
         "norm",
@@ -302,13 +307,15 @@ class TrainConfig:
     channels_last: bool = setting(False, "memory format of images and weights")
     torchcompile: bool | str = setting(False, "compile the model with torch.compile; a backend, or inductor")
     torchcompile_mode: str | None = setting(None, "mode of torch.compile, e.g. max-autotune")
-    workers: int = setting(2, "DataLoader workers per process", whole=True, bounds=">= 0", flags=("-j",))
-    log_interval: int = setting(50, "log the losses every so many updates", whole=True, bounds=">= 1")
+    workers: int = setting(2, "DataLoader workers per process", integer=True, bounds=">= 0", flags=("-j",))
+    log_interval: int = setting(50, "log the losses every so many updates", integer=True, bounds=">= 1")
     checkpoint_interval: str = setting(
         "", "write a checkpoint every so many updates (500) or so often (90s, 10m, 1h), besides one an epoch"
     )
-    checkpoint_hist: int = setting(3, "number of checkpoints to keep", whole=True, bounds=">= 1")
-    val_interval: int = setting(1, "epochs between two validations, each with a checkpoint", whole=True, bounds=">= 1")
+    checkpoint_hist: int = setting(3, "number of checkpoints to keep", integer=True, bounds=">= 1")
+    val_interval: int = setting(
+        1, "epochs between two validations, each with a checkpoint", integer=True, bounds=">= 1"
+    )
     eval_metric: str = setting(
         "top1",
         "validation metric of the deepest exit that selects the best model (of a frozen backbone, the mean of the other"
@@ -327,7 +334,7 @@ class TrainConfig:
         "batch norm statistics at the end of an epoch: average those of all processes, or take the main one's",
         choices=("reduce", "broadcast"),
     )
-    profile: int = setting(0, "number of updates to trace into profile/, 0 is none", whole=True, bounds=">= 0")
+    profile: int = setting(0, "number of updates to trace into profile/, 0 is none", integer=True, bounds=">= 0")
     report_to: tuple[str, ...] = setting((), "trackers of Accelerate, e.g. tensorboard wandb")
     wandb_project: str | None = setting(None, "project in Weights & Biases", otherwise="timm-selfdistill")
     wandb_tags: tuple[str, ...] = setting((), "tags in Weights & Biases")

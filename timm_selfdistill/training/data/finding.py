@@ -301,9 +301,9 @@ def _val_split(source: Source, reading: Reading, train_name: str) -> str | None:
 
 
 def _divide(tree: Tree, train: ImageFiles, labelled: bool, fraction: ValFraction) -> tuple[ImageFiles, ImageFiles]:
-    whole = train if labelled else collect(tree, _is_labelled(tree))
-    kept, held_out = fraction.draw(whole.labels if labelled else None, len(whole), whole.class_names)
-    return whole.select(kept), replace(whole.select(held_out), left_out=Counter())
+    files = train if labelled else collect(tree, _is_labelled(tree))
+    kept, held_out = fraction.draw(files.labels if labelled else None, len(files), files.class_names)
+    return files.select(kept), replace(files.select(held_out), left_out=Counter())
 
 
 def _collect_val(tree: Tree, train: ImageFiles | None) -> ImageFiles:

@@ -105,7 +105,8 @@ class Updater:
 
     @property
     def learned_model(self) -> nn.Module:
-        """Likewise, of a frozen backbone the heads alone, `ExitHeads`."""
+        """What is evaluated, of a frozen backbone the heads alone: the module whose batch norm is averaged over the
+        processes, and that takes cached features."""
         if not isinstance(self.task, FrozenBackboneTask):
             return self.eval_model
         return unwrap_model(self.task.get_trainable_module(ema=self.config.model_ema))
@@ -344,7 +345,7 @@ def try_updates(
         trial = copy.deepcopy(task).to(device).train()
         model = trainable_model(trial)
         if config.channels_last:
-            model.to(memory_format=torch.channels_last)
+            trial.to(memory_format=torch.channels_last)
         optimizer = create_optimizer(model, config)
         if config.model_ema:
             trial.setup_ema(decay=config.model_ema_decay)

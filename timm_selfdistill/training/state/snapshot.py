@@ -17,7 +17,7 @@ from timm.task import TrainingTask
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ...task import learned_state
+from ...task import FrozenBackboneTask, learned_state
 from ..config import TrainConfig
 from ..data.labels import listed
 from ..data.loaders import TrainBatches
@@ -345,7 +345,8 @@ HEADS_BEFORE = r"^(trainable_module_ema\.module\.)(\d+\.)"
 
 def _load_weights(task: TrainingTask, saved: dict[str, Tensor]) -> None:
     own = learned_state(task)
-    saved = {re.sub(HEADS_BEFORE, r"\1heads.\2", name): value for name, value in saved.items()}
+    if isinstance(task, FrozenBackboneTask):
+        saved = {re.sub(HEADS_BEFORE, r"\1heads.\2", name): value for name, value in saved.items()}
     shapes = {key: tuple(value.shape) for key, value in own.items()}
     differing = sorted(
         key
