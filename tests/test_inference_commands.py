@@ -76,6 +76,7 @@ def test_a_budget_that_is_not_met_saves_nothing(call, folder):
     assert (folder / "run/best/config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_calibrate_says_where_thresholds_amount_to_one_exit(call, folder):
     macs = [row.macs for row in SelfDistillModel.from_pretrained(folder / "run/best").summary((1, 32, 32))]
     code, out, _ = call("calibrate", "run", "--data", "data", "--max-macs", macs[0], "--output", "first")

@@ -286,6 +286,7 @@ def test_other_image_sizes_are_tried_first(model):
     assert len(found.exit.unique()) > 1
 
 
+@pytest.mark.slow
 def test_threads_do_not_disturb_each_other(model):
     batches = [images(model, 6) for _ in range(8)]
     first, second = mixed(model, batches[0]), mixed(model, torch.cat(batches))

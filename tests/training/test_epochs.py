@@ -76,6 +76,7 @@ def test_a_run_with_a_cooldown_is_longer(few, tmp_path):
     assert result.summary["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_the_plateau_schedule_and_its_resumption(few, tmp_path, monkeypatch):
     """Stopped and resumed, too, it goes by the metrics of all epochs."""
     changes = {

@@ -103,7 +103,11 @@ def test_two_processes_see_the_same_images_in_every_update(undisturbed):
 
 @pytest.mark.parametrize(
     ("processes", "workers", "moment", "number"),
-    [(1, 0, "evaluation", 1), (1, 2, "checkpoint", 3), (2, 2, "update", 9)],
+    [
+        (1, 0, "evaluation", 1),
+        (1, 2, "checkpoint", 3),
+        pytest.param(2, 2, "update", 9, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run(processes, workers, moment, number, undisturbed, tmp_path):
     kill_and_resume(tmp_path, undisturbed, processes, workers, moment, number)
