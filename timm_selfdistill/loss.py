@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .output import SelfDistillOutput
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
+LARGEST = 1e30
 
 
 class SelfDistillLoss(nn.Module):
@@ -125,46 +126,45 @@ class SelfDistillLoss(nn.Module):
                 f"expected a SelfDistillOutput, got {type(output).__name__}; in eval mode model(x) gives only the"
                 " deepest logits: use model.forward_exits(x)"
             )
-        logits = torch.stack([full_precision(z) for z in output.logits])
-        distill, hint = self._distill(logits), self._hint(output.features)
-        label = self._label(logits, target) if target is not None else torch.zeros_like(distill)
-        return {
-            "loss": label + self.alpha * distill + self.beta * hint,
-            "label": label,
-            "distill": distill,
-            "hint": hint,
-        }
+        with torch.autocast(output.logits[-1].device.type, enabled=False):
+            logits = bounded(full_precision(torch.stack(output.logits)))
+            zero = logits.new_zeros(())
+            label = zero if target is None else self._label(logits, target)
+            distill = self._distill(logits)
+            loss = torch.add(label, distill, alpha=self.alpha)
+            hint = zero
+            if self.hint and self.beta:
+                hint = self._hint(output.features)
+                loss = torch.add(loss, hint, alpha=self.beta)
+        return {"loss": loss, "label": label, "distill": distill, "hint": hint}
 
     def _label(self, logits: Tensor, target: Tensor) -> Tensor:
         target = _check_target(target, logits[-1])
-        if self.label_loss is None:
-            per_image = F.cross_entropy(
-                _shifted(logits).flatten(0, 1), torch.cat([target] * len(logits)), reduction="none"
-            )
-            losses = per_image.view(len(logits), -1).mean(1)
+        if self.label_loss is None:  # all exits at once
+            every = target.repeat(len(logits), *[1] * (target.ndim - 1))
+            label = len(logits) * (1 - self.alpha) * F.cross_entropy(logits.flatten(0, 1), every)
         else:
-            losses = torch.stack([self.label_loss(z, target) for z in logits])
-        if self.teacher == "ensemble":
-            return (1 - self.alpha) * losses.sum()
-        return (1 - self.alpha) * losses[:-1].sum() + losses[-1]
+            label = (1 - self.alpha) * sum((self.label_loss(z, target) for z in logits), logits.new_zeros(()))
+        if self.teacher == "deepest":  # whose own labels count in full
+            own = self.label_loss or F.cross_entropy
+            label = label + self.alpha * own(logits[-1], target)
+        return label
 
     def _distill(self, logits: Tensor) -> Tensor:
         if not self.alpha:
             return logits.new_zeros(())
+        logits = logits / self.temperature
         if self.teacher == "ensemble":
-            # The sum of quotients cannot overflow where the logits do not.
-            teacher, students = (logits / len(logits)).sum(0), logits
+            teacher, students = logits.detach().mean(0), logits
         else:
             teacher, students = logits[-1], logits[:-1]
-        factor = self.temperature**2 if self.t_squared else 1.0
+        weight = self.temperature**2 if self.t_squared else 1.0
         if self.distill == "softmax":
-            return factor * divergence(teacher, students, self.temperature)
+            return divergence(teacher, students, weight)
         classes = 1 if getattr(self.label_loss, "sum_classes", False) else logits.shape[-1]
-        return factor / classes * binary_divergence(teacher, students, self.temperature)
+        return binary_divergence(teacher, students, weight / classes)
 
     def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
-        if self.hint is None or not self.beta:
-            return full_precision(features[-1]).new_zeros(())
         compared = [full_precision(f) for f in features]
         if self.hint == "pooled":
             compared = [f.mean((2, 3)) for f in compared]
@@ -179,29 +179,29 @@ class SelfDistillLoss(nn.Module):
         )
 
 
-def divergence(teacher: Tensor, students: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p_teacher || p_student) at a temperature, the mean over the batch and the sum over the students.
+def divergence(teacher: Tensor, students: Tensor, weight: float = 1.0) -> Tensor:
+    """KL(p_teacher || p_student), the mean over the batch and the sum over the students, times a weight.
 
     Args:
         teacher: logits (B, K), which get no gradient.
         students: logits (B, K), or (S, B, K) of several.
     """
-    log_p = F.log_softmax(_shifted(teacher.detach()) / temperature, dim=-1)
-    log_q = F.log_softmax(_shifted(students) / temperature, dim=-1)
-    return F.kl_div(log_q, log_p.expand_as(log_q), reduction="sum", log_target=True) / log_p.shape[0]
+    log_p, log_q = F.log_softmax(teacher.detach(), dim=-1), F.log_softmax(students, dim=-1)
+    total = F.kl_div(log_q, log_p.expand_as(log_q), reduction="sum", log_target=True)
+    return weight / len(teacher) * total
 
 
-def binary_divergence(teacher: Tensor, students: Tensor, temperature: float = 1.0) -> Tensor:
-    """The KL divergence of each class on its own, between sigmoids at a temperature: the mean over the batch, and the
-    sum over classes and students.
+def binary_divergence(teacher: Tensor, students: Tensor, weight: float = 1.0) -> Tensor:
+    """The KL divergence of each class on its own, between sigmoids: the mean over the batch, and the sum over classes
+    and students, times a weight.
 
     Args:
         teacher, students: as of `divergence`.
     """
-    p, q = (logits.clamp(-1e30, 1e30) / temperature for logits in (teacher.detach(), students))
+    p, q = teacher.detach(), students
     yes = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
     no = (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
-    return (yes + no).sum() / p.shape[0]
+    return weight / len(teacher) * (yes + no).sum()
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -209,9 +209,9 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _shifted(logits: Tensor) -> Tensor:
-    """Logits moved to a maximum of 0, equal under softmax; differences too large for float32 stay finite."""
-    return (logits - logits.detach().amax(-1, keepdim=True)).clamp(min=-1e30)
+def bounded(logits: Tensor) -> Tensor:
+    """Logits of at most 1e30 in size, whose differences and sums stay finite in float32."""
+    return F.hardtanh(logits, -LARGEST, LARGEST)
 
 
 def _check_target(target: Tensor, logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..loss import LabelLoss, divergence, full_precision
+from ..loss import LabelLoss, bounded, divergence, full_precision
 from ..timm_model import as_timm
 from .feature_maps import check_teacher, check_weight
 
@@ -57,7 +57,7 @@ class MutualLearningTask(ClassificationTask):
             "loss", "task_loss", "kd_loss" (scalars; the parts are sums over both networks) and "output", the student's
             logits (B, K).
         """
-        own, peers = map(full_precision, self.trainable_module(input))
+        own, peers = (bounded(full_precision(z)) for z in self.trainable_module(input))
         task_loss = self.criterion(own, target) + self.criterion(peers, target)
         kd_loss = divergence(peers, own) + divergence(own, peers)
         loss = task_loss + self.distill_loss_weight * kd_loss
