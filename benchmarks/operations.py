@@ -1,8 +1,8 @@
 """How many operations does a training step launch?
 
-Where a step is kernel-launch bound, as on a fast GPU with small networks or images, its time goes by how many operations
-are launched. Counted are those of forward pass, loss and backward pass, of the self-distilled network and of the plain
-one, without views, which launch nothing. Nothing is timed, so every machine gives the same figures.
+Where a step is kernel-launch bound, as on a fast GPU with small networks or images, its time goes by how many
+operations are launched. Counted are those of forward pass, loss and backward pass, of the self-distilled network and of
+the plain one, without views, which launch nothing. Nothing is timed, so every machine gives the same figures.
 
     python benchmarks/operations.py
 """

@@ -11,6 +11,7 @@ from .output import SelfDistillOutput
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
 LARGEST = 1e30
+NO_INDEX = torch.iinfo(torch.int64).min
 
 
 class SelfDistillLoss(nn.Module):
@@ -142,11 +143,12 @@ class SelfDistillLoss(nn.Module):
         target = _check_target(target, logits[-1])
         if self.label_loss is None:  # all exits at once
             every = target.repeat(len(logits), *[1] * (target.ndim - 1))
-            label = len(logits) * (1 - self.alpha) * F.cross_entropy(logits.flatten(0, 1), every)
+            label = len(logits) * (1 - self.alpha) * _cross_entropy(logits.flatten(0, 1), every)
         else:
+            _check_indices(target, logits.shape[-1])
             label = (1 - self.alpha) * sum((self.label_loss(z, target) for z in logits), logits.new_zeros(()))
         if self.teacher == "deepest":  # whose own labels count in full
-            own = self.label_loss or F.cross_entropy
+            own = self.label_loss or _cross_entropy
             label = label + self.alpha * own(logits[-1], target)
         return label
 
@@ -227,10 +229,23 @@ def _check_target(target: Tensor, logits: Tensor) -> Tensor:
         )
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(f"class indices must be integers, got {target.dtype}; use target.long()")
-    target = target.long()
-    # On an accelerator the check would wait for the device in every step; torch asserts there by itself.
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in target.aminmax())
-        if low < 0 or high >= classes:
-            raise ValueError(f"class indices must lie in 0..{classes - 1}, got {low if low < 0 else high}")
-    return target
+    return target.long()
+
+
+def _check_indices(target: Tensor, classes: int) -> None:
+    """Raise ValueError for class indices out of range. On an accelerator this would wait for the device in every step;
+    torch asserts there by itself."""
+    if target.is_floating_point() or target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (int(v) for v in target.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"class indices must lie in 0..{classes - 1}, got {low if low < 0 else high}")
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """torch's, which looks at the indices itself, but passes over one of them where it is not told another."""
+    try:
+        return F.cross_entropy(logits, target, ignore_index=NO_INDEX)
+    except IndexError:
+        _check_indices(target, logits.shape[-1])
+        raise
