@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from evidence_data import DATA
+from head_designs import PooledGroupNormHead, PooledHead
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,6 +19,7 @@ from timm_selfdistill.baselines import (
     MutualLearningTask,
     deep_supervision_loss,
 )
+from timm_selfdistill.heads import HeadFactory
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet10-8": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}),
@@ -93,7 +95,7 @@ class FadingLoss(SelfDistillLoss):
 
 def _exits(
     loss: Callable[..., SelfDistillLoss],
-    head: str = "bottleneck",
+    head: str | HeadFactory = "bottleneck",
     head_args: dict[str, int] | None = None,
     **settings: Any,
 ) -> Callable[..., TrainingTask]:
@@ -154,6 +156,8 @@ CHOICES = {
     "attention": {"head": "attention"},
     "width8": {"head_args": {"width": 8}},
     "width64": {"head_args": {"width": 64}},
+    "pooled-head": {"head": PooledHead},
+    "pooled-head-groupnorm": {"head": PooledGroupNormHead},
 }
 """What is changed in "ensemble", one thing at a time, at its own point of the grid."""
 METHODS |= {

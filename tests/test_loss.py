@@ -217,6 +217,7 @@ def test_a_label_loss_that_cannot_be_called_is_refused():
     [
         (torch.tensor([0, 1, 2, 3, 7]), ValueError, r"class indices .*0\.\.6, got 7"),
         (torch.tensor([0, 1, 2, 3, -1]), ValueError, r"class indices .*0\.\.6, got -1"),
+        (torch.tensor([0, 1, 2, 3, -100]), ValueError, r"class indices .*0\.\.6, got -100"),
         (torch.zeros(5), TypeError, r"class indices .*got torch\.float32; .*target\.long\(\)"),
         (torch.zeros(5, dtype=torch.bool), TypeError, r"class indices .*got torch\.bool; .*target\.long\(\)"),
         (torch.zeros(4, dtype=torch.long), ValueError, r"class indices \(5,\) or soft labels \(5, 7\)"),
