@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import time
 
 import pytest
 import timm
@@ -335,3 +336,15 @@ def test_the_benchmark_of_training_time_runs(tmp_path):
     taught = {name for name, row in rows.items() if row["with_teacher"] > row["time"]}
     assert taught == {"kd", "fitnet", "at"}
     assert rows["kd"]["with_teacher"] == pytest.approx(rows["kd"]["time"] + rows["teacher"]["time"])
+
+
+@pytest.mark.benchmark
+def test_the_parts_of_a_run_are_timed(tmp_path):
+    command = ["--data-dir", EMBEDDED, "--model", "test_resnet", "--method", "plain", "--epochs", 1, "-b", 64, "-j", 0]
+    record = tmp_path / "parts.json"
+    began = repr(time.time())
+    run_python("benchmarks/run.py", "--timed", record, *command, "--output", tmp_path / "run", fresh=True, BEGAN=began)
+    parts = json.loads(record.read_text())
+    assert list(parts) == ["start", "loading", "steps", "evaluation", "saving", "pictures"]
+    assert all(seconds > 0 for seconds in parts.values())
+    assert sum(parts.values()) < time.time() - float(began)
