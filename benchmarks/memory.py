@@ -5,31 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-
-class PeakMemory(TorchDispatchMode):
-    """The largest sum of the bytes of tensors that live at one time, those of a module and of all that is computed."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-        self._look(list(module.state_dict().values()))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._look(tree_leaves(result))
-        return result
-
-    def _look(self, values: list[Any]) -> None:
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        for storage in (value.untyped_storage() for value in values if isinstance(value, Tensor)):
-            self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+from timm_selfdistill.cost import PeakMemory
 
 
 def peak_memory(module: nn.Module, call: Callable[[], Any], device: str) -> int:
@@ -42,4 +20,5 @@ def peak_memory(module: nn.Module, call: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated()
     with PeakMemory(module) as memory:
         call()
-    return memory.peak
+    storages = {value.untyped_storage()._cdata: value.untyped_storage() for value in module.state_dict().values()}
+    return memory.peak + sum(storage.nbytes() for storage in storages.values())

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_selfdistill import cost, wrap_self_distill
-from timm_selfdistill.cost import count_cost, default_input_size, measure_speedups
+from timm_selfdistill.cost import count_cost, default_input_size, measure_speedups, memory_per_image
 
 from .conftest import small_model
 
@@ -130,3 +130,10 @@ def test_a_model_with_a_hook_that_keeps_activations():
     model.layer1.register_forward_hook(Recorder().keep)
     model(torch.randn(2, 3, 64, 64))
     assert count_cost(model, (3, 32, 32))[:2] == expected[:2]
+
+
+def test_the_memory_of_a_forward_pass_is_that_of_the_maps_that_live_together():
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 16, 1))
+    bytes_of_a_channel = 4 * 10 * 10
+    assert memory_per_image(layers, torch.zeros(5, 3, 10, 10)) == (2 + 16) * bytes_of_a_channel
+    assert memory_per_image(nn.Flatten(), torch.zeros(5, 3, 10, 10)) == 0

@@ -11,6 +11,7 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -166,3 +167,41 @@ def time_ratios(
             elif len(times[0]) >= at_least and time.perf_counter() - began > seconds:
                 break
     return [[first / second for first, second in zip(times[0], record)] for record in times[1:]]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it.
+
+    Args:
+        module: whose parameters and buffers do not count.
+        inputs: which do not count, either.
+
+    Attributes:
+        peak: the most bytes that live at one time.
+    """
+
+    def __init__(self, module: nn.Module, *inputs: Tensor):
+        super().__init__()
+        known = (*module.parameters(), *module.buffers(), *inputs)
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            if storage._cdata not in self.known:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def memory_per_image(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward pass in eval mode needs for each of the images x (B, C, H, W), at its worst moment, beside
+    the model and the images."""
+    with evaluating(model), torch.no_grad(), PeakMemory(model, x) as memory:
+        model(x)
+    return memory.peak // len(x)

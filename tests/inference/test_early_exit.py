@@ -160,8 +160,7 @@ def test_every_policy(policy, model):
 
 
 def test_layers_run_once_and_on_fewer_and_fewer_images(model, monkeypatch):
-    monkeypatch.setattr(early_exit_module, "PIECE", 32)
-    monkeypatch.setattr(early_exit_module, "PIECE_PIXELS", 0)
+    monkeypatch.setattr(early_exit_module, "PIECE_BYTES", 2**40)
     x = images(model, 32)
     with torch.no_grad():
         full = model.forward_exits(x).logits
@@ -195,8 +194,7 @@ def test_when_all_are_gone_no_layer_runs_any_more(model):
 
 
 def test_few_who_are_done_wait_with_their_answers(model, monkeypatch):
-    monkeypatch.setattr(early_exit_module, "PIECE", 40)
-    monkeypatch.setattr(early_exit_module, "PIECE_PIXELS", 0)
+    monkeypatch.setattr(early_exit_module, "PIECE_BYTES", 2**40)
     x = images(model, 40)
     rows = []
     handle = model.backbone.layer2.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
@@ -214,16 +212,15 @@ def test_few_who_are_done_wait_with_their_answers(model, monkeypatch):
 def test_a_large_batch_goes_in_pieces(model, monkeypatch):
     x = images(model, 37)
     early_exit = mixed(model, x)
-    monkeypatch.setattr(early_exit_module, "PIECE", 37)
-    monkeypatch.setattr(early_exit_module, "PIECE_PIXELS", 0)
+    monkeypatch.setattr(early_exit_module, "PIECE_BYTES", 2**40)
     whole = early_exit.predict(x)
-    monkeypatch.setattr(early_exit_module, "PIECE", 16)
-    monkeypatch.setattr(early_exit_module, "PIECE_PIXELS", 0)
+    (bytes_each,) = early_exit._bytes.values()
+    monkeypatch.setattr(early_exit_module, "PIECE_BYTES", 16 * bytes_each // torch.get_num_threads())
     rows = []
     handle = model.backbone.conv1.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     found = early_exit.predict(x)
     handle.remove()
-    assert rows == [16, 16, 5]
+    assert rows == [13, 13, 11]
     for part, expected in zip(found, whole):
         torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
 

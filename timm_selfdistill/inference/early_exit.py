@@ -6,11 +6,13 @@ import weakref
 from collections.abc import Iterable, Sequence
 from copy import copy
 from itertools import count
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..cost import memory_per_image
 from ..model import SelfDistillModel
 from .batch_run import BatchRun, EarlyExitOutput
 from .calibration import Calibration, check_budget, macs_of_exits, times_of_exits
@@ -20,11 +22,11 @@ from .policy import check_temperatures, check_thresholds, find_policy
 from .row_dropping import Route, StageHook, add_hook, find_route
 from .thresholds import ExitCosts
 
-PIECE, PIECE_PIXELS = 32, 32 * 112 * 112
-"""Images for each thread that a CPU takes at once, where a batch is larger, and more of small ones: up to so many
-pixels. With more, feature maps are so large that glibc takes their memory from the system and gives it back with every
-layer, and an image takes longer (ResNet50 at 112 px on one core: 30 ms in a batch of 32, 43 ms in one of 128); with
-fewer, what is left of them in the last stages is too few to be fast."""
+PIECE_BYTES = 32 * 2**20
+"""Memory for the feature maps of each thread: a CPU takes as many images of a batch at once as fit. With more, glibc
+gives the memory back to the system after one layer and takes it again for the next, which takes longer than many a
+layer (ResNet50 at 224 px on one core: 90 ms for an image in a batch of 32, 55 ms in one of 3); with fewer, what is left
+of the images in the last stages is too few to be fast."""
 
 _owners = count(1)
 
@@ -85,6 +87,8 @@ class EarlyExit:
         self._parts = list(self.model.modules())  # so that looking at them for each batch takes no time
         self._owner, self._lock = next(_owners), threading.Lock()
         self._routes: dict[tuple[int, ...], Route | None] = {}
+        self._bytes: dict[tuple[int, ...], int] = {}
+        """Of an image of a size on a CPU: the memory that its feature maps need."""
         modules = dict(self.model.backbone.named_modules())
         for exit, stage in enumerate(self.model.stages):
             if stage.name in modules:
@@ -118,9 +122,10 @@ class EarlyExit:
         _check_mode(self._parts)
         check_images(self.model, x, known_size=getattr(x, "shape", ())[1:] in self._routes)
         with torch.no_grad():
-            route = self._route(tuple(x.shape[1:])) if len(x) else None
+            size = tuple(x.shape[1:])
+            route = self._route(size) if len(x) else None
             outputs = []
-            for piece in x.split(_piece(x)):
+            for piece in x.split(_piece(len(x), self._bytes.get(size, 0))):
                 run = BatchRun(self.model, piece, find_policy(self.policy), self.thresholds, self.temperatures)
                 if route is None:
                     run.run_all()
@@ -188,7 +193,12 @@ class EarlyExit:
             return self._routes[size]
         with self._lock:
             if size not in self._routes:
-                self._routes[size] = route = find_route(self.model, self._owner, size)
+                route = find_route(self.model, self._owner, size)
+                like = next(p for p in self.model.parameters() if p.is_floating_point())
+                if like.device.type == "cpu":
+                    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+                        self._bytes[size] = memory_per_image(self.model.backbone, like.new_zeros(2, *size))
+                self._routes[size] = route
                 kept = (
                     range(len(self.model.stages))
                     if route is None
@@ -205,11 +215,11 @@ class EarlyExit:
             return self._routes[size]
 
 
-def _piece(x: Tensor) -> int:
-    """How many of the images (B, C, H, W) are taken at once."""
-    if x.device.type != "cpu":
-        return max(1, len(x))
-    return max(PIECE, PIECE_PIXELS // max(1, x.shape[2] * x.shape[3])) * torch.get_num_threads()
+def _piece(images: int, bytes_each: int) -> int:
+    """How many of a batch's images are taken at once; all where it is not known what they need."""
+    most = max(1, PIECE_BYTES // bytes_each) * torch.get_num_threads() if bytes_each else images
+    pieces = max(1, ceil(images / max(1, most)))
+    return max(1, ceil(images / pieces))  # as equal as can be
 
 
 def _check_mode(parts: list[nn.Module]) -> None:
