@@ -111,6 +111,7 @@ def test_tradeoff_draws_what_it_writes_down(call, folder):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
+@pytest.mark.slow
 def test_export_writes_one_exit_or_every_stage(call, folder):
     assert call("export", "run", "--exit", "0", "--output", "exit0.onnx")[:2] == (0, "wrote exit0.onnx\n")
     assert onnxruntime.InferenceSession(folder / "exit0.onnx").get_inputs()[0].shape[1:] == [1, 32, 32]

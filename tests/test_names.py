@@ -60,6 +60,7 @@ def test_recipes_by_name_and_files_first(tmp_path, monkeypatch):
             find_recipe(name)
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(few_images, tmp_path):
     """From a folder with nothing in it; with the files of a run, by its directory's name."""
     save_timm_model(small_backbone(), tmp_path / "runs/first/best")

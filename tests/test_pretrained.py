@@ -56,6 +56,7 @@ def test_wrapping_changes_no_tensor_of_the_backbone(lite0):
     assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_the_preprocessing_of_the_weights(lite0, tmp_path):
     images = load_images(EMBEDDED)
     images.train.select(range(300)).to_parquet(tmp_path / "images/train.parquet")

@@ -234,6 +234,7 @@ def test_an_interrupted_run_waits_for_its_upload(hub, hub_programs, flags, tmp_p
     assert hub.repositories["user/model"].files("main")["self_distill.safetensors"]
 
 
+@pytest.mark.slow
 def test_pretrained_weights_from_the_hub_are_fine_tuned_and_get_exits(hub, command, flags, tmp_path):
     """The way of a user: a network on the Hub, fine-tuned, pushed, and given exits while frozen, pushed again."""
     command(sys.executable, ROOT / "examples/efficientnet_lite0.py", "lite0")
@@ -273,6 +274,7 @@ def test_pretrained_weights_from_the_hub_are_fine_tuned_and_get_exits(hub, comma
     assert ModelCard(files["exits"]["README.md"].decode()).data.base_model == "user/tuned"
 
 
+@pytest.mark.slow
 def test_exits_from_the_hub_go_on(hub, command, flags, tmp_path):
     torch.manual_seed(1)
     small_model(exits=["layer3"], head="linear").save_pretrained(tmp_path / "model")

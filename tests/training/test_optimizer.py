@@ -110,6 +110,7 @@ def test_the_classifiers_learn_alone_first(few, tmp_path):
     assert changed == backbone_at(4).keys()
 
 
+@pytest.mark.slow
 def test_the_classifiers_learn_alone_first_on_two_processes(few_images, tmp_path):
     command = [
         ROOT / "examples/train.py",

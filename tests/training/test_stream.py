@@ -387,6 +387,7 @@ def test_webdataset_shards_without_streaming(webdataset):
     assert (len(images.train), len(images.val), images.num_classes) == (COUNT, 12, 10)
 
 
+@pytest.mark.slow
 def test_the_command_on_two_processes_is_resumed_exactly(parquet, tmp_path):
     """Stopped in the middle of its second epoch, and as if it had not been."""
     command = [
