@@ -225,6 +225,18 @@ def test_a_large_batch_goes_in_pieces(model, monkeypatch):
         torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_only_a_cpu_takes_pieces(monkeypatch):
+    """The model may have been moved since the memory was measured."""
+    monkeypatch.setattr(early_exit_module, "PIECE_BYTES", 10 * 2**20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.empty(64, 3, 8, 8)
+    assert early_exit_module._piece(x, 2**20) == 16
+    assert early_exit_module._piece(x[:20], 2**20) == 20
+    assert early_exit_module._piece(x, 2**40) == 2
+    assert early_exit_module._piece(x, 0) == 64
+    assert early_exit_module._piece(x.to("meta"), 2**20) == 64
+
+
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_small_batches(batch, model):
     whole = images(model, 8)

@@ -88,7 +88,7 @@ class EarlyExit:
         self._owner, self._lock = next(_owners), threading.Lock()
         self._routes: dict[tuple[int, ...], Route | None] = {}
         self._bytes: dict[tuple[int, ...], int] = {}
-        """Of an image of a size on a CPU: the memory that its feature maps need."""
+        """Of an image of a size: the memory that its feature maps need."""
         modules = dict(self.model.backbone.named_modules())
         for exit, stage in enumerate(self.model.stages):
             if stage.name in modules:
@@ -125,7 +125,7 @@ class EarlyExit:
             size = tuple(x.shape[1:])
             route = self._route(size) if len(x) else None
             outputs = []
-            for piece in x.split(_piece(len(x), self._bytes.get(size, 0))):
+            for piece in x.split(_piece(x, self._bytes[size]) if len(x) else 1):
                 run = BatchRun(self.model, piece, find_policy(self.policy), self.thresholds, self.temperatures)
                 if route is None:
                     run.run_all()
@@ -195,9 +195,8 @@ class EarlyExit:
             if size not in self._routes:
                 route = find_route(self.model, self._owner, size)
                 like = next(p for p in self.model.parameters() if p.is_floating_point())
-                if like.device.type == "cpu":
-                    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-                        self._bytes[size] = memory_per_image(self.model.backbone, like.new_zeros(2, *size))
+                with torch.inference_mode(False), torch.autocast(like.device.type, enabled=False):
+                    self._bytes[size] = memory_per_image(self.model.backbone, like.new_zeros(2, *size))
                 self._routes[size] = route
                 kept = (
                     range(len(self.model.stages))
@@ -215,11 +214,12 @@ class EarlyExit:
             return self._routes[size]
 
 
-def _piece(images: int, bytes_each: int) -> int:
-    """How many of a batch's images are taken at once; all where it is not known what they need."""
-    most = max(1, PIECE_BYTES // bytes_each) * torch.get_num_threads() if bytes_each else images
-    pieces = max(1, ceil(images / max(1, most)))
-    return max(1, ceil(images / pieces))  # as equal as can be
+def _piece(x: Tensor, bytes_each: int) -> int:
+    """How many of the images (B, C, H, W) are taken at once: on a CPU as many as fit, in pieces as equal as can be."""
+    if x.device.type != "cpu":
+        return len(x)
+    most = max(1, PIECE_BYTES // max(1, bytes_each)) * torch.get_num_threads()
+    return ceil(len(x) / ceil(len(x) / most))
 
 
 def _check_mode(parts: list[nn.Module]) -> None:
