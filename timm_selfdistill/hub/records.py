@@ -60,34 +60,18 @@ class ImageSource(TypedDict, total=False):
     """Of those, the ones that something was measured on."""
 
 
-class FixedExitRecord(TypedDict):
-    """See `FixedExit`."""
-
-    exit: int
-    accuracy: float
-    macs: float
-    speedup: float | None
-
-
 class CalibrationRecord(TypedDict, total=False):
-    """A `CalibrationReport`, and the images that it is of: "early_exit" of a config.json."""
+    """What is read of a `CalibrationReport` in "early_exit" of a config.json, which holds all of it."""
 
-    budget: dict[str, float]
-    met: bool
     accuracy: float
     plain_accuracy: float
-    shares: list[float]
     macs: float
     plain_macs: float
-    speedup: float | None
-    better_exit: FixedExitRecord | None
-    ece_before: list[float]
-    ece_after: list[float]
     policy: str
     thresholds: list[float | None]
     temperatures: list[float]
-    images: list[int]
     dataset: ImageSource
+    """The images that it is of."""
 
 
 class TrainingRecord(TypedDict, total=False):
