@@ -1,53 +1,52 @@
-"""Heads of fewer operations than those of the package, which `evidence.py` compares with them.
+"""The bottleneck heads of version 0.1, with which the lines of `evidence.py` were measured, and group norm in those of
+today, so that both can be measured again."""
 
-Each takes the place of the convolutions that halve the map one after the other: a depthwise convolution pools it to the
-teacher's resolution at once, a 1x1 convolution with norm and ReLU narrows it, another widens it to the teacher's
-channels, and the classifier is linear in the result.
-"""
+from itertools import pairwise
+from math import log2
 
-import torch.nn.functional as F
-from timm.layers import GroupNorm1
+from timm.layers import ConvNormAct, GroupNorm1
 from torch import Tensor, nn
 
-from timm_selfdistill.heads import _init_weights
+from timm_selfdistill.heads import BottleneckHead, _init_weights, pad_to_multiple
 from timm_selfdistill.stages import Stage
 
 
-class PatchPool(nn.Conv2d):
-    """Learned pooling of each channel: a depthwise convolution whose kernel is its stride, (B, C, H, W) to
-    (B, C, ceil(H / stride), ceil(W / stride))."""
+class HalvingConv(ConvNormAct):
+    """2x2 convolution of stride 2, norm and ReLU: (B, C, H, W) to (B, out, ceil(H / 2), ceil(W / 2))."""
 
-    def __init__(self, channels: int, stride: int):
-        super().__init__(channels, channels, stride, stride, groups=channels, bias=False)
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=2, stride=2, padding=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        down, right = -x.shape[2] % self.stride[0], -x.shape[3] % self.stride[1]
-        return super().forward(F.pad(x, (0, right, 0, down)) if down or right else x)
+        return super().forward(pad_to_multiple(x, 2))
 
 
-class PooledHead(nn.Module):
-    """The pooling is left out where the stage has the teacher's resolution already."""
+class HalvingHead(nn.Module):
+    """Convolutions halve the map down to the teacher's resolution, each twice as wide as the one before; the classifier
+    sees the feature after a ReLU."""
 
-    norm: type[nn.Module] = nn.BatchNorm2d
-
-    def __init__(self, stage: Stage, teacher: Stage, num_classes: int):
+    def __init__(self, stage: Stage, teacher: Stage, num_classes: int, width: int | None = None):
         super().__init__()
-        width = min(teacher.channels // 2, 4 * stage.channels, 256)
-        stride = max(1, round(teacher.reduction / stage.reduction))
-        self.bottleneck = nn.Sequential(
-            PatchPool(stage.channels, stride) if stride > 1 else nn.Identity(),
-            nn.Conv2d(stage.channels, width, 1, bias=False),
-            self.norm(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, teacher.channels, 1),
-        )
+        halvings = max(0, round(log2(teacher.reduction / stage.reduction)))
+        width = min(teacher.channels // 4, 2 * stage.channels, 128) if width is None else width
+        widths = [max(width >> remaining, 8) for remaining in reversed(range(max(halvings, 1)))]
+        convs = [
+            HalvingConv(chs, out_chs) if halvings else ConvNormAct(chs, out_chs, 3)
+            for chs, out_chs in pairwise([stage.channels, *widths])
+        ]
+        self.bottleneck = nn.Sequential(*convs, ConvNormAct(widths[-1], teacher.channels, 1, apply_act=False))
+        self.act = nn.ReLU()
         self.fc = nn.Linear(teacher.channels, num_classes)
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         feature = self.bottleneck(x)
-        return self.fc(feature.mean((2, 3))), feature
+        return self.fc(self.act(feature).mean((2, 3))), feature
 
 
-class PooledGroupNormHead(PooledHead):
-    norm = GroupNorm1
+class GroupNormHead(BottleneckHead):
+    """`BottleneckHead` with group norm of one group."""
+
+    def __init__(self, stage: Stage, teacher: Stage, num_classes: int, width: int | None = None):
+        super().__init__(stage, teacher, num_classes, width)
+        self.bottleneck[2] = GroupNorm1(self.bottleneck[2].num_features)

@@ -74,7 +74,7 @@ def test_info_reads_plain_networks_own_heads_and_run_directories(tmp_path, monke
     assert "\x1b" not in out
 
 
-@pytest.mark.parametrize("settings", [5, None, {"format_version": 1, "exits": 5}])
+@pytest.mark.parametrize("settings", [5, None, {"format_version": 2, "exits": 5}])
 def test_info_on_a_damaged_model_is_one_line(settings, saved, tmp_path, monkeypatch, capsys):
     config = json.loads((saved / "config.json").read_text()) | {"self_distill": settings}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_selfdistill import wrap_self_distill
-from timm_selfdistill.heads import AttentionHead, BottleneckHead, LinearHead, create_head
+from timm_selfdistill.heads import AttentionHead, BottleneckHead, HeadBatchNorm, LinearHead, create_head
 from timm_selfdistill.stages import Stage
 
 STAGE, TEACHER = Stage(1, "layer1", 64, 4), Stage(4, "layer4", 512, 32)
@@ -46,17 +46,35 @@ def test_features_have_the_teachers_shape_at_any_size(head, size):
     assert {tuple(logits.shape) for logits in output.logits} == {(2, 7)}
 
 
-def test_a_bottleneck_head_halves_down_to_the_teacher():
+def test_a_bottleneck_head_pools_to_the_teachers_resolution_at_once():
     head = BottleneckHead(STAGE, TEACHER, 10)
     logits, feature = head(torch.randn(2, 64, 56, 56))
     assert logits.shape == (2, 10)
     assert feature.shape == (2, 512, 7, 7)
-    widths = [layer.conv.out_channels for layer in head.bottleneck]
-    assert widths == [32, 64, 128, 512]
+    pool, narrow, *_, widen = head.bottleneck
+    assert (pool.groups, pool.kernel_size, pool.stride) == (64, (8, 8), (8, 8))
+    assert (narrow.out_channels, widen.out_channels) == (256, 512)
+    assert isinstance(BottleneckHead(TEACHER, TEACHER, 10).bottleneck[0], nn.Identity)
 
 
-def test_a_bottleneck_head_rounds_odd_sizes_up():
-    assert BottleneckHead(STAGE, TEACHER, 10)(torch.randn(2, 64, 9, 17))[1].shape == (2, 512, 2, 3)
+def test_a_bottleneck_head_rounds_sizes_up_and_fills_with_zeros():
+    head = BottleneckHead(STAGE, TEACHER, 10).eval()
+    x = torch.randn(2, 64, 9, 17)
+    logits, feature = head(x)
+    assert feature.shape == (2, 512, 2, 3)
+    torch.testing.assert_close(head(nn.functional.pad(x, (0, 7, 0, 7)))[0], logits)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_batch_norm_of_heads_is_torchs(momentum):
+    norm, torchs = HeadBatchNorm(8, momentum=momentum), nn.BatchNorm2d(8, momentum=momentum)
+    for x in torch.randn(3, 4, 8, 5, 5):
+        assert torch.equal(norm(x), torchs(x))
+    assert torch.equal(norm.running_mean, torchs.running_mean)
+    assert torch.equal(norm.running_var, torchs.running_var)
+    assert torch.equal(norm.eval()(x), torchs.eval()(x))
+    norm.load_state_dict(torchs.state_dict())
+    assert type(nn.SyncBatchNorm.convert_sync_batchnorm(norm)) is nn.SyncBatchNorm
 
 
 def test_an_attention_head_sees_the_feature_through_a_mask():

@@ -175,7 +175,7 @@ def test_heads_follow_dtype_memory_format_and_mode():
     assert not any(module.training for module in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     for head in model.heads:
-        weight = head.bottleneck[0].conv.weight
+        weight = head.bottleneck[1].weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
     assert wrap_self_distill(small_backbone().train()).heads.training
 

@@ -6,14 +6,13 @@ teacher's D channels at about the teacher's resolution, which the hint loss comp
 
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
-from itertools import pairwise
-from math import log2, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
-from timm.layers import ConvNormAct, SeparableConvNormAct
+from timm.layers import SeparableConvNormAct
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -23,68 +22,89 @@ from .stages import Stage
 HeadFactory = Callable[..., nn.Module]
 
 
-class HalvingConv(ConvNormAct):
-    """2x2 convolution of stride 2, norm and ReLU: (B, C, H, W) to (B, out, ceil(H / 2), ceil(W / 2))."""
+class PatchPool(nn.Conv2d):
+    """Learned pooling: a depthwise convolution whose kernel is as large as its stride.
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, kernel_size=2, stride=2, padding=0)
+    (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)); zeros fill up what does not divide.
+    """
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__(channels, channels, stride, stride, groups=channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(pad_to_even(x))
+        return super().forward(pad_to_multiple(x, self.stride[0]))
 
 
 @torch.fx.wrap
-def pad_to_even(x: Tensor) -> Tensor:
-    """A map (B, C, H, W) with a row and a column of zeros where height and width are odd; one step in torch.fx."""
+def pad_to_multiple(x: Tensor, stride: int) -> Tensor:
+    """A map (B, C, H, W) with zeros below and to the right up to multiples of the stride; one step in torch.fx."""
     height, width = x.shape[2:]
-    if height % 2 or width % 2:  # padding by nothing would still copy the whole map
-        return F.pad(x, (0, width % 2, 0, height % 2))
+    if height % stride or width % stride:  # padding by nothing would still copy the whole map
+        return F.pad(x, (0, -width % stride, 0, -height % stride))
     return x
+
+
+class HeadBatchNorm(nn.BatchNorm2d):
+    """`BatchNorm2d` that does not count batches while its averages need no count: one kernel less to launch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.momentum is None or not self.track_running_stats:
+            return super().forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+        )
 
 
 class BottleneckHead(nn.Module):
     """Bottleneck, pooling and fully connected layer ("Be Your Own Teacher", arXiv:1905.08094, section 3).
 
-    Convolutions of stride 2 halve the resolution down to the teacher's (one 3x3 of stride 1 where there is nothing to
-    halve), each twice as wide as the one before; a 1x1 convolution widens the last to the teacher's channels. The first
-    convolution already has a stride, so nothing runs at the stage's own, expensive resolution. The feature is linear,
-    so that it can match teachers of either sign; the classifier sees it after a ReLU.
+    Where the paper's bottleneck halves the map several times over, this one reaches the teacher's resolution in one
+    step, since a kernel-launch bound GPU takes its time for every operation: a depthwise convolution pools the map, a
+    1x1 convolution with batch norm and ReLU narrows it, and another widens it to the teacher's channels. The feature is
+    linear, so that it can match teachers of either sign.
 
     Args:
         stage: stage that the head stands on; the input is (B, stage.channels, H, W).
         teacher: last stage; the feature has its channels.
         num_classes: K.
-        width: channels before the last convolution; None is a quarter of the teacher's channels, at most twice the
-            stage's and at most 128.
+        width: channels between the two 1x1 convolutions; None is half of the teacher's channels, at most four times
+            the stage's and at most 256.
+
+    Raises:
+        ValueError: `width` is not a whole number >= 1.
     """
 
     def __init__(self, stage: Stage, teacher: Stage, num_classes: int, width: int | None = None):
         super().__init__()
-        channels = [stage.channels, *_widths(stage, teacher, width)]
-        stride = 2 if _halvings(stage, teacher) else 1
+        width = self.default_width(stage, teacher) if width is None else width
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(f"width must be a whole number of channels, at least 1, got {width!r} ({stage})")
+        stride = _stride(stage, teacher)
         self.bottleneck = nn.Sequential(
-            *(self._conv(chs, out_chs, stride) for chs, out_chs in pairwise(channels)),
-            ConvNormAct(channels[-1], teacher.channels, 1, apply_act=False),
+            PatchPool(stage.channels, stride) if stride > 1 else nn.Identity(),
+            nn.Conv2d(stage.channels, width, 1, bias=False),
+            HeadBatchNorm(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, teacher.channels, 1),
         )
-        self.act = nn.ReLU()
         self.fc = nn.Linear(teacher.channels, num_classes)
         self.apply(_init_weights)
 
-    def _conv(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        return HalvingConv(in_channels, out_channels) if stride == 2 else ConvNormAct(in_channels, out_channels, 3)
+    def default_width(self, stage: Stage, teacher: Stage) -> int:
+        return min(teacher.channels // 2, 4 * stage.channels, 256)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         feature = self.bottleneck(x)
-        return self.fc(self.act(feature).mean((2, 3))), feature
+        return self.fc(feature.mean((2, 3))), feature
 
 
 class AttentionHead(BottleneckHead):
-    """Attention mask and separable convolutions (the journal version, doi 10.1109/TPAMI.2021.3067100).
+    """Attention mask before a bottleneck (the journal version, doi 10.1109/TPAMI.2021.3067100).
 
     A mask between 0 and 1 for every value of the stage's feature map says what of it this classifier looks at, so that
     the backbone can keep there what only the later layers need. It is made at half the resolution, by a separable
     convolution to a quarter of the channels and a 1x1 convolution back, and enlarged bilinearly. What is left goes
-    through a bottleneck whose convolutions are separable, 3x3.
+    through a bottleneck of half the width of `BottleneckHead`'s.
 
     Args:
         stage, teacher, num_classes, width: as of `BottleneckHead`.
@@ -98,8 +118,8 @@ class AttentionHead(BottleneckHead):
         )
         self.attention.apply(_init_weights)
 
-    def _conv(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        return SeparableConvNormAct(in_channels, out_channels, 3, stride=stride)
+    def default_width(self, stage: Stage, teacher: Stage) -> int:
+        return max(super().default_width(stage, teacher) // 2, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mask = F.interpolate(self.attention(x), x.shape[2:], mode="bilinear").sigmoid()
@@ -115,7 +135,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, stage: Stage, teacher: Stage, num_classes: int):
         super().__init__()
-        stride = 2 ** _halvings(stage, teacher)
+        stride = _stride(stage, teacher)
         self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
         self.proj = nn.Conv2d(stage.channels, teacher.channels, 1)
         self.fc = nn.Linear(teacher.channels, num_classes)
@@ -266,16 +286,9 @@ def resize_feature(feature: Tensor, teacher: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(feature, (teacher.shape[2], teacher.shape[3]))
 
 
-def _halvings(stage: Stage, teacher: Stage) -> int:
-    return max(0, round(log2(teacher.reduction / stage.reduction)))
-
-
-def _widths(stage: Stage, teacher: Stage, width: int | None) -> list[int]:
-    """Channels behind each convolution that halves (one where there is nothing to halve), doubling up to `width`."""
-    width = min(teacher.channels // 4, 2 * stage.channels, 128) if width is None else width
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"width must be a whole number of channels, at least 1, got {width!r} ({stage})")
-    return [max(width >> remaining, 8) for remaining in reversed(range(max(_halvings(stage, teacher), 1)))]
+def _stride(stage: Stage, teacher: Stage) -> int:
+    """Pixels of the stage's map, along one side, for each of the teacher's."""
+    return max(1, round(teacher.reduction / stage.reduction))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -141,8 +141,8 @@ def test_a_missing_folder_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format_version": 2}, "version 2, .*timm-selfdistill .* reads 1"),
-        ({"format_version": None}, "version None, .*timm-selfdistill .* reads 1"),
+        ({"format_version": 1}, "version 1, .*timm-selfdistill .* reads 2"),
+        ({"format_version": None}, "version None, .*timm-selfdistill .* reads 2"),
         ({"exits": [9]}, "ResNet .*level 9 .*layer1"),
         ({"exits": None}, "damaged.*exits=None"),
         ({"head": "foo"}, "unknown head 'foo'"),

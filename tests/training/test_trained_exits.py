@@ -215,9 +215,9 @@ def test_a_record_of_exits_in_another_format(tmp_path):
     state = SelfDistillTask(small_model()).get_checkpoint_state()
     torch.save(state, tmp_path / "a.pth")
     assert read_weights(tmp_path / "a.pth").exits
-    state["self_distill"]["self_distill"] |= {"format_version": 2, "timm_selfdistill_version": "7.0"}
+    state["self_distill"]["self_distill"] |= {"format_version": 1, "timm_selfdistill_version": "0.1.0"}
     torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"a\.pth has format version 2, .*reads 1; .*'7\.0'\): install that one"):
+    with pytest.raises(ValueError, match=r"a\.pth has format version 1, .*reads 2; .*'0\.1\.0'\): install that one"):
         read_weights(tmp_path / "a.pth")
 
 

@@ -345,7 +345,7 @@ def test_nothing_to_resume(fashion_tensors, tmp_path):
 @pytest.mark.parametrize(
     ("change", "first"),
     [
-        ({"exits": [1]}, "trainable_module.heads.1.bottleneck.0.bn.bias"),
+        ({"exits": [1]}, "trainable_module.heads.1.bottleneck.0.weight"),
         ({"num_classes": 12}, "trainable_module.backbone.fc.bias"),
     ],
 )

@@ -26,7 +26,7 @@ from .trust import (
     short,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VERSIONS = {"format_version": FORMAT_VERSION, "timm_selfdistill_version": __version__}
 CONFIG, BACKBONE, HEADS = "config.json", "model.safetensors", "self_distill.safetensors"
 CARD, PICTURE = "README.md", "exits.png"
