@@ -7,6 +7,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from timm_selfdistill import SelfDistillLoss, SelfDistillTask
+from timm_selfdistill.heads import LinearHead
 from timm_selfdistill.task import FrozenBackboneTask
 
 from .conftest import small_backbone, small_model
@@ -99,6 +100,48 @@ def test_other_models_and_criteria_are_refused():
         SelfDistillTask(small_backbone())
     with pytest.raises(TypeError, match=r"SelfDistillLoss\(label_loss=criterion\)"):
         SelfDistillTask(small_model(), nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize(("criterion", "freeze_backbone"), [(SelfDistillLoss, False), (SelfDistillLoss.paper, True)])
+def test_captured_exits_give_the_same_losses_and_gradients(criterion, freeze_backbone):
+    eager = SelfDistillTask(small_model(freeze_backbone=freeze_backbone), criterion()).train()
+    captured = copy.deepcopy(eager)
+    captured.capture_exits(batch_size=4, backend="aot_eager", mode=None)
+    seen = []
+    compiled = captured._captured.compiled
+    captured._captured.compiled = lambda *args: seen.append(len(args[0].logits)) or compiled(*args)
+    for images, amp in ((4, False), (4, True), (3, False), (4, False)):
+        x, y = torch.randn(images, 3, 64, 64), torch.randint(10, (images,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            expected, found = eager(x, y), captured(x, y)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+        expected["loss"].backward()
+        found["loss"].backward()
+    for one, other in zip(eager.parameters(), captured.parameters()):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad)
+    assert seen == [4, 4, 4]  # odd batches run as before
+    assert copy.deepcopy(captured)._captured is None
+    captured.eval()(x, y)
+    assert len(seen) == 3
+
+
+def test_heads_that_do_not_compile_are_trained_as_they_are():
+    class Unruly(LinearHead):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    task = SelfDistillTask(small_model(head=Unruly)).train()
+    x, y = torch.randn(4, 3, 64, 64), torch.randint(10, (4,))
+    expected = task(x, y)["loss"]
+    task.capture_exits(batch_size=4, backend="aot_eager", mode=None)
+    with pytest.warns(UserWarning, match="not captured as one graph: .*graph_break"):
+        assert task(x, y)["loss"] == expected
+    task(x, y)  # without another warning
 
 
 @pytest.mark.parametrize("freeze_backbone", [False, True])

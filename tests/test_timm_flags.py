@@ -470,6 +470,8 @@ def test_compiling():
     assert parse("--torchcompile").torchcompile == "inductor"
     assert parse("--torchcompile", "aot_eager").torchcompile == "aot_eager"
     assert parse("--torchcompile", "--no-torchcompile").torchcompile is False
+    assert parse("--capture-exits").capture_exits == "inductor"
+    assert parse("--capture-exits", "--no-capture-exits").capture_exits is False
     config = train_config(parse("--torchcompile", "--torchcompile-mode", "max-autotune"))
     assert config.torchcompile_mode == "max-autotune"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Any, cast
@@ -55,6 +56,7 @@ class SelfDistillTask(ClassificationTask):
                 " subclass of timm_selfdistill.task.FrozenBackboneTask"
             )
         super().__init__(model, criterion or SelfDistillLoss(), device=next(model.parameters()).device, verbose=False)
+        self._captured: CapturedExits | None = None
 
     @property
     def model(self) -> SelfDistillModel:
@@ -95,8 +97,33 @@ class SelfDistillTask(ClassificationTask):
         Returns:
             "loss", "label_loss", "distill_loss", "hint_loss" (scalars) and "output", the deepest logits (B, K).
         """
-        forward = self.trainable_module if self.training else self.model.forward_exits
-        return self.run_loss(forward(input), target)
+        if not self.training:
+            return self.run_loss(self.model.forward_exits(input), target)
+        if self._captured and self._captured.fits(input):
+            return self._captured(self.model.forward_backbone(input), target)
+        return self.run_loss(self.trainable_module(input), target)
+
+    def capture_exits(self, batch_size: int, backend: str = "inductor", mode: str | None = "reduce-overhead") -> None:
+        """Compile heads and loss as one graph, apart from the backbone; on a GPU it becomes a CUDA graph. There the
+        heads are many short kernels, and launching them takes longer than running them.
+
+        Only training batches of `batch_size` images use it, others run as before. Losses and gradients are those of
+        separate operations within rounding. If compiling fails, a warning says so and training goes on without it.
+
+        Args:
+            batch_size: images in a training batch.
+            backend, mode: of `torch.compile`.
+        """
+        exits = self._exit_heads()
+
+        def run(features: BackboneOutput, target: Tensor | None) -> dict[str, Tensor]:
+            terms = self.run_loss(exits(features), target)
+            return {name: value for name, value in terms.items() if name != "output"}
+
+        self._captured = CapturedExits(run, batch_size, backend, mode)
+
+    def _exit_heads(self) -> "ExitHeads":
+        return ExitHeads(self.model)
 
     def run_loss(self, output: SelfDistillOutput, target: Tensor | None) -> dict[str, Tensor]:
         """What `forward` returns, for what the exits say."""
@@ -122,6 +149,43 @@ class ExitHeads(nn.Module):
         classes, channels = features.logits.shape[1], features.maps[-1].shape[1]
         shallow = run_heads(self.heads, features.maps, self.stages, classes, channels, self.model_name)
         return gather_exits(shallow, features)
+
+
+class CapturedExits:
+    """Heads and loss as one graph, see `SelfDistillTask.capture_exits`.
+
+    Args:
+        run: the features of the backbone and the target to the loss and its parts.
+        batch_size, backend, mode: as there.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[BackboneOutput, Tensor | None], dict[str, Tensor]],
+        batch_size: int,
+        backend: str,
+        mode: str | None,
+    ):
+        self.run, self.batch_size = run, batch_size
+        self.compiled = torch.compile(run, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the task has other heads, which are not in this graph."""
+
+    def fits(self, x: Tensor | BackboneOutput) -> bool:
+        """Whether these images, or features of images, are a batch of the captured size."""
+        return len(x.logits if isinstance(x, BackboneOutput) else x) == self.batch_size
+
+    def __call__(self, features: BackboneOutput, target: Tensor | None) -> dict[str, Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()  # the results of the last batch are no longer needed
+        try:
+            terms = self.compiled(features, target)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"heads and loss are not captured as one graph: {reason}", stacklevel=2)
+            self.compiled = self.run
+            terms = self.run(features, target)
+        return terms | {"output": features.logits}
 
 
 class FrozenBackbone(nn.Module):
@@ -171,6 +235,9 @@ class FrozenBackboneTask(SelfDistillTask):
     def model(self) -> SelfDistillModel:
         return self.frozen.model
 
+    def _exit_heads(self) -> ExitHeads:
+        return self.trainable_module
+
     def train(self, mode: bool = True) -> "FrozenBackboneTask":
         super().train(mode)
         self.model.train(mode)  # whose backbone stays in eval mode
@@ -208,6 +275,8 @@ class FrozenBackboneTask(SelfDistillTask):
             target: as there.
         """
         features = input if isinstance(input, BackboneOutput) else self.frozen(input)
+        if self.training and self._captured and self._captured.fits(features):
+            return self._captured(features, target)
         return self.run_loss(self.trainable_module(features), target)
 
 

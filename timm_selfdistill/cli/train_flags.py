@@ -34,6 +34,8 @@ from .saved import timm_name
 from .timm_flags import add_timm_flags
 
 _BOOLEAN = argparse.BooleanOptionalAction
+COMPILED = ("torchcompile", "capture_exits")
+"""Settings that are off, or name a backend of torch.compile."""
 TIMM_DEFAULTS = {
     "model": "resnet50",
     "smoothing": 0.1,
@@ -508,7 +510,7 @@ def _add_config(group: Any) -> None:
         names = [*described.flags, f"--{entry.name.replace('_', '-')}"]
         default: Any = {"opt_kwargs": {}, "lr": None}.get(entry.name, entry.default)
         options: dict[str, Any] = {"dest": entry.name, "default": default, "help": described.text(as_flags=True)}
-        if entry.name == "torchcompile":
+        if entry.name in COMPILED:
             options |= {"nargs": "?", "const": "inductor", "metavar": "BACKEND"}
         elif isinstance(entry.default, bool):
             options["action"] = "store_true" if entry.name.startswith("no_") else _BOOLEAN
@@ -520,10 +522,11 @@ def _add_config(group: Any) -> None:
             options["type"] = batch_size if entry.name == "batch_size" else element_type(TrainConfig, entry.name)
             options |= {"nargs": "+"} if takes_several(TrainConfig, entry.name) else {}
         group.add_argument(*names, **options)
-    group.add_argument(
-        "--no-torchcompile",
-        dest="torchcompile",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
+    for name in COMPILED:
+        group.add_argument(
+            f"--no-{name.replace('_', '-')}",
+            dest=name,
+            action="store_false",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )

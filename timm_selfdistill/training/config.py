@@ -307,6 +307,11 @@ class TrainConfig:
     channels_last: bool = setting(False, "memory format of images and weights")
     torchcompile: bool | str = setting(False, "compile the model with torch.compile; a backend, or inductor")
     torchcompile_mode: str | None = setting(None, "mode of torch.compile, e.g. max-autotune")
+    capture_exits: bool | str = setting(
+        False,
+        "GPU: run heads and loss as one CUDA graph, made by torch.compile; for networks and images so small that"
+        " launching the heads takes longer than running them; a backend, or inductor",
+    )
     workers: int = setting(2, "DataLoader workers per process", integer=True, bounds=">= 0", flags=("-j",))
     log_interval: int = setting(50, "log the losses every so many updates", integer=True, bounds=">= 1")
     checkpoint_interval: str = setting(
@@ -423,6 +428,8 @@ class TrainConfig:
             raise ValueError("no_resume_opt leaves a part of a checkpoint out, and none is resumed; give resume, too")
         if 0 < self.aug_repeats < 1:
             raise ValueError(f"aug_repeats must be 0 (off) or at least 1, got {self.aug_repeats}")
+        if self.capture_exits and self.torchcompile:
+            raise ValueError("torchcompile compiles heads and loss, too; leave capture_exits out")
         if self.torchcompile_mode and not self.torchcompile:
             raise ValueError(f"torchcompile_mode {self.torchcompile_mode} is of torchcompile, which is off")
         if (self.wandb_project or self.wandb_tags) and "wandb" not in self.report_to:

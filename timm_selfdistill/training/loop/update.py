@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from ...model import SelfDistillModel
-from ...task import FrozenBackboneTask, eval_model, freeze_teacher, trainable_model
+from ...task import FrozenBackboneTask, SelfDistillTask, eval_model, freeze_teacher, trainable_model
 from ..config import TrainConfig
 from ..data.loaders import known_batch_size
 from ..data.sampling import Batch, mixed_seed
@@ -169,9 +169,19 @@ class Updater:
             with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.wrapped):
                 result = self.wrapped(images, target)
                 self.accelerator.backward(result["loss"] / len(group))
+            if self.config.capture_exits and index == 0 and len(group) > 1:
+                self._keep_gradients()
             for name in (key for key in result if key.endswith("loss")):
                 losses[name] = losses.get(name, 0) + result[name].detach().float() / len(group)
         return losses
+
+    def _keep_gradients(self) -> None:
+        """Copy the gradients of the heads, to which the next batch's will be added, out of the memory of the CUDA graph
+        that made them."""
+        model = trainable_model(self.task)
+        for parameter in cast(nn.ModuleList, model.heads).parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
 
     def _clip(self) -> bool:
         """Clip the gradients; False where they are not finite and `on_nan` wants to know. They are the mean over the
@@ -232,16 +242,26 @@ def create_updater(
     _prepare_batch_norm(accelerator, model, config)
     if config.channels_last:
         task.to(memory_format=torch.channels_last)  # a teacher, too
-    if config.torchcompile:
-        backend = "inductor" if config.torchcompile is True else config.torchcompile
-        for part in (model, task.frozen) if isinstance(task, FrozenBackboneTask) else (model,):
-            part.compile(backend=backend, mode=config.torchcompile_mode)
+    _compile(task, config)
     optimizer = create_optimizer(model, config)
     schedule, epochs = create_schedule(optimizer, config, updates_per_epoch)
     wrapped, wrapped_optimizer = accelerator.prepare(task, optimizer)
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     return Updater(accelerator, task, wrapped, wrapped_optimizer, schedule, mixer, config, epochs, updates_per_epoch)
+
+
+def _compile(task: TrainingTask, config: TrainConfig) -> None:
+    """The network with its loss, or heads and loss alone."""
+    if config.torchcompile:
+        backend = "inductor" if config.torchcompile is True else config.torchcompile
+        nn.Module.compile(task, backend=backend, mode=config.torchcompile_mode)  # timm's own leaves the loss out
+        eval_model(task).compile(backend=backend, mode=config.torchcompile_mode)
+    if config.capture_exits:
+        if not isinstance(task, SelfDistillTask):
+            raise ValueError(f"capture_exits is for networks with exits, and {type(task).__name__} trains none")
+        backend = "inductor" if config.capture_exits is True else config.capture_exits
+        task.capture_exits(known_batch_size(config), backend)
 
 
 def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> None:
