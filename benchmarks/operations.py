@@ -54,8 +54,9 @@ def count_step(task: TrainingTask, size: int) -> dict[str, int]:
     """Operations of forward pass, loss and backward pass."""
     x, y = torch.randn(2, 3, size, size), torch.tensor([0, 1])
     task.train()
+    arguments = [x, task.criterion.needs_features] if isinstance(task, SelfDistillTask) else [x]
     with LaunchedOperations() as forward:
-        output = task.trainable_module(x)
+        output = task.trainable_module(*arguments)
     criterion: Callable[..., Any] = task.criterion
     with LaunchedOperations() as loss:
         value = criterion(output, y)

@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--torchcompile", action="store_true")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--paper", action="store_true", help="the loss of the paper, with its hint")
     args = parser.parse_args()
+    criterion = SelfDistillLoss.paper() if args.paper else SelfDistillLoss()
     torch.set_num_threads(args.threads)
 
     rows = []
@@ -54,16 +56,17 @@ def main() -> None:
         backbone = timm.create_model(network, num_classes=100).to(args.device)
         plain_task = ClassificationTask(copy.deepcopy(backbone), nn.CrossEntropyLoss(), verbose=False)
         model = wrap_self_distill(backbone, head=args.head)
-        steps = [make_steps(task, size, args) for task in (plain_task, SelfDistillTask(model, SelfDistillLoss.paper()))]
+        steps = [make_steps(task, size, args) for task in (plain_task, SelfDistillTask(model, criterion))]
         times = interleaved(steps, args.rounds, args.seconds)
         plain, ours = (median(record) / (STEPS_ON_GPU if args.device == "cuda" else 1) for record in times)
         macs = [
             count_cost(model.backbone, (3, size, size)).macs,
-            count_cost(model, (3, size, size), lambda m, x: m.forward_exits(x)).macs,
+            count_cost(model, (3, size, size), lambda m, x: m.forward_exits(x, criterion.needs_features)).macs,
         ]
         row = {
             "network": name,
             "head": args.head,
+            "loss": repr(criterion),
             "batch_size": args.batch_size,
             "amp_dtype": args.amp_dtype,
             "channels_last": args.channels_last,

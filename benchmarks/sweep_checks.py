@@ -29,7 +29,8 @@ def check_meta(name: str, row: dict[str, Any]) -> None:
         _train_step(model, x, y)
         logits = model.eval()(x)
         expect(logits.shape == backbone.eval()(x).shape == (2, CLASSES), f"eval gives {tuple(logits.shape)}")
-    plain, everything = count_cost(backbone, size), count_cost(model, size, SelfDistillModel.forward_exits)
+    plain = count_cost(backbone, size)
+    everything = count_cost(model, size, lambda m, x: m.forward_exits(x, with_features=False))
     row |= {
         "macs": plain.macs,
         "head_macs": everything.macs - plain.macs,

@@ -31,8 +31,7 @@ The commands are `{meta_command}` and then
 
 The rule is the docstring of `timm_selfdistill.stages.choose_exits`; `exits=[...]` overrides it. The columns
 *smallest*, *exits* and *share of compute* are of the smallest network of the class. *Head cost* is the multiply-adds of
-all "bottleneck" heads over the plain network's, median and largest of the class: where it is high, mostly in small
-networks with many channels at their end, the "attention" head costs less.
+all "bottleneck" heads over the plain network's, median and largest of the class.
 
 An exit saves what its share of the compute leaves. Classes in most of whose networks the first exit takes over 75 %, so
 that they are none for early exits: {late}.

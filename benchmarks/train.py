@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--amp-dtype", choices=["float16", "bfloat16"])
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--torchcompile", action="store_true")
+    parser.add_argument("--paper", action="store_true", help="the loss of the paper, with its hint")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -111,7 +112,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
             ClassificationTask(create(name, args), nn.CrossEntropyLoss(), verbose=False), args
         ),
         "ours": lambda: with_trainer(
-            SelfDistillTask(wrap_self_distill(create(name, args)), SelfDistillLoss.paper()), args
+            SelfDistillTask(wrap_self_distill(create(name, args)), create_criterion(args)), args
         ),
         "authors": lambda: bare_loop(AuthorsTask(name, CLASSES), args),
     }
@@ -126,7 +127,11 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 memory[key].append(gib)
     model = wrap_self_distill(create(name, args))
     size = (3, args.img_size, args.img_size)
-    macs = [count_cost(model.backbone, size).macs, count_cost(model, size, lambda m, x: m.forward_exits(x)).macs]
+    with_features = create_criterion(args).needs_features
+    macs = [
+        count_cost(model.backbone, size).macs,
+        count_cost(model, size, lambda m, x: m.forward_exits(x, with_features)).macs,
+    ]
     ratio = median_ratio(times["ours"], times["plain"])
     return {
         **{f"{key}_images_per_second": 1000 / median(values) for key, values in times.items()},
@@ -138,6 +143,10 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "authors_time_ratio": median_ratio(times["authors"], times["timm"]),
         "memory_ratio": median(memory["ours"]) / median(memory["plain"]),
     }
+
+
+def create_criterion(args: argparse.Namespace) -> SelfDistillLoss:
+    return SelfDistillLoss.paper() if args.paper else SelfDistillLoss()
 
 
 def create(name: str, args: argparse.Namespace) -> nn.Module:

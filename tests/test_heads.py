@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_selfdistill import wrap_self_distill
-from timm_selfdistill.heads import AttentionHead, BottleneckHead, HeadBatchNorm, LinearHead, create_head
+from timm_selfdistill.heads import AttentionHead, BottleneckHead, LinearHead, batch_norm, create_head
 from timm_selfdistill.stages import Stage
 
 STAGE, TEACHER = Stage(1, "layer1", 64, 4), Stage(4, "layer4", 512, 32)
@@ -51,9 +51,9 @@ def test_a_bottleneck_head_pools_to_the_teachers_resolution_at_once():
     logits, feature = head(torch.randn(2, 64, 56, 56))
     assert logits.shape == (2, 10)
     assert feature.shape == (2, 512, 7, 7)
-    pool, narrow, *_, widen = head.bottleneck
+    pool, narrow, *_ = head.bottleneck
     assert (pool.groups, pool.kernel_size, pool.stride) == (64, (8, 8), (8, 8))
-    assert (narrow.out_channels, widen.out_channels) == (256, 512)
+    assert (narrow.out_channels, head.proj.out_channels) == (256, 512)
     assert isinstance(BottleneckHead(TEACHER, TEACHER, 10).bottleneck[0], nn.Identity)
 
 
@@ -66,22 +66,33 @@ def test_a_bottleneck_head_rounds_sizes_up_and_fills_with_zeros():
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_the_batch_norm_of_heads_is_torchs(momentum):
-    norm, torchs = HeadBatchNorm(8, momentum=momentum), nn.BatchNorm2d(8, momentum=momentum)
+def test_batch_norm_is_torchs_without_the_count(momentum):
+    norm, torchs = (nn.BatchNorm2d(8, momentum=momentum) for _ in range(2))
     for x in torch.randn(3, 4, 8, 5, 5):
-        assert torch.equal(norm(x), torchs(x))
+        assert torch.equal(batch_norm(norm, x), torchs(x))
     assert torch.equal(norm.running_mean, torchs.running_mean)
     assert torch.equal(norm.running_var, torchs.running_var)
-    assert torch.equal(norm.eval()(x), torchs.eval()(x))
-    norm.load_state_dict(torchs.state_dict())
-    assert type(nn.SyncBatchNorm.convert_sync_batchnorm(norm)) is nn.SyncBatchNorm
+    assert torch.equal(batch_norm(norm.eval(), x), torchs.eval()(x))
+    assert norm.num_batches_tracked == (0 if momentum else 3)
+
+
+def test_a_head_with_a_forward_of_its_own_runs_that():
+    class Own(LinearHead):
+        def forward(self, x):
+            logits, feature = super().forward(x)
+            return logits + 1, feature
+
+    model, x = wrap_self_distill(timm.create_model("test_resnet", num_classes=4), head=Own), torch.randn(2, 3, 64, 64)
+    expected = model.forward_exits(x).logits[0]
+    assert torch.equal(model.predict(x, 0), expected)
+    assert torch.equal(model.forward_exits(x, with_features=False).logits[0], expected)
 
 
 def test_an_attention_head_sees_the_feature_through_a_mask():
     head = AttentionHead(STAGE, TEACHER, 10).eval()
     x = torch.randn(2, 64, 15, 14)
     seen = []
-    head.bottleneck.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    head.bottleneck[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     logits, feature = head(x)
     assert (logits.shape, feature.shape) == ((2, 10), (2, 512, 2, 2))
     mask = seen[0] / x
@@ -98,6 +109,16 @@ def test_convolutions_start_with_hes_distribution_over_their_outputs(head):
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 4000:
             fan_out = module.out_channels // module.groups * module.kernel_size[0] ** 2
             assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("head", [BottleneckHead, AttentionHead, LinearHead])
+def test_the_pooled_feature_is_the_mean_of_the_feature(head):
+    head, x = head(STAGE, TEACHER, 10), torch.randn(2, 64, 17, 24)
+    for mode in (True, False):
+        logits, feature = head.train(mode)(x)
+        without, pooled = head.forward_pooled(x)
+        assert torch.equal(without, logits)
+        torch.testing.assert_close(pooled, feature.mean((2, 3)))
 
 
 def test_a_linear_heads_logits_are_linear_in_the_pooled_map():

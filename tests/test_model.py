@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from timm_selfdistill import SelfDistillLoss, SelfDistillModel, SelfDistillOutput, wrap_self_distill
+from timm_selfdistill.heads import LinearHead
 
 from .conftest import small_backbone, small_model
 
@@ -178,6 +179,17 @@ def test_heads_follow_dtype_memory_format_and_mode():
         weight = head.bottleneck[1].weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
     assert wrap_self_distill(small_backbone().train()).heads.training
+
+
+@pytest.mark.parametrize("head", ["bottleneck", "attention", "linear", LinearHead])
+def test_features_may_be_left_out(head):
+    model, x = small_model(head=head), torch.randn(IMAGES)
+    for mode in (True, False):
+        model.train(mode)
+        output, without = (model.forward_exits(x, with_features) for with_features in (True, False))
+        assert without.features == ()
+        assert all(torch.equal(one, other) for one, other in zip(output.logits, without.logits, strict=True))
+    assert model.train()(x, with_features=False).features == ()
 
 
 def test_heads_follow_the_device():

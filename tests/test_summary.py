@@ -34,7 +34,7 @@ def test_rows_add_up():
 def test_multiply_adds_are_half_of_what_torch_counts():
     model = small_model().eval()
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        model.forward_exits(torch.randn(1, 3, 64, 64))
+        model.predict(torch.randn(1, 3, 64, 64), exit="ensemble")
     assert model.summary((3, 64, 64)).total.macs == flops.get_total_flops() // 2
 
 
@@ -43,9 +43,9 @@ def test_it_prints_as_a_table_that_fits_80_columns():
     assert max(map(len, lines)) <= 80
     text = [line.split() for line in lines if line.strip()]
     assert " ".join(text[0] + text[1]) == "head head exit stage feature params MACs params MACs share"
-    assert " ".join(text[3]) == "0 layer1 64x32x32 0.17 M 4.25 M 0.32 M 157.01 M 28.3%"
+    assert " ".join(text[3]) == "0 layer1 64x32x32 0.20 M 0.51 M 0.35 M 153.27 M 27.6%"
     assert " ".join(text[6]) == "3 layer4 512x4x4 - - 11.22 M 555.47 M 100.0%"
-    assert " ".join(text[7]) == "ensemble layer4 512x4x4 0.60 M 11.16 M 11.82 M 566.63 M 102.0%"
+    assert " ".join(text[7]) == "ensemble layer4 512x4x4 0.67 M 2.50 M 11.89 M 557.97 M 100.4%"
 
 
 def test_rich_prints_the_same_table():

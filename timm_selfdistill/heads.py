@@ -44,18 +44,46 @@ def pad_to_multiple(x: Tensor, stride: int) -> Tensor:
     return x
 
 
-class HeadBatchNorm(nn.BatchNorm2d):
-    """`BatchNorm2d` that does not count batches while its averages need no count: one kernel less to launch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.momentum is None or not self.track_running_stats:
-            return super().forward(x)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
-        )
+def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(x)`, but torch's batch norm does not count the batches in training: a kernel of its own, which only a
+    cumulative average (momentum=None) needs."""
+    if type(norm) is not nn.BatchNorm2d or not norm.training or norm.momentum is None or isinstance(x, Proxy):
+        return norm(x)
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
 
 
-class BottleneckHead(nn.Module):
+class ProjectedHead(nn.Module):
+    """A head that ends in a 1x1 convolution to the teacher's channels, an average over the map and a linear classifier.
+
+    Attributes:
+        proj: the convolution.
+        fc: the classifier.
+    """
+
+    proj: nn.Conv2d
+    fc: nn.Linear
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """A stage's map (B, C, H, W) to what `proj` takes (B, width, H', W')."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        narrow = self.narrow(x)
+        pooled = self._pool(narrow)
+        feature = pooled[..., None, None] if narrow.shape[2:] == (1, 1) else self.proj(narrow)
+        return self.fc(pooled), feature
+
+    def forward_pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and the feature's average (B, D), without the feature."""
+        pooled = self._pool(self.narrow(x))
+        return self.fc(pooled), pooled
+
+    def _pool(self, narrow: Tensor) -> Tensor:
+        # the average comes first, so that the convolution has a single pixel to take to D channels
+        return self.proj(narrow.mean((2, 3), keepdim=True)).flatten(1)
+
+
+class BottleneckHead(ProjectedHead):
     """Bottleneck, pooling and fully connected layer ("Be Your Own Teacher", arXiv:1905.08094, section 3).
 
     Where the paper's bottleneck halves the map several times over, this one reaches the teacher's resolution in one
@@ -83,19 +111,19 @@ class BottleneckHead(nn.Module):
         self.bottleneck = nn.Sequential(
             PatchPool(stage.channels, stride) if stride > 1 else nn.Identity(),
             nn.Conv2d(stage.channels, width, 1, bias=False),
-            HeadBatchNorm(width),
+            nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
-            nn.Conv2d(width, teacher.channels, 1),
         )
+        self.proj = nn.Conv2d(width, teacher.channels, 1)
         self.fc = nn.Linear(teacher.channels, num_classes)
         self.apply(_init_weights)
 
     def default_width(self, stage: Stage, teacher: Stage) -> int:
         return min(teacher.channels // 2, 4 * stage.channels, 256)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        feature = self.bottleneck(x)
-        return self.fc(feature.mean((2, 3))), feature
+    def narrow(self, x: Tensor) -> Tensor:
+        pool, conv, norm, act = self.bottleneck
+        return act(batch_norm(norm, conv(pool(x))))
 
 
 class AttentionHead(BottleneckHead):
@@ -121,12 +149,11 @@ class AttentionHead(BottleneckHead):
     def default_width(self, stage: Stage, teacher: Stage) -> int:
         return max(super().default_width(stage, teacher) // 2, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mask = F.interpolate(self.attention(x), x.shape[2:], mode="bilinear").sigmoid()
-        return super().forward(x * mask)
+    def narrow(self, x: Tensor) -> Tensor:
+        return super().narrow(x * F.interpolate(self.attention(x), x.shape[2:], mode="bilinear").sigmoid())
 
 
-class LinearHead(nn.Module):
+class LinearHead(ProjectedHead):
     """Pooling and a linear classifier, as in deeply-supervised nets (DSN, arXiv:1409.5185).
 
     The map is average-pooled to the teacher's resolution and taken to its channels by a 1x1 convolution, for the hint
@@ -141,9 +168,8 @@ class LinearHead(nn.Module):
         self.fc = nn.Linear(teacher.channels, num_classes)
         self.apply(_init_weights)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        feature = self.proj(self.pool(x))
-        return self.fc(feature.mean((2, 3))), feature
+    def narrow(self, x: Tensor) -> Tensor:
+        return self.pool(x)
 
 
 HEADS: dict[str, HeadFactory] = {"bottleneck": BottleneckHead, "attention": AttentionHead, "linear": LinearHead}
@@ -245,36 +271,50 @@ def check_logits(model: nn.Module, logits: Any, x: Tensor, num_classes: int) -> 
         )
 
 
-def run_heads(
+def run_pooled(
+    head: nn.Module, x: Tensor, stage: Stage, num_classes: int, channels: int, model_name: str
+) -> tuple[Tensor, Tensor]:
+    """Logits (B, K) of a head and the average (B, D) of its feature, which `ProjectedHead`s give for less, unless a
+    subclass has a `forward` of its own.
+
+    Args:
+        x: feature map (B, C, H, W) of the stage.
+        stage, num_classes, channels, model_name: as of `check_output`.
+    """
+    if isinstance(head, ProjectedHead) and type(head).forward is ProjectedHead.forward:
+        return head.forward_pooled(x)
+    logits, feature = check_output(head(x), x, num_classes, channels, stage, model_name)
+    return logits, feature.mean((2, 3))
+
+
+def run_exits(
     heads: Iterable[nn.Module],
-    maps: Sequence[Tensor],
+    backbone: BackboneOutput,
     stages: Sequence[Stage],
     num_classes: int,
     channels: int,
     model_name: str,
-) -> list[tuple[Tensor, Tensor]]:
-    """Logits and feature of every head.
-
-    Args:
-        maps: feature maps of their stages, and the teacher's.
-        num_classes, channels, model_name: as of `check_output`.
-    """
-    return [
-        check_output(head(feature_map), feature_map, num_classes, channels, stage, model_name)
-        for head, feature_map, stage in zip(heads, maps, stages)
-    ]
-
-
-def gather_exits(shallow: Sequence[tuple[Tensor, Tensor]], features: BackboneOutput) -> SelfDistillOutput:
+    with_features: bool,
+) -> SelfDistillOutput:
     """What every exit says.
 
     Args:
-        shallow: logits and feature of every head.
-        features: that the heads were given.
+        backbone: that the heads are given.
+        stages: of the heads.
+        num_classes, channels, model_name: as of `check_output`.
+        with_features: False leaves the features out.
     """
-    teacher = features.maps[-1]
+    described = (num_classes, channels, model_name)
+    if not with_features:
+        pooled = [run_pooled(head, x, stage, *described) for head, x, stage in zip(heads, backbone.maps, stages)]
+        return SelfDistillOutput((*(logits for logits, _ in pooled), backbone.logits), ())
+    shallow = [
+        check_output(head(x), x, num_classes, channels, stage, model_name)
+        for head, x, stage in zip(heads, backbone.maps, stages)
+    ]
+    teacher = backbone.maps[-1]
     return SelfDistillOutput(
-        logits=(*(logits for logits, _ in shallow), features.logits),
+        logits=(*(logits for logits, _ in shallow), backbone.logits),
         features=(*(resize_feature(feature, teacher) for _, feature in shallow), teacher),
     )
 

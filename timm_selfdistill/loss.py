@@ -101,6 +101,12 @@ class SelfDistillLoss(nn.Module):
         """
         return cls(**{"hint": "map", "teacher": "deepest", "t_squared": False, **overrides})
 
+    @property
+    def needs_features(self) -> bool:
+        """Whether the loss looks at features; `SelfDistillTask` leaves them out where it does not. A subclass with
+        `terms` of its own is given them, unless it overrides this."""
+        return bool(self.hint and self.beta) or type(self).terms is not SelfDistillLoss.terms
+
     def forward(self, output: SelfDistillOutput, target: Tensor | None = None) -> Tensor:
         """The loss, a scalar tensor. See `terms`."""
         return self.terms(output, target)["loss"]
@@ -109,7 +115,7 @@ class SelfDistillLoss(nn.Module):
         """The loss and its parts, `loss = label + alpha * distill + beta * hint`.
 
         Args:
-            output: of a `SelfDistillModel`: C logits (B, K) and C features (B, D, H, W).
+            output: of a `SelfDistillModel`: C logits (B, K) and C features (B, D, H, W), which only the hint needs.
             target: class indices (B,), or soft labels (B, K); None for images without labels, where `label` is 0 and
                 the exits learn from the teacher alone.
 
@@ -167,6 +173,8 @@ class SelfDistillLoss(nn.Module):
         return binary_divergence(teacher, students, weight / classes)
 
     def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
+        if not features:
+            raise ValueError("the hint compares features, and the output has none; run the model with_features=True")
         compared = [full_precision(f) for f in features]
         if self.hint == "pooled":
             compared = [f.mean((2, 3)) for f in compared]

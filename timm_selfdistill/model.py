@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .cost import default_input_size
-from .heads import HeadFactory, check_logits, check_output, create_head, gather_exits, move_alike, run_heads
+from .heads import HeadFactory, check_logits, create_head, move_alike, run_exits, run_pooled
 from .hub import CalibrationRecord, ExitRow, ExitSettings, HubMixin, build_backbone, choose_head, measured_rows
 from .output import BackboneOutput, SelfDistillOutput
 from .stages import Stage, check_timm_classifier, explain_misfit, select_stages
@@ -188,18 +188,26 @@ class SelfDistillModel(HubMixin):
         self._paused = self._paused if alone else []
         self.train(self.training)
 
-    def forward(self, x: Tensor) -> SelfDistillOutput | Tensor:
+    def forward(self, x: Tensor, with_features: bool = True) -> SelfDistillOutput | Tensor:
         """Training mode: what every classifier says. Eval mode: the deepest logits (B, K), the backbone's own.
 
         Args:
             x: images (B, in_chans, H, W).
+            with_features: see `forward_exits`.
         """
-        return self.forward_exits(x) if self.training else self._run(x, self.backbone)
+        return self.forward_exits(x, with_features) if self.training else self._run(x, self.backbone)
 
-    def forward_exits(self, x: Tensor) -> SelfDistillOutput:
-        """What every classifier says, in either mode, for images (B, in_chans, H, W)."""
-        features = self.forward_backbone(x)
-        return gather_exits(self._run_heads(features.maps), features)
+    def forward_exits(self, x: Tensor, with_features: bool = True) -> SelfDistillOutput:
+        """What every classifier says, in either mode.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            with_features: False leaves the features out, which only a loss with a hint needs; the heads then take less
+                time, since they average their maps before the last convolution.
+        """
+        backbone, name = self.forward_backbone(x), type(self.backbone).__name__
+        channels = self.feature_channels
+        return run_exits(self.heads, backbone, self.stages, self.num_classes, channels, name, with_features)
 
     def forward_backbone(self, x: Tensor) -> BackboneOutput:
         """What the backbone gives the shallow classifiers for images (B, in_chans, H, W); a frozen one always the
@@ -225,15 +233,10 @@ class SelfDistillModel(HubMixin):
         if self.training and self.early_exit is not None:
             self.early_exit = None
 
-    def _run_heads(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Logits and feature of every shallow classifier for the maps of `forward_backbone`."""
-        name = type(self.backbone).__name__
-        return run_heads(self.heads, maps, self.stages, self.num_classes, self.feature_channels, name)
-
     def run_head(self, exit: int, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and feature (B, D, H', W') of a shallow classifier for the feature map of its stage."""
-        output, name = self.heads[exit](feature_map), type(self.backbone).__name__
-        return check_output(output, feature_map, self.num_classes, self.feature_channels, self.stages[exit], name)
+        """Logits (B, K) and pooled feature (B, D) of a shallow classifier for the feature map of its stage."""
+        head, stage, name = self.heads[exit], self.stages[exit], type(self.backbone).__name__
+        return run_pooled(head, feature_map, stage, self.num_classes, self.feature_channels, name)
 
     def run_to(self, exit: int, x: Tensor) -> Tensor:
         """The feature map (B, C, H, W) at a shallow exit for images (B, in_chans, H, W), running no layer behind it."""
@@ -273,8 +276,7 @@ class SelfDistillModel(HubMixin):
         """
         number = self.exit_number(exit)
         if number == "ensemble":
-            maps, deepest = self.forward_backbone(x)
-            return torch.stack([*(logits for logits, _ in self._run_heads(maps)), deepest]).mean(0)
+            return torch.stack(self.forward_exits(x, with_features=False).logits).mean(0)
         if number == len(self.stages):
             self.note_training(x)
             return self._run(x, self.backbone)

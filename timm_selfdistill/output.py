@@ -11,7 +11,7 @@ class SelfDistillOutput(NamedTuple):
     logits: tuple[Tensor, ...]
     """C tensors (B, K)."""
     features: tuple[Tensor, ...]
-    """C tensors (B, D, H, W), all of the shape of the backbone's last feature map."""
+    """C tensors (B, D, H, W), all of the shape of the backbone's last feature map; none where they were left out."""
 
 
 class BackboneOutput(NamedTuple):

@@ -1,11 +1,13 @@
 """What each exit costs, as a table."""
 
+from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from .cost import Cost, count_cost
 from .stages import Stage
@@ -49,7 +51,7 @@ class Summary(tuple[ExitSummary, ...]):
 
     @property
     def total(self) -> ExitSummary:
-        """Everything: the ensemble, which is also what a training step runs forward."""
+        """Everything: the ensemble. A training step costs a little more, since it makes the features as maps."""
         return self[-1]
 
     def __rich__(self) -> Table:
@@ -103,7 +105,9 @@ def summarize(
         ),
     ).output
     shapes: list[tuple[int, int, int]] = [tuple(feature_map.shape[1:]) for feature_map in maps]
-    heads = [count_cost(head, shape) for head, shape in zip(model.heads, shapes)]
+    heads = [
+        count_cost(model, shape, partial(_run_head, exit=exit)) for exit, shape in enumerate(shapes[: len(model.heads)])
+    ]
     ensemble_cost = _count_exit(model, "ensemble", input_size)
     costs = [_count_exit(model, exit, input_size) for exit in range(len(stages))]
     rows = [
@@ -130,6 +134,10 @@ def summarize(
         share=ensemble_cost.macs / costs[-1].macs,
     )
     return Summary([*rows, ensemble])
+
+
+def _run_head(model: "SelfDistillModel", feature_map: Tensor, exit: int) -> Tensor:
+    return model.run_head(exit, feature_map)[0]
 
 
 def _count_exit(model: "SelfDistillModel", exit: int | str, input_size: tuple[int, int, int]) -> Cost:

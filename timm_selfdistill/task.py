@@ -14,7 +14,7 @@ from timm.task.distillation import DistillationTeacher
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .heads import gather_exits, run_heads
+from .heads import run_exits
 from .hub.files import VERSIONS
 from .loss import SelfDistillLoss
 from .model import SelfDistillModel
@@ -98,10 +98,10 @@ class SelfDistillTask(ClassificationTask):
             "loss", "label_loss", "distill_loss", "hint_loss" (scalars) and "output", the deepest logits (B, K).
         """
         if not self.training:
-            return self.run_loss(self.model.forward_exits(input), target)
+            return self.run_loss(self.model.forward_exits(input, self.criterion.needs_features), target)
         if self._captured and self._captured.fits(input):
             return self._captured(self.model.forward_backbone(input), target)
-        return self.run_loss(self.trainable_module(input), target)
+        return self.run_loss(self.trainable_module(input, self.criterion.needs_features), target)
 
     def capture_exits(self, batch_size: int, backend: str = "inductor", mode: str | None = "reduce-overhead") -> None:
         """Compile heads and loss as one graph, apart from the backbone; on a GPU it becomes a CUDA graph. There the
@@ -117,7 +117,7 @@ class SelfDistillTask(ClassificationTask):
         exits = self._exit_heads()
 
         def run(features: BackboneOutput, target: Tensor | None) -> dict[str, Tensor]:
-            terms = self.run_loss(exits(features), target)
+            terms = self.run_loss(exits(features, self.criterion.needs_features), target)
             return {name: value for name, value in terms.items() if name != "output"}
 
         self._captured = CapturedExits(run, batch_size, backend, mode)
@@ -145,10 +145,9 @@ class ExitHeads(nn.Module):
         self.heads = model.heads
         self.stages, self.model_name = model.stages, type(model.backbone).__name__
 
-    def forward(self, features: BackboneOutput) -> SelfDistillOutput:
-        classes, channels = features.logits.shape[1], features.maps[-1].shape[1]
-        shallow = run_heads(self.heads, features.maps, self.stages, classes, channels, self.model_name)
-        return gather_exits(shallow, features)
+    def forward(self, backbone: BackboneOutput, with_features: bool = True) -> SelfDistillOutput:
+        classes, channels = backbone.logits.shape[1], backbone.maps[-1].shape[1]
+        return run_exits(self.heads, backbone, self.stages, classes, channels, self.model_name, with_features)
 
 
 class CapturedExits:
@@ -236,7 +235,7 @@ class FrozenBackboneTask(SelfDistillTask):
         return self.frozen.model
 
     def _exit_heads(self) -> ExitHeads:
-        return self.trainable_module
+        return cast(ExitHeads, self.trainable_module)
 
     def train(self, mode: bool = True) -> "FrozenBackboneTask":
         super().train(mode)
@@ -277,7 +276,7 @@ class FrozenBackboneTask(SelfDistillTask):
         features = input if isinstance(input, BackboneOutput) else self.frozen(input)
         if self.training and self._captured and self._captured.fits(features):
             return self._captured(features, target)
-        return self.run_loss(self.trainable_module(features), target)
+        return self.run_loss(self.trainable_module(features, self.criterion.needs_features), target)
 
 
 def check_task(task: Any) -> None:

@@ -133,8 +133,8 @@ class TruncatedModel(HubMixin):
         return self._forward_shallow_head(exit, x, pre_logits, **kwargs)
 
     def _forward_shallow_head(self, exit: int, x: Tensor, pre_logits: bool = False) -> Tensor:
-        logits, feature = self.model.run_head(exit, x)
-        return feature.mean((2, 3)) if pre_logits else logits
+        logits, pooled = self.model.run_head(exit, x)
+        return pooled if pre_logits else logits
 
     def get_classifier(self, **kwargs: Any) -> Any:
         """The exit's classifier: its last layer where it has one of the name `fc`, else the whole head."""

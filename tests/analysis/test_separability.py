@@ -181,7 +181,7 @@ def test_wrong_models_and_classes():
 
 def test_dead_features_have_no_ratio(tmp_path):
     model = small_model()
-    for parameter in model.heads[0].bottleneck[-1].parameters():  # what the classifier is given is 0
+    for parameter in model.heads[0].proj.parameters():  # what the classifier is given is 0
         nn.init.zeros_(parameter)
     report = measure_separability(model, loader(torch.arange(20) % 10))
     assert (report.rows[0].sse, report.rows[0].ssb, report.rows[0].ratio) == (0, 0, None)

@@ -37,10 +37,10 @@ def without_labels(few):
 @pytest.mark.parametrize(
     ("loss", "learns"),
     [
-        ({"alpha": 0.3, "beta": 0.03}, "bottleneck fc"),
-        ({"alpha": 0.5, "hint": None}, "bottleneck fc"),
-        ({"alpha": 0.0, "beta": 1.0}, "bottleneck"),
-        ({"alpha": 0.0, "beta": 1.0, "hint": "pooled"}, "bottleneck"),
+        ({"alpha": 0.3, "beta": 0.03}, "bottleneck proj fc"),
+        ({"alpha": 0.5, "hint": None}, "bottleneck proj fc"),
+        ({"alpha": 0.0, "beta": 1.0}, "bottleneck proj"),
+        ({"alpha": 0.0, "beta": 1.0, "hint": "pooled"}, "bottleneck proj"),
     ],
     ids=str,
 )

@@ -84,7 +84,7 @@ def measure_agreement(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]])
     answers, labels = [], []
     with evaluating(model), torch.no_grad():
         for x, y in labelled_batches(model, loader):
-            logits = model.forward_exits(x).logits
+            logits = model.forward_exits(x, with_features=False).logits
             check_finite(logits)
             answers.append(torch.stack([part.argmax(1) for part in logits]).cpu())
             labels.append(y.cpu())

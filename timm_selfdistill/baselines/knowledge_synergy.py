@@ -27,6 +27,10 @@ class KnowledgeSynergyLoss(SelfDistillLoss):
         check_weight("distill_loss_weight", distill_loss_weight)
         self.distill_loss_weight = distill_loss_weight
 
+    @property
+    def needs_features(self) -> bool:
+        return False
+
     def terms(self, output: SelfDistillOutput, target: Tensor | None = None) -> dict[str, Tensor]:
         """The loss and its parts, `loss = label + distill_loss_weight * distill`: the two sums. The rest is as of
         `SelfDistillLoss`."""

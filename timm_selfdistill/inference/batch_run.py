@@ -66,7 +66,7 @@ class BatchRun:
 
     def run_all(self) -> None:
         """Run the whole batch through the whole network; each image gets the answer of its exit."""
-        *shallow, deepest = self.model.forward_exits(self.x).logits
+        *shallow, deepest = self.model.forward_exits(self.x, with_features=False).logits
         for exit, (logits, threshold) in enumerate(zip(shallow, self.thresholds)):
             if threshold is not None:
                 self._answer(exit, logits, threshold)
@@ -80,7 +80,7 @@ class BatchRun:
         """
         threshold = self.thresholds[exit]
         if threshold is not None:
-            logits, _ = self.model.heads[exit](route.readers[exit](output))
+            logits, _ = self.model.run_head(exit, route.readers[exit](output))
             self._answer(exit, logits, threshold)
         if self.done is None:
             return None

@@ -7,7 +7,7 @@ from math import log
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cost import measure_speedups
 from ..model import SelfDistillModel
@@ -43,7 +43,7 @@ def collect_logits(
     images: list[Tensor] = []
     with torch.no_grad():
         for x, y in labelled_batches(model, loader):
-            for record, part in zip(logits, model.forward_exits(x).logits):
+            for record, part in zip(logits, model.forward_exits(x, with_features=False).logits):
                 record.append(part.float().cpu())
             labels.append(y.cpu())
             images = images or [x[:16]]
@@ -314,11 +314,11 @@ def times_of_exits(model: SelfDistillModel, stops: list[int], x: Tensor) -> Exit
             x, indices=[stage.index for stage in model.stages], intermediates_only=True
         )
     calls: list[Callable[[Tensor], Any]] = [partial(model.predict, exit=exit) for exit in exits]
-    calls += [partial(_run_head, model.heads[exit], maps[exit]) for exit in exits]
+    calls += [partial(_run_head, model, exit, maps[exit]) for exit in exits]
     times = [1 / speedup for speedup in measure_speedups(model, model.backbone, calls, x)]
     shallow, heads = times[: len(exits)], times[len(exits) :]
     return ExitCosts([*(max(0.0, time - head) for time, head in zip(shallow, heads)), 1.0], heads, stops)
 
 
-def _run_head(head: nn.Module, feature_map: Tensor, _: Tensor) -> Any:
-    return head(feature_map)
+def _run_head(model: SelfDistillModel, exit: int, feature_map: Tensor, _: Tensor) -> Any:
+    return model.run_head(exit, feature_map)

@@ -137,7 +137,7 @@ class _AllLogits(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.model.forward_exits(x).logits
+        return self.model.forward_exits(x, with_features=False).logits
 
 
 def _write_onnx(

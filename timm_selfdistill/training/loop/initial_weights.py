@@ -234,8 +234,8 @@ def _guess_head(heads: dict[str, Tensor]) -> str | None:
     """The kind of heads, by the names of their tensors."""
     parts = {name.split(".")[1] for name in heads if re.fullmatch(r"\d+\.\w+\..+", name)}
     kinds = {
-        "attention": {"attention", "bottleneck", "fc"},
-        "bottleneck": {"bottleneck", "fc"},
+        "attention": {"attention", "bottleneck", "proj", "fc"},
+        "bottleneck": {"bottleneck", "proj", "fc"},
         "linear": {"proj", "fc"},
     }
     return next((kind for kind, names in kinds.items() if names == parts), None)

@@ -41,7 +41,7 @@ def exit_logits(model: nn.Module, x: Any) -> tuple[Tensor, ...]:
     """
     if isinstance(model, ExitHeads):
         return model(x).logits
-    return model.forward_exits(x).logits if isinstance(model, SelfDistillModel) else (model(x),)
+    return model.forward_exits(x, with_features=False).logits if isinstance(model, SelfDistillModel) else (model(x),)
 
 
 @torch.no_grad()
