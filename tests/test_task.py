@@ -152,10 +152,12 @@ def test_captured_exits_give_the_same_losses_and_gradients(criterion, freeze_bac
             torch.testing.assert_close(found[name], value)
         expected["loss"].backward()
         found["loss"].backward()
-    for one, other in zip(eager.parameters(), captured.parameters()):
-        assert (one.grad is None) == (other.grad is None)
-        if one.grad is not None:
-            assert (other.grad - one.grad).norm() <= 1e-4 * one.grad.norm() + 1e-9
+        for one, other in zip(eager.parameters(), captured.parameters()):
+            assert (one.grad is None) == (other.grad is None)
+            if one.grad is not None:
+                tolerance = 1e-2 if amp else 1e-4
+                assert (other.grad - one.grad).norm() <= tolerance * one.grad.norm() + 1e-6
+            one.grad = other.grad = None
     assert seen == [4, 4, 4]  # odd batches run as before
     assert copy.deepcopy(captured)._captured is None
     captured.eval()(x, y)
