@@ -13,6 +13,7 @@ from timm_selfdistill.cli.main import _parser
 from timm_selfdistill.cli.opening import load_any_model
 from timm_selfdistill.cli.train_flags import train_parser
 from timm_selfdistill.hub import save_timm_model
+from timm_selfdistill.inference.evaluation import smallest_that_pays
 
 from .conftest import EMBEDDED
 
@@ -62,9 +63,24 @@ def test_calibrate_saves_what_evaluate_and_python_use(call, folder):
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
     assert list(rows) == ["0", "1", "2", "3", "ensemble", "early"]
     assert all(re.search(r"\d\.\d\dx", row) for row in rows.values())
+    sizes = ", ".join(rf"{2**power}: \d+\.\d\dx" for power in range(7))
+    assert re.search(rf"early exit (pays in batches of \d+ and more|does not pay in batches of 64): {sizes}\n", out)
     assert "early exit: entropy, thresholds [" in call("info", "calibrated")[1]
     found = EarlyExit(SelfDistillModel.from_pretrained(folder / "calibrated"))
     assert found.policy == "entropy"
+
+
+@pytest.mark.parametrize(
+    ("speedups", "expected"),
+    [
+        ({1: 1.1, 2: 0.6, 4: 0.9, 8: 1.2, 16: 1.3}, 8),
+        ({1: 1.1, 2: 1.2}, 1),
+        ({1: 1.1, 2: 1.0}, None),
+        ({1: 0.8}, None),
+    ],
+)
+def test_the_smallest_batch_at_which_early_exit_pays(speedups, expected):
+    assert smallest_that_pays(speedups) == expected
 
 
 def test_a_budget_that_is_not_met_saves_nothing(call, folder):

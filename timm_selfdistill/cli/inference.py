@@ -12,7 +12,7 @@ from torch import nn
 from .. import hub
 from ..inference import EarlyExit
 from ..inference.calibration import BUDGETS
-from ..inference.evaluation import predict_all, trace_curve
+from ..inference.evaluation import predict_all, smallest_that_pays, speedups_by_batch, trace_curve
 from ..inference.export import STAGES_FILE, export_onnx, export_stages
 from ..inference.gallery import choose_images, plot_gallery
 from ..inference.policy import POLICIES
@@ -100,6 +100,8 @@ def evaluate(args: argparse.Namespace) -> int:
         _say_calibrated(model, loader)
         rows.append(_evaluate_early_exit(EarlyExit(model), loader))
     print_exits(Console(soft_wrap=True), f"{model_name(model)} on {len(loader.kept)} images", rows)
+    if isinstance(model, SelfDistillModel) and model.early_exit:
+        _say_when_it_pays(EarlyExit(model), loader)
     _say_unreadable(loader)
     return 0
 
@@ -249,6 +251,15 @@ def _evaluate_early_exit(early_exit: EarlyExit, loader: Measured) -> hub.ExitRow
         "share": macs / costs.plain,
     }
     return row if speedup is None else row | {"speedup": speedup}
+
+
+def _say_when_it_pays(early_exit: EarlyExit, loader: Measured) -> None:
+    """How the speed of early exit depends on the number of images in a batch, up to that of the loader."""
+    x = next(iter(loader))[0].to(next(early_exit.model.parameters()).device)
+    speedups = speedups_by_batch(early_exit, x)
+    smallest, largest = smallest_that_pays(speedups), max(speedups)
+    pays = f"pays in batches of {smallest} and more" if smallest else f"does not pay in batches of {largest}"
+    print(f"early exit {pays}: {', '.join(f'{size}: {speedup:.2f}x' for size, speedup in speedups.items())}")
 
 
 def _as_picture(config: dict[str, Any], image: torch.Tensor) -> torch.Tensor:

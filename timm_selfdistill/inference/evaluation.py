@@ -1,11 +1,13 @@
 """How good early exit is on data, and what other thresholds would give."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..cost import measure_speedups
 from ..hub import CurvePoint
 from .batch_run import EarlyExitOutput
 from .calibration import Answers, collect_logits
@@ -14,6 +16,7 @@ from .policy import find_policy
 from .thresholds import simulate
 
 POINTS = 21
+AVERAGED = 16
 
 
 def predict_all(early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[EarlyExitOutput, Tensor]:
@@ -24,6 +27,36 @@ def predict_all(early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]]) 
         outputs.append([part.cpu() for part in early_exit.predict(x.to(device))])
         labels.append(y)
     return EarlyExitOutput(*map(torch.cat, zip(*outputs))), torch.cat(labels)
+
+
+def speedups_by_batch(early_exit: EarlyExit, x: Tensor, seconds: float = 1.0) -> dict[int, float]:
+    """Time of the plain network over that of early exit, by the number of images in a batch: 1, 2, 4, ... up to all of
+    x (B, C, H, W). Small batches are measured as the average over up to 16 different images.
+
+    Args:
+        seconds: for each size of batch.
+    """
+    found = {}
+    for size in (2**power for power in range(len(x).bit_length())):
+        images = x[: max(size, AVERAGED)]
+
+        def in_batches(model: Callable[[Tensor], Any], x: Tensor, size: int = size) -> None:
+            for part in x.split(size):
+                model(part)
+
+        backbone, calls = partial(in_batches, early_exit.model.backbone), [partial(in_batches, early_exit.predict)]
+        (found[size],) = measure_speedups(early_exit.model, backbone, calls, images, seconds=seconds)
+    return found
+
+
+def smallest_that_pays(speedups: dict[int, float]) -> int | None:
+    """The smallest batch from which on early exit is faster than the plain network at every measured size."""
+    smallest = None
+    for size in sorted(speedups, reverse=True):
+        if speedups[size] <= 1:
+            break
+        smallest = size
+    return smallest
 
 
 def trace_curve(
