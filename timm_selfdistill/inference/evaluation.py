@@ -44,7 +44,8 @@ def speedups_by_batch(early_exit: EarlyExit, x: Tensor, seconds: float = 1.0) ->
             for part in x.split(size):
                 model(part)
 
-        backbone, calls = partial(in_batches, early_exit.model.backbone), [partial(in_batches, early_exit.predict)]
+        backbone = partial(in_batches, early_exit.model.backbone)
+        calls: list[Callable[[Tensor], Any]] = [partial(in_batches, early_exit.predict)]
         (found[size],) = measure_speedups(early_exit.model, backbone, calls, images, seconds=seconds)
     return found
 
