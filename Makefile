@@ -32,7 +32,7 @@ test-min: .venv-min/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,test-trackers,test-quantization]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,test-trackers,test-quantization,test-demo]"
 	touch $@
 
 .venv-min/.installed: pyproject.toml

@@ -23,6 +23,7 @@ ROOMS = [
     ["training.loop"],
     ["training"],
     ["analysis"],
+    ["demo"],
     ["cli"],
     ["__main__", ""],
 ]
