@@ -253,7 +253,7 @@ class FrozenBackboneTask(SelfDistillTask):
         return self.frozen.model
 
     def _exit_heads(self) -> ExitHeads:
-        return self.trainable_module
+        return cast(ExitHeads, self.trainable_module)
 
     def train(self, mode: bool = True) -> "FrozenBackboneTask":
         super().train(mode)

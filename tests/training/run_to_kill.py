@@ -49,7 +49,7 @@ def record(path: Path) -> None:
     real = Updater.__call__
 
     def recording(self, group, epoch, update, position):
-        hashes = (hashlib.sha256(image.numpy().tobytes()).hexdigest() for x, _, _ in group for image in x)
+        hashes = (hashlib.sha256(image.numpy().tobytes()).hexdigest() for x, *_ in group for image in x)
         with path.open("a") as file:
             file.write(" ".join([str(update), *hashes]) + "\n")
         return real(self, group, epoch, update, position)
