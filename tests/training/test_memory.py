@@ -10,7 +10,7 @@ from timm.data import Mixup
 from torch import nn
 from torch.utils.data import Subset
 
-from timm_selfdistill import SelfDistillLoss, SelfDistillTask, TrainConfig, Trainer, load_images
+from timm_selfdistill import AnswerMemory, SelfDistillLoss, SelfDistillTask, TrainConfig, Trainer, load_images
 from timm_selfdistill.memory import memory_bytes
 from timm_selfdistill.training.data.sampling import NO_INDEX, Draw, TrainImages, image_numbers
 from timm_selfdistill.training.data.transforms import TargetMixer
@@ -19,7 +19,8 @@ from timm_selfdistill.training.loop.memory import FOLDER
 from timm_selfdistill.training.loop.update import Updater, try_updates
 from timm_selfdistill.training.state.checkpoint import MEMORY_FILE, find_checkpoint, list_checkpoints
 
-from ..conftest import EMBEDDED, small_model
+from ..conftest import EMBEDDED, TWO_PROCESSES, run_python, small_model
+from .run_memory import EPOCHS, IMAGES
 from .test_trainer import fit, interrupt_after, same_weights, settings
 
 DATA_CONFIG = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
@@ -322,6 +323,27 @@ def test_a_frozen_backbone_with_and_without_a_cache(few, tmp_path):
 def test_a_trial_of_a_batch_size_needs_no_memory(few, tmp_path):
     trainer = make_trainer(tmp_path, few)
     try_updates(trainer.accelerator, make_task(), trainer.update.mixer, trainer.config, (1, 32, 32), 4)
+
+
+@pytest.mark.parametrize(
+    "launcher", [(), pytest.param(TWO_PROCESSES, marks=pytest.mark.slow)], ids=["forks", "torchrun"]
+)
+def test_two_processes_share_the_answers_of_both(launcher, tmp_path):
+    """In each update both learn from the same memory, of the answers that both gave in the updates before."""
+    run_python("tests/training/run_memory.py", tmp_path, processes=2, launcher=launcher)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    memories = [rank["memory"] for rank in ranks]
+    assert all(torch.equal(memories[0][name], memories[1][name]) for name in memories[0])
+    assert memories[0]["counts"].tolist() == [EPOCHS] * IMAGES
+    reference = AnswerMemory(IMAGES, 5)
+    for update in range(1, EPOCHS * IMAGES // 20 + 1):
+        seen = [one for rank in ranks for one in rank["passes"] if one["update"] == update]
+        assert len(seen) == 4  # two accumulated batches on each process
+        for one in seen:
+            expected = reference.lookup(one["indices"])
+            assert all(torch.equal(*pair) for pair in zip(expected, one["remembered"]))
+        reference.update(*(torch.cat([one[name] for one in seen]) for name in ("indices", "answers")))
+    assert torch.equal(reference.state_dict()["answers"], memories[0]["answers"])
 
 
 @pytest.mark.slow
