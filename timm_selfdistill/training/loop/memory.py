@@ -98,6 +98,12 @@ class RunMemory:
                 f" {self.loss.memory_warmup_epochs}"
             )
 
+    @property
+    def device_bytes(self) -> int:
+        """What it takes of the device; 0 where it is kept in files."""
+        size = memory_bytes(self.images, self.classes, self.loss.memory_topk)
+        return size if size <= DEVICE_BYTES else 0
+
     def open(self, output: Path) -> None:
         """Reserve the memory, on the device, or if it is large in the run directory; call it on every process.
 
@@ -109,7 +115,7 @@ class RunMemory:
         accelerator, folder = self.accelerator, None
         if accelerator.is_main_process:
             shutil.rmtree(output / FOLDER, ignore_errors=True)  # of a run that was killed
-        if memory_bytes(self.images, self.classes, self.loss.memory_topk) > DEVICE_BYTES:
+        if not self.device_bytes:
             accelerator.wait_for_everyone()
             folder = output / FOLDER / str(accelerator.process_index)
         self.opened = self.loss.create_memory(self.images, self.classes, device=accelerator.device, folder=folder)
@@ -123,8 +129,8 @@ class RunMemory:
         kept = self.memory.kept
         classes = f"{kept} classes" if kept == self.classes else f"the {kept} most likely of {self.classes} classes"
         size = f"{self.memory.bytes / 1e6:,.1f} MB"
-        on_device = self.memory.bytes <= DEVICE_BYTES
-        place = f"on {self.accelerator.device}" if on_device else f"in {FOLDER}/ of the run directory, for each process"
+        files = f"in {FOLDER}/ of the run directory, for each process"
+        place = f"on {self.accelerator.device}" if self.device_bytes else files
         return f"memory of the answers to {self.images:,} images: {classes}, {size} {place}"
 
     def recall(self, indices: Tensor, weight: Tensor, epoch: int) -> Remembered:

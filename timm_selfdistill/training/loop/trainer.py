@@ -127,12 +127,13 @@ class Trainer:
         check_first_labels(mixer.num_classes, mixer.mixes, train_data, val_data)
         self.memory = create_memory(task, config, train_data, mixer.num_classes, self.accelerator)
         self.checkpoint = find_resumed(config, self.accelerator)
+        images, reserved = image_count(train_data), self.memory.device_bytes if self.memory else 0
         config = find_batch_size(
-            self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint
+            self.accelerator, task, mixer, config, self.input_size, images, self.checkpoint, reserved
         )
         if config.lr_base is not None:
-            images = known_batch_size(config) * config.grad_accum_steps * self.accelerator.num_processes
-            config = replace(config, lr=base_lr(config, images))
+            in_update = known_batch_size(config) * config.grad_accum_steps * self.accelerator.num_processes
+            config = replace(config, lr=base_lr(config, in_update))
         self.config = config
         self.caches = create_caches(config, train_data, val_data)
         data: Sequence[RunImages] = self.caches or [train_data, val_data]

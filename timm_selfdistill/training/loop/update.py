@@ -317,6 +317,7 @@ def find_batch_size(
     input_size: tuple[int, int, int],
     images: int | None,
     checkpoint: Path | None,
+    reserved: int = 0,
 ) -> TrainConfig:
     """The config with a number where it says "auto": that of the checkpoint it resumes, or the largest that fits.
 
@@ -324,6 +325,7 @@ def find_batch_size(
         input_size: (channels, height, width) of the images.
         images: for training; None is not known.
         checkpoint: that is resumed.
+        reserved: bytes that the run will need beside its updates.
 
     Raises:
         ValueError: there is no GPU, or not even the smallest batch fits.
@@ -334,7 +336,7 @@ def find_batch_size(
         return replace(config, batch_size=int(read_settings(checkpoint)["batch_size"]))
     if accelerator.device.type == "cpu":
         raise ValueError("batch_size auto tries how much a GPU's memory holds, and there is no GPU; give a number")
-    attempt = partial(try_updates, accelerator, task, mixer, config, input_size)
+    attempt = partial(try_updates, accelerator, task, mixer, config, input_size, reserved=reserved)
     found = agree(accelerator, search(attempt, LARGEST if images is None else images // accelerator.num_processes))
     release_memory()
     if accelerator.device.type == "cuda":
@@ -380,6 +382,7 @@ def try_updates(
     config: TrainConfig,
     input_size: tuple[int, int, int],
     batch_size: int,
+    reserved: int = 0,
 ) -> None:
     """Two updates of a copy of the task on random images; the second holds the optimizer's state that the first made.
 
@@ -397,9 +400,9 @@ def try_updates(
         optimizer = create_optimizer(model, config)
         if config.model_ema:
             trial.setup_ema(decay=config.model_ema_decay)
-        held = []
+        held = [torch.empty(reserved, dtype=torch.uint8, device=device)]
         if accelerator.num_processes > 1:  # DistributedDataParallel has the gradients twice
-            held = [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
+            held += [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
         for _ in range(2):
             x, y = torch.randn(batch_size, *input_size), torch.randint(mixer.num_classes, (batch_size,))
             images, target = mixer(*to_device(x, y, device, config.channels_last), epoch=0)
