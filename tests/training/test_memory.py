@@ -151,6 +151,15 @@ def test_a_large_memory_is_kept_in_files_and_is_the_same(topk, few, tmp_path, mo
     same_memory(device, files)
 
 
+def test_a_disk_that_is_too_small(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_memory, "DEVICE_BYTES", 0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(OSError, match=rf"answers to the images .* {tmp_path}.* 0 MB free .*--memory-topk"):
+        make_trainer(tmp_path, few).fit()
+    assert not (tmp_path / FOLDER / "0").exists()
+    assert not (tmp_path / "config.yaml").exists()  # so that the corrected command may have the directory
+
+
 def test_the_checkpoint_holds_it_with_a_checksum(few, tmp_path):
     trainer = make_trainer(tmp_path, few)
     trainer.fit()
