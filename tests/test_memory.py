@@ -259,6 +259,7 @@ def test_training_without_what_is_remembered_is_refused():
         task.train()(x, y, remembered(torch.zeros(3, 10)))
 
 
+@pytest.mark.slow
 def test_captured_exits_learn_from_it_too():
     task = SelfDistillTask(small_model(), SelfDistillLoss(teacher="memory")).train()
     x, y, memory = torch.randn(4, 3, 64, 64), torch.arange(4), remembered(torch.randn(4, 10), [1, 0, 1, 1])

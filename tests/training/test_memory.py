@@ -66,7 +66,7 @@ def recording(trainer: Trainer) -> list[dict]:
 
 def test_each_image_is_taught_by_its_own_earlier_answers(few, tmp_path):
     """A plain reference: a dict of lists of answers, and the weighted mean of each."""
-    trainer = make_trainer(tmp_path, few, make_task(memory_momentum=0.5), epochs=4)
+    trainer = make_trainer(tmp_path, few, make_task(memory_momentum=0.5), epochs=4, val_interval=4)
     passes = recording(trainer)
     trainer.fit()
     answers: dict[int, list[torch.Tensor]] = {}
@@ -91,7 +91,7 @@ def test_during_the_warm_up_the_present_ensemble_teaches(few, tmp_path):
         ("memory", make_task(memory_warmup_epochs=2)),
         ("ensemble", make_task(teacher="ensemble")),
     ):
-        runs[name] = make_trainer(tmp_path / name, few, task, epochs=3)
+        runs[name] = make_trainer(tmp_path / name, few, task, epochs=3, val_interval=3)
         runs[name].fit()
     histories = [run.state.history for run in runs.values()]
     assert histories[0][:2] == histories[1][:2]
@@ -229,7 +229,7 @@ def test_memories_are_mixed_as_the_images_and_answers_to_mixtures_are_not_kept(f
 
 
 def test_until_mixing_is_off_nothing_is_remembered(few, tmp_path):
-    trainer = make_trainer(tmp_path, few, epochs=3, mixup=0.4, mixup_off_epoch=1)
+    trainer = make_trainer(tmp_path, few, epochs=3, val_interval=3, mixup=0.4, mixup_off_epoch=1)
     passes = recording(trainer)
     trainer.fit()
     known = [[seen["remembered"].known for seen in passes if seen["epoch"] == epoch] for epoch in range(3)]
@@ -272,7 +272,7 @@ def test_an_image_in_anothers_place_has_no_part_in_it(few, tmp_path):
     *_, replaced, index = TrainImages(Damaged(), "skip")[Draw(3, 7)]
     assert (replaced, index) == (True, NO_INDEX)
     assert TrainImages(Damaged(), "skip")[Draw(3, 8)][2:] == (False, 8)
-    trainer = make_trainer(tmp_path, (Damaged(), few[1]), epochs=3, batch_size=19, on_bad_sample="skip")
+    trainer = make_trainer(tmp_path, (Damaged(), few[1]), epochs=3, batch_size=19, on_bad_sample="skip", val_interval=3)
     passes = recording(trainer)
     trainer.fit()
     places = [seen["remembered"].known[seen["indices"] == NO_INDEX] for seen in passes]
