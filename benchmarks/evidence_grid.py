@@ -136,6 +136,7 @@ METHODS = {
     "paper": Method(_exits(SelfDistillLoss.paper), ALPHAS),
     "deepest": Method(_exits(SelfDistillLoss, teacher="deepest"), ALPHAS),
     "ensemble": Method(_exits(SelfDistillLoss), ALPHAS),
+    "memory": Method(_exits(SelfDistillLoss, teacher="memory"), ALPHAS),
     "dks": Method(
         lambda backbone, weight, updates: SelfDistillTask(
             wrap_self_distill(backbone, head=HalvingHead), KnowledgeSynergyLoss(weight)
@@ -148,7 +149,7 @@ METHODS = {
     "at": Method(_with_other(AttentionTransferTask), (100.0, 10.0, 1000.0), "teacher"),
 }
 """The loss of "Be Your Own Teacher" with the authors' temperature is "paper"; "deepest" and "ensemble" name
-the teacher, have no hint, and multiply the distillation by temperature^2."""
+the teacher, have no hint, and multiply the distillation by temperature^2; so does "memory"."""
 CHOICES = {
     "t1": {"temperature": 1.0},
     "t6": {"temperature": 6.0},
@@ -166,6 +167,23 @@ CHOICES = {
 METHODS |= {
     f"ensemble-{name}": Method(_exits(SelfDistillLoss, **change), like="ensemble") for name, change in CHOICES.items()
 }
+MEMORIES: dict[str, dict[str, Any]] = {
+    "m0": {"memory_momentum": 0.0},
+    "m3": {"memory_momentum": 0.3},
+    "m6": {"memory_momentum": 0.6},
+    "m9": {"memory_momentum": 0.9},
+    "half": {"memory_share": 0.5},
+    "m3-half": {"memory_momentum": 0.3, "memory_share": 0.5},
+    "warmup1": {"memory_warmup_epochs": 1},
+    "warmup3": {"memory_warmup_epochs": 3},
+    "m3-warmup3": {"memory_momentum": 0.3, "memory_warmup_epochs": 3},
+}
+"""Settings of "memory", each tuned itself. The warm-up is in epochs of `Trainer`, which are several passes; the running
+mean has an answer of every pass."""
+METHODS |= {
+    f"memory-{name}": Method(_exits(SelfDistillLoss, teacher="memory", **change), ALPHAS)
+    for name, change in MEMORIES.items()
+}
 METHODS["ensemble-fading"] = Method(_exits(FadingLoss), like="ensemble")
 METHODS["dsn-fading"] = Method(_exits(FadingLoss, alpha=0.0), like="dsn")
 LRS = (0.1, 0.2, 0.4)
@@ -178,6 +196,10 @@ PRESETS = {
     "choices": (
         ["characters-10", "families-30"],
         ["dsn", "ensemble", *(name for name in METHODS if METHODS[name].like and name != "ensemble-pooled")],
+    ),
+    "memory": (
+        ["characters-10", "families-30"],
+        ["plain", "dsn", "ensemble", "memory", *(f"memory-{name}" for name in MEMORIES)],
     ),
     "gpu": ([name for name in SETTINGS if "cifar" in name], EXIT_METHODS),
 }
