@@ -95,12 +95,11 @@ class FadingLoss(SelfDistillLoss):
 
 def _exits(
     loss: Callable[..., SelfDistillLoss],
-    head: str | HeadFactory = HalvingHead,
+    head: str | HeadFactory = "bottleneck",
     head_args: dict[str, int] | None = None,
     **settings: Any,
 ) -> Callable[..., TrainingTask]:
-    """A task with exits, whose loss has these settings; its own weight is alpha, where it has one. All lines that are
-    kept were measured with the heads of 0.1, so these are still the ones."""
+    """A task with exits, whose loss has these settings; its own weight is alpha, where it has one."""
 
     def make(backbone: nn.Module, weight: float | None, updates: int) -> SelfDistillTask:
         own = ({} if weight is None else {"alpha": weight}) | ({"updates": updates} if loss is FadingLoss else {})
@@ -138,9 +137,7 @@ METHODS = {
     "ensemble": Method(_exits(SelfDistillLoss), ALPHAS),
     "memory": Method(_exits(SelfDistillLoss, teacher="memory"), ALPHAS),
     "dks": Method(
-        lambda backbone, weight, updates: SelfDistillTask(
-            wrap_self_distill(backbone, head=HalvingHead), KnowledgeSynergyLoss(weight)
-        ),
+        lambda backbone, weight, updates: SelfDistillTask(wrap_self_distill(backbone), KnowledgeSynergyLoss(weight)),
         (1.0, 0.3, 3.0),
     ),
     "dml": Method(_with_other(MutualLearningTask), (1.0, 0.3, 3.0), "peer"),
@@ -160,8 +157,9 @@ CHOICES = {
     "attention": {"head": "attention"},
     "width8": {"head_args": {"width": 8}},
     "width64": {"head_args": {"width": 64}},
-    "pooled-head": {"head": "bottleneck"},
+    "pooled-head": {"head": "bottleneck"},  # of today, whose name it was among the lines of 0.1
     "pooled-head-groupnorm": {"head": GroupNormHead},
+    "halving-head": {"head": HalvingHead},
 }
 """What is changed in "ensemble", one thing at a time, at its own point of the grid."""
 METHODS |= {
