@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(PYTEST) $(ARGS)
 
-# What takes long: the demo, runs killed at eighty random moments, every recipe.
+# What takes long: types, the demo, runs killed at eighty random moments, every recipe.
 test-slow: $(VENV)/.installed
 	$(PYTEST) -m slow $(ARGS)
 

@@ -95,12 +95,11 @@ class FadingLoss(SelfDistillLoss):
 
 def _exits(
     loss: Callable[..., SelfDistillLoss],
-    head: str | HeadFactory = HalvingHead,
+    head: str | HeadFactory = "bottleneck",
     head_args: dict[str, int] | None = None,
     **settings: Any,
 ) -> Callable[..., TrainingTask]:
-    """A task with exits, whose loss has these settings; its own weight is alpha, where it has one. All lines that are
-    kept were measured with the heads of 0.1, so these are still the ones."""
+    """A task with exits, whose loss has these settings; its own weight is alpha, where it has one."""
 
     def make(backbone: nn.Module, weight: float | None, updates: int) -> SelfDistillTask:
         own = ({} if weight is None else {"alpha": weight}) | ({"updates": updates} if loss is FadingLoss else {})
@@ -136,10 +135,9 @@ METHODS = {
     "paper": Method(_exits(SelfDistillLoss.paper), ALPHAS),
     "deepest": Method(_exits(SelfDistillLoss, teacher="deepest"), ALPHAS),
     "ensemble": Method(_exits(SelfDistillLoss), ALPHAS),
+    "memory": Method(_exits(SelfDistillLoss, teacher="memory"), ALPHAS),
     "dks": Method(
-        lambda backbone, weight, updates: SelfDistillTask(
-            wrap_self_distill(backbone, head=HalvingHead), KnowledgeSynergyLoss(weight)
-        ),
+        lambda backbone, weight, updates: SelfDistillTask(wrap_self_distill(backbone), KnowledgeSynergyLoss(weight)),
         (1.0, 0.3, 3.0),
     ),
     "dml": Method(_with_other(MutualLearningTask), (1.0, 0.3, 3.0), "peer"),
@@ -148,7 +146,7 @@ METHODS = {
     "at": Method(_with_other(AttentionTransferTask), (100.0, 10.0, 1000.0), "teacher"),
 }
 """The loss of "Be Your Own Teacher" with the authors' temperature is "paper"; "deepest" and "ensemble" name
-the teacher, have no hint, and multiply the distillation by temperature^2."""
+the teacher, have no hint, and multiply the distillation by temperature^2; so does "memory"."""
 CHOICES = {
     "t1": {"temperature": 1.0},
     "t6": {"temperature": 6.0},
@@ -159,12 +157,30 @@ CHOICES = {
     "attention": {"head": "attention"},
     "width8": {"head_args": {"width": 8}},
     "width64": {"head_args": {"width": 64}},
-    "pooled-head": {"head": "bottleneck"},
+    "pooled-head": {"head": "bottleneck"},  # of today, whose name it was among the lines of 0.1
     "pooled-head-groupnorm": {"head": GroupNormHead},
+    "halving-head": {"head": HalvingHead},
 }
 """What is changed in "ensemble", one thing at a time, at its own point of the grid."""
 METHODS |= {
     f"ensemble-{name}": Method(_exits(SelfDistillLoss, **change), like="ensemble") for name, change in CHOICES.items()
+}
+MEMORIES: dict[str, dict[str, Any]] = {
+    "m0": {"memory_momentum": 0.0},
+    "m3": {"memory_momentum": 0.3},
+    "m6": {"memory_momentum": 0.6},
+    "m9": {"memory_momentum": 0.9},
+    "half": {"memory_share": 0.5},
+    "m3-half": {"memory_momentum": 0.3, "memory_share": 0.5},
+    "warmup1": {"memory_warmup_epochs": 1},
+    "warmup3": {"memory_warmup_epochs": 3},
+    "m3-warmup3": {"memory_momentum": 0.3, "memory_warmup_epochs": 3},
+}
+"""Settings of "memory", each tuned itself. The warm-up is in epochs of `Trainer`, which are several passes; the running
+mean has an answer of every pass."""
+METHODS |= {
+    f"memory-{name}": Method(_exits(SelfDistillLoss, teacher="memory", **change), ALPHAS)
+    for name, change in MEMORIES.items()
 }
 METHODS["ensemble-fading"] = Method(_exits(FadingLoss), like="ensemble")
 METHODS["dsn-fading"] = Method(_exits(FadingLoss, alpha=0.0), like="dsn")
@@ -178,6 +194,10 @@ PRESETS = {
     "choices": (
         ["characters-10", "families-30"],
         ["dsn", "ensemble", *(name for name in METHODS if METHODS[name].like and name != "ensemble-pooled")],
+    ),
+    "memory": (
+        ["characters-10", "families-30"],
+        ["plain", "dsn", "ensemble", "memory", *(f"memory-{name}" for name in MEMORIES)],
     ),
     "gpu": ([name for name in SETTINGS if "cifar" in name], EXIT_METHODS),
 }

@@ -22,6 +22,7 @@ from timm.utils import unwrap_model
 from torch.utils.data import DataLoader, Subset
 
 from timm_selfdistill import TrainConfig, Trainer
+from timm_selfdistill.training.loop.memory import nothing_remembered
 from timm_selfdistill.training.outputs.metrics import measure_exits
 
 BATCH_SIZE = 64
@@ -117,7 +118,8 @@ def create_trainer(
     args: argparse.Namespace,
     **settings: Any,
 ) -> Trainer:
-    """Epochs of several passes, after which a few images are evaluated, so that this takes little of the time."""
+    """Epochs of several passes, after which a few images are evaluated, so that this takes little of the time. They are
+    a `Subset`, so that an image has one memory in all passes."""
     os.environ["ACCELERATE_USE_CPU"] = str(args.device == "cpu").lower()
     torch.manual_seed(run["seed"])
     repeated = Subset(train, list(range(len(train))) * PASSES)
@@ -145,7 +147,9 @@ def create_trainer(
 
 
 def step_memory(task: TrainingTask, device: str) -> int:
-    """Bytes at the worst moment of a forward and backward pass."""
+    """Bytes at the worst moment of a forward and backward pass; a memory of answers is not counted."""
     task = copy.deepcopy(task).to(device).train()
     x, y = torch.zeros(BATCH_SIZE, 1, 32, 32, device=device), torch.zeros(BATCH_SIZE, dtype=torch.long, device=device)
-    return peak_memory(task, lambda: task(x, y)["loss"].backward(), device)
+    classes = unwrap_model(task.get_eval_model()).num_classes
+    remembered = nothing_remembered(task, BATCH_SIZE, classes, device)
+    return peak_memory(task, lambda: task(x, y, *remembered)["loss"].backward(), device)

@@ -4,10 +4,11 @@ today, so that both can be measured again."""
 from itertools import pairwise
 from math import log2
 
+import torch.nn.functional as F
 from timm.layers import ConvNormAct, GroupNorm1
 from torch import Tensor, nn
 
-from timm_selfdistill.heads import BottleneckHead, _init_weights, pad_to_multiple
+from timm_selfdistill.heads import BottleneckHead, _init_weights
 from timm_selfdistill.stages import Stage
 
 
@@ -18,7 +19,7 @@ class HalvingConv(ConvNormAct):
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2, padding=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(pad_to_multiple(x, 2))
+        return super().forward(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)))
 
 
 class HalvingHead(nn.Module):

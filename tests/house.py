@@ -101,9 +101,9 @@ def draw_rooms(path: str) -> None:
         counts = f"{lines:,} lines" + (f", {len(members[name])} files" if len(members[name]) > 1 else "")
         axes.text(lines + 40, height, counts, va="center", fontsize=8)
         below = sorted(other.removeprefix("training.") for other in others - {"", "training"})
-        axes.text(5000, height, ", ".join(below), va="center", fontsize=8)
-    axes.text(5000, len(rooms), "imports from", va="center", fontsize=9, weight="bold")
-    axes.set(xlim=(-1200, 12300), ylim=(-0.7, len(rooms) + 0.7))
+        axes.text(5200, height, ", ".join(below), va="center", fontsize=8)
+    axes.text(5200, len(rooms), "imports from", va="center", fontsize=9, weight="bold")
+    axes.set(xlim=(-1200, 12900), ylim=(-0.7, len(rooms) + 0.7))
     axes.axis("off")
     figure.savefig(path, dpi=110)
 

@@ -9,6 +9,7 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from timm_selfdistill import (
+    AnswerMemory,
     EarlyExit,
     SelfDistillLoss,
     SelfDistillModel,
@@ -87,9 +88,11 @@ def test_the_loss_is_finite_in_half_precision():
         assert SelfDistillLoss()(huge, y).isfinite()
 
 
-def fit(folder, data, epochs: int = 2, amp_dtype: str | None = None, **changes) -> tuple[Trainer, dict]:
+def fit(
+    folder, data, epochs: int = 2, amp_dtype: str | None = None, teacher: str = "ensemble", **changes
+) -> tuple[Trainer, dict]:
     torch.manual_seed(0)
-    task = SelfDistillTask(small_model(in_chans=1))
+    task = SelfDistillTask(small_model(in_chans=1), SelfDistillLoss(teacher=teacher))
     config = TrainConfig(
         output=str(folder),
         epochs=epochs,
@@ -106,9 +109,10 @@ def fit(folder, data, epochs: int = 2, amp_dtype: str | None = None, **changes) 
     return trainer, {key: value.cpu() for key, value in trainer.eval_model.state_dict().items()}
 
 
+@pytest.mark.parametrize("teacher", ["ensemble", "memory"])
 @pytest.mark.parametrize("amp_dtype", [None, "float16", "bfloat16"])
-def test_a_resumed_run_ends_as_the_undisturbed_one(amp_dtype, fashion_tensors, tmp_path):
-    changes = {"amp_dtype": amp_dtype, "sched": "none", "warmup_epochs": 0}
+def test_a_resumed_run_ends_as_the_undisturbed_one(amp_dtype, teacher, fashion_tensors, tmp_path):
+    changes = {"amp_dtype": amp_dtype, "teacher": teacher, "sched": "none", "warmup_epochs": 0}
     undisturbed, expected = fit(tmp_path / "a", fashion_tensors, **changes)
     AcceleratorState._reset_state(True)
     fit(tmp_path / "b", fashion_tensors, epochs=1, **changes)
@@ -127,6 +131,7 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(amp_dtype, fashion_tensors, t
         {"amp_dtype": "bfloat16", "channels_last": True},
         {"mixup": 0.2, "cutmix": 0.5, "model_ema": True, "smoothing": 0.1, "opt": "adamw"},
         {"torchcompile": True},
+        {"teacher": "memory", "mixup": 0.2, "mixup_prob": 0.5},
     ],
 )
 def test_a_step_does_not_wait_for_the_gpu(changes, fashion_tensors, tmp_path, monkeypatch):
@@ -198,6 +203,19 @@ class Enlarged(torch.utils.data.Dataset):
     def __getitem__(self, index):
         x, y = self.data[index]
         return x.repeat_interleave(7, 1).repeat_interleave(7, 2), y
+
+
+@pytest.mark.parametrize("topk", [0, 5])
+def test_a_memory_of_answers_is_that_of_a_cpu(topk):
+    """Also where an image comes several times in an update."""
+    memories = [AnswerMemory(30, 40, topk=topk, device=device) for device in ("cpu", "cuda")]
+    for _ in range(4):
+        indices, answers = torch.randint(-1, 30, (64,)), torch.randn(64, 40)
+        for memory in memories:
+            memory.update(indices.to(memory.device), answers.to(memory.device))
+    expected, found = (memory.lookup(torch.arange(-1, 30).to(memory.device)) for memory in memories)
+    assert torch.equal(found.known.cpu(), expected.known)
+    torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("amp_dtype", [None, "float16", "bfloat16"])

@@ -10,6 +10,7 @@ from timm.utils import unwrap_model
 from torch.nn.functional import cross_entropy
 
 from timm_selfdistill.output import SelfDistillOutput
+from timm_selfdistill.training.loop.memory import nothing_remembered
 
 from .conftest import ROOT, run_python
 
@@ -19,6 +20,8 @@ METHODS = [
     "paper",
     "deepest",
     "ensemble",
+    "memory",
+    "memory-m3-half",
     "dks",
     "dml",
     "kd",
@@ -340,6 +343,18 @@ def test_methods_with_another_network(benchmarks, tiny, monkeypatch):
 
 
 @pytest.mark.benchmark
+def test_a_memory_is_of_images_not_of_their_places_in_the_passes(benchmarks, tiny, monkeypatch):
+    runs, made = benchmarks("evidence_runs"), []
+    create = runs.create_trainer
+    monkeypatch.setattr(runs, "create_trainer", lambda *args, **more: made.append(create(*args, **more)) or made[-1])
+    rows, _ = tiny("--methods", "memory-m3", "--seeds", "1")
+    assert "teacher='memory', t_squared=True, memory_momentum=0.3" in rows[0]["criterion"]
+    counts = made[0].memory.memory.state_dict()["counts"]
+    assert len(counts) == rows[0]["images"]
+    assert counts.max() > 1
+
+
+@pytest.mark.benchmark
 def test_a_choice_is_trained_at_the_point_of_its_method(tiny):
     rows, _ = tiny("--methods", "ensemble-t1", "--seeds", "1")
     assert [row["method"] for row in rows] == ["ensemble"] * 4 + ["ensemble-t1"]
@@ -399,7 +414,8 @@ def test_every_method_takes_a_step(benchmarks, method):
     arguments = [grid.create_network("resnet10-16", "families"), grid.METHODS[spec.like or method].weights[0], 10]
     arguments += [grid.create_network("resnet10-32", "families")] if spec.other else []
     task = spec.make(*arguments).train()
-    task(torch.randn(4, 1, 32, 32), torch.arange(4))["loss"].backward()
+    remembered = nothing_remembered(task, 4, grid.DATA["families"], "cpu")
+    task(torch.randn(4, 1, 32, 32), torch.arange(4), *remembered)["loss"].backward()
     gradients = [weight.grad for weight in unwrap_model(task.trainable_module).parameters() if weight.requires_grad]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 

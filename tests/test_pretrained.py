@@ -129,6 +129,7 @@ def backbone_weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_network_gets_exits_and_stays_as_it_is(fine_tuned, few_images, tmp_path):
     done = run_python(
         ROOT / "examples/train.py",

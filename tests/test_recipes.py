@@ -124,7 +124,7 @@ def test_the_recipes_for_imagenet_are_the_baseline_of_90_epochs():
         assert (recipe["model"], recipe["lr"]) == (name, lr)
 
 
-QUICK = {"cifar100_resnet18", "imagenet_efficientnet_b0"}
+QUICK = {"cifar100_resnet18"}
 SMALL = ["--img-size", 64, "--warmup-epochs", 0, "--grad-accum-steps", 1, "--no-pretrained"]
 """Flags that replace those of a published recipe, so that its own network is updated twice in seconds on a CPU."""
 

@@ -8,7 +8,19 @@ import timm_selfdistill
 
 PACKAGE = Path(timm_selfdistill.__file__).parent
 ROOMS = [
-    ["version", "timm_model", "output", "stages", "heads", "cost", "summary", "loss", "timm_methods"],
+    [
+        "version",
+        "timm_model",
+        "output",
+        "stages",
+        "heads",
+        "cost",
+        "summary",
+        "mapped_file",
+        "memory",
+        "loss",
+        "timm_methods",
+    ],
     ["hub"],
     ["truncated", "model"],
     ["task"],

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from .conftest import ENVIRONMENT
 from .programs import ROOT
 
@@ -26,6 +28,7 @@ EXPECTED = [
 ]
 
 
+@pytest.mark.slow
 def test_the_package_and_its_clients_have_types_that_hold(tmp_path, monkeypatch):
     """One run of mypy over the package, the Python of README.md, and what calls come to."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import models
 from .inference import EarlyExit, EarlyExitOutput
 from .loss import SelfDistillLoss
+from .memory import AnswerMemory, Remembered
 from .model import SelfDistillModel, wrap_self_distill
 from .output import SelfDistillOutput
 from .truncated import TruncatedModel, load_pretrained
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from .training import TrainConfig, Trainer, TrainResult, load_images, model_data_config
 
 __all__ = [
+    "AnswerMemory",
     "EarlyExit",
     "EarlyExitOutput",
+    "Remembered",
     "SelfDistillLoss",
     "SelfDistillModel",
     "SelfDistillOutput",

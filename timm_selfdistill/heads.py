@@ -6,7 +6,7 @@ teacher's D channels at about the teacher's resolution, which the hint loss comp
 
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
-from math import sqrt
+from math import ceil, sqrt
 from typing import Any
 
 import torch
@@ -25,23 +25,22 @@ HeadFactory = Callable[..., nn.Module]
 class PatchPool(nn.Conv2d):
     """Learned pooling: a depthwise convolution whose kernel is as large as its stride.
 
-    (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)); zeros fill up what does not divide.
+    (B, C, H, W) to (B, C, ceil(H / stride), ceil(W / stride)); zeros on all sides fill up what does not divide.
     """
 
     def __init__(self, channels: int, stride: int):
         super().__init__(channels, channels, stride, stride, groups=channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(pad_to_multiple(x, self.stride[0]))
+        return pool_patches(x, self.weight)
 
 
 @torch.fx.wrap
-def pad_to_multiple(x: Tensor, stride: int) -> Tensor:
-    """A map (B, C, H, W) with zeros below and to the right up to multiples of the stride; one step in torch.fx."""
-    height, width = x.shape[2:]
-    if height % stride or width % stride:  # padding by nothing would still copy the whole map
-        return F.pad(x, (0, -width % stride, 0, -height % stride))
-    return x
+def pool_patches(x: Tensor, weight: Tensor) -> Tensor:
+    """What `PatchPool` does; one step in torch.fx, where the padding would depend on a size."""
+    stride = weight.shape[2]
+    height, width = (ceil(-size % stride / 2) for size in x.shape[2:])
+    return F.conv2d(x, weight, stride=stride, padding=(height, width), groups=len(weight))
 
 
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .memory import MOMENTUM, AnswerMemory, Remembered, check_momentum, check_topk
 from .output import SelfDistillOutput
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
+TEACHERS = ("deepest", "ensemble", "memory")
 LARGEST = 1e30
 NO_INDEX = torch.iinfo(torch.int64).min
 
@@ -28,6 +30,17 @@ class SelfDistillLoss(nn.Module):
         loss = label_loss(z_C, y)
              + sum_(i < C) (1 - alpha) label_loss(z_i, y)  +  alpha KL(p_C || p_i)  +  beta mse(F_i, F_C)
 
+    With `teacher="memory"` the teacher is what the ensemble answered to the same image in earlier epochs (temporal
+    ensembling, arXiv:1610.02242). For an image that was seen n times before, with the ensemble's logits a_1..a_n::
+
+        p    = softmax(((1 - s) mean_j z_j + s m) / T)
+        m    = sum_k momentum^(n - k) a_k / sum_k momentum^(n - k)
+        s    = memory_share, or 0 for an image that was not seen before and until the warm-up is over
+
+    An `AnswerMemory` keeps m. PS-KD (arXiv:2006.12000) is the case of momentum 0, share 1 and temperature 1 for a
+    network with one classifier: its cross entropy with (1 - alpha) y + alpha p, p of the epoch before, has the same
+    gradient. There alpha grows from epoch to epoch, here it is constant.
+
     Label and distillation terms are averaged over the batch. The teacher's p and F_C carry no gradient.
 
     `beta` is the paper's lambda. The hint is the squared L2 distance divided by the number of elements of one
@@ -41,8 +54,9 @@ class SelfDistillLoss(nn.Module):
         label_loss: criterion `(logits (B, K), target) -> scalar`, any of timm's or torch's; None is cross entropy,
             which takes class indices (B,) and soft labels (B, K).
         hint: what the hint compares: "map" the whole feature maps, "pooled" their spatial means, None nothing.
-        teacher: "ensemble", the average of all logits, teaches every classifier, the deepest included; or the "deepest"
-            classifier teaches the others. The hint's teacher is the deepest feature in both.
+        teacher: "ensemble", the average of all logits, teaches every classifier, the deepest included; so does
+            "memory", the ensemble's earlier answers to each image; or the "deepest" classifier teaches the others. The
+            hint's teacher is always the deepest feature.
         t_squared: multiply the distillation term by temperature^2, so that its gradients do not shrink with the
             temperature (arXiv:1503.02531, section 2.1).
         distill: "softmax" as above; "sigmoid", for a binary label loss such as `timm.loss.BinaryCrossEntropy`, takes
@@ -51,6 +65,12 @@ class SelfDistillLoss(nn.Module):
                 KL(p || q) = mean_k  p_k log(p_k / q_k) + (1 - p_k) log((1 - p_k) / (1 - q_k))
 
             or the sum over the classes, where the label loss sums over them (its `sum_classes` is True).
+        memory_momentum: of the running mean m, in [0, 1). This and the following have an effect with the teacher
+            "memory" only.
+        memory_share: weight of the memory against the present ensemble, in [0, 1].
+        memory_warmup_epochs: epochs in which the present ensemble teaches while the memory is filled; `Trainer` counts
+            them.
+        memory_topk: number of classes kept of an answer, see `AnswerMemory`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -67,6 +87,10 @@ class SelfDistillLoss(nn.Module):
         teacher: str = "ensemble",
         t_squared: bool = True,
         distill: str = "softmax",
+        memory_momentum: float = MOMENTUM,
+        memory_share: float = 1.0,
+        memory_warmup_epochs: int = 0,
+        memory_topk: int | None = None,
     ):
         super().__init__()
         if not 0 < temperature < float("inf"):
@@ -79,8 +103,8 @@ class SelfDistillLoss(nn.Module):
             raise TypeError(f"label_loss must be a criterion (logits, target) -> scalar, got {label_loss!r}")
         if hint not in ("map", "pooled", None):
             raise ValueError(f"hint must be 'map', 'pooled' or None, got {hint!r}")
-        if teacher not in ("deepest", "ensemble"):
-            raise ValueError(f"teacher must be 'deepest' or 'ensemble', got {teacher!r}")
+        if teacher not in TEACHERS:
+            raise ValueError(f"teacher must be 'deepest', 'ensemble' or 'memory', got {teacher!r}")
         self.temperature = temperature
         self.alpha = alpha
         self.beta = beta
@@ -91,6 +115,16 @@ class SelfDistillLoss(nn.Module):
             raise ValueError(f"distill must be 'softmax' or 'sigmoid', got {distill!r}")
         self.t_squared = t_squared
         self.distill = distill
+        check_momentum(memory_momentum, "memory_momentum")
+        if not 0 <= memory_share <= 1:
+            raise ValueError(f"memory_share must lie in [0, 1], got {memory_share}")
+        if not isinstance(memory_warmup_epochs, int) or memory_warmup_epochs < 0:
+            raise ValueError(f"memory_warmup_epochs must be a number of epochs, got {memory_warmup_epochs!r}")
+        check_topk(memory_topk, "memory_topk")
+        self.memory_momentum = memory_momentum
+        self.memory_share = memory_share
+        self.memory_warmup_epochs = memory_warmup_epochs
+        self.memory_topk = memory_topk
 
     @classmethod
     def paper(cls, **overrides: Any) -> "SelfDistillLoss":
@@ -107,17 +141,41 @@ class SelfDistillLoss(nn.Module):
         `terms` of its own is given them, unless it overrides this."""
         return bool(self.hint and self.beta) or type(self).terms is not SelfDistillLoss.terms
 
-    def forward(self, output: SelfDistillOutput, target: Tensor | None = None) -> Tensor:
-        """The loss, a scalar tensor. See `terms`."""
-        return self.terms(output, target)["loss"]
+    def create_memory(self, images: int, num_classes: int, **settings: Any) -> AnswerMemory:
+        """An `AnswerMemory` as this loss wants it.
 
-    def terms(self, output: SelfDistillOutput, target: Tensor | None = None) -> dict[str, Tensor]:
+        Args:
+            settings: further arguments, such as `device`.
+        """
+        own = {"momentum": self.memory_momentum, "topk": self.memory_topk, "temperature": self.temperature}
+        return AnswerMemory(images, num_classes, **{**own, **settings})
+
+    @torch.no_grad()
+    def answer(self, output: SelfDistillOutput) -> Tensor:
+        """What an `AnswerMemory` takes: the average of all logits, (B, K) in float32, without gradient. The mean over
+        the classes is subtracted, so that float16 rounds them less; softmaxes do not change with it, sigmoids would."""
+        with torch.autocast(output.logits[-1].device.type, enabled=False):
+            mean = bounded(full_precision(torch.stack(output.logits))).mean(0)
+            return mean if self.distill == "sigmoid" else mean - mean.mean(1, keepdim=True)
+
+    def forward(
+        self, output: SelfDistillOutput, target: Tensor | None = None, remembered: Remembered | None = None
+    ) -> Tensor:
+        """The loss, a scalar tensor. See `terms`."""
+        more = () if remembered is None else (remembered,)  # which the terms of a subclass may not know
+        return self.terms(output, target, *more)["loss"]
+
+    def terms(
+        self, output: SelfDistillOutput, target: Tensor | None = None, remembered: Remembered | None = None
+    ) -> dict[str, Tensor]:
         """The loss and its parts, `loss = label + alpha * distill + beta * hint`.
 
         Args:
             output: of a `SelfDistillModel`: C logits (B, K) and C features (B, D, H, W), which only the hint needs.
             target: class indices (B,), or soft labels (B, K); None for images without labels, where `label` is 0 and
                 the exits learn from the teacher alone.
+            remembered: of the teacher "memory", what `AnswerMemory.lookup` gives for the images. In eval mode it may be
+                left out; the present ensemble is the teacher then.
 
         Returns:
             Scalar tensors: "loss"; "label", the label terms with their factors 1 - a_i; "distill" and "hint", the
@@ -126,7 +184,8 @@ class SelfDistillLoss(nn.Module):
 
         Raises:
             TypeError: `output` is not a `SelfDistillOutput`, or class indices are not integers.
-            ValueError: the target's shape does not fit, or (checked on CPU) an index is not in 0..K-1.
+            ValueError: the target's shape does not fit, or (checked on CPU) an index is not in 0..K-1, or what is
+                remembered is missing, or of other images or another teacher.
         """
         if not isinstance(output, SelfDistillOutput):
             raise TypeError(
@@ -137,7 +196,8 @@ class SelfDistillLoss(nn.Module):
             logits = bounded(full_precision(torch.stack(output.logits)))
             zero = logits.new_zeros(())
             label = zero if target is None else self._label(logits, target)
-            distill = self._distill(logits)
+            self._check_remembered(remembered, logits[-1])
+            distill = self._distill(logits, remembered)
             loss = torch.add(label, distill, alpha=self.alpha)
             hint = zero
             if self.hint and self.beta:
@@ -158,19 +218,41 @@ class SelfDistillLoss(nn.Module):
             label = label + self.alpha * own(logits[-1], target)
         return label
 
-    def _distill(self, logits: Tensor) -> Tensor:
+    def _distill(self, logits: Tensor, remembered: Remembered | None = None) -> Tensor:
         if not self.alpha:
             return logits.new_zeros(())
         logits = logits / self.temperature
-        if self.teacher == "ensemble":
-            teacher, students = logits.detach().mean(0), logits
-        else:
+        if self.teacher == "deepest":
             teacher, students = logits[-1], logits[:-1]
+        else:
+            teacher, students = logits.detach().mean(0), logits
+        if remembered is not None:
+            share = self.memory_share * remembered.known.to(logits)[:, None]
+            teacher = torch.lerp(teacher, remembered.logits.to(logits) / self.temperature, share)
         weight = self.temperature**2 if self.t_squared else 1.0
         if self.distill == "softmax":
             return divergence(teacher, students, weight)
         classes = 1 if getattr(self.label_loss, "sum_classes", False) else logits.shape[-1]
         return binary_divergence(teacher, students, weight / classes)
+
+    def _check_remembered(self, remembered: Remembered | None, logits: Tensor) -> None:
+        if remembered is None:
+            if self.teacher == "memory" and self.training:
+                raise ValueError(
+                    "the teacher 'memory' is what was said of each image before, and nothing was given of it: give"
+                    " remembered=memory.lookup(indices), memory an AnswerMemory; a loop that does not know the indices"
+                    " of its images, such as timm's train.py, needs teacher='ensemble'"
+                )
+            return
+        if self.teacher != "memory":
+            raise ValueError(
+                f"remembered is for the teacher 'memory', and the teacher is {self.teacher!r}; leave it out"
+            )
+        if remembered.logits.shape != logits.shape or remembered.known.shape != logits.shape[:1]:
+            raise ValueError(
+                f"expected remembered logits {tuple(logits.shape)} and known {tuple(logits.shape[:1])}, got"
+                f" {tuple(remembered.logits.shape)} and {tuple(remembered.known.shape)}"
+            )
 
     def _hint(self, features: tuple[Tensor, ...]) -> Tensor:
         if not features:
@@ -186,7 +268,12 @@ class SelfDistillLoss(nn.Module):
             f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}, hint={self.hint!r},"
             f" teacher={self.teacher!r}, t_squared={self.t_squared}"
             + (f", distill={self.distill!r}" if self.distill != "softmax" else "")
+            + (f", {self._memory_repr()}" if self.teacher == "memory" else "")
         )
+
+    def _memory_repr(self) -> str:
+        names = ("memory_momentum", "memory_share", "memory_warmup_epochs", "memory_topk")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 def divergence(teacher: Tensor, students: Tensor, weight: float = 1.0) -> Tensor:

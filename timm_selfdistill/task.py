@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .heads import run_exits
 from .hub.files import VERSIONS
 from .loss import SelfDistillLoss
+from .memory import Remembered
 from .model import SelfDistillModel
 from .output import BackboneOutput, SelfDistillOutput
 
@@ -87,21 +88,29 @@ class SelfDistillTask(ClassificationTask):
         }
         return state | {"self_distill": json.loads(json.dumps(network, default=str))}
 
-    def forward(self, input: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, input: Tensor, target: Tensor | None = None, remembered: Remembered | None = None
+    ) -> dict[str, Tensor]:
         """Run all exits and the loss, in training and in eval mode.
 
         Args:
             input: images (B, in_chans, H, W).
             target: class indices (B,), soft labels (B, K), or None for images without labels.
+            remembered: of a criterion with the teacher "memory", what an `AnswerMemory` holds of the images. In eval
+                mode it may be left out.
 
         Returns:
-            "loss", "label_loss", "distill_loss", "hint_loss" (scalars) and "output", the deepest logits (B, K).
+            "loss", "label_loss", "distill_loss", "hint_loss" (scalars) and "output", the deepest logits (B, K); with
+            the teacher "memory" also "answer" (B, K), what the memory takes.
+
+        Raises:
+            ValueError: the teacher is "memory", and in training mode nothing is given of it.
         """
         if not self.training:
-            return self.run_loss(self.model.forward_exits(input, self.criterion.needs_features), target)
+            return self.run_loss(self.model.forward_exits(input, self.criterion.needs_features), target, remembered)
         if self._captured and self._captured.fits(input):
-            return self._captured(self.model.forward_backbone(input), target)
-        return self.run_loss(self.trainable_module(input, self.criterion.needs_features), target)
+            return self._captured(self.model.forward_backbone(input), target, remembered)
+        return self.run_loss(self.trainable_module(input, self.criterion.needs_features), target, remembered)
 
     def capture_exits(self, batch_size: int, backend: str = "inductor", mode: str | None = "reduce-overhead") -> None:
         """Compile heads and loss as one graph, apart from the backbone; on a GPU it becomes a CUDA graph. There the
@@ -116,8 +125,8 @@ class SelfDistillTask(ClassificationTask):
         """
         exits = self._exit_heads()
 
-        def run(features: BackboneOutput, target: Tensor | None) -> dict[str, Tensor]:
-            terms = self.run_loss(exits(features, self.criterion.needs_features), target)
+        def run(features: BackboneOutput, target: Tensor | None, remembered: Remembered | None) -> dict[str, Tensor]:
+            terms = self.run_loss(exits(features, self.criterion.needs_features), target, remembered)
             return {name: value for name, value in terms.items() if name != "output"}
 
         self._captured = CapturedExits(run, batch_size, backend, mode)
@@ -125,16 +134,20 @@ class SelfDistillTask(ClassificationTask):
     def _exit_heads(self) -> "ExitHeads":
         return ExitHeads(self.model)
 
-    def run_loss(self, output: SelfDistillOutput, target: Tensor | None) -> dict[str, Tensor]:
+    def run_loss(
+        self, output: SelfDistillOutput, target: Tensor | None, remembered: Remembered | None = None
+    ) -> dict[str, Tensor]:
         """What `forward` returns, for what the exits say."""
-        terms = self.criterion.terms(output, target)
-        return {
+        more = () if remembered is None else (remembered,)  # which a criterion of one's own may not know
+        terms = self.criterion.terms(output, target, *more)
+        result = {
             "loss": terms["loss"],
             "output": output.logits[-1],
             "label_loss": terms["label"],
             "distill_loss": terms["distill"],
             "hint_loss": terms["hint"],
         }
+        return result | {"answer": self.criterion.answer(output)} if self.criterion.teacher == "memory" else result
 
 
 class ExitHeads(nn.Module):
@@ -154,13 +167,13 @@ class CapturedExits:
     """Heads and loss as one graph, see `SelfDistillTask.capture_exits`.
 
     Args:
-        run: the features of the backbone and the target to the loss and its parts.
+        run: the features of the backbone, the target and what is remembered to the loss and its parts.
         batch_size, backend, mode: as there.
     """
 
     def __init__(
         self,
-        run: Callable[[BackboneOutput, Tensor | None], dict[str, Tensor]],
+        run: Callable[[BackboneOutput, Tensor | None, Remembered | None], dict[str, Tensor]],
         batch_size: int,
         backend: str,
         mode: str | None,
@@ -175,15 +188,19 @@ class CapturedExits:
         """Whether these images, or features of images, are a batch of the captured size."""
         return len(x.logits if isinstance(x, BackboneOutput) else x) == self.batch_size
 
-    def __call__(self, features: BackboneOutput, target: Tensor | None) -> dict[str, Tensor]:
+    def __call__(
+        self, features: BackboneOutput, target: Tensor | None, remembered: Remembered | None = None
+    ) -> dict[str, Tensor]:
         torch.compiler.cudagraph_mark_step_begin()  # the results of the last batch are no longer needed
         try:
-            terms = self.compiled(features, target)
+            terms = self.compiled(features, target, remembered)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"heads and loss are not captured as one graph: {reason}", stacklevel=2)
             self.compiled = self.run
-            terms = self.run(features, target)
+            terms = self.run(features, target, remembered)
+        if "answer" in terms:  # which is needed until the end of the update
+            terms["answer"] = terms["answer"].clone()
         return terms | {"output": features.logits}
 
 
@@ -266,17 +283,19 @@ class FrozenBackboneTask(SelfDistillTask):
         averaged._modules = {**self.model._modules, "heads": heads}
         return averaged
 
-    def forward(self, input: Tensor | BackboneOutput, target: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, input: Tensor | BackboneOutput, target: Tensor | None = None, remembered: Remembered | None = None
+    ) -> dict[str, Tensor]:
         """See `SelfDistillTask.forward`.
 
         Args:
             input: images (B, in_chans, H, W), or their features, which `frozen` gave.
-            target: as there.
+            target, remembered: as there.
         """
         features = input if isinstance(input, BackboneOutput) else self.frozen(input)
         if self.training and self._captured and self._captured.fits(features):
-            return self._captured(features, target)
-        return self.run_loss(self.trainable_module(features, self.criterion.needs_features), target)
+            return self._captured(features, target, remembered)
+        return self.run_loss(self.trainable_module(features, self.criterion.needs_features), target, remembered)
 
 
 def check_task(task: Any) -> None:

@@ -144,6 +144,10 @@ TRAINED = SETTINGS | {"alpha": 0.3, "hint": "map", "distill_loss_weight": None}
             "SelfDistillLoss(temperature=2.0, alpha=0.3, beta=0.1, hint='map', teacher='ensemble', t_squared=True)",
         ),
         (
+            {"settings": TRAINED | {"method": "self-distill", "teacher": "memory", "memory_topk": None}},
+            "SelfDistillLoss(temperature=2.0, alpha=0.3, beta=0.1, hint='map', teacher='ensemble', t_squared=True)",
+        ),
+        (
             {"settings": TRAINED | {"method": "dsn"}},
             "SelfDistillLoss(temperature=3.0, alpha=0.0, beta=0.0, hint=None, teacher='ensemble', t_squared=True)",
         ),
@@ -168,6 +172,7 @@ def test_the_loss_is_that_of_the_method(metrics, criterion, call, folder):
         ({"settings": SETTINGS | {"temperature": None}}, "best/config.json .*temperature=None"),
         ({"settings": SETTINGS | {"hint": ["map"]}}, r"best/config.json .*hint=\['map'\]"),
         ({"settings": SETTINGS | {"t_squared": 1}}, "best/config.json .*t_squared=1"),
+        ({"settings": SETTINGS | {"memory_share": "1"}}, "best/config.json .*memory_share='1'"),
         ({"settings": SETTINGS | {"alpha": 2}}, r"best/config.json: .*alpha .*\[0, 1\], got 2"),
         ({"settings": SETTINGS | {"method": "kd"}}, "best/config.json: .*method .*dsn, self-distill, dks, got 'kd'"),
         ({"frozen": True}, "run .*frozen backbone.* no gradients"),

@@ -115,6 +115,12 @@ def test_in_a_config_file(text, method, tmp_path):
             ["--method", "at", "--kd-model-name", "a", "--head", "linear"],
             "^--head .*--method dsn, self-distill, dks, .* at; leave one out",
         ),
+        (["--memory-share", "0.5"], "^--memory-share belongs to --teacher memory, .* is ensemble; leave one out"),
+        (["--paper", "--memory-topk", "5"], "^--memory-topk belongs to --teacher memory, .* is deepest; leave one out"),
+        (
+            ["--method", "dsn", "--memory-momentum", "0"],
+            "^--memory-momentum .*--method self-distill, .* dsn; leave one",
+        ),
         (["--beta", "0.1"], "--beta 0.1 .*--hint .*none; .*--hint map or --hint pooled"),
         (["--freeze-backbone", "--hint", "none", "--beta", "0.1"], "--beta 0.1 .*--hint .*none; .*--hint map"),
         (
@@ -136,6 +142,8 @@ def test_flags_that_contradict(argv, message):
         ["--method", "dsn", "--exits", "1", "--head", "linear"],
         ["--alpha", "0.5", "--head", "linear", "--baseline"],  # added to a command, to compare
         ["--paper", "--beta", "0.1"],
+        ["--teacher", "memory", "--memory-share", "0.5", "--memory-topk", "0"],
+        ["--teacher", "memory", "--memory-momentum", "0.3", "--baseline"],
         ["--paper", "--baseline"],
         ["--freeze-backbone", "--beta", "0.1"],
         ["--beta", "0.1", "--hint", "map"],
@@ -174,6 +182,22 @@ def test_all_flags_of_the_loss_reach_it():
     assert repr(loss) == (
         "SelfDistillLoss(temperature=2.0, alpha=0.6, beta=0.1, hint='pooled', teacher='deepest', t_squared=False)"
     )
+
+
+def test_the_flags_of_the_memory_reach_the_loss_and_go_with_its_teacher(tmp_path):
+    flags = ("--memory-momentum", "0.3", "--memory-share", "0.5", "--memory-warmup-epochs", "2", "--memory-topk", "9")
+    args = parse("--teacher", "memory", *flags)
+    assert repr(build("--teacher", "memory", *flags).criterion).endswith(
+        "memory_momentum=0.3, memory_share=0.5, memory_warmup_epochs=2, memory_topk=9)"
+    )
+    recorded = train_config(args).to_dict()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+    file = ("--config", str(tmp_path / "config.yaml"))
+    assert repr(build(*file).criterion) == repr(build("--teacher", "memory", *flags).criterion)
+    assert repr(build(*file, "--teacher", "ensemble").criterion) == repr(SelfDistillLoss())
+    assert repr(build(*file, "--paper").criterion) == repr(SelfDistillLoss.paper())
+    with pytest.raises(ValueError, match=r"memory_momentum must lie in \[0, 1\), got 1.0"):
+        build("--teacher", "memory", "--memory-momentum", "1")
 
 
 def test_the_loss_is_what_measured_best_or_on_a_frozen_backbone_the_papers():

@@ -107,6 +107,12 @@ PAPER = '["Be Your Own Teacher"](https://arxiv.org/abs/1905.08094)'
             " with the teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299)).",
         ),
         (
+            {"method": "self-distill", "teacher": "memory"},
+            " by self distillation: the mean of all logits that they gave for an image in earlier epochs teaches them"
+            f" while they learn from the labels ({PAPER}, with the memory of"
+            " [arXiv:1610.02242](https://arxiv.org/abs/1610.02242)).",
+        ),
+        (
             {"method": "dsn", "teacher": "deepest"},
             " by deep supervision: from the labels alone ([arXiv:1409.5185](https://arxiv.org/abs/1409.5185)).",
         ),
@@ -118,7 +124,7 @@ PAPER = '["Be Your Own Teacher"](https://arxiv.org/abs/1905.08094)'
         ({}, "."),
         ({"method": ["dsn"], "teacher": {}}, "."),
     ],
-    ids=["deepest", "ensemble", "dsn", "dks", "unknown", "unknown words"],
+    ids=["deepest", "ensemble", "memory", "dsn", "dks", "unknown", "unknown words"],
 )
 def test_it_says_how_the_classifiers_were_trained(settings, expected):
     card = small_model().generate_model_card(metrics=METRICS | {"settings": settings})

@@ -4,7 +4,7 @@
 
 MOMENT is "update" (between backward and optimizer step), "evaluation", "checkpoint" (while its files are written), or
 "rename" (they are written, but do not have their name yet), the NUMBERth of its kind in this process. What each update
-saw goes to OUTPUT/seen-RANK.txt.
+saw goes to OUTPUT/seen-RANK.txt. With TEACHER=memory in the environment the teacher is a memory in files.
 """
 
 import hashlib
@@ -15,7 +15,16 @@ from pathlib import Path
 
 import torch
 
-from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, load_images, model_data_config, wrap_self_distill
+from timm_selfdistill import (
+    SelfDistillLoss,
+    SelfDistillTask,
+    TrainConfig,
+    Trainer,
+    load_images,
+    model_data_config,
+    wrap_self_distill,
+)
+from timm_selfdistill.training.loop import memory
 from timm_selfdistill.training.loop.initial_weights import create_backbone
 from timm_selfdistill.training.loop.update import Updater
 from timm_selfdistill.training.outputs.metrics import ExitMeter
@@ -49,7 +58,7 @@ def record(path: Path) -> None:
     real = Updater.__call__
 
     def recording(self, group, epoch, update, position):
-        hashes = (hashlib.sha256(image.numpy().tobytes()).hexdigest() for x, _, _ in group for image in x)
+        hashes = (hashlib.sha256(image.numpy().tobytes()).hexdigest() for x, *_ in group for image in x)
         with path.open("a") as file:
             file.write(" ".join([str(update), *hashes]) + "\n")
         return real(self, group, epoch, update, position)
@@ -65,6 +74,8 @@ def main(output: Path, workers: int) -> None:
     train, val = images.transformed(
         model_data_config(backbone, 32, 1), auto_augment="rand-m9-mstd0.5", color_jitter=None, re_prob=0.3
     )
+    teacher = os.environ.get("TEACHER", "ensemble")
+    memory.DEVICE_BYTES = 0
     world = int(os.environ.get("WORLD_SIZE", 1))
     config = TrainConfig(
         output=str(output),
@@ -75,6 +86,7 @@ def main(output: Path, workers: int) -> None:
         opt="adamw",
         lr=1e-3,
         mixup=0.2,
+        mixup_prob=0.5 if teacher == "memory" else 1.0,
         smoothing=0.1,
         model_ema=True,
         model_ema_decay=0.9,
@@ -85,7 +97,7 @@ def main(output: Path, workers: int) -> None:
     )
     output.mkdir(parents=True, exist_ok=True)
     record(output / f"seen-{os.environ.get('RANK', 0)}.txt")
-    Trainer(SelfDistillTask(wrap_self_distill(backbone)), train, val, config).fit()
+    Trainer(SelfDistillTask(wrap_self_distill(backbone), SelfDistillLoss(teacher=teacher)), train, val, config).fit()
 
 
 if __name__ == "__main__":

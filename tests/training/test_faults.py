@@ -231,6 +231,7 @@ def test_a_tracker_that_fails_is_left_alone(few, tmp_path, monkeypatch):
         assert trainer.fit().summary
 
 
+@pytest.mark.slow
 def test_checkpoints_every_so_many_updates_or_seconds(fashion_tensors, tmp_path, monkeypatch):
     fit(tmp_path / "a", fashion_tensors, checkpoint_interval="3", checkpoint_hist=9)
     names = [int(path.name[5:]) for path in list_checkpoints(tmp_path / "a/checkpoints")]
@@ -303,6 +304,7 @@ def test_a_best_model_that_could_not_be_written_is_not_the_best(few, tmp_path, m
     assert result.summary
 
 
+@pytest.mark.slow
 def test_the_schedule_follows_the_epochs_when_batches_change_between_them(few, tmp_path):
     fit(tmp_path, few, epochs=4, batch_size=10, sched="cosine", warmup_epochs=0)
     checkpoint = list_checkpoints(tmp_path / "checkpoints")[0]  # at the end of the second epoch
@@ -318,6 +320,7 @@ def test_the_schedule_follows_the_epochs_when_batches_change_between_them(few, t
     assert rates[1:3] == [pytest.approx(cosine(19 / 40)), pytest.approx(cosine(5 / 8))]  # of an epoch's last update
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_only_its_own_run(few, tmp_path, monkeypatch):
     fit(tmp_path / "other", few, epochs=1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")

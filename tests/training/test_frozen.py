@@ -108,7 +108,7 @@ def test_a_resumed_run_gives_the_same_heads(settings, few, tmp_path):
 def test_a_checkpoint_of_the_first_versions_resumes(few, tmp_path):
     """In which the averaged heads had other names."""
     whole = fit(frozen_model(), few, tmp_path / "whole", model_ema=True)
-    weights, rest = read_checkpoint(tmp_path / "whole/checkpoints/step-00000002")
+    weights, rest, _ = read_checkpoint(tmp_path / "whole/checkpoints/step-00000002")
     average = "trainable_module_ema.module."
     renamed = {name.replace(f"{average}heads.", average): value for name, value in weights.items()}
     assert renamed.keys() != weights.keys()

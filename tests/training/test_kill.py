@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_flatten
 
-from timm_selfdistill.training.state.checkpoint import REST_FILE, WEIGHTS_FILE, list_checkpoints
+from timm_selfdistill.training.loop.memory import FOLDER
+from timm_selfdistill.training.state.checkpoint import MEMORY_FILE, REST_FILE, WEIGHTS_FILE, list_checkpoints
 
 from ..conftest import ENVIRONMENT, TWO_PROCESSES, run_python, wait_for
 from ..programs import HANGS, ROOT, free_port
@@ -32,13 +33,13 @@ def start(output: Path, workers: int, *moment: object, killed: int = 0, **how) -
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The run directory of an undisturbed run on so many processes, made once."""
-    made: dict[int, Path] = {}
+    made: dict[tuple[int, str], Path] = {}
 
-    def get(processes: int) -> Path:
-        if processes not in made:
-            made[processes] = tmp_path_factory.mktemp("undisturbed")
-            start(made[processes], 0, processes=processes)
-        return made[processes]
+    def get(processes: int, teacher: str = "ensemble") -> Path:
+        if (processes, teacher) not in made:
+            made[processes, teacher] = tmp_path_factory.mktemp("undisturbed")
+            start(made[processes, teacher], 0, processes=processes, TEACHER=teacher)
+        return made[processes, teacher]
 
     return get
 
@@ -47,8 +48,11 @@ def check_same(output: Path, expected: Path) -> None:
     assert (output / "history.csv").read_bytes() == (expected / "history.csv").read_bytes()
     found, wanted = (list_checkpoints(folder / "checkpoints")[-1] for folder in (output, expected))
     assert found.name == wanted.name == f"step-{UPDATES:08d}"
-    weights = load_file(wanted / WEIGHTS_FILE)
-    assert all(torch.equal(value, weights[key]) for key, value in load_file(found / WEIGHTS_FILE).items())
+    for name in (WEIGHTS_FILE, MEMORY_FILE):
+        assert (found / name).exists() == (wanted / name).exists()
+        if (wanted / name).exists():
+            tensors = load_file(wanted / name)
+            assert all(torch.equal(value, tensors[key]) for key, value in load_file(found / name).items())
     states = [torch.load(folder / REST_FILE, weights_only=True)["optimizer"] for folder in (found, wanted)]
     leaves = [tree_flatten(state)[0] for state in states]
     for a, b in zip(*leaves, strict=True):
@@ -69,14 +73,22 @@ def seen(output: Path, processes: int) -> dict[int, list[str]]:
 
 
 def kill_and_resume(
-    output: Path, undisturbed, processes: int, workers: int, moment: str, number: int, fresh: bool = False
+    output: Path,
+    undisturbed,
+    processes: int,
+    workers: int,
+    moment: str,
+    number: int,
+    fresh: bool = False,
+    teacher: str = "ensemble",
 ) -> None:
-    expected = undisturbed(processes)
+    expected = undisturbed(processes, teacher)
     killed = processes - 1 if moment == "update" else 0  # the others are done by the main process alone
-    code = start(output, workers, moment, number, processes=processes, killed=killed, fresh=fresh)
+    how = {"processes": processes, "fresh": fresh, "TEACHER": teacher}
+    code = start(output, workers, moment, number, killed=killed, **how)
     assert code == -signal.SIGKILL, "the run was not killed"
     assert not (output / "summary.json").exists()
-    start(output, workers, processes=processes, fresh=fresh)
+    start(output, workers, **how)
     check_same(output, expected)
     assert seen(output, processes) == seen(expected, processes)
 
@@ -111,6 +123,20 @@ def test_two_processes_see_the_same_images_in_every_update(undisturbed):
 )
 def test_a_killed_run(processes, workers, moment, number, undisturbed, tmp_path):
     kill_and_resume(tmp_path, undisturbed, processes, workers, moment, number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "workers", "moment", "number"),
+    [(1, 2, "update", 8), (1, 0, "rename", 4), (2, 0, "update", 9), (2, 2, "checkpoint", 3)],
+)
+def test_a_killed_run_whose_teacher_is_a_memory(processes, workers, moment, number, undisturbed, tmp_path):
+    """Answers to mixtures are not kept, so that the draws of two processes show in it; its files go with the run."""
+    kill_and_resume(tmp_path, undisturbed, processes, workers, moment, number, teacher="memory")
+    saved = load_file(list_checkpoints(tmp_path / "checkpoints")[-1] / MEMORY_FILE)
+    assert len(saved["counts"]) == IMAGES
+    assert 0 < saved["counts"].sum() < EPOCHS * IMAGES
+    assert not (tmp_path / FOLDER).exists()
 
 
 @pytest.mark.slow

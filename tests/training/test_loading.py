@@ -50,7 +50,8 @@ def own_memory(processes: set[psutil.Process]) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
 def test_memory_is_flat(streaming, noise):
     images = load_images(noise, streaming=streaming)
     data, _ = images.transformed(model_data_config(small_backbone(), 32, 3))

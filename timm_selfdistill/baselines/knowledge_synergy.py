@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ..loss import LabelLoss, SelfDistillLoss, divergence
+from ..memory import Remembered
 from ..output import SelfDistillOutput
 from .feature_maps import check_weight
 
@@ -31,13 +32,15 @@ class KnowledgeSynergyLoss(SelfDistillLoss):
     def needs_features(self) -> bool:
         return False
 
-    def terms(self, output: SelfDistillOutput, target: Tensor | None = None) -> dict[str, Tensor]:
+    def terms(
+        self, output: SelfDistillOutput, target: Tensor | None = None, remembered: Remembered | None = None
+    ) -> dict[str, Tensor]:
         """The loss and its parts, `loss = label + distill_loss_weight * distill`: the two sums. The rest is as of
         `SelfDistillLoss`."""
-        terms = super().terms(output, target)
+        terms = super().terms(output, target, remembered)
         return {**terms, "loss": terms["label"] + self.distill_loss_weight * terms["distill"]}
 
-    def _distill(self, logits: Tensor) -> Tensor:
+    def _distill(self, logits: Tensor, remembered: Remembered | None = None) -> Tensor:
         # what one learns from itself is 0
         return sum((divergence(teacher, logits) for teacher in logits), logits.new_zeros(()))
 

@@ -62,6 +62,10 @@ SETTINGS = {
     "hint": (str, NONE),
     "teacher": (str,),
     "t_squared": (bool,),
+    "memory_momentum": NUMBER,
+    "memory_share": NUMBER,
+    "memory_warmup_epochs": (int,),
+    "memory_topk": (int, NONE),
     "distill_loss_weight": (*NUMBER, NONE),
     "freeze_backbone": (bool,),
     "bce_loss": (bool,),
@@ -202,6 +206,7 @@ def _open(
 
 def _task(name: str, model: nn.Module, record: Record) -> TrainingTask:
     """A model with the loss that it was trained with, as far as its files tell; a plain network with cross entropy.
+    Where the teacher was a memory, which they do not hold, it is the ensemble.
 
     Raises:
         ValueError: its backbone was frozen, or what its files tell is damaged.
@@ -219,6 +224,8 @@ def _task(name: str, model: nn.Module, record: Record) -> TrainingTask:
             raise ValueError(f"{path} is damaged: settings have {key}={short(settings[key])}")
     if metrics.get("frozen") or settings.get("freeze_backbone"):
         raise ValueError(f"{name} was trained with a frozen backbone, whose weights get no gradients")
+    if settings.get("teacher") == "memory":
+        settings = settings | {"teacher": "ensemble"}
     try:
         return SelfDistillTask(model, exit_loss(settings))
     except ValueError as error:

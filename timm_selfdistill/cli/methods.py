@@ -37,7 +37,9 @@ from ..training.outputs.saved_models import network_args
 from .program import parse_exit, say
 
 NETWORK_FLAGS = ("exits", "head")
-LOSS_FLAGS = ("temperature", "t_squared", "alpha", "beta", "hint", "teacher")
+MEMORY_FLAGS = ("memory_momentum", "memory_share", "memory_warmup_epochs", "memory_topk")
+"""Those that go with --teacher memory."""
+LOSS_FLAGS = ("temperature", "t_squared", "alpha", "beta", "hint", "teacher", *MEMORY_FLAGS)
 PAPER_FLAGS = ("t_squared", "hint", "teacher")
 """Those for which --paper stands."""
 HEAD = "bottleneck"
@@ -161,6 +163,7 @@ def check_method_flags(args: argparse.Namespace) -> None:
             f"--beta {args.beta:g} is the weight of the hint, and --hint is none; add --hint map or --hint"
             " pooled, or leave --beta out"
         )
+    _check_memory(args)
     if args.bce_loss and args.method in SOFTMAX_METHODS:
         raise ValueError(
             f"--bce-loss takes each class on its own, and --method {args.method} compares the softmaxes of"
@@ -195,6 +198,21 @@ def check_method_flags(args: argparse.Namespace) -> None:
             f"--method {args.method} needs a teacher; give --kd-model-name, a timm model with pretrained"
             " weights for these classes, local-dir:FOLDER (best/ of another run) or hf-hub:ID"
         )
+
+
+def _check_memory(args: argparse.Namespace) -> None:
+    """Look at the flags that go with --teacher memory.
+
+    Raises:
+        ValueError: the teacher is another one.
+    """
+    if args.method != "self-distill" or args.teacher == "memory":
+        return
+    for name, default in loss_settings(SelfDistillLoss()).items():
+        if name in MEMORY_FLAGS and getattr(args, name) != default:
+            raise ValueError(
+                f"{_flag(name)} belongs to --teacher memory, and the teacher is {args.teacher}; leave one out"
+            )
 
 
 def _check_splits(args: argparse.Namespace) -> None:
@@ -448,9 +466,9 @@ def label_criterion(settings: Mapping[str, Any]) -> nn.Module | None:
     )
 
 
-def loss_settings(loss: SelfDistillLoss) -> dict[str, float | bool | str]:
+def loss_settings(loss: SelfDistillLoss) -> dict[str, float | bool | str | None]:
     """The flags that make a loss, by their names."""
-    return {name: "none" if (value := getattr(loss, name)) is None else value for name in LOSS_FLAGS}
+    return {name: getattr(loss, name) for name in LOSS_FLAGS} | {"hint": loss.hint or "none"}
 
 
 def _alike(model: nn.Module, like: nn.Module) -> nn.Module:

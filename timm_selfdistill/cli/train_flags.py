@@ -11,7 +11,8 @@ from typing import Any
 from timm.utils import ParseKwargs
 
 from ..heads import HEADS
-from ..loss import SelfDistillLoss
+from ..loss import TEACHERS, SelfDistillLoss
+from ..memory import FEW_CLASSES, TOPK
 from ..training import TrainConfig
 from ..training.config import described_fields, element_type, takes_several
 from ..training.data.sources import ValFraction
@@ -22,6 +23,7 @@ from .data_flags import add_image_flags, add_preprocessing_flags
 from .methods import (
     EXIT_METHODS,
     HEAD,
+    MEMORY_FLAGS,
     METHODS,
     PAPER_FLAGS,
     add_method_flags,
@@ -232,7 +234,22 @@ def _add_distillation(group: Any) -> None:
     group.add_argument("--alpha", type=float, help="weight of the distillation against the labels")
     group.add_argument("--beta", type=float, help="weight of the hint")
     group.add_argument("--hint", choices=["map", "pooled", "none"], help="feature maps, pooled ones or none")
-    group.add_argument("--teacher", choices=["deepest", "ensemble"], help="classifier, or the mean of all logits")
+    group.add_argument(
+        "--teacher",
+        choices=TEACHERS,
+        help="deepest classifier, mean of all logits, or the mean of those given for each image in earlier epochs",
+    )
+    group.add_argument("--memory-momentum", type=float, help="of the running mean over epochs in --teacher memory")
+    group.add_argument("--memory-share", type=float, help="of --teacher memory, the present ensemble has the rest")
+    group.add_argument(
+        "--memory-warmup-epochs", type=int, help="epochs in which --teacher memory is filled and the ensemble teaches"
+    )
+    group.add_argument(
+        "--memory-topk",
+        type=int,
+        help=f"classes that --teacher memory keeps of an image, 0 is all (default: all of up to {FEW_CLASSES}, of more"
+        f" {TOPK})",
+    )
     group.add_argument(
         "--jsd-loss",
         action=_BOOLEAN,
@@ -340,6 +357,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         leave_out = {
             *(SOURCE_FLAGS if named else ()),
             *(PAPER_FLAGS if by_hand.paper else ()),
+            *(MEMORY_FLAGS if by_hand.paper or by_hand.teacher not in (None, "memory") else ()),
             *_replaced(argv, by_hand),
         }
         flags = read_flags(parser, find_recipe(by_hand.config), leave_out)

@@ -23,6 +23,9 @@ TAUGHT_BY = {
     "deepest": f"by self distillation: the deepest teaches the shallow ones while all learn from the labels ({PAPER})",
     "ensemble": "by self distillation: the mean of all logits teaches them while they learn from the labels"
     f" ({PAPER}, with the teacher of [arXiv:2104.00299](https://arxiv.org/abs/2104.00299))",
+    "memory": "by self distillation: the mean of all logits that they gave for an image in earlier epochs teaches them"
+    f" while they learn from the labels ({PAPER}, with the memory of [arXiv:1610.02242]"
+    "(https://arxiv.org/abs/1610.02242))",
     "unlabelled": f"by self distillation: the deepest taught them, without labels ({PAPER})",
 }
 """How classifiers were trained, by method or teacher."""

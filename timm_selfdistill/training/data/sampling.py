@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.random import mtrand
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler, Subset, get_worker_info
 
 
 class IndexedImages(Protocol):
@@ -22,9 +22,10 @@ class IndexedImages(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-Batch: TypeAlias = tuple[Any, Tensor, Tensor]
-"""Images (B, C, H, W), class indices (B,), and which of them took another's place; of a stream, how many were left out
-before each."""
+Batch: TypeAlias = tuple[Any, Tensor, Tensor, Tensor]
+"""Images (B, C, H, W), class indices (B,), which of them took another's place (of a stream, how many were left out
+before each), and their indices in the data set, `NO_INDEX` for those in another's place and of a stream."""
+NO_INDEX = -1
 
 
 DRAWS = "seed and epoch"
@@ -91,8 +92,9 @@ class EpochSampler(Sampler[Draw]):
         return (self.usable - self.start) // self.world_size
 
 
-class TrainImages(Dataset[tuple[Tensor, Any, bool]]):
-    """A map-style data set under the `Draw`s of an `EpochSampler`: image, class index, whether it took another's place.
+class TrainImages(Dataset[tuple[Tensor, Any, bool, int]]):
+    """A map-style data set under the `Draw`s of an `EpochSampler`: image, class index, whether it took another's place,
+    and its index.
 
     Whatever the data set draws from Python's, numpy's or torch's global generator comes from the draw's own seed.
 
@@ -103,14 +105,14 @@ class TrainImages(Dataset[tuple[Tensor, Any, bool]]):
     def __init__(self, data: "IndexedImages", on_bad_sample: str):
         self.data, self.on_bad_sample = data, on_bad_sample
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, Any, bool]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Any, bool, int]:
         with seeded(draw.seed):
             try:
-                return *self.data[draw.index], False
+                return *self.data[draw.index], False, draw.index
             except (OSError, ValueError):
                 if self.on_bad_sample == "raise":
                     raise
-            return *self._another(draw), True
+            return *self._another(draw), True, NO_INDEX
 
     def _another(self, draw: Draw) -> tuple[Tensor, Any]:
         for index in np.random.randint(len(self.data), size=ATTEMPTS):
@@ -119,6 +121,15 @@ class TrainImages(Dataset[tuple[Tensor, Any, bool]]):
             except (OSError, ValueError) as error:
                 last = error
         raise ValueError(f"neither image {draw.index} nor {ATTEMPTS} others can be read; the last: {last}") from last
+
+
+def image_numbers(data: Dataset | IndexedImages) -> Tensor:
+    """For each index of a data set the number of its image (N,), counted from 0. They differ from the indices where a
+    `torch.utils.data.Subset` has an image several times."""
+    if not isinstance(data, Subset):
+        return torch.arange(len(data))  # type: ignore[arg-type]  # torch's Dataset promises no length
+    below = image_numbers(data.dataset)
+    return below[torch.as_tensor(data.indices)].unique(return_inverse=True)[1]
 
 
 ATTEMPTS = 10

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from .images import ValueRanges, read_image, undecoded
 from .labels import NO_LABEL, check_range
-from .sampling import ATTEMPTS, Batch, IndexedImages, mixed_seed, seeded
+from .sampling import ATTEMPTS, NO_INDEX, Batch, IndexedImages, mixed_seed, seeded
 
 if TYPE_CHECKING:
     import datasets
@@ -173,9 +173,9 @@ class TrainStream(IterableDataset[tuple[Batch, Place] | None]):
         if worker < self.next_worker:
             yield None  # torch begins with the first loading process
         begin = self.places.get(worker, Place(worker, None, 0, 0))
-        samples: list[tuple[Tensor, int, int]] = []
+        samples: list[tuple[Tensor, int, int, int]] = []
         for place, sample in self._samples(begin):
-            samples.append(sample)
+            samples.append((*sample, NO_INDEX))
             if len(samples) == self.batch_size:
                 yield default_collate(samples), place
                 samples = []

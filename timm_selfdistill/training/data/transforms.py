@@ -1,6 +1,7 @@
 """From images to the input of a network: preprocessing, augmentation, and what is done to batches."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, TypeAlias
 
 import torch
@@ -248,11 +249,14 @@ class TargetMixer:
         """Whether soft labels are made."""
         return self.mixup is not None or bool(self.smoothing)
 
+    def _mixup_of(self, epoch: int) -> Mixup | None:
+        off = self.config.mixup_off_epoch
+        return None if off and epoch >= off else self.mixup
+
     def __call__(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Images (B, C, H, W) and class indices (B,) to images and labels, soft (B, K) where anything is on; without
         labels to images and None."""
-        off = self.config.mixup_off_epoch
-        mixup = None if off and epoch >= off else self.mixup
+        mixup = self._mixup_of(epoch)
         if self.config.unlabelled:
             return (x if mixup is None else mixup(x, torch.zeros_like(y))[0]), None
         if mixup is not None:
@@ -260,6 +264,18 @@ class TargetMixer:
         if self.mixes:
             return x, mixup_target(y, self.num_classes, smoothing=self.smoothing).to(torch.float32)
         return x, y
+
+    def mix(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Images and labels as a call gives them, and the weight of each image in its mixture, (B,): 1 where it is not
+        mixed; the rest is the weight of image B - 1 - i, which timm mixes with image i."""
+        mixup = self._mixup_of(epoch)
+        if mixup is None:
+            return *self(x, y, epoch), torch.ones(len(y), device=y.device)
+        paired = copy(mixup)  # timm tells the weights in the labels alone, so each image is a class of its own
+        paired.num_classes, paired.label_smoothing = len(y), 0.0
+        x, weights = paired(x, torch.arange(len(y), device=y.device))
+        weight = weights.diagonal()
+        return x, mixup_target(y, self.num_classes, weight[:, None], mixup.label_smoothing), weight
 
 
 def smooths_labels(task: TrainingTask) -> bool:

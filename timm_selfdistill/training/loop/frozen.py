@@ -1,15 +1,10 @@
 """Runs in which a network is frozen, and features that it gave once."""
 
-import os
 import shutil
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from errno import ENOSPC
 from functools import partial
 from itertools import chain
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from ...loss import SelfDistillLoss
+from ...mapped_file import TensorFile, create_files
 from ...output import BackboneOutput
 from ...task import FrozenBackbone, FrozenBackboneTask, SelfDistillTask, eval_model
 from ..config import TrainConfig
@@ -114,24 +110,6 @@ def _check_unchanging(train_data: RunImages, val_data: RunImages) -> None:
 
 FOLDER = ".features"
 """In the run directory."""
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """A tensor (images, *shape) in a file that is mapped to memory."""
-
-    path: str
-    count: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return self.count * prod(self.shape) * self.dtype.itemsize
-
-    def open(self) -> Tensor:
-        size = self.count * prod(self.shape)
-        return torch.from_file(self.path, shared=True, size=size, dtype=self.dtype).view(self.count, *self.shape)
 
 
 class FeatureCache(Dataset):
@@ -245,7 +223,8 @@ def fill_caches(
     folder = output / FOLDER
     plans = [cache.plan(update, task.frozen, folder / name) for cache, name in zip(caches, ("train", "val"))]
     files = list(chain(*plans))
-    ask_main_process(update.accelerator, partial(_create, folder, files))
+    remedy = "leave out cache_features, or choose another output, fewer images or a smaller image size"
+    ask_main_process(update.accelerator, partial(create_files, folder, files, "the features of the images", remedy))
     progress.say(
         f"the backbone looks at {sum(map(len, caches)):,} images; their features take"
         f" {sum(file.bytes for file in files) / 1e6:,.0f} MB in {folder} until the run ends"
@@ -267,25 +246,3 @@ def drop_caches(caches: list[FeatureCache], output: Path, accelerator: Accelerat
 def remove_features(output: Path) -> None:
     """Also those that a killed run left."""
     shutil.rmtree(output / FOLDER, ignore_errors=True)
-
-
-def _create(folder: Path, files: Sequence[TensorFile]) -> None:
-    """Reserve disk space: writing to a mapped file without it kills the process with SIGBUS."""
-    shutil.rmtree(folder, ignore_errors=True)
-    needed, free = sum(file.bytes for file in files), shutil.disk_usage(folder.parent).free
-    try:
-        if needed > free:
-            raise OSError(ENOSPC, "no space left on device")
-        for file in files:
-            path = Path(file.path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as opened:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(opened.fileno(), 0, file.bytes)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(
-            f"the features of the images take {needed / 1e6:,.0f} MB, and {folder.parent} has {free / 1e6:,.0f} MB free"
-            f" ({error.strerror}); leave out cache_features, or choose another output, fewer images or a smaller image"
-            " size"
-        ) from error

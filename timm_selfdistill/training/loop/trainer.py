@@ -44,6 +44,7 @@ from ..runtime.progress import Interval, ProgressReporter, UpdateProfiler
 from ..state.checkpoint import Checkpoints, read_checkpoint, warn_unwritten
 from ..state.snapshot import HistoryRow, TrainState, describe_run, diverged, restore, take_snapshot
 from .frozen import check_frozen_settings, create_caches, drop_caches, fill_caches, learns_in_parts, remove_features
+from .memory import create_memory
 from .optimizer import base_lr
 from .update import Losses, create_updater, find_batch_size
 
@@ -124,13 +125,15 @@ class Trainer:
         classes = check_classes(model, val_data if config.unlabelled else train_data)
         mixer = TargetMixer(config, classes or count_logits(model, self.input_size), smooths=not smooths_labels(task))
         check_first_labels(mixer.num_classes, mixer.mixes, train_data, val_data)
+        self.memory = create_memory(task, config, train_data, mixer.num_classes, self.accelerator)
         self.checkpoint = find_resumed(config, self.accelerator)
+        images, reserved = image_count(train_data), self.memory.device_bytes if self.memory else 0
         config = find_batch_size(
-            self.accelerator, task, mixer, config, self.input_size, image_count(train_data), self.checkpoint
+            self.accelerator, task, mixer, config, self.input_size, images, self.checkpoint, reserved
         )
         if config.lr_base is not None:
-            images = known_batch_size(config) * config.grad_accum_steps * self.accelerator.num_processes
-            config = replace(config, lr=base_lr(config, images))
+            in_update = known_batch_size(config) * config.grad_accum_steps * self.accelerator.num_processes
+            config = replace(config, lr=base_lr(config, in_update))
         self.config = config
         self.caches = create_caches(config, train_data, val_data)
         data: Sequence[RunImages] = self.caches or [train_data, val_data]
@@ -147,7 +150,7 @@ class Trainer:
             (getattr(val_data, "source", None) or {}).get("drawn_from") or "",
         )
         self.settings = describe_run(self.accelerator, self.state, config)
-        self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch)
+        self.update = create_updater(self.accelerator, task, mixer, config, self.updates_per_epoch, self.memory)
         self.epochs = self.update.epochs
         self._check_start()
         check_pushable(config, self.eval_model)
@@ -226,6 +229,8 @@ class Trainer:
     def _start(self) -> None:
         """All that comes before the first update."""
         run = self.run
+        if self.memory:
+            self.memory.open(run.output)
         if self.checkpoint:
             self._resume(self.checkpoint)
             run.progress.resume(self.state.updates)
@@ -250,6 +255,8 @@ class Trainer:
         self.val_batches.end_workers()
         run.checkpoints.wait()
         drop_caches(self.caches, run.output, self.accelerator)
+        if self.memory:
+            self.memory.close(run.output)
         run.profiler.finish()
         upload = run.uploader.finish(run.progress) if run.uploader else None
         if run.trackers:
@@ -265,6 +272,8 @@ class Trainer:
         with run.progress, self.interrupt.listening():
             if self.checkpoint:
                 run.progress.say(f"resumed {self.checkpoint}: epoch {state.epoch + 1}, update {state.updates}")
+            if self.memory:
+                run.progress.say(str(self.memory))
             if state.epoch < self.epochs:
                 fill_caches(self.caches, self.update, run.output, self.config, run.progress, self.interrupt)
             while state.epoch < self.epochs and not self.interrupt.agreed:
@@ -293,6 +302,7 @@ class Trainer:
             settings=self.settings,
             snapshot=read_checkpoint(checkpoint),
             no_resume_opt=self.config.no_resume_opt,
+            memory=self.memory.memory if self.memory else None,
         )
         if self.accelerator.is_main_process:
             remove_features(run.output)
@@ -352,7 +362,7 @@ class Trainer:
             state.images += len(group) * self.batches.global_batch
             self.lr = self._lr()
             losses = self.update(group, state.epoch, state.updates, self._position())
-            replaced += sum(int(flags.sum()) for *_, flags in group)
+            replaced += sum(int(flags.sum()) for _, _, flags, _ in group)
             if losses is None:
                 state.skipped_updates += 1
             else:
@@ -474,6 +484,8 @@ class Trainer:
         Raises:
             ValueError: there is no such epoch.
         """
+        if self.memory:
+            self.memory.check_epochs(self.epochs)
         if self.config.start_epoch >= self.epochs:
             raise ValueError(
                 f"start_epoch must be less than the run's {self.epochs} epochs, got {self.config.start_epoch}"
@@ -519,6 +531,7 @@ class Trainer:
             batches=self.batches,
             state=self.state,
             settings=self.settings,
+            memory=self.memory.memory if self.memory else None,
         )
         if snapshot:
             self.run.checkpoints.write(snapshot, self.state.updates)

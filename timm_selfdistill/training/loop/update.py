@@ -29,6 +29,7 @@ from ..data.sampling import Batch, mixed_seed
 from ..data.transforms import TargetMixer, view_by_view
 from ..state.checkpoint import read_settings
 from ..state.snapshot import get_random_states, set_random_states
+from .memory import RunMemory, nothing_remembered
 from .optimizer import create_optimizer, create_schedule
 
 MOST_SKIPPED = 10
@@ -48,6 +49,7 @@ class Updater:
         schedule: of the learning rate; None is constant.
         epochs: of the run.
         updates_per_epoch: at full length.
+        memory: of the images' answers, for a task that learns from it.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class Updater:
         config: TrainConfig,
         epochs: int,
         updates_per_epoch: int,
+        memory: RunMemory | None = None,
     ):
+        self.memory = memory
         self.epochs, self.updates_per_epoch = epochs, updates_per_epoch
         self.accelerator, self.task, self.wrapped, self.optimizer = accelerator, task, wrapped, optimizer
         self.schedule, self.mixer, self.config = schedule, mixer, config
@@ -93,6 +97,8 @@ class Updater:
         if not finite:
             self._leave_out(update, buffers)
             return None
+        if self.memory:
+            self.memory.write()
         self.skipped_in_a_row = 0
         self.task.update_ema(step=update)
         return losses
@@ -154,7 +160,9 @@ class Updater:
         x = torch.randn(images, *input_size, generator=torch.Generator().manual_seed(0))
         y = torch.zeros(len(x), dtype=torch.long)
         for _ in range(2):
-            self.accelerator.backward(self.wrapped(*self.mixer(*self.to_device(x, y), epoch=0))["loss"])
+            mixed = self.mixer(*self.to_device(x, y), epoch=0)
+            remembered = nothing_remembered(self.task, images, self.mixer.num_classes, self.accelerator.device)
+            self.accelerator.backward(self.wrapped(*mixed, *remembered)["loss"])
             self.optimizer.zero_grad()
         set_random_states(states)
         self._put_back(buffers)
@@ -164,16 +172,27 @@ class Updater:
 
     def _backward(self, group: list[Batch], epoch: int) -> Losses:
         losses: Losses = {}
-        for index, (x, y, _) in enumerate(group):
-            images, target = self.mixer(*self.to_device(*view_by_view(x, self.mixer.check(y))), epoch)
+        for index, batch in enumerate(group):
             with nullcontext() if index == len(group) - 1 else self.accelerator.no_sync(self.wrapped):
-                result = self.wrapped(images, target)
+                result = self._forward(batch, epoch)
                 self.accelerator.backward(result["loss"] / len(group))
             if self.config.capture_exits and index == 0 and len(group) > 1:
                 self._keep_gradients()
             for name in (key for key in result if key.endswith("loss")):
                 losses[name] = losses.get(name, 0) + result[name].detach().float() / len(group)
         return losses
+
+    def _forward(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        """What the task gives for a batch."""
+        x, y, _, indices = batch
+        x, y = self.to_device(*view_by_view(x, self.mixer.check(y)))
+        if self.memory is None:
+            return self.wrapped(*self.mixer(x, y, epoch))
+        images, target, weight = self.mixer.mix(x, y, epoch)
+        indices = indices.repeat(len(weight) // len(indices))  # of each view
+        result = self.wrapped(images, target, self.memory.recall(indices, weight, epoch))
+        self.memory.note(indices, weight, result["answer"])
+        return result
 
     def _keep_gradients(self) -> None:
         """Copy the gradients of the heads, to which the next batch's will be added, out of the memory of the CUDA graph
@@ -203,6 +222,8 @@ class Updater:
         return [(buffer, buffer.clone()) for buffer in trainable_model(self.task).buffers()]
 
     def _leave_out(self, update: int, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        if self.memory:
+            self.memory.forget()
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise FloatingPointError(
@@ -227,7 +248,12 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 
 def create_updater(
-    accelerator: Accelerator, task: TrainingTask, mixer: TargetMixer, config: TrainConfig, updates_per_epoch: int
+    accelerator: Accelerator,
+    task: TrainingTask,
+    mixer: TargetMixer,
+    config: TrainConfig,
+    updates_per_epoch: int,
+    memory: RunMemory | None = None,
 ) -> Updater:
     """Optimizer, schedule and moving average around a task, on Accelerate's devices.
 
@@ -248,7 +274,9 @@ def create_updater(
     wrapped, wrapped_optimizer = accelerator.prepare(task, optimizer)
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-    return Updater(accelerator, task, wrapped, wrapped_optimizer, schedule, mixer, config, epochs, updates_per_epoch)
+    return Updater(
+        accelerator, task, wrapped, wrapped_optimizer, schedule, mixer, config, epochs, updates_per_epoch, memory
+    )
 
 
 def _compile(task: TrainingTask, config: TrainConfig) -> None:
@@ -289,6 +317,7 @@ def find_batch_size(
     input_size: tuple[int, int, int],
     images: int | None,
     checkpoint: Path | None,
+    reserved: int = 0,
 ) -> TrainConfig:
     """The config with a number where it says "auto": that of the checkpoint it resumes, or the largest that fits.
 
@@ -296,6 +325,7 @@ def find_batch_size(
         input_size: (channels, height, width) of the images.
         images: for training; None is not known.
         checkpoint: that is resumed.
+        reserved: bytes that the run will need beside its updates.
 
     Raises:
         ValueError: there is no GPU, or not even the smallest batch fits.
@@ -306,7 +336,7 @@ def find_batch_size(
         return replace(config, batch_size=int(read_settings(checkpoint)["batch_size"]))
     if accelerator.device.type == "cpu":
         raise ValueError("batch_size auto tries how much a GPU's memory holds, and there is no GPU; give a number")
-    attempt = partial(try_updates, accelerator, task, mixer, config, input_size)
+    attempt = partial(try_updates, accelerator, task, mixer, config, input_size, reserved=reserved)
     found = agree(accelerator, search(attempt, LARGEST if images is None else images // accelerator.num_processes))
     release_memory()
     if accelerator.device.type == "cuda":
@@ -352,6 +382,7 @@ def try_updates(
     config: TrainConfig,
     input_size: tuple[int, int, int],
     batch_size: int,
+    reserved: int = 0,
 ) -> None:
     """Two updates of a copy of the task on random images; the second holds the optimizer's state that the first made.
 
@@ -369,14 +400,15 @@ def try_updates(
         optimizer = create_optimizer(model, config)
         if config.model_ema:
             trial.setup_ema(decay=config.model_ema_decay)
-        held = []
+        held = [torch.empty(reserved, dtype=torch.uint8, device=device)]
         if accelerator.num_processes > 1:  # DistributedDataParallel has the gradients twice
-            held = [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
+            held += [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
         for _ in range(2):
             x, y = torch.randn(batch_size, *input_size), torch.randint(mixer.num_classes, (batch_size,))
             images, target = mixer(*to_device(x, y, device, config.channels_last), epoch=0)
+            remembered = nothing_remembered(trial, batch_size, mixer.num_classes, device)
             with accelerator.autocast():
-                loss = trial(images, target)["loss"]
+                loss = trial(images, target, *remembered)["loss"]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -19,6 +19,8 @@ from .snapshot import Snapshot
 
 FORMAT = 1
 WEIGHTS_FILE, REST_FILE, CHECKSUM_FILE = "model.safetensors", "run.pt", "checksums.json"
+MEMORY_FILE = "memory.safetensors"
+"""In the checkpoints of runs with a memory of answers."""
 LEFT = "left-"
 UNWRITABLE = (OSError, SafetensorError)
 """A full disk, as Python and safetensors tell it."""
@@ -66,6 +68,8 @@ class Checkpoints:
             fresh.mkdir(parents=True)
             save_file(snapshot.weights, fresh / WEIGHTS_FILE)
             torch.save(snapshot.rest, fresh / REST_FILE)
+            if snapshot.memory:
+                save_file(snapshot.memory, fresh / MEMORY_FILE)
             _write_checksums(fresh)
             os.replace(fresh, final)
             sync(self.folder)
@@ -142,7 +146,7 @@ def find_damage(checkpoint: Path) -> str | None:
             f"{checkpoint} has format {record['format']}, this version of timm-selfdistill reads {FORMAT}; install a"
             " newer one"
         )
-    for name in (WEIGHTS_FILE, REST_FILE):
+    for name in dict.fromkeys((WEIGHTS_FILE, REST_FILE, *record["sha256"])):
         try:
             if _checksum(checkpoint / name) != record["sha256"].get(name):
                 return f"{checkpoint / name} is damaged"
@@ -154,7 +158,8 @@ def find_damage(checkpoint: Path) -> str | None:
 def read_checkpoint(path: Path) -> Snapshot:
     """What `Checkpoints.write` wrote; `find_checkpoint` has looked at the checksums."""
     rest: dict[str, Any] = torch.load(path / REST_FILE, map_location="cpu", weights_only=True)
-    return Snapshot(load_file(path / WEIGHTS_FILE), rest)
+    memory = path / MEMORY_FILE
+    return Snapshot(load_file(path / WEIGHTS_FILE), rest, load_file(memory) if memory.exists() else None)
 
 
 def read_settings(path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from timm.task import TrainingTask
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ...memory import AnswerMemory
 from ...task import FrozenBackboneTask, learned_state
 from ..config import TrainConfig
 from ..data.labels import listed
@@ -167,6 +168,7 @@ FIXED_SETTINGS = (
     "exits",
     "head",
     "teacher",
+    "memory_topk",
     "hint",
     "t_squared",
     "bce_loss",
@@ -235,6 +237,8 @@ class Snapshot(NamedTuple):
     rest: dict[str, Any]
     """Optimizer, loss scale, random states and places in a stream of every process, `TrainState`, settings; what
     torch.load reads with weights_only."""
+    memory: dict[str, Tensor] | None = None
+    """Of the images' answers, for a run that has one."""
 
 
 def take_snapshot(
@@ -244,11 +248,13 @@ def take_snapshot(
     batches: TrainBatches,
     state: TrainState,
     settings: dict[str, str],
+    memory: AnswerMemory | None = None,
 ) -> Snapshot | None:
     """Copy the state of the run; call it on every process, the main one gets it.
 
     Args:
         settings: of `describe_run`.
+        memory: the same on every process.
     """
     random_states, places = zip(*gather_object([(get_random_states(), batches.state_dict())]))
     if not accelerator.is_main_process:
@@ -263,7 +269,8 @@ def take_snapshot(
     }
     weights = learned_state(task)
     copies = {key: _copy(value).contiguous() for key, value in weights.items()}  # as safetensors takes them
-    return Snapshot(copies, tree_map_only(Tensor, _copy, rest))
+    answers = {key: _copy(value) for key, value in memory.state_dict().items()} if memory else None
+    return Snapshot(copies, tree_map_only(Tensor, _copy, rest), answers)
 
 
 def restore(
@@ -275,12 +282,14 @@ def restore(
     settings: dict[str, str],
     snapshot: Snapshot,
     no_resume_opt: bool = False,
+    memory: AnswerMemory | None = None,
 ) -> None:
     """Put a state back; processes that the run did not have keep their own random state.
 
     Args:
         settings: of `describe_run`.
         no_resume_opt: leave the optimizer as it is.
+        memory: of this process, for a run that has one.
 
     Raises:
         ValueError: it is that of another run: of other settings, another model or other batches.
@@ -291,6 +300,7 @@ def restore(
         warn=accelerator.is_main_process,
         free=OPTIMIZER_SETTINGS if no_resume_opt else (),
     )
+    _load_memory(memory, snapshot.memory)
     batches.load_state_dicts(snapshot.rest["batches"])
     _load_weights(task, snapshot.weights)
     state.load_state_dict(snapshot.rest["state"])
@@ -337,6 +347,16 @@ def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool, free
         )
     if said and warn:
         warnings.warn(f"resumed with other settings than before: {', '.join(said.values())}", stacklevel=2)
+
+
+def _load_memory(memory: AnswerMemory | None, saved: dict[str, Tensor] | None) -> None:
+    if memory and saved:
+        memory.load_state_dict(saved)
+    elif memory or saved:
+        had, has = ("a memory of answers", "none") if saved else ("no memory of answers", "one")
+        raise ValueError(
+            f"the checkpoint is of a run with {had}, and this one has {has}; resume with the teacher that it began with"
+        )
 
 
 HEADS_BEFORE = r"^(trainable_module_ema\.module\.)(\d+\.)"
