@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from timm_selfdistill.demo import stage_space
 from timm_selfdistill.demo.picture import read_picture
 
-from ..conftest import ENVIRONMENT
+from ..conftest import ENVIRONMENT, wait_for
 from ..programs import HANGS, ROOT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -28,9 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="chr
 @pytest.fixture(scope="module")
 def server(folder) -> Iterator[str]:
     """Address of the page; the command ends when it is interrupted, as by Ctrl-C."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "timm_selfdistill", "demo", "run", "--no-browser", "--port", str(port)]
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
@@ -73,6 +72,37 @@ def page(request, server, browser) -> Iterator:
     context.close()
     assert not errors
     assert [url for url in asked if not url.startswith((server, "data:", "blob:"))] == []
+
+
+def test_the_app_of_a_space_serves_the_same_page(browser, folder, tmp_path):
+    stage_space(folder / "run/best", tmp_path, folder / "run")
+    port = free_port()
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "GRADIO_SERVER_NAME": "127.0.0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=tmp_path, env=environment | {"GRADIO_SERVER_PORT": str(port)}
+    )
+    try:
+        wait_for(lambda: process.poll() is not None or listens(port))
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{port}/", timeout=WAIT)
+        page.wait_for_selector("#picture input[type=file]", state="attached", timeout=WAIT)
+        drop(page, folder / "noise.png")
+        page.wait_for_selector(".sd-verdict[data-exit='2']", timeout=WAIT)
+        page.close()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def drop(page, path: Path) -> None:
