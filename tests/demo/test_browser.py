@@ -74,6 +74,20 @@ def page(request, server, browser) -> Iterator:
     assert [url for url in asked if not url.startswith((server, "data:", "blob:"))] == []
 
 
+def test_a_port_that_is_taken_is_one_line(server, folder):
+    port = server.rpartition(":")[2].strip("/")
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_selfdistill", "demo", "run", "--no-browser", "--port", port],
+        cwd=folder,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"timm-selfdistill: error: port {port} is taken; give a free one with --port\n"
+
+
 def test_the_app_of_a_space_serves_the_same_page(browser, folder, tmp_path):
     stage_space(folder / "run/best", tmp_path, folder / "run")
     port = free_port()

@@ -47,14 +47,18 @@ def demo(args: argparse.Namespace) -> int:
     page = open_page(args.model, args.revision, args.tradeoff)
     from ..demo.page import launch_page
 
-    address = launch_page(
-        page,
-        server_name=LOOPBACK,
-        server_port=args.port,
-        inbrowser=not args.no_browser,
-        prevent_thread_lock=True,
-        quiet=True,
-    )
+    try:
+        address = launch_page(
+            page,
+            server_name=LOOPBACK,
+            server_port=args.port,
+            inbrowser=not args.no_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+        )
+    except OSError as error:
+        taken = f"port {args.port} is taken" if args.port else "no port from 7860 on is free"
+        raise OSError(f"{taken}; give a free one with --port") from error
     print(printable(f"{args.model} is at {address}; Ctrl-C ends the page"), flush=True)
     try:
         threading.Event().wait()
