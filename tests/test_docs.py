@@ -35,7 +35,7 @@ def pages_with(language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
 

@@ -83,7 +83,7 @@ def title(path: str) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     """The HTML of a page: short code stays on one line, which a browser would break after the dashes of a flag."""
-    return re.sub(r"(?<!>)<code>([^<]{1,30})</code>", r'<code class="short">\1</code>', html)
+    return re.sub(r"(?<!</span>)<code>([^<]{1,24})</code>", r'<code class="short">\1</code>', html)
 
 
 def command_reference() -> str:
@@ -104,7 +104,16 @@ def _chapter(name: str, help: str, parser: argparse.ArgumentParser) -> str:
     arguments = [_value(action) for action in _shown(parser._actions) if not action.option_strings]
     flags = ["[FLAGS]"] if any(action.option_strings for action in _shown(parser._actions)) else []
     usage = " ".join(["timm-selfdistill", name, *arguments, *flags])
-    lines = [f"## {name}", "", f"{help[:1].upper()}{help[1:].rstrip('.')}.", "", "```text", usage, "```", ""]
+    lines = [
+        f"## {name}",
+        "",
+        _flags_as_code(f"{help[:1].upper()}{help[1:].rstrip('.')}."),
+        "",
+        "```text",
+        usage,
+        "```",
+        "",
+    ]
     for title, actions in groups.items():
         if not actions:
             continue
@@ -144,6 +153,10 @@ def _meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     if "default" not in text and action.option_strings and action.default not in NO_DEFAULT:
         text += f" (default: {_default(action.default)})"
     text = text.strip().replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return _flags_as_code(text)
+
+
+def _flags_as_code(text: str) -> str:
     return re.sub(r"(?<![\w-])--\w[\w-]*", lambda flag: f"`{flag[0]}`", text)
 
 

@@ -10,17 +10,17 @@ from matplotlib.patches import FancyBboxPatch
 PATH = Path(__file__).parents[1] / "images/method.svg"
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 """Of Okabe and Ito, which colour-blind readers tell apart."""
-COLUMNS = (2.6, 4.6, 6.6, 8.6)
-"""Where the stages stand, and over them their heads."""
-BACKBONE, HEADS, LOGITS, TEACHER = 0.9, 2.4, 3.55, 5.0
+ROWS = (4.05, 3.0, 1.95, 0.9)
+"""Where the stages stand, and beside them their heads."""
+STAGES, HEADS, EXITS, TEACHER = 0.85, 2.5, 3.6, 4.8
 
 
 def draw(path: Path = PATH) -> None:
     """The same bytes each time, with letters as curves, so that every reader sees them alike."""
-    with matplotlib.rc_context({"svg.hashsalt": "method", "svg.fonttype": "path", "font.size": 12}):
-        figure = Figure(figsize=(9, 5.5))
+    with matplotlib.rc_context({"svg.hashsalt": "method", "svg.fonttype": "path", "font.size": 11}):
+        figure = Figure(figsize=(5.4, 5.4))
         axes = figure.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(0, 10), ylim=(0, 6.2))
+        axes.set(xlim=(0, 5.4), ylim=(0, 5.4))
         axes.axis("off")
         draw_backbone(axes)
         draw_exits(axes)
@@ -29,46 +29,45 @@ def draw(path: Path = PATH) -> None:
 
 
 def draw_backbone(axes: Axes) -> None:
-    box(axes, 0.7, BACKBONE, "images", GREY, width=1.1, filled=False)
-    left = 1.25
-    for number, x in enumerate(COLUMNS, 1):
-        arrow(axes, (left, BACKBONE), (x - 0.75, BACKBONE), GREY)
-        box(axes, x, BACKBONE, f"stage {number}", BLUE)
-        left = x + 0.75
-    axes.text(5.6, 0.18, "backbone: the timm model, unchanged", color=BLUE, ha="center")
+    axes.text(STAGES, 5.1, "images", ha="center", va="center", color=GREY)
+    top = 4.95
+    for number, y in enumerate(ROWS, 1):
+        arrow(axes, (STAGES, top), (STAGES, y + 0.27), GREY)
+        box(axes, STAGES, y, 1.3, f"stage {number}", BLUE)
+        top = y - 0.27
+    axes.text(STAGES, 0.22, "backbone:\nthe timm model", ha="center", va="center", color=BLUE, fontsize=10)
 
 
 def draw_exits(axes: Axes) -> None:
-    for number, x in enumerate(COLUMNS):
-        deepest = number == len(COLUMNS) - 1
-        arrow(axes, (x, BACKBONE + 0.35), (x, HEADS - 0.35), GREY)
-        box(axes, x, HEADS, "classifier" if deepest else "head", BLUE if deepest else ORANGE)
-        arrow(axes, (x, HEADS + 0.35), (x, LOGITS - 0.28), GREY)
-        axes.text(x, LOGITS, f"logits of exit {number}", ha="center", va="center", fontsize=11)
-    axes.text(9.05, 1.65, "deepest\nexit", va="center", fontsize=11, color=BLUE)
+    for number, y in enumerate(ROWS):
+        deepest = number == len(ROWS) - 1
+        arrow(axes, (STAGES + 0.65, y), (HEADS - 0.5, y), GREY)
+        box(axes, HEADS, y, 1.0, "classifier" if deepest else "head", BLUE if deepest else ORANGE)
+        arrow(axes, (HEADS + 0.5, y), (EXITS - 0.28, y), GREY)
+        axes.text(EXITS, y, f"exit {number}", ha="center", va="center")
+    axes.text(EXITS, ROWS[-1] - 0.42, "deepest exit", ha="center", va="center", color=BLUE, fontsize=10)
 
 
 def draw_teacher(axes: Axes) -> None:
-    box(axes, 5.6, TEACHER, "teacher: average of all logits (ensemble)", GREEN, width=7.5)
-    for x in COLUMNS:
-        arrow(axes, (x - 0.12, LOGITS + 0.25), (x - 0.12, TEACHER - 0.38), GREY)
-        arrow(axes, (x + 0.12, TEACHER - 0.38), (x + 0.12, LOGITS + 0.25), GREEN, style="--")
-    axes.text(5.6, 5.78, "labels and teacher train every exit", ha="center", fontsize=12)
-    axes.text(0.15, 4.2, "solid: logits\ndashed: distillation", va="center", fontsize=10, color=GREY)
+    middle, height = (ROWS[0] + ROWS[-1]) / 2, ROWS[0] - ROWS[-1] + 0.54
+    box(axes, TEACHER, middle, 0.75, "teacher:\naverage of all exits", GREEN, height, rotation=90)
+    for y in ROWS:
+        arrow(axes, (EXITS + 0.28, y + 0.09), (TEACHER - 0.375, y + 0.09), GREY)
+        arrow(axes, (TEACHER - 0.375, y - 0.09), (EXITS + 0.28, y - 0.09), GREEN, style="--")
+    axes.text(3.85, 5.05, "labels train every exit,\nand the teacher (dashed)", ha="center", va="center", color=GREY)
 
 
-def box(axes: Axes, x: float, y: float, text: str, color: str, width: float = 1.5, filled: bool = True) -> None:
-    style = "round,pad=0,rounding_size=0.12"
-    axes.add_patch(
-        FancyBboxPatch(
-            (x - width / 2, y - 0.35), width, 0.7, boxstyle=style, fc=color if filled else "white", ec=color, lw=1.5
-        )
-    )
-    axes.text(x, y, text, color="white" if filled else color, ha="center", va="center")
+def box(
+    axes: Axes, x: float, y: float, width: float, text: str, color: str, height: float = 0.54, rotation: int = 0
+) -> None:
+    corner = (x - width / 2, y - height / 2)
+    shape = FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.1", fc=color, ec=color)
+    axes.add_patch(shape)
+    axes.text(x, y, text, color="white", ha="center", va="center", rotation=rotation)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, style: str = "-") -> None:
-    properties = {"arrowstyle": "-|>", "color": color, "lw": 1.5, "linestyle": style, "shrinkA": 0, "shrinkB": 0}
+    properties = {"arrowstyle": "-|>", "color": color, "lw": 1.4, "linestyle": style, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", end, start, arrowprops=properties)
 
 
