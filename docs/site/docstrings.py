@@ -25,4 +25,4 @@ class Docstrings(griffe.Extension):
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         made = attr.value
         if isinstance(made, griffe.ExprCall) and str(made.function) == "setting":
-            attr.value = made.arguments[0]
+            attr.value = made.arguments[0] if str(made.arguments[0]) != "dict" else "{}"
