@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(PYTEST) $(ARGS)
 
-# The site of docs/, in build/docs; a broken link is an error.
+# The site of docs/, in build/docs; a broken link is an error. Search needs a server: python -m http.server -d build/docs
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
