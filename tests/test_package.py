@@ -26,7 +26,7 @@ from .conftest import ENVIRONMENT
 from .programs import HANGS, ROOT
 
 NAME = f"timm_selfdistill-{__version__}"
-FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py")
+FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.py")
 FOLDERS = ("benchmarks", "configs", "docs", "examples", "tests", "timm_selfdistill")
 """Of a clone, which may hold anything else."""
 GENERATED = {"PKG-INFO", "setup.cfg"}
