@@ -18,11 +18,11 @@ test: $(VENV)/.installed
 	$(PYTEST) $(ARGS)
 
 # The site of docs/, in build/docs; a broken link is an error. Search needs a server: python -m http.server -d build/docs
-docs: $(VENV)/.installed
+docs: $(VENV)/.extras
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # What takes long: types, the demo, runs killed at eighty random moments, every recipe.
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.extras
 	$(PYTEST) -m slow $(ARGS)
 
 # The programs in benchmarks/, on small input.
@@ -36,7 +36,12 @@ test-min: .venv-min/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,test-trackers,test-quantization,docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,test-trackers,test-quantization]"
+	touch $@
+
+# For the site, and for the tests in a browser.
+$(VENV)/.extras: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,docs,test-demo]"
 	touch $@
 
 .venv-min/.installed: pyproject.toml

@@ -91,7 +91,7 @@ def draw_rooms(path: str) -> None:
     found = files()
     rooms = [name for level in ROOMS for name in level if name and name != "training"]
     members = {name: [module for module in found if room(module) == name] for name in rooms}
-    figure = Figure(figsize=(13, 0.32 * len(rooms) + 0.6), layout="constrained")
+    figure = Figure(figsize=(15, 0.32 * len(rooms) + 0.6), layout="constrained")
     axes = figure.subplots()
     for height, name in enumerate(rooms):
         lines = sum(len(found[module].read_text().splitlines()) for module in members[name])
@@ -101,9 +101,9 @@ def draw_rooms(path: str) -> None:
         counts = f"{lines:,} lines" + (f", {len(members[name])} files" if len(members[name]) > 1 else "")
         axes.text(lines + 40, height, counts, va="center", fontsize=8)
         below = sorted(other.removeprefix("training.") for other in others - {"", "training"})
-        axes.text(5200, height, ", ".join(below), va="center", fontsize=8)
-    axes.text(5200, len(rooms), "imports from", va="center", fontsize=9, weight="bold")
-    axes.set(xlim=(-1200, 12900), ylim=(-0.7, len(rooms) + 0.7))
+        axes.text(5700, height, ", ".join(below), va="center", fontsize=8)
+    axes.text(5700, len(rooms), "imports from", va="center", fontsize=9, weight="bold")
+    axes.set(xlim=(-1500, 15000), ylim=(-0.7, len(rooms) + 0.7))
     axes.axis("off")
     figure.savefig(path, dpi=110)
 

@@ -26,7 +26,20 @@ from .conftest import ENVIRONMENT
 from .programs import HANGS, ROOT
 
 NAME = f"timm_selfdistill-{__version__}"
-FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.py")
+FILES = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CODE_OF_CONDUCT.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "SECURITY.md",
+    "mkdocs.yml",
+    "pyproject.toml",
+    "setup.py",
+)
 FOLDERS = ("benchmarks", "configs", "docs", "examples", "tests", "timm_selfdistill")
 """Of a clone, which may hold anything else."""
 GENERATED = {"PKG-INFO", "setup.cfg"}

@@ -35,6 +35,7 @@ ROOMS = [
     ["training.loop"],
     ["training"],
     ["analysis"],
+    ["demo"],
     ["cli"],
     ["__main__", ""],
 ]

@@ -26,6 +26,8 @@ METADATA = {
     "model-index": list,
 }
 REPOSITORY = r"(?P<repo>[\w.-]+/[\w.-]+)"
+SPACES = "spaces/"
+"""Before the ids of Spaces, in addresses and in `HubServer.repositories`."""
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
@@ -78,10 +80,15 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.stopped.wait(failure.seconds)
             self.reply(failure.status, {"error": f"told to fail with {failure.status}"}, failure.headers)
             return
+        is_space = f"/{SPACES}" in url.path
+        path = url.path.replace(f"/api/{SPACES}", "/api/models/").replace(f"/{SPACES}", "/", 1)
         for method, pattern, name in ROUTES:
-            match = re.fullmatch(pattern, url.path)
+            match = re.fullmatch(pattern, path)
             if method == self.command and match:
-                getattr(self, name)(**{key: unquote(value) for key, value in match.groupdict().items()})
+                values = {key: unquote(value) for key, value in match.groupdict().items()}
+                if is_space:
+                    values["repo"] = SPACES + values["repo"]
+                getattr(self, name)(**values)
                 return
         self.reply(404, {"error": f"no such address: {request}"})
 
@@ -137,13 +144,18 @@ class Handler(BaseHTTPRequestHandler):
         if not self._allowed(write=True):
             return
         wanted = json.loads(self.body)
-        repo = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+        repo_id = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+        is_space = wanted.get("type") == "space"
+        if is_space and wanted.get("sdk") not in ("gradio", "docker", "static"):
+            self.reply(400, {"error": f"a Space needs an sdk, got {wanted.get('sdk')}"})
+            return
+        repo = f"{SPACES * is_space}{repo_id}"
         if repo in self.hub.repositories:
-            self.reply(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"})
+            self.reply(409, {"error": "You already created this repo", "url": f"{self.hub.url}/{repo}"})
             return
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self.hub.repositories[repo] = Repository(private)
-        self.reply(200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo})
+        self.reply(200, {"url": f"{self.hub.url}/{repo}", "name": repo_id, "id": repo_id})
 
     def validate_yaml(self) -> None:
         try:
@@ -226,8 +238,8 @@ class Handler(BaseHTTPRequestHandler):
             200,
             {
                 "_id": "0" * 24,
-                "id": repo,
-                "modelId": repo,
+                "id": repo.removeprefix(SPACES),
+                "modelId": repo.removeprefix(SPACES),
                 "private": repository.private,
                 "sha": repository.revisions.get(revision, revision),
                 "tags": [],

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +16,7 @@ from ..training.config import check_repo_id
 from ..truncated import saved_class
 from ..version import __version__
 from . import analysis, inference
+from .demo import TRADEOFF_HELP, add_demo_flags, demo, push_space
 from .opening import MODEL_HELP, add_model_flags
 from .predict import add_predict_flags, predict
 from .program import Parser, printable, run
@@ -50,18 +53,24 @@ def _parser() -> argparse.ArgumentParser:
     predicting.add_argument("model", help=MODEL_HELP)
     predicting.add_argument("image", nargs="+", help="a picture in any format that Pillow reads")
     add_predict_flags(predicting)
-    push = commands.add_parser("push", help="upload a saved model to the Hub")
-    push.add_argument("folder", help="saved model, or a run directory, whose best/ is taken")
-    push.add_argument("repo_id", help="user/name, or name")
-    push.add_argument("--private", action="store_true", help="make a private repository")
-    push.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
-    push.add_argument("--commit-message", metavar="TEXT", default="Upload self-distilled model")
-    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    add_demo_flags(commands.add_parser("demo", help="open a page to try a model on in the browser"))
+    _add_push_flags(commands.add_parser("push", help="upload a saved model to the Hub, or a page to try it on"))
     info = commands.add_parser("info", help="what is in a saved model")
     add_model_flags(info)
     inference.add_parsers(commands)
     analysis.add_parsers(commands)
     return parser
+
+
+def _add_push_flags(push: argparse.ArgumentParser) -> None:
+    push.add_argument("folder", help="saved model, or a run directory, whose best/ is taken")
+    push.add_argument("repo_id", nargs="?", help="user/name, or name, of the model")
+    push.add_argument("--space", metavar="USER/NAME", help="upload the page of `demo` as a Space, with the model in it")
+    push.add_argument("--tradeoff", type=Path, metavar="DIR", help=f"with --space, {TRADEOFF_HELP}")
+    push.add_argument("--private", action="store_true", help="make a private repository")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to commit the model to (default: main)")
+    push.add_argument("--commit-message", metavar="TEXT", default="Upload self-distilled model", help="of the model")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request with the model instead")
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -73,6 +82,8 @@ def _main(args: argparse.Namespace) -> int:
         return 0
     if args.command == "predict":
         return predict(args)
+    if args.command == "demo":
+        return demo(args)
     if args.command in analysis.COMMANDS:
         return analysis.COMMANDS[args.command](args)
     args.model = saved_model(args.model)
@@ -83,21 +94,38 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> None:
-    check_repo_id(args.repo_id, "repo_id")
-    folder = saved_model(args.folder)
-    try:
-        print(
-            hub.push_folder(
-                folder,
-                args.repo_id,
-                commit_message=args.commit_message,
-                private=args.private or None,
-                revision=args.revision,
-                create_pr=args.create_pr,
+    if not args.repo_id and not args.space:
+        raise ValueError(f"push {args.folder} needs a place: give USER/NAME for the model, --space USER/NAME, or both")
+    if args.tradeoff and not args.space:
+        raise ValueError(f"--tradeoff {args.tradeoff} is for the page of --space USER/NAME; give that, too")
+    for name, value in (("repo_id", args.repo_id), ("--space", args.space)):
+        if value:
+            check_repo_id(value, name)
+    folder, private = saved_model(args.folder), args.private or None
+    if args.repo_id:
+        with _named_failures(folder, args.repo_id):
+            print(
+                hub.push_folder(
+                    folder,
+                    args.repo_id,
+                    commit_message=args.commit_message,
+                    private=private,
+                    revision=args.revision,
+                    create_pr=args.create_pr,
+                )
             )
-        )
+    if args.space:
+        with _named_failures(f"the page of {folder}", args.space):
+            print(push_space(folder, args.space, args.tradeoff, private=private))
+
+
+@contextmanager
+def _named_failures(what: str, repo_id: str) -> Iterator[None]:
+    """Whatever goes wrong on the way to the Hub becomes one line."""
+    try:
+        yield
     except Exception as error:
-        raise OSError(f"{folder} is not on the Hub: {hub.explain_failure(error, args.repo_id)}") from error
+        raise OSError(f"{what} is not on the Hub: {hub.explain_failure(error, repo_id)}") from error
 
 
 def _info(model: str, revision: str | None) -> None:

@@ -1,9 +1,10 @@
 """A saved model on disk and on the Hub."""
 
 from .building import build_backbone, choose_head
-from .card import measured_rows
+from .card import MARK, early_exit_words, measured_rows
 from .client import explain_failure
 from .download import fetch_model, file_sizes, pin
+from .files import FILES as MODEL_FILES
 from .files import PICTURE, ExitSettings, facts, read_config, read_metrics, read_network
 from .mixin import HubMixin
 from .picture import exit_style, plot_exits
@@ -12,6 +13,8 @@ from .records import CalibrationRecord, CurvePoint, ExitRow, ImageSource, Traini
 from .saving import save_metrics, save_timm_model, save_weights, unshared_state_dict
 
 __all__ = [
+    "MARK",
+    "MODEL_FILES",
     "PICTURE",
     "CalibrationRecord",
     "CurvePoint",
@@ -23,6 +26,7 @@ __all__ = [
     "build_backbone",
     "choose_head",
     "create_repository",
+    "early_exit_words",
     "exit_style",
     "explain_failure",
     "facts",

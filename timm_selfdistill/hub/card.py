@@ -87,7 +87,7 @@ def create_card(
             self_distilled=self_distilled,
             agreement=agreement,
             own_head=settings["head"] is None if settings else False,
-            early_exit=_early_exit_words(settings),
+            early_exit=early_exit_words(_dict(settings).get("early_exit")),
             num_classes=config["num_classes"],
             input_size=config["pretrained_cfg"]["input_size"],
             rows=[_table_row(row) for row in rows],
@@ -198,9 +198,9 @@ def _license(name: str | None) -> dict[str, str]:
     return {"license": name} if name in HUB_LICENSES else {"license": "other", "license_name": name}
 
 
-def _early_exit_words(settings: ExitSettings | None) -> str | None:
-    """What calibration found; None without one."""
-    report = _dict(_dict(settings).get("early_exit"))
+def early_exit_words(record: Any) -> str | None:
+    """What calibration found, by "early_exit" of a config.json; None without one."""
+    report = _dict(record)
     figures = [
         report[key] for key in ("accuracy", "plain_accuracy", "macs", "plain_macs") if _is_finite(report.get(key))
     ]

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +44,8 @@ def push_staged(
     revision: str | None = None,
     create_pr: bool | None = None,
     delete_patterns: list[str] | str | None = None,
+    repo_type: str | None = None,
+    names: Sequence[str] = FILES,
     **upload_args: Any,
 ) -> str:
     """Upload a folder of `stage_model` as one commit, whose card gets the repository's id.
@@ -53,6 +55,9 @@ def push_staged(
     and so does every other file there.
 
     Args:
+        repo_type: "space" for a Space; None is a model.
+        names: of the files that a repository of this kind may have from us; the earlier ones that are not staged are
+            removed.
         upload_args: further arguments of `huggingface_hub.HfApi.upload_folder`.
 
     Returns:
@@ -64,19 +69,20 @@ def push_staged(
     """
     api = HfApi(token=token)
     patterns = [delete_patterns] if isinstance(delete_patterns, str) else list(delete_patterns or [])
-    patterns += [name for name in FILES if not (staged / name).exists()]
+    patterns += [name for name in names if not (staged / name).exists()]
 
     def push() -> str:
-        full_id = create_repository(repo_id, private=private, token=token)
+        full_id = create_repository(repo_id, private=private, token=token, repo_type=repo_type)
         _name_repository(staged / CARD, full_id)
-        present = api.list_repo_files(full_id, revision=revision)
+        present = api.list_repo_files(full_id, revision=revision, repo_type=repo_type)
         if CARD in present:
             with TemporaryDirectory() as folder:
-                card = api.hf_hub_download(full_id, CARD, revision=revision, local_dir=folder)
+                card = api.hf_hub_download(full_id, CARD, revision=revision, repo_type=repo_type, local_dir=folder)
                 if not may_replace(Path(card)):
                     (staged / CARD).unlink(missing_ok=True)
         return api.upload_folder(
             repo_id=full_id,
+            repo_type=repo_type,
             folder_path=staged,
             commit_message=commit_message,
             revision=revision,
@@ -88,7 +94,9 @@ def push_staged(
     return push() if create_pr else _persistently(push)  # a second attempt could open a second pull request
 
 
-def create_repository(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+def create_repository(
+    repo_id: str, *, private: bool | None = None, token: str | None = None, repo_type: str | None = None
+) -> str:
     """Make the repository if it is missing; its full id, with the user's name.
 
     Raises:
@@ -96,8 +104,9 @@ def create_repository(repo_id: str, *, private: bool | None = None, token: str |
     """
     limit_silence()
     api = HfApi(token=token)
-    full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.model_info(full_id).private:
+    sdk = "gradio" if repo_type == "space" else None
+    full_id = api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk).repo_id
+    if private and not api.repo_info(full_id, repo_type=repo_type).private:
         raise ValueError(f"{full_id} exists and is public; make it private on its page, or choose another name")
     return full_id
 
