@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Neighbouring tests share fixtures: each worker begins with a half of them, and takes from the others when it is done.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-benchmarks test-min
+.PHONY: demo docs test test-slow test-benchmarks test-min
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/train.py
@@ -17,8 +17,12 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(PYTEST) $(ARGS)
 
+# The site of docs/, in build/docs; a broken link is an error. Search needs a server: python -m http.server -d build/docs
+docs: $(VENV)/.extras
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # What takes long: types, the demo, runs killed at eighty random moments, every recipe.
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.extras
 	$(PYTEST) -m slow $(ARGS)
 
 # The programs in benchmarks/, on small input.
@@ -32,7 +36,12 @@ test-min: .venv-min/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,test-trackers,test-quantization,test-demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,test-trackers,test-quantization]"
+	touch $@
+
+# For the site, and for the tests in a browser.
+$(VENV)/.extras: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,docs,test-demo]"
 	touch $@
 
 .venv-min/.installed: pyproject.toml

@@ -31,7 +31,8 @@ The commands are `{meta_command}` and then
 
 The rule is the docstring of `timm_selfdistill.stages.choose_exits`; `exits=[...]` overrides it. The columns
 *smallest*, *exits* and *share of compute* are of the smallest network of the class. *Head cost* is the multiply-adds of
-all "bottleneck" heads over the plain network's, median and largest of the class.
+all "bottleneck" heads in training over the plain network's, median and largest of the class, counted with
+timm-selfdistill {version}.
 
 An exit saves what its share of the compute leaves. Classes in most of whose networks the first exit takes over 75 %, so
 that they are none for early exits: {late}.
@@ -60,6 +61,7 @@ def write_page(results: Path) -> None:
     ]
     text = TEXT.format(
         timm=meta["hardware"]["timm"],
+        version=meta["hardware"]["timm_selfdistill"],
         torch=meta["hardware"]["torch"].split("+")[0],
         meta_command=meta["command"],
         real_command=real["command"],

@@ -105,6 +105,42 @@ def few_images(tmp_path_factory):
 
 
 @pytest.fixture
+def workplace(tmp_path):
+    """A folder that looks like the repository, with few images in examples/data."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "setup.py", "README.md", "LICENSE", "timm_selfdistill"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "examples" / "data").mkdir(parents=True)
+    for name in (
+        "train.py",
+        "predict.py",
+        "early_exit.py",
+        "onnx_early_exit.py",
+        "efficientnet_lite0.py",
+        "add_exits.py",
+        "ankle_boot.png",
+    ):
+        (folder / "examples" / name).symlink_to(ROOT / "examples" / name)
+    images = load_images(EMBEDDED)
+    images.train.select(range(64)).to_parquet(folder / "examples/data/train.parquet")
+    images.val.select(range(320)).to_parquet(folder / "examples/data/test.parquet")
+    return folder
+
+
+@pytest.fixture
+def photos(workplace):
+    """The same with a folder of pictures, one folder a class; as many to validate as a calibration needs."""
+    images = load_images(EMBEDDED)
+    for split, rows in (("train", images.train.select(range(64))), ("val", images.val.select(range(320)))):
+        for number, row in enumerate(rows):
+            path = workplace / f"photos/{split}/class{row['label']}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    return workplace
+
+
+@pytest.fixture
 def call(folder, monkeypatch, capsys):
     """Runs timm-selfdistill in the `folder` of a test's file; its exit code, output and errors."""
 

@@ -4,23 +4,24 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from timm.models import load_state_dict
 
-from timm_selfdistill import SelfDistillModel, load_images
+from timm_selfdistill import SelfDistillModel
 
-from .conftest import EMBEDDED
-from .programs import HANGS, ROOT
+from .programs import HANGS, ROOT, Programs
 
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
-GUIDES = [page for page in PAGES if page not in ("docs/models.md", "docs/architecture.md")]  # which have no blocks
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 LOOPS = "docs/own_loop.md"
+GUIDES = ["docs/index.md", *(page for page in PAGES if page.startswith("docs/guides/"))]
+"""Pages that are followed from top to bottom: commands first, whose files the Python blocks read."""
 QUICK = ["README.md", "docs/hub.md", "docs/install.md"]
 """Pages whose commands run in every test run; those of the others take long."""
-OTHERS = [page for page in GUIDES if page != LOOPS]
 SMALL = "--epochs 1 --data-dir {images} -b 32 -j 0 --img-size 32"
 
 
@@ -28,33 +29,14 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
+def pages_with(language: str) -> list[str]:
+    """Those whose blocks are independent of each other."""
+    return [page for page in PAGES if blocks(page, language) and page not in (LOOPS, *GUIDES)]
+
+
 def commands(page: str) -> list[str]:
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     return [line.split(" #")[0].strip() for line in lines if line.strip()]
-
-
-@pytest.fixture
-def workplace(tmp_path):
-    """A folder that looks like the repository, with few images in examples/data."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    for name in ("Makefile", "pyproject.toml", "setup.py", "README.md", "LICENSE", "timm_selfdistill"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "examples" / "data").mkdir(parents=True)
-    for name in (
-        "train.py",
-        "predict.py",
-        "early_exit.py",
-        "onnx_early_exit.py",
-        "efficientnet_lite0.py",
-        "add_exits.py",
-        "ankle_boot.png",
-    ):
-        (folder / "examples" / name).symlink_to(ROOT / "examples" / name)
-    images = load_images(EMBEDDED)
-    images.train.select(range(64)).to_parquet(folder / "examples/data/train.parquet")
-    images.val.select(range(320)).to_parquet(folder / "examples/data/test.parquet")
-    return folder
 
 
 def unlaunched(program: str, *arguments: str) -> tuple[int, tuple[str, ...]]:
@@ -68,17 +50,16 @@ def unlaunched(program: str, *arguments: str) -> tuple[int, tuple[str, ...]]:
     return 1, (program, *arguments)
 
 
-@pytest.mark.parametrize("page", OTHERS)
+@pytest.mark.parametrize("page", pages_with("python"))
 def test_python_blocks(page, workplace, hub_programs):
     found = blocks(page, "python")
-    assert found
     (workplace / "blocks.py").write_text("\n".join(found))
     done = hub_programs.run("blocks.py", cwd=workplace, PYTHONPATH=str(workplace))
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", OTHERS)
+@pytest.mark.parametrize("page", pages_with("python"))
 def test_python_blocks_in_a_new_process(page, workplace, environment):
     """In which nothing has been imported that the page does not import."""
     (workplace / "blocks.py").write_text("\n".join(blocks(page, "python")))
@@ -112,23 +93,33 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=() if page in QUICK else pytest.mark.slow) for page in GUIDES]
+    "page",
+    [pytest.param(page, marks=() if page in QUICK else pytest.mark.slow) for page in [*pages_with("bash"), LOOPS]],
 )
 def test_commands(page, workplace, environment, hub_programs):
     """In the order of the page: a later command may go on where an earlier one stopped."""
-    assert commands(page)
+    run_commands(page, workplace, environment, hub_programs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDES)
+def test_guides(page, photos, environment, hub_programs):
+    assert blocks(page, "bash")
+    run_commands(page, photos, environment, hub_programs)
+    (photos / "blocks.py").write_text("\n".join(blocks(page, "python")))
+    done = hub_programs.run("blocks.py", cwd=photos, PYTHONPATH=str(photos))
+    assert done.returncode == 0, done.stderr
+
+
+def run_commands(page: str, workplace: Path, environment: dict[str, str], hub_programs: Programs) -> None:
     for command in commands(page):
         program, *arguments = shlex.split(command)
         if program == "make":
             arguments.append("--dry-run")  # the demo is trained in test_examples.py, and the tests are these
         elif program == "pip":
             arguments += ["--no-deps", "--no-build-isolation", "--dry-run", "--no-index"]
-        elif "examples/train.py" in arguments or arguments[0] == "train":
-            arguments += shlex.split(SMALL.format(images=workplace / "examples/data"))
-            if not {"--pretrained", "--initial-checkpoint"} & set(arguments):
-                arguments += ["--model", "test_resnet"]
-            if "--resume" in arguments:
-                arguments += ["--epochs", "2"]
+        elif "examples/train.py" in arguments or "train" in arguments:
+            arguments = smaller(arguments, workplace)
         elif "flat-minima" in arguments:
             arguments += ["--draws", "1"]
         elif "--max-accuracy-drop" in arguments:
@@ -143,7 +134,21 @@ def test_commands(page, workplace, environment, hub_programs):
         assert done.returncode == 0, command + "\n" + done.stdout[-2000:] + done.stderr[-4000:]
 
 
+def smaller(arguments: list[str], workplace: Path) -> list[str]:
+    """A training command with a smaller network, fewer images and one epoch, without weights from the Hub."""
+    images = "photos" if "photos" in arguments else workplace / "examples/data"
+    model = dict(pairwise(arguments)).get("--model", "")
+    arguments = [argument for argument in arguments if argument != "--pretrained" or ":" in model]
+    arguments += shlex.split(SMALL.format(images=images))
+    if not {"--pretrained", "--initial-checkpoint"} & set(arguments):
+        arguments += ["--model", "test_resnet"]
+    if "--resume" in arguments and "auto" not in arguments:
+        arguments += ["--epochs", "2"]
+    return arguments
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_exist(page):
-    for target in re.findall(r"\]\((?!https?://)([^)#]*)", (ROOT / page).read_text()):
+    text = re.sub(r"^```.*?^```|`[^`\n]+`", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://)([^)#]*)", text):
         assert not target or ((ROOT / page).parent / target).exists(), target

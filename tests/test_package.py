@@ -36,6 +36,7 @@ FILES = (
     "Makefile",
     "README.md",
     "SECURITY.md",
+    "mkdocs.yml",
     "pyproject.toml",
     "setup.py",
 )

@@ -75,6 +75,17 @@ class SelfDistillLoss(nn.Module):
     Raises:
         ValueError: an argument is out of its range.
         TypeError: `label_loss` is not callable.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillLoss, wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).train()
+        >>> criterion = SelfDistillLoss(alpha=0.5)
+        >>> images, labels = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
+        >>> loss = criterion(model(images), labels)
+        >>> loss.backward()
+        >>> loss.shape
+        torch.Size([])
     """
 
     def __init__(
@@ -132,6 +143,12 @@ class SelfDistillLoss(nn.Module):
 
         Args:
             overrides: arguments of `SelfDistillLoss`.
+
+        Examples:
+            >>> from timm_selfdistill import SelfDistillLoss
+            >>> criterion = SelfDistillLoss.paper(alpha=0.5)
+            >>> criterion.teacher, criterion.hint, criterion.t_squared
+            ('deepest', 'map', False)
         """
         return cls(**{"hint": "map", "teacher": "deepest", "t_squared": False, **overrides})
 
@@ -186,6 +203,16 @@ class SelfDistillLoss(nn.Module):
             TypeError: `output` is not a `SelfDistillOutput`, or class indices are not integers.
             ValueError: the target's shape does not fit, or (checked on CPU) an index is not in 0..K-1, or what is
                 remembered is missing, or of other images or another teacher.
+
+
+        Examples:
+            >>> import timm, torch
+            >>> from timm_selfdistill import SelfDistillLoss, wrap_self_distill
+            >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).train()
+            >>> output = model(torch.randn(8, 3, 64, 64))
+            >>> terms = SelfDistillLoss.paper().terms(output, torch.randint(10, (8,)))
+            >>> sorted(terms)
+            ['distill', 'hint', 'label', 'loss']
         """
         if not isinstance(output, SelfDistillOutput):
             raise TypeError(

@@ -53,6 +53,16 @@ def wrap_self_distill(
     Raises:
         TypeError: `model` is not a timm model, or an argument has the wrong type.
         ValueError: the model has no classifier, or `exits` or `head` names something unknown.
+
+    Examples:
+        >>> import timm
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("resnet18", num_classes=10))
+        >>> model.exits
+        ('layer1', 'layer2', 'layer3', 'layer4')
+        >>> backbone = timm.create_model("resnet18", num_classes=10)
+        >>> wrap_self_distill(backbone, exits=["layer2"], head="linear").exits
+        ('layer2', 'layer4')
     """
     return SelfDistillModel(
         model, exits=exits, head=head, head_args=head_args, model_args=model_args, freeze_backbone=freeze_backbone
@@ -113,6 +123,20 @@ class SelfDistillModel(HubMixin):
         exits: the module names of all C classifiers, the deepest included.
         num_classes: K.
         early_exit: what `EarlyExit.calibrate` found; saved with the model.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> images = torch.randn(8, 3, 64, 64)
+        >>> model(images).shape
+        torch.Size([8, 10])
+        >>> len(model.forward_exits(images).logits)
+        4
+        >>> torch.equal(model(images), model.backbone(images))
+        True
+        >>> model.predict(images, exit=0).shape
+        torch.Size([8, 10])
     """
 
     backbone: TimmModel
@@ -204,6 +228,16 @@ class SelfDistillModel(HubMixin):
             x: images (B, in_chans, H, W).
             with_features: False leaves the features out, which only a loss with a hint needs; the heads then take less
                 time, since they average their maps before the last convolution.
+
+        Examples:
+            >>> import timm, torch
+            >>> from timm_selfdistill import wrap_self_distill
+            >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+            >>> output = model.forward_exits(torch.randn(2, 3, 64, 64))
+            >>> [tuple(logits.shape) for logits in output.logits]
+            [(2, 10), (2, 10), (2, 10), (2, 10)]
+            >>> {tuple(feature.shape) for feature in output.features}
+            {(2, 96, 2, 2)}
         """
         backbone, name = self.forward_backbone(x), type(self.backbone).__name__
         channels = self.feature_channels
@@ -273,6 +307,15 @@ class SelfDistillModel(HubMixin):
 
         Raises:
             ValueError: there is no such exit.
+
+        Examples:
+            >>> import timm, torch
+            >>> from timm_selfdistill import wrap_self_distill
+            >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+            >>> images = torch.randn(2, 3, 64, 64)
+            >>> fast, accurate = model.predict(images, exit=0), model.predict(images, exit="ensemble")
+            >>> fast.shape, accurate.shape
+            (torch.Size([2, 10]), torch.Size([2, 10]))
         """
         number = self.exit_number(exit)
         if number == "ensemble":
@@ -330,6 +373,14 @@ class SelfDistillModel(HubMixin):
 
         Raises:
             ValueError: there would be no classes, the backbone is frozen, or a head given as a callable fails.
+
+        Examples:
+            >>> import timm, torch
+            >>> from timm_selfdistill import wrap_self_distill
+            >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=1000)).eval()
+            >>> model.reset_classifier(7)
+            >>> [logits.shape[1] for logits in model.forward_exits(torch.randn(2, 3, 64, 64)).logits]
+            [7, 7, 7, 7]
         """
         if self.freeze_backbone:
             raise ValueError(
@@ -388,7 +439,15 @@ class SelfDistillModel(HubMixin):
 
     def strip(self) -> nn.Module:
         """The plain timm model, for good: the shallow classifiers are not needed at inference. Its `pretrained_cfg` has
-        the model's `input_size`."""
+        the model's `input_size`.
+
+        Examples:
+            >>> import timm
+            >>> from timm_selfdistill import wrap_self_distill
+            >>> backbone = timm.create_model("test_resnet", num_classes=10)
+            >>> wrap_self_distill(backbone).strip() is backbone
+            True
+        """
         self.backbone.pretrained_cfg["input_size"] = self.input_size
         return self.backbone
 
@@ -400,6 +459,17 @@ class SelfDistillModel(HubMixin):
 
         Raises:
             ValueError: there is no such exit.
+
+        Examples:
+            >>> import timm, torch
+            >>> from timm_selfdistill import wrap_self_distill
+            >>> model = wrap_self_distill(timm.create_model("resnet18", num_classes=10)).eval()
+            >>> fast = model.truncate(1)
+            >>> sum(p.numel() for p in fast.parameters()) < sum(p.numel() for p in model.parameters()) / 10
+            True
+            >>> images = torch.randn(2, 3, 64, 64)
+            >>> torch.equal(fast(images), model.predict(images, exit=1))
+            True
         """
         from .truncated import TruncatedModel  # which builds upon this module
 
@@ -413,6 +483,18 @@ class SelfDistillModel(HubMixin):
 
         Raises:
             ValueError: `input_size` is nothing of the kind.
+
+        Examples:
+            >>> import timm
+            >>> from timm_selfdistill import wrap_self_distill
+            >>> model = wrap_self_distill(timm.create_model("resnet18", num_classes=10))
+            >>> for row in model.summary(input_size=(3, 224, 224)):
+            ...     print(row.exit, row.module, row.feature_shape)
+            0 layer1 (64, 56, 56)
+            1 layer2 (128, 28, 28)
+            2 layer3 (256, 14, 14)
+            3 layer4 (512, 7, 7)
+            ensemble layer4 (512, 7, 7)
         """
         return summarize(self, [*self.stages, self._last_stage], input_size)
 

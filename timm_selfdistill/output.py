@@ -6,7 +6,16 @@ from torch import Tensor
 
 
 class SelfDistillOutput(NamedTuple):
-    """What every classifier says, shallow to deep; the last entries are the teacher's."""
+    """What every classifier says, shallow to deep; the last entries are the teacher's.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).train()
+        >>> logits, features = model(torch.randn(2, 3, 64, 64))
+        >>> len(logits), len(features)
+        (4, 4)
+    """
 
     logits: tuple[Tensor, ...]
     """C tensors (B, K)."""

@@ -34,6 +34,16 @@ class SelfDistillTask(ClassificationTask):
 
     Raises:
         TypeError: the model or the criterion is not one of these.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillLoss, SelfDistillTask, wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10))
+        >>> task = SelfDistillTask(model, SelfDistillLoss()).train()
+        >>> result = task(torch.randn(8, 3, 64, 64), torch.randint(10, (8,)))
+        >>> result["loss"].backward()
+        >>> result["output"].shape
+        torch.Size([8, 10])
     """
 
     criterion: SelfDistillLoss
@@ -236,6 +246,17 @@ class FrozenBackboneTask(SelfDistillTask):
     Raises:
         TypeError: the model or the criterion is not one of these.
         ValueError: the backbone is not frozen.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillTask, wrap_self_distill
+        >>> backbone = timm.create_model("test_resnet", num_classes=10)
+        >>> task = SelfDistillTask(wrap_self_distill(backbone, freeze_backbone=True)).train()
+        >>> type(task).__name__
+        'FrozenBackboneTask'
+        >>> task(torch.randn(8, 3, 64, 64))["loss"].backward()
+        >>> any(parameter.grad is not None for parameter in backbone.parameters())
+        False
     """
 
     def __init__(self, model: SelfDistillModel, criterion: SelfDistillLoss | None = None):

@@ -30,6 +30,16 @@ class TruncatedModel(HubMixin):
     Args:
         model: is taken over.
         exit: 0 to C - 1, or "ensemble".
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import TruncatedModel, wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> fast = model.truncate(0)
+        >>> fast(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
+        >>> fast.save_pretrained("fast")
+        >>> fast = TruncatedModel.from_pretrained("fast")
     """
 
     prefix = "model.backbone."
@@ -206,6 +216,15 @@ def load_pretrained(
         pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or the id of a repository on the Hub.
         revision: branch, tag or commit.
         load_args: further arguments of `SelfDistillModel.from_pretrained`.
+
+    Examples:
+        >>> import timm
+        >>> from timm_selfdistill import load_pretrained, wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> model.save_pretrained("all-exits")
+        >>> model.truncate(0).save_pretrained("one-exit")
+        >>> [type(load_pretrained(folder)).__name__ for folder in ("all-exits", "one-exit")]
+        ['SelfDistillModel', 'TruncatedModel']
     """
     name, fetch_args = pretrained_model_name_or_path, {key: load_args[key] for key in load_args if key != "head"}
     folder = fetch_model(name, revision=revision, only_config=True, **fetch_args)

@@ -19,7 +19,18 @@ Matrix = list[list[float | None]]
 
 @dataclass
 class AgreementReport:
-    """How the answers of the C exits go together. All shares are 0 to 1."""
+    """How the answers of the C exits go together. All shares are 0 to 1.
+
+    Examples:
+        >>> import torch
+        >>> from timm_selfdistill.analysis import compare_answers
+        >>> labels = torch.tensor([0, 1, 2, 3])
+        >>> answers = torch.tensor([[0, 1, 0, 0], [0, 1, 2, 0]])  # of two exits
+
+        >>> report = compare_answers(answers, labels)
+        >>> report.top1, report.any_right, report.same_answer[0][1]
+        ([50.0, 75.0], 75.0, 0.75)
+    """
 
     exits: list[str]
     """Names of their modules."""
@@ -79,6 +90,16 @@ def measure_agreement(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]])
     Raises:
         ValueError: the model has no exits, the loader gives no images, labels are missing or out of range, or logits
             are no finite numbers.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_agreement
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> report = measure_agreement(model, loader)
+        >>> report.exits, report.images
+        (['layer1', 'layer2', 'layer3', 'layer4'], 32)
     """
     model = need_exits(model, "agreement")
     answers, labels = [], []
@@ -101,6 +122,15 @@ def compare_answers(answers: Tensor, labels: Tensor, exits: list[str] | None = N
 
     Raises:
         ValueError: the shapes do not fit, or there is no image.
+
+    Examples:
+        >>> import torch
+        >>> from timm_selfdistill.analysis import compare_answers
+        >>> labels = torch.tensor([0, 1, 2, 3])
+        >>> answers = torch.tensor([[0, 1, 0, 0], [0, 1, 2, 0]])  # of two exits
+
+        >>> compare_answers(answers, labels, exits=["layer2", "layer4"]).error_overlap[0][1]
+        0.5
     """
     if answers.ndim != 2 or labels.shape != answers.shape[1:] or not labels.numel():
         raise ValueError(
@@ -128,7 +158,16 @@ def compare_answers(answers: Tensor, labels: Tensor, exits: list[str] | None = N
 
 
 def plot_agreement(path: str | Path, report: AgreementReport) -> None:
-    """Draw heat maps of the same answers, of errors in common and of their kappa, each on a scale of its own."""
+    """Draw heat maps of the same answers, of errors in common and of their kappa, each on a scale of its own.
+
+    Examples:
+        >>> import torch
+        >>> from timm_selfdistill.analysis import compare_answers, plot_agreement
+        >>> labels = torch.tensor([0, 1, 2, 3])
+        >>> answers = torch.tensor([[0, 1, 0, 0], [0, 1, 2, 0]])  # of two exits
+
+        >>> plot_agreement("agreement.png", compare_answers(answers, labels))
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.4), layout="constrained")

@@ -50,7 +50,18 @@ class NoiseRow(TypedDict):
 
 @dataclass
 class FlatMinimaReport:
-    """Accuracy and loss of every exit under noise on the weights. Level 0 is the model as it is, in one draw."""
+    """Accuracy and loss of every exit under noise on the weights. Level 0 is the model as it is, in one draw.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_flatness
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> report = measure_flatness(model, loader, levels=[0.1], draws=1)
+        >>> [row["level"] for row in report.of_exit(-1)]
+        [0, 0.1]
+    """
 
     levels: list[float]
     """Ascending, the first is 0."""
@@ -141,6 +152,16 @@ def measure_flatness(
     Raises:
         ValueError: an argument is out of range, the loader gives no images, labels are missing or out of range, or
             logits are no finite numbers.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_flatness
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> report = measure_flatness(model, loader, levels=[0.1, 0.2], draws=2)
+        >>> report.levels, report.draws, report.images
+        ([0, 0.1, 0.2], 2, 32)
     """
     if isinstance(loader, Iterator):
         raise ValueError("the loader can be read only once; pass one that starts anew each time, e.g. a DataLoader")
@@ -190,6 +211,19 @@ def sweep_noise(
 
     Raises:
         ValueError: a level or the number of draws is out of range.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.analysis import sweep_noise
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> def measure(level):
+        ...     with torch.no_grad():
+        ...         return float(model(loader[0][0]).std())
+        >>> found = sweep_noise(model, measure, levels=[0.1, 0.2], draws=3)
+        >>> {level: len(values) for level, values in found.items()}
+        {0.1: 3, 0.2: 3}
     """
     _check_noise(levels, draws)
     found: dict[float, list[T]] = {level: [] for level in levels}
@@ -237,6 +271,15 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
 
     Args:
         reports: by the model's name, all of the same kind of noise.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_flatness, plot_flatness
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> report = measure_flatness(model, loader, levels=[0.1], draws=1)
+        >>> plot_flatness("flat_minima.png", {"self-distilled": report})
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

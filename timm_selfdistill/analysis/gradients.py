@@ -22,7 +22,18 @@ from ..timm_model import TimmModel, as_timm
 
 @dataclass
 class GradientReport:
-    """Mean absolute gradient of the weights of each section, shallow to deep."""
+    """Mean absolute gradient of the weights of each section, shallow to deep.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillTask, wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_gradients
+        >>> task = SelfDistillTask(wrap_self_distill(timm.create_model("test_resnet", num_classes=10)))
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> report = measure_gradients(task, loader)
+        >>> len(report.gradients), report.batches, report.batch_size
+        (4, 1, 32)
+    """
 
     sections: list[str]
     """Names of the modules that end them."""
@@ -76,6 +87,16 @@ def measure_gradients(
         TypeError: `task` is no `TrainingTask`.
         ValueError: the loader gives no images, labels are missing or out of range, the loss is no finite number,
             or the backbone is frozen, or nothing in it learns.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillTask, wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_gradients
+        >>> task = SelfDistillTask(wrap_self_distill(timm.create_model("test_resnet", num_classes=10)))
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> report = measure_gradients(task, loader)
+        >>> all(value > 0 for value in report.gradients)
+        True
     """
     if not isinstance(task, TrainingTask):
         raise TypeError(
@@ -112,6 +133,13 @@ def section_gradients(loss: Tensor, sections: Iterable[Sequence[Tensor]]) -> lis
     """Mean absolute gradient of a loss over the elements of each section's weights; 0 where there are none.
 
     The weights' own gradients stay as they are, and so does the graph of the loss.
+
+    Examples:
+        >>> import torch
+        >>> from timm_selfdistill.analysis import section_gradients
+        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> section_gradients((3 * weight).sum(), [[weight]])
+        [3.0]
     """
     sections = list(sections)
     gradients = iter(
@@ -138,6 +166,13 @@ def find_sections(model: nn.Module, x: Tensor, exits: Sequence[int | str] | None
 
     Raises:
         ValueError: nothing learns.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill.analysis import find_sections
+        >>> backbone = timm.create_model("test_resnet", num_classes=10)
+        >>> list(find_sections(backbone, torch.randn(1, 3, 64, 64)))
+        ['layer1', 'layer2', 'layer3', 'layer4']
     """
     backbone = as_timm(model)
     if isinstance(model, SelfDistillModel):
@@ -187,6 +222,14 @@ def plot_gradients(path: str | Path, reports: Mapping[str, GradientReport]) -> N
 
     Args:
         reports: by the model's name, with sections of the same names.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillTask, wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_gradients, plot_gradients
+        >>> task = SelfDistillTask(wrap_self_distill(timm.create_model("test_resnet", num_classes=10)))
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> plot_gradients("gradients.png", {"self-distilled": measure_gradients(task, loader)})
     """
     from matplotlib.figure import Figure
 
@@ -224,6 +267,15 @@ def plot_gradient_history(
     Args:
         histories: by the model's name, reports with sections of the same names.
         updates: by the model's name, how many updates had been made at each report; None: there is one an epoch.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillTask, wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_gradients, plot_gradient_history
+        >>> task = SelfDistillTask(wrap_self_distill(timm.create_model("test_resnet", num_classes=10)))
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> history = [measure_gradients(task, loader) for epoch in range(2)]
+        >>> plot_gradient_history("gradient_history.png", {"self-distilled": history})
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

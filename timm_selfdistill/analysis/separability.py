@@ -40,7 +40,18 @@ class ExitSeparability:
 
 @dataclass
 class SeparabilityReport:
-    """Sums of squares of the features in front of each classifier."""
+    """Sums of squares of the features in front of each classifier.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_separability
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> report = measure_separability(model, loader)
+        >>> [(row.exit, row.module) for row in report.rows]
+        [(0, 'layer1'), (1, 'layer2'), (2, 'layer3'), (3, 'layer4')]
+    """
 
     rows: list[ExitSeparability]
     images: int
@@ -128,6 +139,16 @@ def measure_separability(
     Raises:
         ValueError: the model has no exits, the loader gives no images, or those of one class only, or not two of any
             class, or none of a class to draw; labels are missing or out of range, or logits are no finite numbers.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_separability
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> report = measure_separability(model, loader)
+        >>> report.images, all(row.ratio > 0 for row in report.rows)
+        (32, True)
     """
     model = need_exits(model, "separability")
     _check_classes(classes, model.num_classes)
@@ -197,6 +218,14 @@ def plot_separability(path: str | Path, report: SeparabilityReport, class_names:
 
     Args:
         class_names: of all K classes.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.analysis import measure_separability, plot_separability
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
+        >>> plot_separability("separability.png", measure_separability(model, loader))
     """
     from matplotlib.figure import Figure
 

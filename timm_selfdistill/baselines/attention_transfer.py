@@ -25,6 +25,16 @@ class AttentionTransferTask(FeatureMapTask):
     Raises:
         TypeError: one of the models is no timm model.
         ValueError: their classes, channels or numbers of stages do not fit, or as of `FeatureMapTask`.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill.baselines import AttentionTransferTask
+        >>> student = timm.create_model("test_resnet", num_classes=10)
+        >>> teacher = timm.create_model("resnet10t", num_classes=10)  # trained, in real life
+        >>> task = AttentionTransferTask(student, teacher, distill_loss_weight=100).train()
+        >>> task(torch.randn(8, 3, 64, 64), torch.randint(10, (8,)))["loss"].backward()
+        >>> task.get_eval_model() is student
+        True
     """
 
     def __init__(

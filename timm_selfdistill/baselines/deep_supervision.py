@@ -11,5 +11,13 @@ def deep_supervision_loss(label_loss: LabelLoss | None = None) -> SelfDistillLos
 
     Args:
         label_loss: as of `SelfDistillLoss`.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.baselines import deep_supervision_loss
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).train()
+        >>> criterion = deep_supervision_loss()
+        >>> criterion(model(torch.randn(8, 3, 64, 64)), torch.randint(10, (8,))).backward()
     """
     return SelfDistillLoss(alpha=0.0, beta=0.0, label_loss=label_loss)

@@ -141,6 +141,16 @@ def check_teacher(student: nn.Module, teacher: nn.Module, role: str = "teacher")
     Raises:
         TypeError: one of them is no timm model.
         ValueError: one has no classifier, or classes or image channels differ.
+
+    Examples:
+        >>> import timm
+        >>> from timm_selfdistill.baselines import check_teacher
+        >>> student = timm.create_model("test_resnet", num_classes=10)
+        >>> check_teacher(student, timm.create_model("resnet10t", num_classes=10))
+        >>> check_teacher(student, timm.create_model("resnet10t", num_classes=7))
+        Traceback (most recent call last):
+        ...
+        ValueError: the teacher (ResNet) has 7 classes, the student (ResNet) 10; ...
     """
     models = [check_timm_classifier(model) for model in (student, teacher)]
     expected, given = ((model.num_classes, default_input_size(model)[0]) for model in models)

@@ -21,6 +21,14 @@ class KnowledgeSynergyLoss(SelfDistillLoss):
     Args:
         distill_loss_weight: of the second sum, >= 0.
         label_loss: as of `SelfDistillLoss`.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillTask, wrap_self_distill
+        >>> from timm_selfdistill.baselines import KnowledgeSynergyLoss
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10))
+        >>> task = SelfDistillTask(model, KnowledgeSynergyLoss()).train()
+        >>> task(torch.randn(8, 3, 64, 64), torch.randint(10, (8,)))["loss"].backward()
     """
 
     def __init__(self, distill_loss_weight: float = 1.0, label_loss: LabelLoss | None = None):

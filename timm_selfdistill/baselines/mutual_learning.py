@@ -33,6 +33,15 @@ class MutualLearningTask(ClassificationTask):
 
     Raises:
         TypeError, ValueError: the two do not fit, or have the same weights.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill.baselines import MutualLearningTask
+        >>> student, peer = (timm.create_model("test_resnet", num_classes=10) for _ in range(2))
+        >>> task = MutualLearningTask(student, peer).train()
+        >>> task(torch.randn(8, 3, 64, 64), torch.randint(10, (8,)))["loss"].backward()
+        >>> task.get_eval_model() is student
+        True
     """
 
     def __init__(

@@ -82,6 +82,13 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
         Raises:
             ValueError: timm cannot rebuild the backbone from what is known of it; pass `model_args` when wrapping. Or
                 the model is beyond the limits within which models are loaded (`hub/trust.py`).
+
+        Examples:
+            >>> import timm
+            >>> from timm_selfdistill import wrap_self_distill
+            >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+            >>> model.save_pretrained("my-model")
+            >>> plain = timm.create_model("local-dir:my-model", pretrained=True)
         """
         if "input_size" not in (data_config or {}):
             self.warn_of_unknown_size()
@@ -144,6 +151,15 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
             ValueError: a file is damaged, foreign, of another format version, or beyond the limits of `hub/trust.py`;
                 or the model is of the other class, truncated or not.
             TypeError: `head` cannot be one.
+
+        Examples:
+            >>> import timm
+            >>> from timm_selfdistill import SelfDistillModel, wrap_self_distill
+            >>> wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).save_pretrained("saved")
+            >>> SelfDistillModel.from_pretrained("saved").num_classes
+            10
+            >>> SelfDistillModel.from_pretrained("saved", num_classes=7).num_classes
+            7
         """
         fetch = partial(
             fetch_model,
@@ -256,7 +272,16 @@ class HubMixin(TimmMethods, nn.Module, ModelHubMixin):
             )
 
     def generate_model_card(self, *, metrics: Mapping[str, Any] | None = None, **card_data: Any) -> ModelCard:
-        """The card that `save_pretrained` would write; see there."""
+        """The card that `save_pretrained` would write; see there.
+
+        Examples:
+            >>> import timm
+            >>> from timm_selfdistill import wrap_self_distill
+            >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+            >>> card = model.generate_model_card(license="mit")
+            >>> card.data.license
+            'mit'
+        """
         return create_model_card(
             self.full_backbone,
             self.model_args,

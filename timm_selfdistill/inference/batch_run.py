@@ -17,7 +17,16 @@ slower. An image that is done keeps its answer while it waits."""
 
 
 class EarlyExitOutput(NamedTuple):
-    """Answers in the order of the images."""
+    """Answers in the order of the images.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import EarlyExit, wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> output = EarlyExit(model, thresholds=0.0).predict(torch.randn(4, 3, 64, 64))
+        >>> output.exit
+        tensor([0, 0, 0, 0])
+    """
 
     logits: Tensor
     """(B, K), of the exit that each image took, as `SelfDistillModel.forward_exits` gives them."""

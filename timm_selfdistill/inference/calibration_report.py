@@ -20,7 +20,19 @@ class FixedExit:
 
 @dataclass
 class CalibrationReport:
-    """What calibration found. Accuracies are in per cent, and those of images that had no part in finding it."""
+    """What calibration found. Accuracies are in per cent, and those of images that had no part in finding it.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import EarlyExit, wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> held_out = [(torch.randn(60, 3, 32, 32), torch.randint(10, (60,))) for _ in range(5)]
+        >>> report = EarlyExit(model).calibrate(held_out, max_macs=1e9)
+        >>> report.budget, report.met, report.images
+        ({'max_macs': 1000000000.0}, True, [100, 100, 100])
+        >>> round(sum(report.shares), 6)
+        1.0
+    """
 
     budget: dict[str, float]
     """What was asked for."""

@@ -53,6 +53,15 @@ class EarlyExit:
     Raises:
         TypeError: `model` is no SelfDistillModel.
         ValueError: the model is in training mode, or thresholds, policy or temperatures do not fit it.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import EarlyExit, wrap_self_distill
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> early_exit = EarlyExit(model, thresholds=[0.9, 0.9, 0.9])
+        >>> logits, exit, confidence = early_exit.predict(torch.randn(8, 3, 64, 64))
+        >>> logits.shape, exit.shape
+        (torch.Size([8, 10]), torch.Size([8]))
     """
 
     def __init__(
@@ -164,6 +173,15 @@ class EarlyExit:
         Raises:
             ValueError: not just one promise is asked for, or it makes no sense; too few images, of one class, or with
                 labels out of range; the model is in training mode.
+
+        Examples:
+            >>> import timm, torch
+            >>> from timm_selfdistill import EarlyExit, wrap_self_distill
+            >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+            >>> held_out = [(torch.randn(60, 3, 32, 32), torch.randint(10, (60,))) for _ in range(5)]
+            >>> report = EarlyExit(model).calibrate(held_out, max_macs=1e9)
+            >>> len(report.thresholds), len(report.temperatures)
+            (3, 4)
         """
         _check_mode(self._parts)
         budget = check_budget(

@@ -40,14 +40,14 @@ def speedups_by_batch(early_exit: EarlyExit, x: Tensor, seconds: float = 1.0) ->
     for size in (2**power for power in range(len(x).bit_length())):
         images = x[: max(size, AVERAGED)]
 
-        def in_batches(model: Callable[[Tensor], Any], x: Tensor, size: int = size) -> None:
-            for part in x.split(size):
-                model(part)
-
-        backbone = partial(in_batches, early_exit.model.backbone)
-        calls: list[Callable[[Tensor], Any]] = [partial(in_batches, early_exit.predict)]
-        (found[size],) = measure_speedups(early_exit.model, backbone, calls, images, seconds=seconds)
+        plain, early = (partial(_in_batches, model, size) for model in (early_exit.model.backbone, early_exit.predict))
+        (found[size],) = measure_speedups(early_exit.model, plain, [early], images, seconds=seconds)
     return found
+
+
+def _in_batches(model: Callable[[Tensor], Any], size: int, x: Tensor) -> None:
+    for part in x.split(size):
+        model(part)
 
 
 def smallest_that_pays(speedups: dict[int, float]) -> int | None:

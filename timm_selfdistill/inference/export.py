@@ -38,6 +38,13 @@ def export_program(network: nn.Module, input_size: tuple[int, int, int]) -> Expo
     Args:
         network: e.g. `model.truncate(exit)`, or `model.strip()`.
         input_size: (channels, height, width) in pixels.
+
+    Examples:
+        >>> import timm
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.inference.export import export_program
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> program = export_program(model.truncate(0), (3, 64, 64))
     """
     like = next(p for p in network.parameters() if p.is_floating_point())
     x = torch.zeros(2, *input_size, device=like.device, dtype=like.dtype)
@@ -63,6 +70,13 @@ def export_onnx(
     Raises:
         ImportError: the extra `onnx` is not installed.
         ValueError: there is no such exit, or onnxruntime gives other logits.
+
+    Examples:
+        >>> import timm
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.inference.export import export_onnx
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> export_onnx(model, "exit0.onnx", exit=0, input_size=(3, 64, 64))
     """
     check_onnx()
     if not isinstance(model, SelfDistillModel) and exit != -1:
@@ -97,6 +111,14 @@ def export_stages(
     Raises:
         ImportError: the extra `onnx` is not installed.
         ValueError: the network cannot be cut there, or onnxruntime gives other logits.
+
+    Examples:
+        >>> import timm
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> from timm_selfdistill.inference.export import export_stages
+        >>> model = wrap_self_distill(timm.create_model("test_resnet", num_classes=10)).eval()
+        >>> [path.name for path in export_stages(model, "stages", input_size=(3, 64, 64))]
+        ['stage0.onnx', 'stage1.onnx', 'stage2.onnx', 'stage3.onnx']
     """
     check_onnx()
     model_copy = model.truncate("ensemble").model.cpu().float().eval()

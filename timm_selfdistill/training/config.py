@@ -150,6 +150,16 @@ class TrainConfig:
     Raises:
         ValueError: a value is out of its range, or `settings` hold a name of the above.
         TypeError: `settings` hold what YAML cannot tell.
+
+    Examples:
+        >>> from timm_selfdistill import TrainConfig
+        >>> config = TrainConfig(output="runs/photos", epochs=30, opt="adamw", lr=1e-3, mixup=0.2)
+        >>> config.warmup_epochs
+        1.0
+        >>> TrainConfig(epochs=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: epochs must be at least 1, got 0
     """
 
     output: str = setting("", "run directory", otherwise="a new one under output/train, named after the time")

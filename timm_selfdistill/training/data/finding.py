@@ -516,6 +516,14 @@ def load_images(
         PermissionError: a folder may not be read.
         ValueError: a folder can be read in two ways, a split or column is missing or ambiguous, there is but one class,
             a class has one image of which `val_fraction` should be taken, or a label is out of range.
+
+    Examples:
+        >>> from timm_selfdistill import load_images
+        >>> images = load_images("examples/data")
+        >>> images.num_classes
+        10
+        >>> images.class_names[:2]
+        ['T-shirt/top', 'Trouser']
     """
     if isinstance(value_range, tuple) and not value_range[0] < value_range[1]:
         raise ValueError(f"value_range must be the values of black and of white, got {value_range}")

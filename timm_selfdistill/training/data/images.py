@@ -58,6 +58,11 @@ def open_image(path: str | Path, channels: int, value_range: ValueRange | ValueR
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no image that Pillow reads, or `channels` is neither 1 nor 3.
+
+    Examples:
+        >>> from timm_selfdistill.training import open_image
+        >>> open_image("examples/ankle_boot.png", channels=3).mode
+        'RGB'
     """
     if channels not in MODES:
         raise ValueError(f"this model takes images of {channels} channels; a file's are made into 1 or 3")

@@ -37,6 +37,15 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         source: see `ImageSplits`.
         ranges: black and white of images with more than 8 bits.
         label_map: class index for each label; None leaves them as they are.
+
+    Examples:
+        >>> from timm.data import create_transform
+        >>> from timm_selfdistill import load_images
+        >>> from timm_selfdistill.training import ImageDataset
+        >>> rows = load_images("examples/data").val
+        >>> data = ImageDataset(rows, "image", "label", create_transform(32), mode="RGB", num_classes=10)
+        >>> data[0][0].shape
+        torch.Size([3, 32, 32])
     """
 
     augmented: bool | None = None
@@ -82,7 +91,18 @@ REORDERED = "the classes are in another order than the network's: they are match
 
 @dataclass
 class ImageSplits:
-    """Training and validation images; made by `load_images`."""
+    """Training and validation images; made by `load_images`.
+
+    Examples:
+        >>> import timm
+        >>> from timm_selfdistill import load_images, model_data_config
+        >>> images = load_images("examples/data")
+        >>> backbone = timm.create_model("test_resnet", num_classes=images.num_classes)
+        >>> train_data, val_data = images.transformed(model_data_config(backbone, img_size=32))
+        >>> image, label = val_data[0]
+        >>> image.shape
+        torch.Size([3, 32, 32])
+    """
 
     train_rows: Rows
     val_rows: Rows

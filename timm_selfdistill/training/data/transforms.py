@@ -30,7 +30,19 @@ def takes_other_sizes(backbone: nn.Module) -> bool:
 
 
 def own_class_names(backbone: nn.Module) -> list[str] | None:
-    """Those that came with a timm model's weights; None where there are none, or its classifier is for other ones."""
+    """Those that came with a timm model's weights; None where there are none, or its classifier is for other ones.
+
+    Examples:
+        >>> import timm
+        >>> from timm_selfdistill import model_data_config
+        >>> from timm_selfdistill.training import own_class_names
+        >>> backbone = timm.create_model("test_resnet", num_classes=2)
+        >>> own_class_names(backbone) is None
+        True
+        >>> config = model_data_config(backbone, class_names=["cat", "dog"])
+        >>> own_class_names(backbone)
+        ['cat', 'dog']
+    """
     model = as_timm(backbone)
     names = model.pretrained_cfg.get("label_names")
     return list(names) if names and len(names) == model.num_classes else None
@@ -56,6 +68,16 @@ def model_data_config(
 
     Raises:
         ValueError: the model takes no other image size than its own, or a value does not fit.
+
+    Examples:
+        >>> import timm
+        >>> from timm_selfdistill import model_data_config
+        >>> backbone = timm.create_model("resnet18", num_classes=2)
+        >>> config = model_data_config(backbone, img_size=96, class_names=["cat", "dog"])
+        >>> config["input_size"], config["interpolation"]
+        ((3, 96, 96), 'bicubic')
+        >>> backbone.pretrained_cfg["label_names"]
+        ['cat', 'dog']
     """
     if img_size is not None and img_size < 1:
         raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")

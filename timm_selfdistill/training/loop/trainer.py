@@ -54,7 +54,18 @@ PICTURE_INTERVAL = "30s"
 
 @dataclass
 class TrainResult:
-    """What a run came to."""
+    """What a run came to.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillTask, TrainConfig, Trainer, wrap_self_distill
+        >>> images = [(torch.randn(3, 32, 32), index % 10) for index in range(64)]
+        >>> task = SelfDistillTask(wrap_self_distill(timm.create_model("test_resnet", num_classes=10)))
+        >>> config = TrainConfig(output="runs/result", epochs=1, batch_size=32, workers=0)
+        >>> result = Trainer(task, images, images, config).fit()
+        >>> [row["exit"] for row in result.summary["exits"]]
+        [0, 1, 2, 3, 'ensemble']
+    """
 
     output: Path
     """The run directory."""
@@ -109,6 +120,18 @@ class Trainer:
         ValueError: a setting cannot work: fp16 on a CPU, model and data differ in their classes, too few images, ...
         FileExistsError: `config.output` holds another run.
         FileNotFoundError: there is nothing to resume.
+
+    Examples:
+        >>> import timm, torch
+        >>> from timm_selfdistill import SelfDistillModel, SelfDistillTask, TrainConfig, Trainer
+        >>> from timm_selfdistill import wrap_self_distill
+        >>> images = [(torch.randn(3, 32, 32), index % 10) for index in range(64)]
+        >>> task = SelfDistillTask(wrap_self_distill(timm.create_model("test_resnet", num_classes=10)))
+        >>> config = TrainConfig(output="runs/random", epochs=1, batch_size=32, workers=0)
+        >>> result = Trainer(task, images, images, config).fit()
+        >>> len(result.history)
+        1
+        >>> model = SelfDistillModel.from_pretrained(result.output / "best")
     """
 
     def __init__(

@@ -54,7 +54,13 @@ class RunSummary(Unlabelled):
 
 
 def summary_title(summary: RunSummary) -> str:
-    """What stands over the table of a run's exits."""
+    """What stands over the table of a run's exits.
+
+    Examples:
+        >>> from timm_selfdistill.training import summary_title
+        >>> summary_title({"model": "resnet18", "epoch": 4, "epochs": 6})
+        'resnet18: epoch 4, the best of 6'
+    """
     title = f"{summary['model']}: epoch {summary['epoch']}, the best of {summary['epochs']}"
     if "reference" in summary:
         title += f"; without labels, top-1 and top-5 tell how often an exit agrees with the {summary['reference']}"
@@ -63,7 +69,14 @@ def summary_title(summary: RunSummary) -> str:
 
 def print_exits(console: Console, title: str, rows: list[ExitRow]) -> None:
     """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up
-    where it is no noise."""
+    where it is no noise.
+
+    Examples:
+        >>> from rich.console import Console
+        >>> from timm_selfdistill.training import print_exits
+        >>> row = {"exit": 0, "module": "layer1", "top1": 83.6, "top5": 99.1, "macs": 12.1e6, "share": 0.327}
+        >>> print_exits(Console(), "resnet18 on 1000 images", [row])
+    """
     table = Table(title=title, title_justify="left")
     for name in ("exit", "stage", "top-1 %", "top-5 %", "MACs", "share", "speed-up"):
         table.add_column(name, justify="left" if name in ("exit", "stage") else "right")
