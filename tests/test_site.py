@@ -37,7 +37,7 @@ def test_the_reference_of_the_command_line_has_every_command():
         ("train", "| `-b`, `--batch-size` `BATCH_SIZE` |"),
         ("calibrate", "| `--max-accuracy-drop` `NUMBER` |"),
         ("export", "| `--format` `onnx` or `timm` |"),
-        ("push", "| `repo_id` |"),
+        ("push", "| `[repo_id]` |"),
     ],
 )
 def test_the_reference_has_every_flag(command, row):
