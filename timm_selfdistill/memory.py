@@ -15,7 +15,15 @@ FEW_CLASSES, TOPK = 200, 50
 
 
 class Remembered(NamedTuple):
-    """What a memory holds of the images of a batch."""
+    """What a memory holds of the images of a batch.
+
+    Examples:
+        >>> import torch
+        >>> from timm_selfdistill import AnswerMemory
+        >>> logits, known = AnswerMemory(images=100, num_classes=10).lookup(torch.tensor([0, 1]))
+        >>> logits.shape, known
+        (torch.Size([2, 10]), tensor([False, False]))
+    """
 
     logits: Tensor
     """(B, K) in float32; zeros where nothing is known."""
@@ -89,6 +97,14 @@ class AnswerMemory:
     Raises:
         ValueError: an argument is out of its range.
         OSError: there is no room for the files.
+
+    Examples:
+        >>> import torch
+        >>> from timm_selfdistill import AnswerMemory
+        >>> memory = AnswerMemory(images=100, num_classes=10)
+        >>> memory.update(torch.tensor([3, 7]), torch.randn(2, 10))
+        >>> memory.lookup(torch.tensor([3, 4])).known
+        tensor([ True, False])
     """
 
     def __init__(
@@ -140,6 +156,12 @@ class AnswerMemory:
 
         Raises:
             ValueError: (checked on the CPU) there is no such image.
+
+        Examples:
+            >>> import torch
+            >>> from timm_selfdistill import AnswerMemory
+            >>> AnswerMemory(images=100, num_classes=10).lookup(torch.tensor([5])).logits.shape
+            torch.Size([1, 10])
         """
         rows = self._rows(indices)
         known = (self.tensors["counts"][rows] > 0) & (rows >= 0)
@@ -156,6 +178,14 @@ class AnswerMemory:
 
         Raises:
             ValueError: (checked on the CPU) there is no such image, or the logits have another shape.
+
+        Examples:
+            >>> import torch
+            >>> from timm_selfdistill import AnswerMemory
+            >>> memory = AnswerMemory(images=100, num_classes=10, momentum=0.0)
+            >>> memory.update(torch.tensor([5]), torch.ones(1, 10))
+            >>> memory.lookup(torch.tensor([5])).logits[0, 0].item()
+            1.0
         """
         if logits.shape != (len(indices), self.num_classes):
             raise ValueError(
