@@ -31,7 +31,7 @@ The commands are `{meta_command}` and then
 
 The rule is the docstring of `timm_selfdistill.stages.choose_exits`; `exits=[...]` overrides it. The columns
 *smallest*, *exits* and *share of compute* are of the smallest network of the class. *Head cost* is the multiply-adds of
-all "bottleneck" heads in training over the plain network's, median and largest of the class, counted with
+all "bottleneck" heads over the plain network's, median and largest of the class, counted with
 timm-selfdistill {version}.
 
 An exit saves what its share of the compute leaves. Classes in most of whose networks the first exit takes over 75 %, so

@@ -116,9 +116,18 @@ def test_the_pooled_feature_is_the_mean_of_the_feature(head):
     head, x = head(STAGE, TEACHER, 10), torch.randn(2, 64, 17, 24)
     for mode in (True, False):
         logits, feature = head.train(mode)(x)
-        without, pooled = head.forward_pooled(x)
+        without, pooled = head(x, with_feature=False)
         assert torch.equal(without, logits)
         torch.testing.assert_close(pooled, feature.mean((2, 3)))
+
+
+def test_hooks_on_heads_are_called():
+    model, calls = wrap_self_distill(timm.create_model("test_resnet", num_classes=4)), []
+    model.heads[0].register_forward_hook(lambda head, inputs, output: calls.append(output[0]))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.predict(x, 0), calls[0])
+    model.train()(x, with_features=False)
+    assert len(calls) == 2
 
 
 def test_a_linear_heads_logits_are_linear_in_the_pooled_map():

@@ -75,7 +75,7 @@ def test_calibrate_saves_what_evaluate_and_python_use(call, folder):
     [
         ({1: 1.1, 2: 0.6, 4: 0.9, 8: 1.2, 16: 1.3}, 8),
         ({1: 1.1, 2: 1.2}, 1),
-        ({1: 1.1, 2: 1.0}, None),
+        ({1: 1.1, 2: 1.01}, None),
         ({1: 0.8}, None),
     ],
 )

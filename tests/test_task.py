@@ -162,6 +162,23 @@ def test_captured_exits_give_the_same_losses_and_gradients(criterion, freeze_bac
     assert copy.deepcopy(captured)._captured is None
     captured.eval()(x, y)
     assert len(seen) == 3
+    with pytest.raises(ValueError, match=r"class indices must lie in 0\.\.9"):
+        captured.train()(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 10]))
+    assert captured._captured.compiled is not captured._captured.run
+    assert pickle.loads(pickle.dumps(captured))._captured is None
+
+
+def test_networks_that_are_wrapped_are_not_captured():
+    task = SelfDistillTask(small_model()).train()
+    task.capture_exits(batch_size=4, backend="aot_eager", mode=None)
+    module, x, y = task.trainable_module, torch.randn(4, 3, 64, 64), torch.randint(10, (4,))
+    task.trainable_module = nn.Sequential(module)  # as DistributedDataParallel would be
+    with pytest.raises(TypeError, match="trainable_module is a Sequential; leave out prepare_distributed"):
+        task.capture_exits(batch_size=4)
+    calls = []
+    task.trainable_module.forward = lambda *args: calls.append(1) or module(*args)
+    task(x, y)
+    assert calls == [1]
 
 
 def test_heads_that_do_not_compile_are_trained_as_they_are():

@@ -66,20 +66,15 @@ class ProjectedHead(nn.Module):
         """A stage's map (B, C, H, W) to what `proj` takes (B, width, H', W')."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, with_feature: bool = True) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and the feature (B, D, H', W'), or without it its average (B, D)."""
         narrow = self.narrow(x)
-        pooled = self._pool(narrow)
-        feature = pooled[..., None, None] if narrow.shape[2:] == (1, 1) else self.proj(narrow)
-        return self.fc(pooled), feature
-
-    def forward_pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and the feature's average (B, D), without the feature."""
-        pooled = self._pool(self.narrow(x))
-        return self.fc(pooled), pooled
-
-    def _pool(self, narrow: Tensor) -> Tensor:
         # the average comes first, so that the convolution has a single pixel to take to D channels
-        return self.proj(narrow.mean((2, 3), keepdim=True)).flatten(1)
+        pooled = self.proj(narrow.mean((2, 3), keepdim=True))
+        logits = self.fc(pooled.flatten(1))
+        if not with_feature:
+            return logits, pooled.flatten(1)
+        return logits, pooled if narrow.shape[2:] == (1, 1) else self.proj(narrow)
 
 
 class BottleneckHead(ProjectedHead):
@@ -280,8 +275,11 @@ def run_pooled(
         x: feature map (B, C, H, W) of the stage.
         stage, num_classes, channels, model_name: as of `check_output`.
     """
-    if isinstance(head, ProjectedHead) and type(head).forward is ProjectedHead.forward:
-        return head.forward_pooled(x)
+    own = "forward" in vars(head) or getattr(type(head), "forward", None) is not ProjectedHead.forward
+    if not own:
+        logits, pooled = head(x, with_feature=False)
+        if isinstance(logits, Proxy) or logits.shape[1:] == (num_classes,):
+            return logits, pooled
     logits, feature = check_output(head(x), x, num_classes, channels, stage, model_name)
     return logits, feature.mean((2, 3))
 

@@ -51,7 +51,7 @@ class Summary(tuple[ExitSummary, ...]):
 
     @property
     def total(self) -> ExitSummary:
-        """Everything: the ensemble. A training step costs a little more, since it makes the features as maps."""
+        """Everything: the ensemble. A training step with a hint costs a little more, since it makes the features."""
         return self[-1]
 
     def __rich__(self) -> Table:

@@ -118,7 +118,7 @@ class SelfDistillTask(ClassificationTask):
         """
         if not self.training:
             return self.run_loss(self.model.forward_exits(input, self.criterion.needs_features), target, remembered)
-        if self._captured and self._captured.fits(input):
+        if self._captured and self._captured.fits(input) and isinstance(self.trainable_module, SelfDistillModel):
             return self._captured(self.model.forward_backbone(input), target, remembered)
         return self.run_loss(self.trainable_module(input, self.criterion.needs_features), target, remembered)
 
@@ -126,13 +126,24 @@ class SelfDistillTask(ClassificationTask):
         """Compile heads and loss as one graph, apart from the backbone; on a GPU it becomes a CUDA graph. There the
         heads are many short kernels, and launching them takes longer than running them.
 
-        Only training batches of `batch_size` images use it, others run as before. Losses and gradients are those of
-        separate operations within rounding. If compiling fails, a warning says so and training goes on without it.
+        Only training batches of `batch_size` images of one size use it, others run as before. Losses and gradients are
+        those of separate operations within rounding. If compiling fails, a warning says so and training goes on
+        without it. On a GPU the next batch overwrites the gradients of the heads: clone them if you accumulate. Let
+        DistributedDataParallel wrap the whole task; one around `trainable_module` would not see the heads.
 
         Args:
             batch_size: images in a training batch.
             backend, mode: of `torch.compile`.
+
+        Raises:
+            TypeError: `trainable_module` is wrapped or compiled.
         """
+        if not isinstance(self.trainable_module, (SelfDistillModel, ExitHeads)):
+            raise TypeError(
+                "capture_exits needs the network itself, and trainable_module is a"
+                f" {type(self.trainable_module).__name__}; leave out prepare_distributed and compile, and wrap the whole"
+                " task in DistributedDataParallel"
+            )
         exits = self._exit_heads()
 
         def run(features: BackboneOutput, target: Tensor | None, remembered: Remembered | None) -> dict[str, Tensor]:
@@ -189,14 +200,20 @@ class CapturedExits:
         mode: str | None,
     ):
         self.run, self.batch_size = run, batch_size
+        self.shape: torch.Size | None = None
         self.compiled = torch.compile(run, fullgraph=True, dynamic=False, backend=backend, mode=mode)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the task has other heads, which are not in this graph."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of the task have None in its place: their heads are not in this graph."""
+        return type(None), ()
 
     def fits(self, x: Tensor | BackboneOutput) -> bool:
-        """Whether these images, or features of images, are a batch of the captured size."""
-        return len(x.logits if isinstance(x, BackboneOutput) else x) == self.batch_size
+        """Whether these images, or features of images, are a batch of the captured size. The first batch of so many
+        images, or of several views of each, sets it."""
+        shape = x.maps[0].shape if isinstance(x, BackboneOutput) else x.shape
+        if self.shape is None and shape[0] % self.batch_size == 0:
+            self.shape = shape
+        return shape == self.shape
 
     def __call__(
         self, features: BackboneOutput, target: Tensor | None, remembered: Remembered | None = None
@@ -204,11 +221,14 @@ class CapturedExits:
         torch.compiler.cudagraph_mark_step_begin()  # the results of the last batch are no longer needed
         try:
             terms = self.compiled(features, target, remembered)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except IndexError as error:
+            classes = features.logits.shape[1]
+            raise ValueError(f"class indices must lie in 0..{classes - 1}: {error}") from None
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            terms = self.run(features, target, remembered)  # a target that does not fit is refused here
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"heads and loss are not captured as one graph: {reason}", stacklevel=2)
             self.compiled = self.run
-            terms = self.run(features, target, remembered)
         if "answer" in terms:  # which is needed until the end of the update
             terms["answer"] = terms["answer"].clone()
         return terms | {"output": features.logits}
@@ -314,7 +334,8 @@ class FrozenBackboneTask(SelfDistillTask):
             target, remembered: as there.
         """
         features = input if isinstance(input, BackboneOutput) else self.frozen(input)
-        if self.training and self._captured and self._captured.fits(features):
+        is_bare = isinstance(self.trainable_module, ExitHeads)
+        if self.training and is_bare and self._captured and self._captured.fits(features):
             return self._captured(features, target, remembered)
         return self.run_loss(self.trainable_module(features, self.criterion.needs_features), target, remembered)
 

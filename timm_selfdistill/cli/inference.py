@@ -39,6 +39,7 @@ from .saved import saved_model
 
 BUDGET_NOT_MET = 1
 """Exit code of a calibration that could not keep what was asked for."""
+PAYING_IMAGES = 64
 Measured = MeasuredImages[ImageDataset]
 
 
@@ -254,8 +255,12 @@ def _evaluate_early_exit(early_exit: EarlyExit, loader: Measured) -> hub.ExitRow
 
 
 def _say_when_it_pays(early_exit: EarlyExit, loader: Measured) -> None:
-    """How the speed of early exit depends on the number of images in a batch, up to that of the loader."""
-    x = next(iter(loader))[0].to(next(early_exit.model.parameters()).device)
+    """How the speed of early exit depends on the number of images in a batch, up to that of the loader or 64. The
+    images are spread over the data, which may be sorted by class."""
+    kept = loader.kept
+    count = min(len(kept), max(PAYING_IMAGES, loader.loader.batch_size or 0))
+    spread = (kept[position * len(kept) // count] for position in range(count))
+    x = torch.stack([loader.data[index][0] for index in spread]).to(next(early_exit.model.parameters()).device)
     speedups = speedups_by_batch(early_exit, x)
     smallest, largest = smallest_that_pays(speedups), max(speedups)
     pays = f"pays in batches of {smallest} and more" if smallest else f"does not pay in batches of {largest}"

@@ -100,11 +100,14 @@ def read_config(folder: str | PathLike) -> dict[str, Any]:
 def check_version(settings: dict[str, Any], where: str | PathLike) -> None:
     """Raise ValueError for "self_distill" of a config that another version of this package wrote in another form."""
     version = settings.get("format_version")
+    if version == 1 and settings.get("head") in ("linear", None):  # heads that are as they were
+        return
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{where} has format version {short(version)}, this timm-selfdistill {__version__} reads {FORMAT_VERSION};"
             " it was written by another version of timm-selfdistill"
-            f" ({short(settings.get('timm_selfdistill_version', 'unknown'))}): install that one"
+            f" ({short(settings.get('timm_selfdistill_version', 'unknown'))}): install that one, or take the"
+            " backbone alone with timm, which reads every version"
         )
 
 

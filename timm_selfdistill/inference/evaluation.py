@@ -17,6 +17,7 @@ from .thresholds import simulate
 
 POINTS = 21
 AVERAGED = 16
+NOISE = 1.02
 
 
 def predict_all(early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[EarlyExitOutput, Tensor]:
@@ -30,7 +31,7 @@ def predict_all(early_exit: EarlyExit, loader: Iterable[tuple[Tensor, Tensor]]) 
 
 
 def speedups_by_batch(early_exit: EarlyExit, x: Tensor, seconds: float = 1.0) -> dict[int, float]:
-    """Time of the plain network over that of early exit, by the number of images in a batch: 1, 2, 4, ... up to all of
+    """Time of the plain network over that of early exit, by the number of images in a batch: powers of two up to all of
     x (B, C, H, W). Small batches are measured as the average over up to 16 different images.
 
     Args:
@@ -51,10 +52,11 @@ def _in_batches(model: Callable[[Tensor], Any], size: int, x: Tensor) -> None:
 
 
 def smallest_that_pays(speedups: dict[int, float]) -> int | None:
-    """The smallest batch from which on early exit is faster than the plain network at every measured size."""
+    """The smallest batch from which on early exit is faster than the plain network, beyond noise, at every measured
+    size."""
     smallest = None
     for size in sorted(speedups, reverse=True):
-        if speedups[size] <= 1:
+        if speedups[size] <= NOISE:
             break
         smallest = size
     return smallest
