@@ -141,8 +141,8 @@ class SelfDistillTask(ClassificationTask):
         if not isinstance(self.trainable_module, (SelfDistillModel, ExitHeads)):
             raise TypeError(
                 "capture_exits needs the network itself, and trainable_module is a"
-                f" {type(self.trainable_module).__name__}; leave out prepare_distributed and compile, and wrap the whole"
-                " task in DistributedDataParallel"
+                f" {type(self.trainable_module).__name__}; leave out prepare_distributed and compile, and wrap the"
+                " whole task in DistributedDataParallel"
             )
         exits = self._exit_heads()
 
