@@ -203,7 +203,7 @@ def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, 
 
 def test_the_help_comes_alone():
     done = run_python(TRAIN, "--help")
-    assert "--teacher {deepest,ensemble}" in done.stdout
+    assert "--teacher {deepest,ensemble,memory}" in done.stdout
     assert done.stderr == ""
 
 

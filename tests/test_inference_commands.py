@@ -157,6 +157,7 @@ def test_a_truncated_model_is_evaluated_as_its_exit(call, folder):
     assert rows[0] == rows[1][:1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's exporter warns of itself
 @pytest.mark.parametrize("name", ["short", "plain"])
 def test_export_of_a_network_with_one_exit(name, call, folder):

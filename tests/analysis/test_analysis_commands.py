@@ -68,6 +68,7 @@ def written(folder, stem: str) -> dict:
     return found["models"]
 
 
+@pytest.mark.slow
 def test_flat_minima_compares_models(call, folder):
     code, out, _ = call(
         "flat-minima",
@@ -286,6 +287,7 @@ def test_checkpoints_hold_the_network_whatever_learns_beside_it(make, tmp_path):
         load_checkpoints(model, tmp_path)
 
 
+@pytest.mark.slow
 def test_gradients_over_training(call, folder, fashion_tensors):
     """At every checkpoint of a run: the weights of the last are those of the model itself."""
     train, val = fashion_tensors

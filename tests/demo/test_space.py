@@ -24,6 +24,7 @@ def push(programs, folder, *arguments: str):
     return programs.run("-m", "timm_selfdistill", "push", "run", *arguments, cwd=folder, PYTHONPATH=str(ROOT))
 
 
+@pytest.mark.slow
 def test_a_space_is_uploaded_with_its_model(hub, hub_programs, folder):
     done = push(hub_programs, folder, "--space", "user/page", "--private")
     assert done.returncode == 0, done.stderr

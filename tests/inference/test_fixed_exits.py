@@ -166,6 +166,7 @@ def images(count: int = 450) -> DataLoader:
     return DataLoader(TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), labels), 150)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exit", "policy"), [(0, "confidence"), (0, "entropy"), (1, "margin"), (2, "entropy"), (3, "margin")]
 )

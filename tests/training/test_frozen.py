@@ -105,6 +105,7 @@ def test_a_resumed_run_gives_the_same_heads(settings, few, tmp_path):
         assert (tmp_path / "part" / name).read_bytes() == (whole.output / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_first_versions_resumes(few, tmp_path):
     """In which the averaged heads had other names."""
     whole = fit(frozen_model(), few, tmp_path / "whole", model_ema=True)

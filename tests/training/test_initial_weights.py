@@ -138,6 +138,7 @@ def test_weights_that_are_not_finite(value, fashion_tensors, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_network_of_more_classes_than_the_images_get_its_exits(trained, few_images, tmp_path):
     path = write(tmp_path, trained.state_dict(), ".safetensors")
     command = [

@@ -73,6 +73,7 @@ def read_wandb(path: Path) -> tuple[str, dict[str, object], dict[int, dict[str, 
     return id, config, steps
 
 
+@pytest.mark.slow
 def test_wandb(few, tmp_path, monkeypatch, elsewhere):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

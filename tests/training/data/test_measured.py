@@ -291,6 +291,7 @@ def test_renamed_images_are_not_drawn_from_again(run, renamed, command):
     assert "may have been trained on these images" in first
 
 
+@pytest.mark.slow
 def test_weights_that_were_trained_on_what_is_measured(run, command):
     """Of a run that goes on with another draw, its first and every later measurement says so."""
     make(Path("others"), "test/{cat,dog}/{1..2}.jpg")
