@@ -44,6 +44,7 @@ def test_a_space_is_uploaded_with_its_model(hub, hub_programs, folder):
     assert ("development version" in done.stderr) == ("dev" in __version__)
 
 
+@pytest.mark.slow
 def test_model_and_space_in_one_command_and_again(hub, hub_programs, folder):
     hub.add("spaces/user/page", {"README.md": b"mine", "notes.txt": b"mine", "model/gallery.png": b"an earlier one"})
     done = push(hub_programs, folder, "user/model", "--space", "user/page")

@@ -51,6 +51,7 @@ x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 """
 
 
+@pytest.mark.slow
 def test_pushed_every_epoch_without_waiting_and_loaded_by_both_readers(
     hub, hub_programs, client, command, flags, tmp_path
 ):

@@ -179,6 +179,7 @@ def test_with_cached_features_the_backbone_sees_each_image_once(few, tmp_path):
     assert counts == [95 + 50 + 2 * one_for_its_shape]
 
 
+@pytest.mark.slow
 def test_two_processes_train_frozen_exits_and_share_the_cache(few_images, tmp_path):
     command = [
         ROOT / "examples/train.py",
