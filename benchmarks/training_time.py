@@ -16,7 +16,7 @@ from hardware import create_parser, write_json
 from timing import interleaved, median_ratio
 
 DATA = "families"
-SHOWN = [name for name, method in METHODS.items() if method.like is None]
+SHOWN = [name for name, method in METHODS.items() if method.like is None and not name.startswith("memory")]
 
 
 def main() -> None:

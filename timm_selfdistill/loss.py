@@ -1,6 +1,7 @@
 """The self-distillation loss: what measured best, and that of "Be Your Own Teacher", ICCV 2019, arXiv:1905.08094."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ class SelfDistillLoss(nn.Module):
     def answer(self, output: SelfDistillOutput) -> Tensor:
         """What an `AnswerMemory` takes: the average of all logits, (B, K) in float32, without gradient. The mean over
         the classes is subtracted, so that float16 rounds them less; softmaxes do not change with it, sigmoids would."""
-        with torch.autocast(output.logits[-1].device.type, enabled=False):
+        with _no_autocast(output.logits[-1].device.type):
             mean = bounded(full_precision(torch.stack(output.logits))).mean(0)
             return mean if self.distill == "sigmoid" else mean - mean.mean(1, keepdim=True)
 
@@ -219,7 +220,7 @@ class SelfDistillLoss(nn.Module):
                 f"expected a SelfDistillOutput, got {type(output).__name__}; in eval mode model(x) gives only the"
                 " deepest logits: use model.forward_exits(x)"
             )
-        with torch.autocast(output.logits[-1].device.type, enabled=False):
+        with _no_autocast(output.logits[-1].device.type):
             logits = bounded(full_precision(torch.stack(output.logits)))
             zero = logits.new_zeros(())
             label = zero if target is None else self._label(logits, target)
@@ -326,6 +327,11 @@ def binary_divergence(teacher: Tensor, students: Tensor, weight: float = 1.0) ->
     yes = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
     no = (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
     return weight / len(teacher) * (yes + no).sum()
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Without autocast, which the meta device does not know."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def full_precision(x: Tensor) -> Tensor:
