@@ -113,7 +113,7 @@ class BottleneckHead(ProjectedHead):
         self.apply(_init_weights)
 
     def default_width(self, stage: Stage, teacher: Stage) -> int:
-        return min(teacher.channels // 2, 4 * stage.channels, 256)
+        return max(min(teacher.channels // 2, 4 * stage.channels, 256), 1)
 
     def narrow(self, x: Tensor) -> Tensor:
         pool, conv, norm, act = self.bottleneck

@@ -239,7 +239,7 @@ class SelfDistillLoss(nn.Module):
             every = target.repeat(len(logits), *[1] * (target.ndim - 1))
             label = len(logits) * (1 - self.alpha) * _cross_entropy(logits.flatten(0, 1), every)
         else:
-            _check_indices(target, logits.shape[-1])
+            check_class_indices(target, logits.shape[-1])
             label = (1 - self.alpha) * sum((self.label_loss(z, target) for z in logits), logits.new_zeros(()))
         if self.teacher == "deepest":  # whose own labels count in full
             own = self.label_loss or _cross_entropy
@@ -360,7 +360,7 @@ def _check_target(target: Tensor, logits: Tensor) -> Tensor:
     return target.long()
 
 
-def _check_indices(target: Tensor, classes: int) -> None:
+def check_class_indices(target: Tensor, classes: int) -> None:
     """Raise ValueError for class indices out of range. On an accelerator this would wait for the device in every step;
     torch asserts there by itself."""
     if target.is_floating_point() or target.device.type != "cpu" or torch.compiler.is_compiling():
@@ -375,5 +375,5 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     try:
         return F.cross_entropy(logits, target, ignore_index=NO_INDEX)
     except IndexError:
-        _check_indices(target, logits.shape[-1])
+        check_class_indices(target, logits.shape[-1])
         raise

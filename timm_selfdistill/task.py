@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .heads import run_exits
 from .hub.files import VERSIONS
-from .loss import SelfDistillLoss
+from .loss import SelfDistillLoss, check_class_indices
 from .memory import Remembered
 from .model import SelfDistillModel
 from .output import BackboneOutput, SelfDistillOutput
@@ -118,8 +118,8 @@ class SelfDistillTask(ClassificationTask):
         """
         if not self.training:
             return self.run_loss(self.model.forward_exits(input, self.criterion.needs_features), target, remembered)
-        if self._captured and self._captured.fits(input) and isinstance(self.trainable_module, SelfDistillModel):
-            return self._captured(self.model.forward_backbone(input), target, remembered)
+        if captured := self._find_captured(input):
+            return captured(self.model.forward_backbone(input), target, remembered)
         return self.run_loss(self.trainable_module(input, self.criterion.needs_features), target, remembered)
 
     def capture_exits(self, batch_size: int, backend: str = "inductor", mode: str | None = "reduce-overhead") -> None:
@@ -154,6 +154,11 @@ class SelfDistillTask(ClassificationTask):
 
     def _exit_heads(self) -> "ExitHeads":
         return ExitHeads(self.model)
+
+    def _find_captured(self, x: Tensor | BackboneOutput) -> "CapturedExits | None":
+        """The graph, where it is for this batch, and nothing wraps the network that has to see it."""
+        is_bare = isinstance(self.trainable_module, (SelfDistillModel, ExitHeads))
+        return self._captured if is_bare and self._captured and self._captured.fits(x) else None
 
     def run_loss(
         self, output: SelfDistillOutput, target: Tensor | None, remembered: Remembered | None = None
@@ -221,9 +226,10 @@ class CapturedExits:
         torch.compiler.cudagraph_mark_step_begin()  # the results of the last batch are no longer needed
         try:
             terms = self.compiled(features, target, remembered)
-        except IndexError as error:
-            classes = features.logits.shape[1]
-            raise ValueError(f"class indices must lie in 0..{classes - 1}: {error}") from None
+        except IndexError:  # the graph has no check of its own
+            if target is not None:
+                check_class_indices(target, features.logits.shape[1])
+            raise
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             terms = self.run(features, target, remembered)  # a target that does not fit is refused here
             reason = str(error).strip().splitlines()[0]
@@ -334,9 +340,8 @@ class FrozenBackboneTask(SelfDistillTask):
             target, remembered: as there.
         """
         features = input if isinstance(input, BackboneOutput) else self.frozen(input)
-        is_bare = isinstance(self.trainable_module, ExitHeads)
-        if self.training and is_bare and self._captured and self._captured.fits(features):
-            return self._captured(features, target, remembered)
+        if self.training and (captured := self._find_captured(features)):
+            return captured(features, target, remembered)
         return self.run_loss(self.trainable_module(features, self.criterion.needs_features), target, remembered)
 
 

@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 42, 12, 12, 40
 """Margins for the labels of the axes."""
 SIGMAS = 1.96
-"""Standard errors to either side: an interval of 95 %."""
+"""Half-width of a 95 % confidence interval, in standard errors."""
 
 
 @dataclass(frozen=True)
