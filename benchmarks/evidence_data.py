@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from fashion_mnist import read_idx
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
 
 TYPEFACES = Path("output/typefaces")
@@ -20,14 +20,14 @@ FASHION_VALIDATION = 10_000
 
 
 class Images(Dataset):
-    """Images (1, 32, 32) from -1 to 1, with class indices.
+    """Images (1, 32, 32) from -1 to 1, with class indices; larger ones are interpolated, and have three channels.
 
     Args:
         moved: by up to a pixel in each direction, anew each time that an image is read.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, moved: bool):
-        self.labels, self.border = labels.tolist(), int(moved)
+    def __init__(self, pixels: Tensor, labels: Tensor, moved: bool, size: int = 32):
+        self.labels, self.border, self.size = labels.tolist(), int(moved), size
         padded = pad(pixels, [self.border] * 4, value=-1.0)
         self.windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # (N, 1, top, left, 32, 32), a view
 
@@ -36,22 +36,25 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         top, left = torch.randint(2 * self.border + 1, (2,)).tolist()
-        return self.windows[index, :, top, left], self.labels[index]
+        image = self.windows[index, :, top, left]
+        if self.size != 32:
+            image = interpolate(image[None], self.size, mode="bilinear")[0].expand(3, -1, -1)
+        return image, self.labels[index]
 
 
-def load_training(data: str, per_class: int | None, seed: int) -> Images:
+def load_training(data: str, per_class: int | None, seed: int, size: int = 32) -> Images:
     """So many images of each class, or all where there are fewer; None takes all."""
     pixels, labels = read_split(data, "train")
     if per_class is not None:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         rows = torch.cat([order[labels[order] == label][:per_class] for label in range(DATA[data])])
         pixels, labels = pixels[rows], labels[rows]
-    return Images(pixels, labels, moved=True)
+    return Images(pixels, labels, moved=True, size=size)
 
 
-def load_measured(data: str, split: str) -> Images:
+def load_measured(data: str, split: str, size: int = 32) -> Images:
     """All images of "validation" or "test"."""
-    return Images(*read_split(data, split), moved=False)
+    return Images(*read_split(data, split), moved=False, size=size)
 
 
 @cache

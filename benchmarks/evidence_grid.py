@@ -1,6 +1,8 @@
 """What `evidence.py` compares: settings, networks, methods, and the grid that all are tuned on."""
 
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -32,6 +34,10 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """timm's names and arguments; the number is the width of the first stage. 0.09, 0.3, 0.7, 1.3, 2.8, 11 and 24 million
 parameters."""
+LITE0 = "tf_efficientnet_lite0"
+"""Fine-tuned from ImageNet weights; 3.5 million parameters."""
+PRETRAINED = Path("output/efficientnet_lite0")
+"""Where `examples/efficientnet_lite0.py` put these weights."""
 TEACHERS = {"resnet10-16": "resnet10-32", "resnet18-16": "resnet18-32", "cifar_resnet18": "cifar_resnet50"}
 """Networks that teach others in kd, fitnet and at."""
 
@@ -43,7 +49,20 @@ class Setting(NamedTuple):
     """Training images of each class, None is all."""
     network: str
     passes: int
-    """Over the images; a multiple of five."""
+    """Over the images; a multiple of those in an epoch of the network's `Recipe`."""
+
+
+class Recipe(NamedTuple):
+    """How a network is trained, and the grid on which its methods are tuned."""
+
+    opt: str
+    image_size: int
+    passes: int
+    """Over the images, in an epoch of `Trainer`."""
+    grid: list[dict[str, float]]
+    """Points that every method is trained at; arguments of `TrainConfig`."""
+    then: dict[str, float] = {}
+    """A change that every method tries at the best of these points."""
 
 
 SETTINGS = {
@@ -59,6 +78,9 @@ SETTINGS = {
     "fashion-50": Setting("fashion", 50, "resnet10-16", 100),
     "fashion-200": Setting("fashion", 200, "resnet10-16", 50),
     "fashion": Setting("fashion", None, "resnet10-16", 10),
+    **{f"families-{count}-lite0": Setting("families", count, LITE0, 10) for count in (10, 30, 80)},
+    **{f"families-{count}-lite0-long": Setting("families", count, LITE0, 20) for count in (10, 30, 80)},
+    "families-30-resnet18": Setting("families", 30, "resnet18-32", 60),
     **{
         f"families-{count}-{network}": Setting("families", count, network, passes)
         for count, passes in ((30, 60), (10, 100), (160, 20))
@@ -184,12 +206,30 @@ METHODS |= {
 }
 METHODS["ensemble-fading"] = Method(_exits(FadingLoss), like="ensemble")
 METHODS["dsn-fading"] = Method(_exits(FadingLoss, alpha=0.0), like="dsn")
-LRS = (0.1, 0.2, 0.4)
-WEIGHT_DECAYS = (2e-3, 5e-3)
+SCRATCH = Recipe(
+    "sgd",
+    image_size=32,
+    passes=5,
+    grid=[{"lr": lr, "weight_decay": decay} for lr, decay in product((0.1, 0.2, 0.4), (2e-3, 5e-3))],
+)
+RECIPES = {
+    LITE0: Recipe(
+        "adamw",
+        image_size=64,
+        passes=1,
+        grid=[{"lr": lr, "weight_decay": 0.05, "layer_decay": 1.0} for lr in (1e-3, 2e-3, 3e-3, 6e-3, 1e-2)],
+        then={"layer_decay": 0.75},
+    )
+}
+"""Of networks that do not begin with random weights and `SCRATCH`."""
 EXIT_METHODS = ["plain", "dsn", "paper", "deepest", "ensemble"]
 PRESETS = {
     "headline": (["families-30", "characters-10"], EXIT_METHODS),
-    "when": ([name for name in SETTINGS if "cifar" not in name], ["plain", "dsn", "ensemble"]),
+    "when": ([name for name in SETTINGS if SETTINGS[name].network.startswith("resnet")], ["plain", "dsn", "ensemble"]),
+    "finetune": (
+        [name for name in SETTINGS if SETTINGS[name].network == LITE0],
+        ["plain", "dsn", "ensemble", "memory"],
+    ),
     "baselines": (["characters-10", "families-30"], [*EXIT_METHODS, "dks", "dml", "kd", "fitnet", "at"]),
     "choices": (
         ["characters-10", "families-30"],
@@ -205,6 +245,15 @@ PRESETS = {
 
 
 def create_network(network: str, data: str) -> nn.Module:
+    """With random weights for images of one channel; `LITE0` with its weights of ImageNet.
+
+    Its new classifier begins with zeros: timm's random one is so large in EfficientNets that it spoils the features.
+    """
+    if network == LITE0:
+        model = timm.create_model(f"local-dir:{PRETRAINED}", pretrained=True, num_classes=DATA[data])
+        nn.init.zeros_(model.get_classifier().weight)
+        model.pretrained_cfg.update(input_size=(3, 64, 64))
+        return model
     name, settings = NETWORKS[network]
     model = timm.create_model(name, num_classes=DATA[data], in_chans=1, **settings)
     model.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))

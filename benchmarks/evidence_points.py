@@ -1,10 +1,10 @@
 """The points of the grid, and which of them a method is tested at."""
 
 from collections.abc import Callable
-from itertools import islice, product
+from itertools import islice
 from typing import Any
 
-from evidence_grid import LRS, METHODS, SETTINGS, TEACHERS, WEIGHT_DECAYS
+from evidence_grid import METHODS, RECIPES, SCRATCH, SETTINGS, TEACHERS, Recipe
 
 Row = dict[str, Any]
 """A line: what describes a run, and what was measured of it. Also the description alone."""
@@ -22,22 +22,20 @@ def differences(runs: dict[int, Row], others: dict[int, Row]) -> list[float]:
     return [row["top1"][-1] - others[seed]["top1"][-1] for seed, row in runs.items() if seed in others]
 
 
+def recipe_of(network: str) -> Recipe:
+    return RECIPES.get(network, SCRATCH)
+
+
 def tune(setting: str, methods: list[str], complete: Complete) -> list[Row]:
     """The point of each method that is best on the validation images, by the deepest exit's top-1 with seed 0; the
-    first of equals. All have the same learning rates and weight decays, then their own weights at the best of these.
+    first of equals. All have the same grid, then the recipe's change, then their own weights at the best of these.
     """
     tuned = list(dict.fromkeys(METHODS[method].like or method for method in methods))
-    shared = _best(
-        [
-            [
-                _describe(setting, method) | {"lr": lr, "weight_decay": decay}
-                for lr, decay in product(LRS, WEIGHT_DECAYS)
-            ]
-            for method in tuned
-        ],
-        complete,
-    )
-    best = _best([[{**run, "weight": weight} for weight in METHODS[run["method"]].weights] for run in shared], complete)
+    described = [_describe(setting, method) for method in tuned]
+    best = _best([[run | point for point in recipe_of(run["network"]).grid] for run in described], complete)
+    if recipe_of(described[0]["network"]).then:
+        best = _best([[run, run | recipe_of(run["network"]).then] for run in best], complete)
+    best = _best([[{**run, "weight": weight} for weight in METHODS[run["method"]].weights] for run in best], complete)
     points = dict(zip(tuned, best))
     return [{**points[METHODS[method].like or method], "method": method} for method in methods]
 

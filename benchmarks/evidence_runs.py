@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from evidence_data import Images, digest, load_measured, load_training
 from evidence_grid import METHODS, TEACHERS, create_network
-from evidence_points import Row
+from evidence_points import Row, recipe_of
 from hardware import describe
 from memory import peak_memory
 from timm.task import TrainingTask
@@ -26,15 +26,13 @@ from timm_selfdistill.training.loop.memory import nothing_remembered
 from timm_selfdistill.training.outputs.metrics import measure_exits
 
 BATCH_SIZE = 64
-PASSES = 5
-"""Over the images, in an epoch of `Trainer`."""
 
 
 def measure(run: Row, args: argparse.Namespace) -> Row:
     """The line of a run."""
     began = time.monotonic()
     torch.set_num_threads(args.threads)
-    train = load_training(run["data"], run["per_class"], run["seed"])
+    train = load_training(run["data"], run["per_class"], run["seed"], recipe_of(run["network"]).image_size)
     task, facts = create_task(run, len(train), args)
     facts |= train_and_measure(task, train, run, args)
     if run["phase"] == "teacher":
@@ -84,8 +82,9 @@ def save_teacher(task: TrainingTask, facts: Row, path: Path) -> None:
 
 def train_and_measure(task: TrainingTask, train: Images, run: Row, args: argparse.Namespace) -> Row:
     """Top-1 of every exit and of the ensemble after the last epoch, in per cent; time and memory of the training."""
-    measured = load_measured(run["data"], "test" if run["phase"] in ("test", "teacher") else "validation")
-    memory = step_memory(task, args.device)
+    split = "test" if run["phase"] in ("test", "teacher") else "validation"
+    measured = load_measured(run["data"], split, recipe_of(run["network"]).image_size)
+    memory = step_memory(task, train[0][0].shape, args.device)
     clock = time.perf_counter if args.device == "cuda" else time.process_time  # others may use the processor, too
     with tempfile.TemporaryDirectory() as output, redirect_stdout(io.StringIO()):
         trainer = create_trainer(task, train, measured, run, args, output=output)
@@ -122,19 +121,19 @@ def create_trainer(
     a `Subset`, so that an image has one memory in all passes."""
     os.environ["ACCELERATE_USE_CPU"] = str(args.device == "cpu").lower()
     torch.manual_seed(run["seed"])
-    repeated = Subset(train, list(range(len(train))) * PASSES)
+    recipe = recipe_of(run["network"])
+    repeated = Subset(train, list(range(len(train))) * recipe.passes)
     trainer = Trainer(
         task,
         repeated,
         Subset(measured, range(BATCH_SIZE)),
         TrainConfig(
             seed=run["seed"],
-            epochs=run["passes"] // PASSES,
+            epochs=run["passes"] // recipe.passes,
             batch_size=BATCH_SIZE,
             workers=0,
-            opt="sgd",
-            lr=run["lr"],
-            weight_decay=run["weight_decay"],
+            opt=recipe.opt,
+            **{name: run[name] for name in recipe.grid[0]},
             channels_last=True,
             amp=args.amp_dtype is not None,
             amp_dtype=args.amp_dtype or "float16",
@@ -146,10 +145,10 @@ def create_trainer(
     return trainer
 
 
-def step_memory(task: TrainingTask, device: str) -> int:
+def step_memory(task: TrainingTask, image: torch.Size, device: str) -> int:
     """Bytes at the worst moment of a forward and backward pass; a memory of answers is not counted."""
     task = copy.deepcopy(task).to(device).train()
-    x, y = torch.zeros(BATCH_SIZE, 1, 32, 32, device=device), torch.zeros(BATCH_SIZE, dtype=torch.long, device=device)
+    x, y = torch.zeros(BATCH_SIZE, *image, device=device), torch.zeros(BATCH_SIZE, dtype=torch.long, device=device)
     classes = unwrap_model(task.get_eval_model()).num_classes
     remembered = nothing_remembered(task, BATCH_SIZE, classes, device)
     return peak_memory(task, lambda: task(x, y, *remembered)["loss"].backward(), device)

@@ -204,6 +204,18 @@ def benchmarks(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.fixture
+def learning_rates(benchmarks, monkeypatch):
+    """Sets the grid of `evidence.py`."""
+
+    def replace(*lrs):
+        points = benchmarks("evidence_points")
+        grid = [{"lr": lr, "weight_decay": 5e-4} for lr in lrs]
+        monkeypatch.setattr(points, "SCRATCH", points.SCRATCH._replace(grid=grid))
+
+    return replace
+
+
 def run_python(
     *args: object,
     processes: int = 1,

@@ -43,14 +43,13 @@ def tables(benchmarks):
 
 
 @pytest.fixture
-def tiny(benchmarks, monkeypatch, tmp_path):
+def tiny(benchmarks, monkeypatch, tmp_path, learning_rates):
     """`evidence.main` on two images of each class of the sample, for five passes."""
-    evidence, points, grid, data = map(benchmarks, ("evidence", "evidence_points", "evidence_grid", "evidence_data"))
+    evidence, grid, data = map(benchmarks, ("evidence", "evidence_grid", "evidence_data"))
     monkeypatch.setitem(data.DATA, "typefaces", 100)
     monkeypatch.setattr(data, "TYPEFACES", ROOT / "tests/data")
     monkeypatch.setitem(grid.SETTINGS, "tiny", grid.Setting("typefaces", 2, "resnet10-16", 5))
-    monkeypatch.setattr(points, "LRS", (0.05, 0.1))
-    monkeypatch.setattr(points, "WEIGHT_DECAYS", (5e-4,))
+    learning_rates(0.05, 0.1)
 
     def run(*flags):
         output = tmp_path / "lines.jsonl"
@@ -62,9 +61,8 @@ def tiny(benchmarks, monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _small_grid(benchmarks, monkeypatch):
-    monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (0.1, 0.2))
-    monkeypatch.setattr(benchmarks("evidence_points"), "WEIGHT_DECAYS", (5e-4,))
+def _small_grid(learning_rates):
+    learning_rates(0.1, 0.2)
 
 
 def row(method, seed, top1, ensemble=None, **more):
@@ -292,15 +290,14 @@ def test_a_run_that_was_cut_short_is_done_again(tiny):
 
 
 @pytest.mark.benchmark
-def test_runs_at_the_same_time(benchmarks, tmp_path, monkeypatch):
+def test_runs_at_the_same_time(benchmarks, tmp_path, monkeypatch, learning_rates):
     """The processes of --jobs find the data set in the working directory; the lines are those of one after another."""
     (tmp_path / "output/typefaces").mkdir(parents=True)
     (tmp_path / "output/typefaces/families").symlink_to(ROOT / "tests/data/typefaces")
     monkeypatch.chdir(tmp_path)
-    evidence, points, grid = map(benchmarks, ("evidence", "evidence_points", "evidence_grid"))
+    evidence, grid = map(benchmarks, ("evidence", "evidence_grid"))
     monkeypatch.setitem(grid.SETTINGS, "tiny", grid.Setting("families", 2, "resnet10-16", 5))
-    monkeypatch.setattr(points, "LRS", (0.05, 0.1))
-    monkeypatch.setattr(points, "WEIGHT_DECAYS", (5e-4,))
+    learning_rates(0.05, 0.1)
     found = []
     for jobs in "12":
         monkeypatch.setattr(
@@ -328,10 +325,10 @@ def test_runs_at_the_same_time(benchmarks, tmp_path, monkeypatch):
 
 
 @pytest.mark.benchmark
-def test_methods_with_another_network(benchmarks, tiny, monkeypatch):
+def test_methods_with_another_network(benchmarks, tiny, monkeypatch, learning_rates):
     grid = benchmarks("evidence_grid")
     monkeypatch.setitem(grid.TEACHERS, "resnet10-16", "resnet10-32")
-    monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (0.05,))
+    learning_rates(0.05)
     for name in ("dml", "at"):
         monkeypatch.setitem(grid.METHODS, name, grid.METHODS[name]._replace(weights=grid.METHODS[name].weights[:1]))
     rows, output = tiny("--methods", "dml", "at", "--seeds", "1")
@@ -374,16 +371,16 @@ def test_labels_of_shallow_exits_fade(benchmarks):
 
 
 @pytest.mark.benchmark
-def test_a_point_of_the_grid_that_diverges_is_not_chosen(benchmarks, tiny, monkeypatch):
-    monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (1e6, 0.05))
+def test_a_point_of_the_grid_that_diverges_is_not_chosen(tiny, learning_rates):
+    learning_rates(1e6, 0.05)
     rows, _ = tiny("--methods", "plain", "--seeds", "1")
     assert "is nan at update" in rows[0]["diverged"]
     assert rows[2]["lr"] == 0.05
 
 
 @pytest.mark.benchmark
-def test_a_teacher_that_lost_its_weights_is_trained_again(benchmarks, tiny, monkeypatch):
-    monkeypatch.setattr(benchmarks("evidence_points"), "LRS", (0.05,))
+def test_a_teacher_that_lost_its_weights_is_trained_again(benchmarks, tiny, monkeypatch, learning_rates):
+    learning_rates(0.05)
     grid = benchmarks("evidence_grid")
     monkeypatch.setitem(grid.METHODS, "kd", grid.METHODS["kd"]._replace(weights=(1.0,)))
     rows, output = tiny("--methods", "kd", "--seeds", "1")

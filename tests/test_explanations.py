@@ -57,11 +57,10 @@ def test_batches_for_gradients_are_mixed(explanations, benchmarks):
 
 
 @pytest.mark.benchmark
-def test_tested_points_are_trained_again_and_measured(explanations, benchmarks, monkeypatch, tmp_path):
-    grid, points = benchmarks("evidence_grid"), benchmarks("evidence_points")
+def test_tested_points_are_trained_again_and_measured(explanations, benchmarks, monkeypatch, tmp_path, learning_rates):
+    grid = benchmarks("evidence_grid")
     monkeypatch.setitem(grid.SETTINGS, "tiny", grid.Setting("typefaces", 2, "resnet10-16", 10))
-    monkeypatch.setattr(points, "LRS", (0.1,))
-    monkeypatch.setattr(points, "WEIGHT_DECAYS", (5e-4,))
+    learning_rates(0.1)
     monkeypatch.setitem(benchmarks("evidence_data").DATA, "typefaces", 100)
     monkeypatch.setattr(benchmarks("evidence_data"), "TYPEFACES", ROOT / "tests/data")
     lines, output, page = tmp_path / "evidence.jsonl", tmp_path / "explanations.jsonl", tmp_path / "page.md"

@@ -48,7 +48,7 @@ from .memory import create_memory
 from .optimizer import base_lr
 from .update import Losses, create_updater, find_batch_size
 
-PICTURE_INTERVAL = "30s"
+PICTURE_INTERVAL = "120s"
 """Between two drawings before the end of a run: they would take longer than the epochs of a small one."""
 
 
