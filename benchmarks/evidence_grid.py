@@ -61,7 +61,7 @@ class Recipe(NamedTuple):
     """Over the images, in an epoch of `Trainer`."""
     grid: list[dict[str, float]]
     """Points that every method is trained at; arguments of `TrainConfig`."""
-    then: dict[str, float] = {}
+    then: dict[str, float] | None = None
     """A change that every method tries at the best of these points."""
 
 
