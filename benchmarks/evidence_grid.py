@@ -34,6 +34,13 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """timm's names and arguments; the number is the width of the first stage. 0.09, 0.3, 0.7, 1.3, 2.8, 11 and 24 million
 parameters."""
+NARROWER = {f"resnet10-{width}": width for width in (6, 10, 12, 14)}
+NETWORKS |= {
+    name: ("resnet18", {"layers": (1, 1, 1, 1), "channels": tuple(width * 2**stage for stage in range(4))})
+    for name, width in NARROWER.items()
+}
+SHALLOWER = {"resnet10-16-layer2": 1, "resnet10-16-layer3": 2}
+"""The first stages of resnet10-16 with a classifier, trained as a network of their own: the exit that they end with."""
 LITE0 = "tf_efficientnet_lite0"
 """Fine-tuned from ImageNet weights; 3.5 million parameters."""
 PRETRAINED = Path("output/efficientnet_lite0")
@@ -70,6 +77,10 @@ SETTINGS = {
         f"families-{count}": Setting("families", count, "resnet10-16", passes)
         for count, passes in ((10, 100), (30, 60), (80, 30), (160, 20))
     },
+    **{
+        f"families-30-{name}": Setting("families", 30, name, 60)
+        for name in ("resnet10-8", *NARROWER, *SHALLOWER, "resnet18-32")
+    },
     "families-30-short": Setting("families", 30, "resnet10-16", 15),
     "characters-10": Setting("characters", 10, "resnet10-16", 100),
     "characters-10-narrow": Setting("characters", 10, "resnet10-8", 100),
@@ -80,7 +91,6 @@ SETTINGS = {
     "fashion": Setting("fashion", None, "resnet10-16", 10),
     **{f"families-{count}-lite0": Setting("families", count, LITE0, 10) for count in (10, 30, 80)},
     **{f"families-{count}-lite0-long": Setting("families", count, LITE0, 20) for count in (10, 30, 80)},
-    "families-30-resnet18": Setting("families", 30, "resnet18-32", 60),
     **{
         f"families-{count}-{network}": Setting("families", count, network, passes)
         for count, passes in ((30, 60), (10, 100), (160, 20))
@@ -225,11 +235,16 @@ RECIPES = {
 EXIT_METHODS = ["plain", "dsn", "paper", "deepest", "ensemble"]
 PRESETS = {
     "headline": (["families-30", "characters-10"], EXIT_METHODS),
-    "when": ([name for name in SETTINGS if SETTINGS[name].network.startswith("resnet")], ["plain", "dsn", "ensemble"]),
+    "when": (
+        [name for name, setting in SETTINGS.items() if setting.network in ("resnet10-16", "resnet18-16", "resnet18-32")]
+        + ["characters-10-narrow"],
+        ["plain", "dsn", "ensemble", "memory"],
+    ),
     "finetune": (
         [name for name in SETTINGS if SETTINGS[name].network == LITE0],
         ["plain", "dsn", "ensemble", "memory"],
     ),
+    "compute": ([f"families-30-{name}" for name in ("resnet10-8", *NARROWER, *SHALLOWER)], ["plain"]),
     "baselines": (["characters-10", "families-30"], [*EXIT_METHODS, "dks", "dml", "kd", "fitnet", "at"]),
     "choices": (
         ["characters-10", "families-30"],
@@ -245,7 +260,7 @@ PRESETS = {
 
 
 def create_network(network: str, data: str) -> nn.Module:
-    """With random weights for images of one channel; `LITE0` with its weights of ImageNet.
+    """A network with random weights for images of one channel; `LITE0` with its weights of ImageNet.
 
     Its new classifier begins with zeros: timm's random one is so large in EfficientNets that it spoils the features.
     """
@@ -254,6 +269,9 @@ def create_network(network: str, data: str) -> nn.Module:
         nn.init.zeros_(model.get_classifier().weight)
         model.pretrained_cfg.update(input_size=(3, 64, 64))
         return model
+    if network in SHALLOWER:
+        whole = create_network(network.rpartition("-")[0], data)
+        return wrap_self_distill(whole, head="linear").truncate(SHALLOWER[network])
     name, settings = NETWORKS[network]
     model = timm.create_model(name, num_classes=DATA[data], in_chans=1, **settings)
     model.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))

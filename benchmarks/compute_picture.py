@@ -1,0 +1,124 @@
+"""Accuracy over compute: the exits of one self-distilled network beside plain networks of other sizes.
+
+Each plain network is trained alone, as long as the self-distilled one, and tuned on the same grid; the plain networks
+are narrower (the same stages with fewer channels) or shallower (the first stages with a classifier). Points are top-1 %
+on the test images, means over the seeds with 95 % intervals by Student's t.
+
+    python benchmarks/evidence.py --settings families-30 --methods plain ensemble
+    python benchmarks/evidence.py --preset compute
+    python benchmarks/compute_picture.py        # prints the table, draws docs/images/compute.png
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from evidence_grid import NARROWER, NETWORKS, SHALLOWER, create_network
+from evidence_points import Row
+from evidence_tables import DOCS, RESULTS, collect
+from intervals import mean_interval
+from json_lines import read_lines
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from timm_selfdistill import wrap_self_distill
+from timm_selfdistill.cli import run
+from timm_selfdistill.cost import count_cost
+
+SIZE = (1, 32, 32)
+
+
+class Point(NamedTuple):
+    name: str
+    macs: int
+    """Multiply-adds of an image."""
+    top1: float
+    half: float
+    """Of the 95 % interval."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", nargs="*", type=Path, default=[RESULTS / "evidence.jsonl"])
+    parser.add_argument("--picture", type=Path, default=DOCS / "images/compute.png")
+    args = parser.parse_args()
+    rows = [row for path in args.lines for row in read_lines(path)]
+    series = {
+        "exits of one self-distilled network": exits(rows),
+        "plain networks, narrower": plain_networks(rows, ["resnet10-8", *NARROWER, "resnet10-16"]),
+        "plain networks, shallower": plain_networks(rows, [*SHALLOWER, "resnet10-16"]),
+    }
+    print(format_table(series))
+    draw(series, args.picture)
+    print(f"wrote {args.picture}")
+    return 0
+
+
+def exits(rows: list[Row]) -> list[Point]:
+    """Of "families-30" with the ensemble as teacher, from the first exit to the deepest, then the ensemble."""
+    runs = collect(rows, "families-30", "test")["ensemble"].values()
+    costs = wrap_self_distill(create_network("resnet10-16", "families")).summary(SIZE)
+    top1 = [*zip(*(row["top1"] for row in runs)), [row["ensemble"] for row in runs]]
+    return [Point(str(cost.exit), cost.macs, *mean_interval(values)) for cost, values in zip(costs, top1, strict=True)]
+
+
+def plain_networks(rows: list[Row], networks: list[str]) -> list[Point]:
+    """Those with lines, by cost."""
+    found = []
+    for network in networks:
+        setting = "families-30" if network == "resnet10-16" else f"families-30-{network}"
+        if runs := collect(rows, setting, "test").get("plain"):
+            cost = count_cost(create_network(network, "families"), SIZE)
+            found.append(Point(network, cost.macs, *mean_interval([row["top1"][-1] for row in runs.values()])))
+    return sorted(found, key=lambda point: point.macs)
+
+
+def format_table(series: dict[str, list[Point]]) -> str:
+    lines = ["| | | MACs | top-1 % |", "|---|---|---|---|"]
+    for name, points in series.items():
+        lines += [
+            f"| {name} | {point.name} | {point.macs / 1e6:.2f} M | {point.top1:.1f} ± {point.half:.1f} |"
+            for point in points
+        ]
+    return "\n".join(lines)
+
+
+STYLES = {
+    "exits of one self-distilled network": {"color": "#0072B2", "marker": "o"},
+    "plain networks, narrower": {"color": "#D55E00", "marker": "s"},
+    "plain networks, shallower": {"color": "#009E73", "marker": "^"},
+}
+"""Colors that color-blind readers tell apart."""
+
+
+def draw(series: dict[str, list[Point]], picture: Path) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in series.items():
+        line = [point for point in points if point.name != "ensemble"]
+        _plot(axes, line, label=name, **STYLES[name])
+        for ensemble in (point for point in points if point.name == "ensemble"):
+            _plot(axes, [ensemble], label="their ensemble", **STYLES[name] | {"marker": "*", "markersize": 13})
+    axes.set_xlim(left=0)
+    axes.set_xlabel("multiply-adds per image, millions", fontsize=12)
+    axes.set_ylabel("test top-1 %", fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=11, loc="lower right")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
+
+
+def _plot(axes: Axes, points: list[Point], **style: object) -> None:
+    axes.errorbar(
+        [point.macs / 1e6 for point in points],
+        [point.top1 for point in points],
+        [point.half for point in points],
+        linewidth=2,
+        capsize=3,
+        **{"markersize": 7, **style},
+    )
+
+
+if __name__ == "__main__":
+    run(main)
