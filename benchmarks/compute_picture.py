@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from evidence_grid import NARROWER, NETWORKS, SHALLOWER, create_network
+from evidence_grid import NARROWER, SHALLOWER, create_network
 from evidence_points import Row
 from evidence_tables import DOCS, RESULTS, collect
 from intervals import mean_interval

@@ -440,7 +440,10 @@ def _why_anew(
     if new_classifiers:
         return f"the classifiers are new, those of {saved.source} are for other classes"
     if saved.own_head:
-        return f"the heads of {saved.source} were made by a callable, and code is never loaded"
+        return (
+            f"the heads of {saved.source} are none of this version: they were made by a callable, whose code is never"
+            " loaded, or by another version of timm-selfdistill"
+        )
     if model.head != saved.head:
         return f"{saved.source} has {saved.head or 'unknown'} heads, this model has {model.head} heads"
     if exits is None:

@@ -376,7 +376,8 @@ def _load_weights(task: TrainingTask, saved: dict[str, Tensor]) -> None:
     if differing:
         raise ValueError(
             f"the checkpoint is of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
-            " resume with the model, exits, head, number of classes and model_ema that it was made with"
+            " resume with the model, exits, head, number of classes, model_ema and version of timm-selfdistill that it"
+            " was made with"
         )
     task.load_state_dict(saved, strict=False)  # without a frozen backbone
 
