@@ -34,7 +34,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """timm's names and arguments; the number is the width of the first stage. 0.09, 0.3, 0.7, 1.3, 2.8, 11 and 24 million
 parameters."""
-NARROWER = {f"resnet10-{width}": width for width in (6, 10, 12, 14)}
+NARROWER = {f"resnet10-{width}": width for width in (6, 12)}
 NETWORKS |= {
     name: ("resnet18", {"layers": (1, 1, 1, 1), "channels": tuple(width * 2**stage for stage in range(4))})
     for name, width in NARROWER.items()
