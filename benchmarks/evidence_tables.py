@@ -35,7 +35,7 @@ Runs = dict[int, Row]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lines", nargs="*", type=Path, default=[RESULTS / "evidence.jsonl"])
+    parser.add_argument("lines", nargs="*", type=Path, default=[RESULTS / "evidence_0.1.jsonl"])
     parser.add_argument("--page", type=Path, default=DOCS / "evidence.md")
     parser.add_argument("--picture", type=Path, default=DOCS / "images/evidence_gain.png")
     args = parser.parse_args()

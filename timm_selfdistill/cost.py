@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from statistics import median
 from typing import Any, NamedTuple
@@ -66,18 +66,27 @@ def count_cost(
     Args:
         input_size: (channels, height, width) in pixels.
     """
-    try:
-        copied = _copy_to_meta(model).eval()
-    except Exception:  # whatever an object that cannot be copied raises, such as a lock, or a hook's recorded tensors
-        copied = None
-    if copied is not None:
-        try:
-            return _run_counted(copied, torch.device("meta"), input_size, call)
-        except (RuntimeError, TypeError) as error:
-            if "meta" not in str(error):
-                raise
-    with evaluating(model):
-        return _run_counted(model, next(model.parameters()).device, input_size, call)
+    return CostCounter(model).count(input_size, call)
+
+
+class CostCounter:
+    """`count_cost` for several calls of one model, which is copied once."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.copied: nn.Module | None = None
+        with suppress(Exception):  # whatever an object raises that cannot be copied: a lock, say
+            self.copied = _copy_to_meta(model).eval()
+
+    def count(self, input_size: tuple[int, int, int], call: Callable[[Any, Tensor], Any]) -> Cost:
+        if self.copied is not None:
+            try:
+                return _run_counted(self.copied, torch.device("meta"), input_size, call)
+            except (RuntimeError, TypeError) as error:
+                if "meta" not in str(error):
+                    raise
+        with evaluating(self.model):
+            return _run_counted(self.model, next(self.model.parameters()).device, input_size, call)
 
 
 def _copy_to_meta(model: nn.Module) -> Any:

@@ -1,15 +1,13 @@
 """What each exit costs, as a table."""
 
-from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from .cost import Cost, count_cost
+from .cost import CostCounter
 from .stages import Stage
 
 if TYPE_CHECKING:
@@ -97,19 +95,22 @@ def summarize(
     input_size = expected if input_size is None else input_size
     if not isinstance(input_size, (tuple, list)) or len(input_size) != 3 or input_size[0] != expected[0]:
         raise ValueError(f"input_size must be ({expected[0]}, height, width), got {input_size!r}")
-    maps = count_cost(
-        model.backbone,
+    counter = CostCounter(model)
+    maps = counter.count(
         input_size,
-        lambda backbone, x: backbone.forward_intermediates(
+        lambda model, x: model.backbone.forward_intermediates(
             x, indices=[stage.index for stage in stages], intermediates_only=True
         ),
     ).output
     shapes: list[tuple[int, int, int]] = [tuple(feature_map.shape[1:]) for feature_map in maps]
     heads = [
-        count_cost(model, shape, partial(_run_head, exit=exit)) for exit, shape in enumerate(shapes[: len(model.heads)])
+        counter.count(shape, lambda model, x, exit=exit: model.run_head(exit, x)[0])
+        for exit, shape in enumerate(shapes[: len(model.heads)])
     ]
-    ensemble_cost = _count_exit(model, "ensemble", input_size)
-    costs = [_count_exit(model, exit, input_size) for exit in range(len(stages))]
+    ensemble_cost, *costs = (
+        counter.count(input_size, lambda model, x, exit=exit: model.predict(x, exit))
+        for exit in ("ensemble", *range(len(stages)))
+    )
     rows = [
         ExitSummary(
             exit=exit,
@@ -134,11 +135,3 @@ def summarize(
         share=ensemble_cost.macs / costs[-1].macs,
     )
     return Summary([*rows, ensemble])
-
-
-def _run_head(model: "SelfDistillModel", feature_map: Tensor, exit: int) -> Tensor:
-    return model.run_head(exit, feature_map)[0]
-
-
-def _count_exit(model: "SelfDistillModel", exit: int | str, input_size: tuple[int, int, int]) -> Cost:
-    return count_cost(model, input_size, lambda model, x: model.predict(x, exit))
