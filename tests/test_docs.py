@@ -20,7 +20,7 @@ PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "d
 LOOPS = "docs/own_loop.md"
 GUIDES = ["docs/index.md", *(page for page in PAGES if page.startswith("docs/guides/"))]
 """Pages that are followed from top to bottom: commands first, whose files the Python blocks read."""
-QUICK = ["README.md", "docs/hub.md", "docs/install.md"]
+QUICK = ["README.md"]
 """Pages whose commands run in every test run; those of the others take long."""
 SMALL = "--epochs 1 --data-dir {images} -b 32 -j 0 --img-size 32"
 

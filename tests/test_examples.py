@@ -155,6 +155,7 @@ def test_many_flags_at_once(few_images, tmp_path):
     assert saved["pretrained_cfg"]["input_size"] == [3, 40, 40]
 
 
+@pytest.mark.slow
 def test_accelerate_launch(few_images, tmp_path):
     done = run_python(*fast(few_images, tmp_path / "run", "--epochs", 1), launcher=("-m", "accelerate.commands.launch"))
     assert "epoch 1, the best of 1" in done.stdout
@@ -179,7 +180,9 @@ def test_two_processes_train_one_model(few_images, tmp_path):
     assert [row["epoch"] for row in csv.DictReader((tmp_path / "two" / "history.csv").open())] == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_group_saves_a_checkpoint_and_says_how_to_go_on(number, code, few_images, tmp_path):
     run = programs().start(*fast(few_images, tmp_path / "run", "--epochs", 400))
     history = tmp_path / "run" / "history.csv"

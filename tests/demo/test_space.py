@@ -61,6 +61,7 @@ def test_model_and_space_in_one_command_and_again(hub, hub_programs, folder):
     assert "model/tradeoff.json" in files
 
 
+@pytest.mark.slow
 def test_a_refused_space_is_one_line(hub, hub_programs, folder):
     hub.fail("POST /api/spaces/.*/commit/", 403)
     done = push(hub_programs, folder, "--space", "user/page")

@@ -60,7 +60,7 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return float((logits.argmax(1) == labels).float().mean() * 100)
 
 
-@pytest.mark.parametrize("quantize", [quantize_fx, quantize_pt2e])
+@pytest.mark.parametrize("quantize", [pytest.param(quantize_fx, marks=pytest.mark.slow), quantize_pt2e])
 @pytest.mark.parametrize("exit", EXITS)
 def test_eight_bits_are_as_accurate_as_float(exit, quantize, model, data):
     images, labels = data

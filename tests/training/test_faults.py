@@ -153,7 +153,7 @@ def test_an_image_that_cannot_be_read(workers, few, tmp_path):
     assert state["replaced_samples"] == 4  # two in each of two epochs
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_validation_image_that_cannot_be_read(workers, few, tmp_path):
     data = few[0], Photos(few[1], {3})
     with pytest.raises(ValueError, match="image 3 cannot be read"):
@@ -191,6 +191,7 @@ def test_an_update_that_is_not_finite_is_left_out(few, tmp_path, monkeypatch):
     assert state["skipped_updates"] == 1
 
 
+@pytest.mark.slow
 def test_too_many_updates_that_are_not_finite(fashion_tensors, tmp_path, monkeypatch):
     for update in range(3, 3 + MOST_SKIPPED):
         at_update(monkeypatch, update, poison)
@@ -199,6 +200,7 @@ def test_too_many_updates_that_are_not_finite(fashion_tensors, tmp_path, monkeyp
         fit(tmp_path, fashion_tensors, on_nan="skip", batch_size=20)
 
 
+@pytest.mark.slow
 def test_skipping_changes_nothing_where_all_is_finite(few, tmp_path):
     _, first = fit(tmp_path / "a", few)
     _, second = fit(tmp_path / "b", few, on_nan="skip")
@@ -337,6 +339,7 @@ def test_too_few_updates_for_a_trace(few, tmp_path):
         fit(tmp_path, few, profile=50)
 
 
+@pytest.mark.slow
 def test_a_picture_cut_short_is_no_matter(few, tmp_path, monkeypatch):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG")
     assert fit(tmp_path, few)[0].summary
@@ -344,6 +347,7 @@ def test_a_picture_cut_short_is_no_matter(few, tmp_path, monkeypatch):
         assert fit(tmp_path, few, epochs=3, resume="latest", report_to=("tensorboard",))[0].summary
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_updates(fashion_tensors, tmp_path):
     fit(tmp_path, fashion_tensors, profile=2)
     (trace,) = (tmp_path / "profile").iterdir()

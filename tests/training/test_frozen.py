@@ -33,7 +33,9 @@ from ..conftest import EMBEDDED, ROOT, run_python, small_backbone, small_model
 from .frozen_runs import equal, fit, frozen_model
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("test_vit", "test_efficientnet"))]
+)
 @pytest.mark.parametrize("settings", [{}, {"model_ema": True, "on_nan": "skip", "opt": "adamw", "lr": 1e-3}])
 def test_no_bit_of_the_backbone_changes(name, settings, few, tmp_path):
     size = {"img_size": 32} if name == "test_vit" else {}
@@ -97,7 +99,9 @@ def test_the_average_of_the_heads_is_what_is_evaluated_and_saved(few, tmp_path):
     assert not equal(dict(average), dict(model.heads.state_dict()))
 
 
-@pytest.mark.parametrize("settings", [{}, {"model_ema": True, "cache_features": True}])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, marks=pytest.mark.slow), {"model_ema": True, "cache_features": True}]
+)
 def test_a_resumed_run_gives_the_same_heads(settings, few, tmp_path):
     whole = fit(frozen_model(), few, tmp_path / "whole", **settings)
     fit(frozen_model(), few, tmp_path / "part", resume=str(tmp_path / "whole/checkpoints/step-00000002"), **settings)
@@ -145,9 +149,14 @@ def test_a_checkpoint_of_heads_on_another_backbone_is_refused(few, tmp_path):
     "settings",
     [
         {},
-        {"batch_size": 20, "grad_accum_steps": 2, "workers": 2},
-        {"channels_last": True, "smoothing": 0.1},
-        {"amp": True, "amp_dtype": "bfloat16"},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in (
+                {"batch_size": 20, "grad_accum_steps": 2, "workers": 2},
+                {"channels_last": True, "smoothing": 0.1},
+                {"amp": True, "amp_dtype": "bfloat16"},
+            )
+        ),
     ],
     ids=str,
 )

@@ -103,6 +103,7 @@ def test_an_undisturbed_run_sees_every_image_once_an_epoch(undisturbed):
     assert len(set(drawn)) == len(drawn) > 0.98 * len(everything)  # augmented anew in every epoch
 
 
+@pytest.mark.slow
 def test_the_number_of_loading_processes_changes_nothing(undisturbed, tmp_path):
     start(tmp_path, 2)
     check_same(tmp_path, undisturbed(1))
@@ -116,8 +117,8 @@ def test_two_processes_see_the_same_images_in_every_update(undisturbed):
 @pytest.mark.parametrize(
     ("processes", "workers", "moment", "number"),
     [
-        (1, 0, "evaluation", 1),
         (1, 2, "checkpoint", 3),
+        pytest.param(1, 0, "evaluation", 1, marks=pytest.mark.slow),
         pytest.param(2, 2, "update", 9, marks=pytest.mark.slow),
     ],
 )
@@ -188,6 +189,7 @@ def test_four_processes(tmp_path):
     check_same(tmp_path / "b", tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
     """With the same images per update it sees what it would have seen; Mixup's draws belong to a process."""
     start(tmp_path, 0, "update", 9, processes=2, killed=1)

@@ -33,13 +33,12 @@ def accuracies(tmp_path, train: Tensor, val: Tensor) -> list[float]:
 @pytest.mark.parametrize(
     "val",
     [
-        INDICES[:, None],
         INDICES.int(),
-        INDICES.to(torch.uint8),
-        ONE_HOT,
-        ONE_HOT.double(),
-        ONE_HOT.long(),
         ONE_HOT * 0.8 + 0.05,
+        *(
+            pytest.param(val, marks=pytest.mark.slow)
+            for val in (INDICES[:, None], INDICES.to(torch.uint8), ONE_HOT, ONE_HOT.double(), ONE_HOT.long())
+        ),
     ],
 )
 def test_labels_that_mean_one_class_are_measured_alike(val, tmp_path):

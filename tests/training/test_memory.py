@@ -105,10 +105,14 @@ def test_during_the_warm_up_the_present_ensemble_teaches(few, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mixup": 0.4, "mixup_prob": 0.5, "model_ema": True, "grad_accum_steps": 2, "smoothing": 0.1},
+        pytest.param(
+            {"mixup": 0.4, "mixup_prob": 0.5, "model_ema": True, "grad_accum_steps": 2, "smoothing": 0.1},
+            marks=pytest.mark.slow,
+        ),
+        {},
         pytest.param({"amp": True, "amp_dtype": "bfloat16", "aug_repeats": 2.0}, marks=pytest.mark.slow),
     ],
-    ids=["mixup, EMA and accumulation", "bf16 and repeated augmentation"],
+    ids=["mixup, EMA and accumulation", "plain", "bf16 and repeated augmentation"],
 )
 def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(changes, few, tmp_path, monkeypatch):
     undisturbed = make_trainer(tmp_path / "a", few, batch_size=10, epochs=3, **changes)
@@ -126,6 +130,7 @@ def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(changes,
 
 
 @pytest.mark.parametrize("topk", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
 def test_a_large_memory_is_kept_in_files_and_is_the_same(topk, few, tmp_path, monkeypatch, capsys):
     device = make_trainer(tmp_path / "device", few, make_task(memory_topk=topk))
     device.fit()
@@ -172,6 +177,7 @@ def test_the_checkpoint_holds_it_with_a_checksum(few, tmp_path):
         assert find_checkpoint("latest", str(tmp_path)) == older
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_its_own_teacher_and_images(few, tmp_path):
     make_trainer(tmp_path / "memory", few, epochs=1).fit()
     make_trainer(tmp_path / "ensemble", few, make_task(teacher="ensemble"), epochs=1).fit()
@@ -228,6 +234,7 @@ def test_memories_are_mixed_as_the_images_and_answers_to_mixtures_are_not_kept(f
     assert memory.memory.tensors["counts"][10:14].tolist() == [1, 1, 1, 1]  # 13 alone was not mixed
 
 
+@pytest.mark.slow
 def test_until_mixing_is_off_nothing_is_remembered(few, tmp_path):
     trainer = make_trainer(tmp_path, few, epochs=3, val_interval=3, mixup=0.4, mixup_off_epoch=1)
     passes = recording(trainer)
@@ -259,6 +266,7 @@ def test_without_labels_it_is_refused(few, tmp_path):
         make_trainer(tmp_path, few, make_task(frozen=True), unlabelled=True)
 
 
+@pytest.mark.slow
 def test_an_image_in_anothers_place_has_no_part_in_it(few, tmp_path):
     class Damaged(torch.utils.data.Dataset):
         def __len__(self):
@@ -280,6 +288,7 @@ def test_an_image_in_anothers_place_has_no_part_in_it(few, tmp_path):
     assert trainer.memory.memory.tensors["counts"][:95].tolist() == [3 if index != 7 else 0 for index in range(95)]
 
 
+@pytest.mark.slow
 def test_an_update_that_is_left_out_leaves_no_answers(few, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, few, epochs=1, on_nan="skip")
     clip, calls = Updater._clip, []
@@ -317,6 +326,7 @@ def test_several_views_of_an_image_give_their_mean(fashion, tmp_path):
     torch.testing.assert_close(found.logits, seen["answers"].view(2, 4, 10).mean(0), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_with_and_without_a_cache(few, tmp_path):
     runs = [
         make_trainer(tmp_path / str(cached), few, make_task(frozen=True), cache_features=cached, epochs=2)

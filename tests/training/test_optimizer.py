@@ -78,7 +78,7 @@ def few(fashion_tensors):
     return tuple(Subset(part, range(100)) for part in fashion_tensors)
 
 
-@pytest.mark.parametrize("sched", ["cosine", "none"])
+@pytest.mark.parametrize("sched", ["cosine", pytest.param("none", marks=pytest.mark.slow)])
 def test_scaled_learning_rates_are_those_of_the_updates(sched, few, tmp_path):
     """SGD without momentum at lr 0: heads do not move, whatever scales them; at scale 0 they alone stay."""
     model = small_model(in_chans=1)

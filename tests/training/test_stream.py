@@ -115,7 +115,7 @@ def test_every_image_once(form, workers, request):
     assert found != sorted(found)
 
 
-@pytest.mark.parametrize("world", [2, 3, 5, 7])
+@pytest.mark.parametrize("world", [2, 3, *(pytest.param(world, marks=pytest.mark.slow) for world in (5, 7))])
 def test_processes_share_the_images(parquet, world):
     shares = [first_pass(streamed(parquet, 1, rank, world, workers=1)) for rank in range(world)]
     assert sorted(itertools.chain(*shares)) == list(range(COUNT))
@@ -134,8 +134,10 @@ def test_shards_and_images_come_in_another_order_in_every_pass(parquet):
     ("form", "workers"),
     [
         ("parquet", 0),
-        ("webdataset", 2),
-        *(pytest.param("parquet", workers, marks=pytest.mark.slow) for workers in (2, 3)),
+        *(
+            pytest.param(form, workers, marks=pytest.mark.slow)
+            for form, workers in (("webdataset", 2), ("parquet", 2), ("parquet", 3))
+        ),
     ],
 )
 def test_it_goes_on_from_any_batch(form, workers, request):

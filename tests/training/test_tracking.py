@@ -247,6 +247,7 @@ def check_trackio(run: Path, environment: dict[str, str]) -> None:
     assert (store / "media" / next(row["exits"]["file_path"] for row in rows if "exits" in row)).is_file()
 
 
+@pytest.mark.slow
 def test_a_tracker_that_does_not_start_ends_a_new_run_and_not_a_resumed_one(few, tmp_path, monkeypatch):
     fit(tmp_path, few, epochs=1)
 

@@ -239,6 +239,7 @@ def test_checkpoints_and_directories_of_a_run(run, tmp_path, capsys):
         begin("--model", "test_resnet", "--initial-checkpoint", alone, in_chans=1)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_frozen_backbone(run, few_images, tmp_path):
     command = [
         *TRAIN,

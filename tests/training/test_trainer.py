@@ -183,7 +183,8 @@ def test_a_run_stopped_in_the_middle_goes_on_as_if_nothing_had_happened(fashion_
 
 
 @pytest.mark.parametrize(
-    "resume", ["", pytest.param("checkpoints", marks=pytest.mark.slow), "checkpoints/step-00000008"]
+    "resume",
+    ["", *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoints", "checkpoints/step-00000008"))],
 )
 def test_resume_from_a_run_directory_or_one_checkpoint(resume, fashion_tensors, tmp_path):
     fit(tmp_path, fashion_tensors)
@@ -259,13 +260,16 @@ def test_schedules_warm_up_and_step_every_update(fashion_tensors, tmp_path):
     assert max(rates) > 0.05
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "tanh", "step", "multistep", "poly", "none"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["cosine", "step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tanh", "multistep", "poly", "none"))],
+)
 def test_every_schedule_runs(schedule, fashion_tensors, tmp_path):
     data = tuple(Subset(part, range(100)) for part in fashion_tensors)
     fit(tmp_path, data, sched=schedule, decay_epochs=1, decay_milestones=(1,))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(bad, fashion_tensors, tmp_path):
     class Breaking(SelfDistillLoss):
         calls = 0
@@ -368,6 +372,7 @@ def test_an_epoch_begun_with_other_batches_is_not_gone_on_with(change, fashion_t
         fit(tmp_path, fashion_tensors, resume="latest", **change)
 
 
+@pytest.mark.slow
 def test_another_batch_size_at_the_start_of_an_epoch_is_fine(fashion_tensors, tmp_path):
     fit(tmp_path, fashion_tensors, epochs=1)
     result, _ = fit(tmp_path, fashion_tensors, epochs=2, batch_size=16, resume="latest")
@@ -382,6 +387,7 @@ def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(fashion_tensors,
     assert names == ["left-step-00000016", "left-step-00000024", "step-00000008", "step-00000010"]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_were_set_aside_go_when_the_run_overtakes_them(fashion_tensors, tmp_path, monkeypatch):
     fit(tmp_path, fashion_tensors, epochs=3)
     fit("", fashion_tensors, epochs=2, resume=str(tmp_path / "checkpoints" / "step-00000008"))
@@ -390,6 +396,7 @@ def test_checkpoints_that_were_set_aside_go_when_the_run_overtakes_them(fashion_
 
 
 @pytest.mark.parametrize("epochs", [pytest.param(5, marks=pytest.mark.slow), 6])
+@pytest.mark.slow
 def test_the_best_model_goes_along_to_another_directory(epochs, fashion_tensors, tmp_path):
     """With an lr that spoils the model after its fourth epoch; the run is over, or goes on."""
     fit(tmp_path / "a", fashion_tensors, epochs=4)
@@ -450,6 +457,7 @@ def test_resuming_into_a_new_output_leaves_a_whole_run_directory_there(fashion_t
     assert SelfDistillModel.from_pretrained(tmp_path / "b" / "best").exits == ("layer1", "layer2", "layer3", "layer4")
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_into_a_new_output_saves_its_models_there(fashion_tensors, tmp_path):
     data = tuple(Subset(part, range(100)) for part in fashion_tensors)
     _, task = fit(tmp_path / "a", data, epochs=1)
@@ -478,6 +486,7 @@ def test_a_constructor_writes_nothing(few, tmp_path, monkeypatch):
         Trainer(task, *few, settings("run"))
 
 
+@pytest.mark.slow
 def test_two_runs_begun_in_one_second(few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
