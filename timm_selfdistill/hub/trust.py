@@ -19,7 +19,7 @@ from torch import nn
 # What must be bounded before there is a network whose tensors could be compared with those of the files.
 MAX_JSON_BYTES = 16 * 2**20
 """Bounds text that is parsed: config.json, the header of a safetensors file (timm's largest have less than 1 MB)."""
-MAX_STEPS = 2**16
+MAX_STEPS = 3 * 2**14
 """Bounds the time of building a network: the sum of its arguments, and the calls of torch (timm's largest: 32,000)."""
 MAX_SPARE = 2**28
 """Bounds the memory that no file accounts for: bytes of an image, bytes that a network takes beside its weights (timm's
