@@ -20,6 +20,7 @@ ROOMS = [
         "memory",
         "loss",
         "timm_methods",
+        "pictures",
     ],
     ["hub"],
     ["truncated", "model"],

@@ -7,7 +7,7 @@ from .download import fetch_model, file_sizes, pin
 from .files import FILES as MODEL_FILES
 from .files import PICTURE, ExitSettings, facts, read_config, read_metrics, read_network
 from .mixin import HubMixin
-from .picture import exit_style, plot_exits
+from .picture import plot_exits
 from .push import create_repository, push_folder, push_staged, stage_model
 from .records import CalibrationRecord, CurvePoint, ExitRow, ImageSource, TrainingRecord
 from .saving import save_metrics, save_timm_model, save_weights, unshared_state_dict
@@ -27,7 +27,6 @@ __all__ = [
     "choose_head",
     "create_repository",
     "early_exit_words",
-    "exit_style",
     "explain_failure",
     "facts",
     "fetch_model",

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
 
+from ..pictures import BLUE, GREEN, ORANGE, accuracy_interval, create_figure, finish
 from .records import CurvePoint, ExitRow
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def plot_exits(
     calibrated: ExitRow | None = None,
     baseline: ExitRow | None = None,
     agreement: bool = False,
+    images: int | None = None,
 ) -> None:
     """Draw the rows, each with exit, module, top1 (per cent), macs and share.
 
@@ -26,88 +28,77 @@ def plot_exits(
         calibrated: the point of the thresholds that are saved with the model.
         baseline: the same network trained without exits.
         agreement: top1 tells how often an exit agrees with the deepest, not with labels.
+        images: that top1 was measured on; gives every point its 95 % interval.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5), layout="constrained")
+    lines = len(rows) + bool(curve) + bool(calibrated) + bool(baseline) + 1
+    height = 4.2 + 0.22 * lines
+    figure = create_figure(7, height)
+    figure.subplots_adjust(left=0.11, right=0.97, top=1 - 0.4 / height, bottom=(0.75 + 0.22 * lines) / height)
     axes = figure.subplots()
-    _plot_rows(axes, rows)
-    _plot_early_exit(axes, curve, calibrated)
+    exits = [row for row in rows if row["exit"] != "ensemble"]
+    if len(exits) > 1:
+        axes.plot([row["macs"] / 1e6 for row in exits], [row["top1"] for row in exits], color=BLUE, alpha=0.4, zorder=1)
+        axes.axhline(exits[-1]["top1"], color="black", linewidth=1, linestyle=":", label=_plain(exits[-1]), zorder=0)
+    for row in rows:
+        _plot_row(axes, row, images)
+    _plot_early_exit(axes, curve, calibrated, images)
     if baseline:
-        axes.scatter(
-            baseline["macs"] / 1e6,
-            baseline["top1"],
-            s=80,
-            color="black",
-            marker="x",
-            zorder=4,
-            label=f"plain network, trained alone: {baseline['top1']:.2f} %",
-        )
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), fontsize=9, frameon=False)
-    axes.set(
+        label = f"plain network, trained alone: {baseline['top1']:.2f} %"
+        _plot_point(axes, baseline, images, label, color="black", marker="X")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.5 / (height - 1.15 - 0.22 * lines)), fontsize=10, frameon=False)
+    intervals = f", 95 % intervals from {images:,} images" if images else ""
+    finish(
+        axes,
         xlabel="multiply-adds per image, millions",
         xlim=(0, None),
         ylabel="agreement with the deepest exit, %" if agreement else "top-1 %",
-        title=f"{model}: {'agreement' if agreement else 'accuracy'} over compute",
+        title=f"{model}{intervals}",
     )
-    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
-def _plot_rows(axes: "Axes", rows: list[ExitRow]) -> None:
-    line = [row for row in rows if row["exit"] != "ensemble"]
-    axes.plot([row["macs"] / 1e6 for row in line], [row["top1"] for row in line], color="tab:blue", alpha=0.4, zorder=1)
-    for index, row in enumerate(rows):
-        ensemble = row["exit"] == "ensemble"
-        style = exit_style(index, len(rows), str(row["exit"]))
-        label = "ensemble" if ensemble else f"exit {row['exit']} ({row['module']})" if row["module"] else "plain"
-        axes.scatter(
-            row["macs"] / 1e6,
-            row["top1"],
-            s=120 if ensemble else 60,
-            color=style["color"],
-            alpha=style.get("alpha"),
-            marker="*" if ensemble else "o",
-            zorder=2,
-            label=f"{label}: {row['top1']:.2f} %, {row['share']:.0%} of the compute",
+def _plain(deepest: ExitRow) -> str:
+    return f"deepest exit, the plain network at inference: {deepest['top1']:.2f} %"
+
+
+def _plot_row(axes: "Axes", row: ExitRow, images: int | None) -> None:
+    ensemble = row["exit"] == "ensemble"
+    name = "ensemble" if ensemble else f"exit {row['exit']} ({row['module']})" if row["module"] else "plain"
+    label = f"{name}: {row['top1']:.2f} %, {row['share']:.0%} of the compute"
+    style = {"color": ORANGE, "marker": "*", "markersize": 14} if ensemble else {"color": BLUE, "marker": "o"}
+    _plot_point(axes, row, images, label, **style)
+    if not ensemble:
+        axes.annotate(
+            f"{row['exit']}",
+            (row["macs"] / 1e6, row["top1"]),
+            (-6, 6),
+            textcoords="offset points",
+            fontsize=10,
+            ha="right",
         )
 
 
-def _plot_early_exit(axes: "Axes", curve: Sequence[CurvePoint], calibrated: ExitRow | None) -> None:
+def _plot_point(axes: "Axes", row: ExitRow, images: int | None, label: str, **style: Any) -> None:
+    top1 = row["top1"]
+    interval = None
+    if images:
+        low, high = accuracy_interval(top1, images)
+        interval = [[top1 - low], [high - top1]]
+    axes.errorbar(
+        [row["macs"] / 1e6], [top1], interval, label=label, linestyle="", capsize=3, **{"markersize": 8, **style}
+    )
+
+
+def _plot_early_exit(axes: "Axes", curve: Sequence[CurvePoint], calibrated: ExitRow | None, images: int | None) -> None:
     if curve:
         axes.plot(
             [point["macs"] / 1e6 for point in curve],
             [point["top1"] for point in curve],
-            color="tab:green",
+            color=GREEN,
             marker=".",
             label="early exit, one threshold for all exits",
             zorder=3,
         )
     if calibrated:
-        axes.scatter(
-            calibrated["macs"] / 1e6,
-            calibrated["top1"],
-            s=80,
-            color="tab:green",
-            marker="D",
-            zorder=4,
-            label=f"early exit, calibrated: {calibrated['top1']:.2f} %, {calibrated['share']:.0%}",
-        )
-
-
-class _Style(TypedDict):
-    color: str
-
-
-class ExitStyle(_Style, total=False):
-    """Arguments of matplotlib."""
-
-    alpha: float
-    linestyle: str
-
-
-def exit_style(index: int, count: int, name: str) -> ExitStyle:
-    """The look of an exit among `count` rows, in every picture the same."""
-    if name == "ensemble":
-        return {"color": "tab:orange", "linestyle": "--"}
-    return {"color": "tab:blue", "alpha": 0.35 + 0.65 * index / max(1, count - 2)}
+        label = f"early exit, calibrated: {calibrated['top1']:.2f} %, {calibrated['share']:.0%} of the compute"
+        _plot_point(axes, calibrated, images, label, color=GREEN, marker="D")

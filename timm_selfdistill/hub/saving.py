@@ -163,7 +163,14 @@ def _save_picture(fresh: Path, rows: list[ExitRow], metrics: Mapping[str, Any] |
     """Draw exits.png where accuracy and cost of every row are known."""
     if rows and all({"top1", "macs", "share"} <= row.keys() for row in rows):
         architecture = read_json(fresh / CONFIG)["architecture"]
-        plot_exits(fresh / PICTURE, architecture, rows, agreement="reference" in (metrics or {}))
+        measured = (metrics or {}).get("dataset") or {}
+        plot_exits(
+            fresh / PICTURE,
+            architecture,
+            rows,
+            agreement="reference" in (metrics or {}),
+            images=measured.get("images"),
+        )
 
 
 def _save_card(

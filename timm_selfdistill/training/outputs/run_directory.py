@@ -11,18 +11,22 @@ from functools import partial
 from io import StringIO
 from itertools import count
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from ...hub import ExitRow, exit_style
+from ...hub import ExitRow
+from ...pictures import create_figure, exit_style, finish, label_ends
 from ..config import TrainConfig
 from ..runtime.accelerator import ask_main_process
 from ..state.checkpoint import find_checkpoint, list_checkpoints, warn_unwritten
 from ..state.snapshot import HistoryRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
 OWN_FOLDER = Path("output/train")
@@ -114,35 +118,46 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plot_curves(path: Path, history: list[HistoryRow], labelled: bool = True) -> None:
-    """curves.png: training loss, and validation accuracy of every exit, or without labels its agreement with the
-    deepest, over the epochs."""
-    from matplotlib.figure import Figure
+    """curves.png: validation accuracy of every exit, or without labels its agreement with the deepest, and the training
+    loss, over the epochs. A dot marks the best epoch of the deepest exit."""
     from matplotlib.ticker import MaxNLocator
 
-    epochs = [row["epoch"] for row in history]
-    measured = [row for row in history if any(key.startswith("top1_") for key in row)]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [row["train_loss"] for row in history], marker=".", color="black")
-    loss.set(xlabel="epoch", ylabel="training loss", title="training loss")
-    keys = [key for key in measured[0] if key.startswith("top1_")] if measured else []
-    for index, key in enumerate(keys):
-        name = key.removeprefix("top1_").replace("_", " ")
-        style = exit_style(index, len(keys), name)
-        accuracy.plot(
-            [row["epoch"] for row in measured], [row[key] for row in measured], marker=".", label=name, **style
-        )
-    accuracy.set(
-        xlabel="epoch", ylabel="top-1 %", title="validation accuracy" if labelled else "agreement with the deepest exit"
+    figure = create_figure(8, 3.6)
+    figure.subplots_adjust(left=0.08, right=0.97, top=0.91, bottom=0.14, wspace=0.6)
+    accuracy, loss = figure.subplots(1, 2, width_ratios=[2, 1])
+    _plot_accuracy(accuracy, [row for row in history if any(key.startswith("top1_") for key in row)])
+    loss.plot([row["epoch"] for row in history], [row["train_loss"] for row in history], color="black", marker=".")
+    finish(
+        accuracy,
+        xlabel="epoch",
+        ylabel="top-1 %" if labelled else "agreement, %",
+        title="validation accuracy" if labelled else "agreement with the deepest exit",
     )
-    if keys:
-        accuracy.legend()
+    finish(loss, xlabel="epoch", title="training loss")
     for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     fresh = path.with_name(f".{path.name}")
     figure.savefig(fresh, dpi=120, format="png")
     os.replace(fresh, path)
+
+
+def _plot_accuracy(axes: "Axes", measured: list[HistoryRow]) -> None:
+    """Of epochs that were validated."""
+    keys = [key for key in measured[0] if key.startswith("top1_")] if measured else []
+    epochs, ends = [row["epoch"] for row in measured], []
+    names = [key.removeprefix("top1_").replace("_", " ") for key in keys]
+    deepest = max((index for index, name in enumerate(names) if name != "ensemble"), default=None)
+    for index, (key, name) in enumerate(zip(keys, names)):
+        values = [row[key] for row in measured]
+        style = exit_style(index, len(keys), name)
+        axes.plot(epochs, values, marker=".", linewidth=2.5 if index == deepest else 1.2, **style)
+        ends.append((values[-1], name, style))
+        if index == deepest:
+            best = max(range(len(values)), key=values.__getitem__)
+            axes.plot(epochs[best], values[best], marker="o", markersize=9, color=style["color"])
+            ends[-1] = (values[-1], f"{name}, best {values[best]:.2f}", style)
+    if ends:
+        label_ends(axes, epochs[-1], ends)
 
 
 def find_resumed(config: TrainConfig, accelerator: Accelerator) -> Path | None:

@@ -197,7 +197,9 @@ class SavedModels:
         }
         write_json(self.output / "summary.json", summary)
         picture = self.output / hub.PICTURE
-        hub.plot_exits(picture, summary["model"], summary["exits"], agreement=not self.val_labelled)
+        hub.plot_exits(
+            picture, summary["model"], summary["exits"], agreement=not self.val_labelled, images=self.val_images
+        )
         for folder, record in self._records():
             record |= {"exits": [row | cost for row, cost in zip(record["exits"], costs, strict=True)]}
             hub.save_metrics(folder, record, picture if record["exits"] == summary["exits"] else None)
