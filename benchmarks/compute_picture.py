@@ -19,11 +19,11 @@ from evidence_tables import DOCS, RESULTS, collect
 from intervals import mean_interval
 from json_lines import read_lines
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from timm_selfdistill import wrap_self_distill
 from timm_selfdistill.cli import run
 from timm_selfdistill.cost import count_cost
+from timm_selfdistill.pictures import BLUE, ORANGE, create_figure, finish
 
 SIZE = (1, 32, 32)
 
@@ -84,27 +84,34 @@ def format_table(series: dict[str, list[Point]]) -> str:
 
 
 STYLES = {
-    "exits of one self-distilled network": {"color": "#0072B2", "marker": "o"},
-    "plain networks, narrower": {"color": "#D55E00", "marker": "s"},
-    "plain networks, shallower": {"color": "#009E73", "marker": "^"},
+    "exits of one self-distilled network": {"color": BLUE, "marker": "o"},
+    "plain networks, narrower": {"color": "black", "marker": "s", "linestyle": "--"},
+    "plain networks, shallower": {"color": "dimgray", "marker": "^", "linestyle": ":"},
 }
-"""Colors that color-blind readers tell apart."""
 
 
 def draw(series: dict[str, list[Point]], picture: Path) -> None:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = create_figure(7, 4.5)
+    figure.set_layout_engine("constrained")
     axes = figure.subplots()
     for name, points in series.items():
-        line = [point for point in points if point.name != "ensemble"]
-        _plot(axes, line, label=name, **STYLES[name])
+        _plot(axes, [point for point in points if point.name != "ensemble"], label=name, **STYLES[name])
         for ensemble in (point for point in points if point.name == "ensemble"):
-            _plot(axes, [ensemble], label="their ensemble", **STYLES[name] | {"marker": "*", "markersize": 13})
-    axes.set_xlim(left=0)
-    axes.set_xlabel("multiply-adds per image, millions", fontsize=12)
-    axes.set_ylabel("test top-1 %", fontsize=12)
-    axes.tick_params(labelsize=11)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=11, loc="lower right")
+            _plot(axes, [ensemble], label="ensemble of these exits", color=ORANGE, marker="*", markersize=14)
+    for point in series["exits of one self-distilled network"]:
+        if point.name != "ensemble":
+            axes.annotate(
+                f"exit {point.name}",
+                (point.macs / 1e6, point.top1),
+                (-8, 4),
+                textcoords="offset points",
+                fontsize=10,
+                ha="right",
+            )
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+    axes.legend(fontsize=10, loc="upper left")
+    finish(axes, xlabel="multiply-adds per image, millions", ylabel="test top-1 %")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=150)
 
@@ -114,9 +121,8 @@ def _plot(axes: Axes, points: list[Point], **style: object) -> None:
         [point.macs / 1e6 for point in points],
         [point.top1 for point in points],
         [point.half for point in points],
-        linewidth=2,
         capsize=3,
-        **{"markersize": 7, **style},
+        **{"markersize": 7, "linewidth": 2, **style},
     )
 
 
