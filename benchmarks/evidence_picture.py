@@ -1,4 +1,4 @@
-"""When does it help? The gain over the plain network against images per class, with intervals."""
+"""When does it help? The gain of each method over the plain network, a row for each setting, with intervals."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +8,20 @@ from evidence_data import DATA
 from evidence_grid import SETTINGS
 from evidence_points import differences
 from intervals import mean_interval
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-COLORS = {"dsn": "tab:gray", "paper": "tab:orange", "deepest": "tab:red", "ensemble": "tab:blue", "dks": "tab:green"}
-MARKERS = {"resnet10-8": "v", "resnet10-16": "o", "resnet18-16": "s", "cifar_resnet18": "D", "cifar_resnet50": "P"}
+from timm_selfdistill.pictures import BLUE, GREEN, ORANGE, PURPLE, create_figure, finish
+
+Settings = Mapping[str, Mapping[str, Mapping[int, Any]]]
+"""Lines by setting, method and seed."""
+STYLES: dict[str, dict[str, Any]] = {
+    "dsn": {"color": "dimgray", "marker": "s", "label": "exits that learn from labels alone (dsn)"},
+    "paper": {"color": PURPLE, "marker": "v", "label": "the deepest exit teaches, as in the paper"},
+    "ensemble": {"color": BLUE, "marker": "o", "label": "the ensemble teaches (default)"},
+    "memory": {"color": ORANGE, "marker": "D", "label": "the ensemble's earlier answers teach (memory)"},
+    "dks": {"color": GREEN, "marker": "^", "label": "every exit teaches every other (dks)"},
+}
+"""Of the methods with exits, from the top of a row to its bottom."""
+NOUNS = {"families": "typeface", "characters": "character", "fashion": "class of Fashion-MNIST"}
 
 
 class Gain(NamedTuple):
@@ -25,60 +33,37 @@ class Gain(NamedTuple):
     """Of the 95 % interval."""
 
 
-def draw_gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], picture: Path) -> None:
-    """A panel a data set, a line a method; numbers at the points are passes over the images.
-
-    Args:
-        settings: lines by setting, method and seed.
-    """
-    panels = list(dict.fromkeys(SETTINGS[setting].data for setting in settings))
-    counts = sorted({round(_images(name, methods)) for name, methods in settings.items()})
-    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
-    for axes, data in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
-        own = {name: methods for name, methods in settings.items() if SETTINGS[name].data == data}
-        for index, (method, color) in enumerate(COLORS.items()):
-            beside = 1.04 ** (index - 2)  # none hides another
-            _draw_method(axes, gains(own, method), method, color, beside, places(own))
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(
-            title=f"{data}, {DATA[data]} classes",
-            xlabel="training images of a class",
-            xscale="log",
-            xlim=(counts[0] / 2, counts[-1] * 2),
+def draw_gains(settings: Settings, picture: Path) -> None:
+    """Draw the gain of the deepest exit over the plain network in points of top-1."""
+    found = {method: gains(settings, method) for method in STYLES}
+    drawn = {gain.setting: gain.images for gains in found.values() for gain in gains}
+    rows = sorted(drawn, key=lambda name: (list(NOUNS).index(SETTINGS[name].data), drawn[name]), reverse=True)
+    found = {method: gains for method, gains in found.items() if len(gains) > 1 or len(rows) < 2}
+    height = 1.3 + 0.55 * len(rows) + 0.22 * len(found)
+    figure = create_figure(8, height)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    for index, (method, gains_of_method) in enumerate(found.items()):
+        offset = 0.16 * ((len(found) - 1) / 2 - index)
+        axes.errorbar(
+            [gain.mean for gain in gains_of_method],
+            [rows.index(gain.setting) + offset for gain in gains_of_method],
+            xerr=[gain.half for gain in gains_of_method],
+            linestyle="",
+            capsize=2,
+            markersize=6,
+            **STYLES[method],
         )
-        axes.set_xticks(counts, map(str, counts))
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("deepest exit less plain network, points")
-    drawn = [(gain.setting, method) for method in COLORS for gain in gains(settings, method)]
-    filled = {SETTINGS[setting].network for setting, _ in drawn if _on_line(setting)}
-    figure.legend(
-        loc="outside lower center",
-        ncols=8,
-        handles=[
-            *(
-                Line2D([], [], color=COLORS[method], label=method)
-                for method in dict.fromkeys(pair[1] for pair in drawn)
-            ),
-            *(
-                Line2D(
-                    [],
-                    [],
-                    color="black",
-                    linestyle="",
-                    marker=MARKERS[network],
-                    label=network,
-                    markerfacecolor="black" if network in filled else "none",
-                )
-                for network in dict.fromkeys(SETTINGS[setting].network for setting, _ in drawn)
-            ),
-        ],
-    )
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [describe(name, drawn[name]) for name in rows])
+    axes.margins(y=0.03)
+    finish(axes, xlabel="gain of the deepest exit over the plain network, points of top-1")
+    figure.legend(loc="outside lower center", ncols=1, fontsize=10, frameon=False)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
 
 
-def gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], method: str) -> list[Gain]:
+def gains(settings: Settings, method: str) -> list[Gain]:
     """Over the plain network, for the settings of two or more seeds, by images of a class."""
     found = []
     for name, methods in settings.items():
@@ -88,40 +73,14 @@ def gains(settings: Mapping[str, Mapping[str, Mapping[int, Any]]], method: str) 
     return sorted(found, key=lambda gain: gain.images)
 
 
-def places(settings: Mapping[str, Mapping[str, Mapping[int, Any]]]) -> dict[str, float]:
-    """Images of a class; those of another network or length of training stand left of the line, side by side."""
-    counts = {name: _images(name, methods) for name, methods in settings.items()}
-    beside = [name for name in counts if not _on_line(name)]
-    ranks = {name: sum(counts[other] == counts[name] for other in beside[:i]) + 1 for i, name in enumerate(beside)}
-    return {name: count / 1.3 ** ranks.get(name, 0) for name, count in counts.items()}
-
-
-def _on_line(setting: str) -> bool:
-    return setting.rpartition("-")[2].isdigit() or "-" not in setting
+def describe(name: str, images: float) -> str:
+    """The label of a row: data, images of a class, length of training, and the network where it is not the usual."""
+    setting = SETTINGS[name]
+    network = "" if setting.network == "resnet10-16" else f", {setting.network}"
+    return f"{images:.0f} images per {NOUNS[setting.data]},\n{setting.passes} epochs{network}"
 
 
 def _images(setting: str, methods: Mapping[str, Mapping[int, Any]]) -> float:
     """Of a class, on average."""
     runs = next(filter(None, methods.values()))
     return next(iter(runs.values()))["images"] / DATA[SETTINGS[setting].data]
-
-
-def _draw_method(
-    axes: Axes, found: list[Gain], method: str, color: str, beside: float, place: Mapping[str, float]
-) -> None:
-    line = [gain for gain in found if _on_line(gain.setting)]
-    axes.plot([place[gain.setting] * beside for gain in line], [gain.mean for gain in line], color=color, linewidth=1)
-    for gain in found:
-        setting, at = SETTINGS[gain.setting], place[gain.setting] * beside
-        axes.errorbar(
-            at,
-            gain.mean,
-            gain.half,
-            color=color,
-            capsize=3,
-            markersize=5,
-            marker=MARKERS[setting.network],
-            markerfacecolor=color if gain in line else "white",
-        )
-        if method == "ensemble":
-            axes.annotate(f"{setting.passes}", (at, gain.mean), (5, 4), textcoords="offset points", fontsize=7)

@@ -35,11 +35,28 @@ Runs = dict[int, Row]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lines", nargs="*", type=Path, default=[RESULTS / "evidence_0.1.jsonl"])
+    parser.add_argument("lines", nargs="*", type=Path, help="default: those of this repository")
     parser.add_argument("--page", type=Path, default=DOCS / "evidence.md")
     parser.add_argument("--picture", type=Path, default=DOCS / "images/evidence_gain.png")
     args = parser.parse_args()
-    rows = [row for path in args.lines for row in read_lines(path)]
+    if args.lines:
+        tables, settings = make_tables(args.lines)
+    else:
+        tables, settings = make_tables([RESULTS / "evidence_0.1.jsonl"])
+        current, measured = make_tables([RESULTS / "evidence.jsonl"])
+        tables |= {f"0.2 {name}": table for name, table in current.items()}
+        settings |= {name: methods for name, methods in measured.items() if {"dsn", "ensemble"} <= methods.keys()}
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}\n")
+    args.page.write_text(insert(args.page.read_text(), tables))
+    draw_gains(settings, args.picture)
+    print(f"wrote {args.page}, {args.picture}")
+    return 0
+
+
+def make_tables(paths: list[Path]) -> tuple[dict[str, str], dict[str, dict[str, Runs]]]:
+    """The tables by their names, and the runs of the phase "test" by setting and method."""
+    rows = [row for path in paths for row in read_lines(path)]
     tables, settings = {}, {}
     for setting in SETTINGS:
         if tested := collect(rows, setting, "test"):
@@ -51,16 +68,9 @@ def main() -> int:
             tables[f"choices {setting}"] = format_choices(rows, setting, chosen)
     if not tables:
         raise FileNotFoundError(
-            f"no runs of the phase 'test' in {', '.join(map(str, args.lines)) or RESULTS}; make"
-            " them with python benchmarks/evidence.py"
+            f"no runs of the phase 'test' in {', '.join(map(str, paths))}; make them with python benchmarks/evidence.py"
         )
-    tables["depths"] = format_depths(settings)
-    for name, table in tables.items():
-        print(f"{name}\n\n{table}\n")
-    args.page.write_text(insert(args.page.read_text(), tables))
-    draw_gains(settings, args.picture)
-    print(f"wrote {args.page}, {args.picture}")
-    return 0
+    return tables | {"depths": format_depths(settings)}, settings
 
 
 def collect(rows: list[Row], setting: str, phase: str) -> dict[str, Runs]:
@@ -223,12 +233,15 @@ def notes(rows: list[Row], setting: str, collected: dict[str, Runs]) -> str:
 
 def insert(page: str, tables: dict[str, str]) -> str:
     """A page with each table between its marks, <!-- table NAME --> and <!-- end -->."""
+    left_out = []
     for name, table in tables.items():
         page, count = re.subn(
             rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", page, flags=re.DOTALL
         )
         if not count:
-            warnings.warn(f"the page has no marks for the table {name!r}; it is left out", stacklevel=2)
+            left_out.append(name)
+    if left_out:
+        warnings.warn(f"the page has no marks for the tables {', '.join(left_out)}; they are left out", stacklevel=2)
     return page
 
 

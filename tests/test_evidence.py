@@ -244,15 +244,14 @@ def test_gains(benchmarks, tables):
     ]
 
 
-def test_settings_of_another_kind_stand_beside_the_line(benchmarks):
-    runs = {"plain": {1: row("plain", 1, [40.0])}}
-    names = ["families-30", "families-30-short", "families-30-cifar_resnet18"]
-    places = benchmarks("evidence_picture").places(dict.fromkeys(names, runs))
-    assert list(places.values()) == pytest.approx([30, 30 / 1.3, 30 / 1.69])
+def test_a_row_of_the_picture_says_what_was_trained(benchmarks):
+    picture = benchmarks("evidence_picture")
+    assert picture.describe("families-30", 30.0) == "30 images per typeface,\n60 epochs"
+    assert picture.describe("characters-10-narrow", 10.0) == "10 images per character,\n100 epochs, resnet10-8"
 
 
 def test_a_table_without_a_place_on_the_page(tables):
-    with pytest.warns(UserWarning, match="the page .*'fashion'"):
+    with pytest.warns(UserWarning, match="the page .* fashion;"):
         assert tables.insert("page", {"fashion": "| table |"}) == "page"
 
 
