@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from intervals import mean_interval
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from timm_selfdistill.pictures import BLUE, GREEN, ORANGE, PURPLE, create_figure, finish
+
 BUDGETS = [0.75, 0.5, 0.35]
-LINES = {"ours": "tab:blue", "ours, linear": "tab:cyan", "earlyon": "tab:orange", "earlyon, 20 epochs": "tab:red"}
+LINES = {"ours": BLUE, "ours, linear": GREEN, "earlyon": ORANGE, "earlyon, 20 epochs": PURPLE}
 Row = dict[str, Any]
 
 
@@ -129,15 +130,15 @@ def draw(results: Path, picture: Path) -> None:
     """Accuracy over compute, a panel a network."""
     rows = [row for row in json.loads(results.read_text())["rows"] if "method" in row]
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure(figsize=(6 * len(networks), 5), layout="constrained")
+    figure = create_figure(4.3 * len(networks), 4.8)
+    figure.set_layout_engine("constrained")
     for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks):
         draw_panel(axes, [row for row in rows if row["network"] == network])
-        axes.set(title=network, xlabel="mean multiply-adds of an image, over those of the network without exits")
-        axes.set_ylabel("top-1 % on test images")
+        finish(axes, title=network, xlabel="multiply-adds / network without exits", ylabel="test top-1 %")
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.legend(loc="lower right", fontsize=9)
-        axes.grid(alpha=0.3)
-        axes.margins(0.07)
+        axes.margins(0.14, 0.09)
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=10, frameon=False)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
     print(f"wrote {picture}")
@@ -154,10 +155,11 @@ def draw_panel(axes: Axes, rows: list[Row]) -> None:
     plain = mean(row["exit_top1"][-1] for row in rows if row["method"] == "ours")
     axes.scatter(1, plain, color="black", marker="*", s=90, zorder=3, label="the network without exits")
     for budget in BUDGETS:
-        axes.axvline(budget, color="grey", linewidth=0.8, linestyle=":")
+        axes.axvline(budget, color="gray", linewidth=0.8, linestyle=":")
     for index, (name, (share, accuracy)) in enumerate(static_networks(rows).items()):
         axes.scatter(share, accuracy, color="black", marker="x", label=None if index else "smaller networks, no exits")
-        axes.annotate(name, (share, accuracy), (0, -8), textcoords="offset points", fontsize=8, ha="center", va="top")
+        below = (0, -8 - 12 * (index % 2))
+        axes.annotate(name, (share, accuracy), below, textcoords="offset points", fontsize=9, ha="center", va="top")
 
 
 if __name__ == "__main__":

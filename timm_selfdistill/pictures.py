@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 """Of Okabe and Ito: the exits, the ensemble, early exit, and one more. The plain network is black."""
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00", "black", "#999999")
+"""Of models or classes in one picture, in this order."""
 
 
 def create_figure(width: float, height: float) -> "Figure":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..cost import evaluating
 from ..inference.labelled import check_finite, labelled_batches
+from ..pictures import create_figure
 from .exits import need_exits
 
 Matrix = list[list[float | None]]
@@ -168,9 +169,8 @@ def plot_agreement(path: str | Path, report: AgreementReport) -> None:
 
         >>> plot_agreement("agreement.png", compare_answers(answers, labels))
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    figure = create_figure(8.4, 3.6)
+    figure.set_layout_engine("constrained")
     panels = (
         ("same answer", report.same_answer),
         ("errors in common (Jaccard)", report.error_overlap),
@@ -189,11 +189,13 @@ def plot_agreement(path: str | Path, report: AgreementReport) -> None:
                     _number(value),
                     ha="center",
                     va="center",
+                    fontsize=9,
                     color="white" if values[row][column] > 0.4 * lowest + 0.6 else "black",
                 )
         axes.set(title=title, xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
-        axes.tick_params(length=0)
-    figure.suptitle(f"which exits say the same, and err on the same, of {report.images:,} images; below each its top-1")
+        axes.tick_params(length=0, labelsize=8)
+        axes.title.set_fontsize(10)
+    figure.suptitle(f"agreement of the exits on {report.images:,} images; below each exit its top-1", fontsize=11)
     figure.savefig(path, dpi=120)
 
 

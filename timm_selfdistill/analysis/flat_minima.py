@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..cost import evaluating
 from ..inference.labelled import all_finite, check_finite, labelled_batches
 from ..model import SelfDistillModel
+from ..pictures import SERIES, create_figure, finish
 from ..training.outputs.metrics import ExitMeter, ExitMetrics, exit_logits
 
 if TYPE_CHECKING:
@@ -281,14 +282,14 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
         >>> report = measure_flatness(model, loader, levels=[0.1], draws=1)
         >>> plot_flatness("flat_minima.png", {"self-distilled": report})
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = create_figure(8, 4.2)
+    figure.set_layout_engine("constrained")
     accuracy, loss = figure.subplots(1, 2)
     panels: dict[Literal["top1", "loss"], Axes] = {"top1": accuracy, "loss": loss}
     for index, (name, report) in enumerate(reports.items()):
-        color, deepest = f"C{index % 10}", report.of_exit()
+        color, deepest = SERIES[index % len(SERIES)], report.of_exit()
         for key, axes in panels.items():
             _draw_band(axes, deepest, key, color=color, label=f"{name}, deepest exit")
             for exit in range(report.deepest):
@@ -301,20 +302,15 @@ def plot_flatness(path: str | Path, reports: Mapping[str, FlatMinimaReport]) -> 
                 )
     scaled = next(iter(reports.values())).scaled
     for axes in panels.values():
-        axes.set(
-            xlabel="noise over the root mean square of each tensor"
-            if scaled
-            else "standard deviation of the noise on every weight"
-        )
-        axes.grid(alpha=0.3)
+        finish(axes, xlabel="noise / RMS of each tensor" if scaled else "standard deviation of the noise")
     panels["top1"].set(ylabel="top-1 %", title="accuracy under noise on the weights")
     shallow = max(report.deepest for report in reports.values())
     handles, _ = panels["top1"].get_legend_handles_labels()
     others = [
-        Line2D([], [], color="grey", linestyle=STYLES[exit % len(STYLES)], label=f"exit {exit}")
+        Line2D([], [], color="gray", linestyle=STYLES[exit % len(STYLES)], label=f"exit {exit}")
         for exit in range(shallow)
     ]
-    panels["top1"].legend(handles=[*handles, *others], loc="lower left")
+    panels["top1"].legend(handles=[*handles, *others], loc="lower left", fontsize=9)
     panels["loss"].set(ylabel="cross entropy, nats", yscale="log", title="loss under noise on the weights")
     for which in (panels["loss"].yaxis.set_major_formatter, panels["loss"].yaxis.set_minor_formatter):
         which("{x:g}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..cost import evaluating
 from ..inference.labelled import labelled_batches
 from ..model import SelfDistillModel
+from ..pictures import SERIES, create_figure, finish
 from ..stages import select_stages
 from ..timm_model import TimmModel, as_timm
 
@@ -231,9 +232,8 @@ def plot_gradients(path: str | Path, reports: Mapping[str, GradientReport]) -> N
         >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
         >>> plot_gradients("gradients.png", {"self-distilled": measure_gradients(task, loader)})
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = create_figure(7, 4.5)
+    figure.set_layout_engine("constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(name for report in reports.values() for name in report.sections))
     for index, (name, report) in enumerate(reports.items()):
@@ -242,18 +242,18 @@ def plot_gradients(path: str | Path, reports: Mapping[str, GradientReport]) -> N
             range(len(names)),
             [values.get(section) or float("nan") for section in names],
             marker="o",
-            color=f"C{index % 10}",
+            color=SERIES[index % len(SERIES)],
             label=name,
         )
-    axes.set(
+    finish(
+        axes,
         xticks=range(len(names)),
         xticklabels=[f"to {name}" for name in names],
         yscale="log",
         ylabel="mean absolute gradient of the weights",
         title="gradients by section of the backbone",
     )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -277,11 +277,11 @@ def plot_gradient_history(
         >>> history = [measure_gradients(task, loader) for epoch in range(2)]
         >>> plot_gradient_history("gradient_history.png", {"self-distilled": history})
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     names = list(dict.fromkeys(name for history in histories.values() for name in history[0].sections))
-    figure = Figure(figsize=(3.2 * len(names), 3.6), layout="constrained")
+    figure = create_figure(max(4, 2.1 * len(names)), 3.6)
+    figure.set_layout_engine("constrained")
     for axes, section in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
         for index, (name, history) in enumerate(histories.items()):
             if section in history[0].sections:
@@ -290,14 +290,13 @@ def plot_gradient_history(
                     updates[name] if updates else range(1, len(history) + 1),
                     [report.gradients[place] or float("nan") for report in history],
                     marker=".",
-                    color=f"C{index % 10}",
+                    color=SERIES[index % len(SERIES)],
                     label=name,
                 )
-        axes.set(title=f"to {section}", xlabel="updates" if updates else "epoch", yscale="log")
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        finish(axes, title=f"to {section}", xlabel="updates" if updates else "epoch", yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     figure.axes[0].set_ylabel("mean absolute gradient")
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
     figure.savefig(path, dpi=120)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..cost import evaluating
 from ..inference.labelled import check_finite, labelled_batches
 from ..model import SelfDistillModel
+from ..pictures import SERIES, create_figure
 from .exits import need_exits
 
 CLASSES_DRAWN = 10
@@ -227,11 +228,13 @@ def plot_separability(path: str | Path, report: SeparabilityReport, class_names:
         >>> loader = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))]
         >>> plot_separability("separability.png", measure_separability(model, loader))
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(report.rows), 4.2), layout="constrained")
+    columns = min(2, len(report.rows))
+    lines = -(-len(report.rows) // columns)
+    figure = create_figure(max(4.0, 3.5 * columns), 3.4 * lines + 0.8)
+    figure.set_layout_engine("constrained")
     labels, before = report.sample_labels, None
-    for axes, row, features in zip(figure.subplots(1, len(report.rows), squeeze=False)[0], report.rows, report.samples):
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, row, features in zip(panels, report.rows, report.samples):
         axes.set(title=f"exit {row.exit} ({row.module})\nSSE / SSB {_ratio(row)}", xticks=[], yticks=[])
         if not len(features):
             continue
@@ -242,16 +245,19 @@ def plot_separability(path: str | Path, report: SeparabilityReport, class_names:
         for index, label in enumerate(labels.unique().tolist()):
             name = class_names[label] if class_names else f"class {label}"
             across, up = points[labels == label].T.numpy()
-            axes.scatter(across, up, s=7, alpha=0.7, linewidths=0, color=f"C{index % 10}", label=name)
-        axes.set(xlabel=f"first axis, {shares[0]:.0%} of the variance", ylabel=f"second, {shares[1]:.0%}")
+            marker, color = "o^sv"[index // len(SERIES) % 4], SERIES[index % len(SERIES)]
+            axes.scatter(across, up, s=9, alpha=0.7, linewidths=0, marker=marker, color=color, label=name)
+        axes.set(xlabel=f"first axis, {shares[0]:.0%} of the variance", ylabel=f"second axis, {shares[1]:.0%}")
+    for axes in panels:  # of an odd number of exits
+        axes.set_visible(False)
     handles, names = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(
             handles,
             names,
             loc="outside lower center",
-            ncols=min(len(names), 5),
-            fontsize=8,
+            ncols=min(len(names), 4),
+            fontsize=10,
             markerscale=2,
             frameon=False,
         )

@@ -154,7 +154,7 @@ def tradeoff(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     name = model_name(model)
     hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline)
-    chosen = choose_images(output, columns=10)
+    chosen = choose_images(output, columns=8)
     config = loader.data.data_config or {}
     pictures = {
         position: _as_picture(config, loader.data[loader.kept[position]][0])

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..pictures import ORANGE, create_figure
 from .batch_run import EarlyExitOutput
 
 
@@ -35,14 +36,13 @@ def plot_gallery(
         rows: of `choose_images`.
         labels: (N,).
     """
-    from matplotlib.figure import Figure
-
     columns = max(map(len, rows.values()))
-    figure = Figure(figsize=(1.1 * columns + 0.8, 1.5 * len(rows) + 0.4), layout="constrained")
+    figure = create_figure(1.1 * columns + 0.9, 1.55 * len(rows) + 0.4)
+    figure.set_layout_engine("constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for (exit, row), cells in zip(rows.items(), grid):
         share = float((output.exit == exit).double().mean())
-        cells[0].set_ylabel(f"exit {exit}\n{share:.1%} of\nthe images", rotation=0, ha="right", va="center", fontsize=8)
+        cells[0].set_ylabel(f"exit {exit}\n{share:.1%} of\nthe images", rotation=0, ha="right", va="center", fontsize=9)
         for cell in cells:
             cell.set(xticks=[], yticks=[])
             cell.spines[:].set_visible(False)
@@ -53,8 +53,8 @@ def plot_gallery(
             text = f"{_short(class_names[said])}\n{output.confidence[position]:.0%}"
             if said != truth:
                 text += f", is {_short(class_names[truth])}"
-            cell.set_title(text, fontsize=7, color="black" if said == truth else "tab:red")
-    figure.suptitle("easy to hard: the surest on the left; wrong answers in red", fontsize=9)
+            cell.set_title(text, fontsize=8, color="black" if said == truth else ORANGE)
+    figure.suptitle("easy to hard: the surest on the left; wrong answers in orange", fontsize=11)
     figure.savefig(path, dpi=120)
 
 
