@@ -10,7 +10,7 @@ from typing import Any
 PAGE = Path("docs/models.md")
 TEXT = """# Supported networks
 
-This page lists all classes of timm models: which networks work, where their default exits are, and what the heads cost.
+This page lists all classes of timm models, with their default exits and the cost of the heads.
 
 `wrap_self_distill` contains no code for individual networks. It uses `feature_info`, `forward_intermediates` and
 `forward_head`, which every timm model has. `benchmarks/sweep.py` tests all networks of timm {timm} with torch {torch}:
@@ -18,8 +18,8 @@ This page lists all classes of timm models: which networks work, where their def
 **Shapes**: every name of `timm.list_models()` is wrapped on the meta device. The test runs a forward pass in training
 mode, the loss, a backward pass, and eval mode. {meta_passed} of {meta_count} names pass.
 
-**Values**: the smallest network of every class runs on real tensors. {real_passed} of {real_count} classes
-pass all of these checks:
+**Values**: the smallest network of every class runs on real tensors. {real_passed} of {real_count} classes pass these
+checks:
 
 - a training step changes the heads and the backbone,
 - the eval logits are bit-identical to those of the plain network,
@@ -47,8 +47,8 @@ selects others.
 - *Head cost* is the multiply-adds of all `bottleneck` heads, divided by those of the plain network: median and maximum
   of the class. It was computed with timm-selfdistill {version}.
 
-The smaller the share of compute of an exit, the more an image saves that leaves there. In some classes the first exit
-needs more than 75 % of the compute in most networks, so early exit saves little: {late}.
+An image that leaves at an exit saves the rest of the compute. Early exit saves little in the following classes, because
+the first exit needs more than 75 % of the compute in most of their networks: {late}.
 
 | class | shapes | values | smallest | exits | share of compute | head cost |
 |---|---|---|---|---|---|---|
