@@ -8,34 +8,47 @@ from statistics import median
 from typing import Any
 
 PAGE = Path("docs/models.md")
-TEXT = """# Networks
+TEXT = """# Supported networks
 
-`wrap_self_distill` has no code for single networks: it reads `feature_info` and calls `forward_intermediates` and
-`forward_head`, which every timm model has. `benchmarks/sweep.py` tries it on all of timm {timm}, with torch {torch}:
+This page lists all classes of timm models, with their default exits and the cost of the heads.
 
-- **shapes**: every name of `timm.list_models()`, on the meta device: wrap, forward in training mode, loss, backward,
-  eval. {meta_passed} of {meta_count} pass.
-- **values**: the smallest network of every class, on real tensors: one step that moves the heads and the backbone,
-  eval logits equal to the plain network's to the last bit, `predict(x, k)` equal to `forward_exits(x).logits[k]`, saved
-  and loaded again, also by plain timm. {real_passed} of {real_count} pass.
+`wrap_self_distill` contains no code for individual networks. It uses `feature_info`, `forward_intermediates` and
+`forward_head`, which every timm model has. `benchmarks/sweep.py` tests all networks of timm {timm} with torch {torch}:
 
-The commands are `{meta_command}` and then
-`{real_command}`, the figures are in
-[sweep_meta.json](../benchmarks/results/sweep_meta.json) and [sweep_real.json](../benchmarks/results/sweep_real.json).
+**Shapes**: every name of `timm.list_models()` is wrapped on the meta device. The test runs a forward pass in training
+mode, the loss, a backward pass, and eval mode. {meta_passed} of {meta_count} names pass.
+
+**Values**: the smallest network of every class runs on real tensors. {real_passed} of {real_count} classes pass these
+checks:
+
+- a training step changes the heads and the backbone,
+- the eval logits are bit-identical to those of the plain network,
+- `predict(x, k)` equals `forward_exits(x).logits[k]`, and
+- the saved model can be loaded again, also by plain timm.
+
+The commands are, in this order:
+
+    {meta_command}
+    {real_command}
+
+The figures are in [sweep_meta.json](../benchmarks/results/sweep_meta.json) and
+[sweep_real.json](../benchmarks/results/sweep_real.json).
 
 ## What does not pass
 
 {failures}
 
-## Where the exits stand
+## Exits and head costs
 
-The rule is the docstring of `timm_selfdistill.stages.choose_exits`; `exits=[...]` overrides it. The columns
-*smallest*, *exits* and *share of compute* are of the smallest network of the class. *Head cost* is the multiply-adds of
-all "bottleneck" heads over the plain network's, median and largest of the class, counted with
-timm-selfdistill {version}.
+The docstring of `timm_selfdistill.stages.choose_exits` describes how the default exits are chosen. `exits=[...]`
+selects others.
 
-An exit saves what its share of the compute leaves. Classes in most of whose networks the first exit takes over 75 %, so
-that they are none for early exits: {late}.
+- *Smallest* is the smallest network of the class; *exits* and *share of compute* belong to it.
+- *Head cost* is the multiply-adds of all `bottleneck` heads, divided by those of the plain network: median and maximum
+  of the class. It was computed with timm-selfdistill {version}.
+
+An image that leaves at an exit saves the rest of the compute. Early exit saves little in the following classes, because
+the first exit needs more than 75 % of the compute in most of their networks: {late}.
 
 | class | shapes | values | smallest | exits | share of compute | head cost |
 |---|---|---|---|---|---|---|
