@@ -6,7 +6,7 @@ on the test images, means over the seeds with 95 % intervals by Student's t.
 
     python benchmarks/evidence.py --settings families-30 --methods plain ensemble
     python benchmarks/evidence.py --preset compute
-    python benchmarks/compute_picture.py        # prints the table, draws docs/images/compute.png
+    python benchmarks/compute_picture.py        # puts the table into docs/evidence.md, draws docs/images/compute.png
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from evidence_grid import NARROWER, SHALLOWER, create_network
 from evidence_points import Row
-from evidence_tables import DOCS, RESULTS, collect
+from evidence_tables import DOCS, RESULTS, collect, insert
 from intervals import mean_interval
 from json_lines import read_lines
 from matplotlib.axes import Axes
@@ -35,11 +35,13 @@ class Point(NamedTuple):
     top1: float
     half: float
     """Of the 95 % interval."""
+    seeds: int
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", nargs="*", type=Path, default=[RESULTS / "evidence.jsonl"])
+    parser.add_argument("--page", type=Path, default=DOCS / "evidence.md")
     parser.add_argument("--picture", type=Path, default=DOCS / "images/compute.png")
     args = parser.parse_args()
     rows = [row for path in args.lines for row in read_lines(path)]
@@ -48,9 +50,11 @@ def main() -> int:
         "plain networks, narrower": plain_networks(rows, ["resnet10-8", *NARROWER, "resnet10-16"]),
         "plain networks, shallower": plain_networks(rows, [*SHALLOWER, "resnet10-16"]),
     }
-    print(format_table(series))
+    table = format_table(series)
+    print(table)
+    args.page.write_text(insert(args.page.read_text(), {"compute": table}))
     draw(series, args.picture)
-    print(f"wrote {args.picture}")
+    print(f"wrote {args.page}, {args.picture}")
     return 0
 
 
@@ -59,7 +63,11 @@ def exits(rows: list[Row]) -> list[Point]:
     runs = collect(rows, "families-30", "test")["ensemble"].values()
     costs = wrap_self_distill(create_network("resnet10-16", "families")).summary(SIZE)
     top1 = [*zip(*(row["top1"] for row in runs)), [row["ensemble"] for row in runs]]
-    return [Point(str(cost.exit), cost.macs, *mean_interval(values)) for cost, values in zip(costs, top1, strict=True)]
+    names = [*(f"exit {cost.exit}" for cost in costs[:-1]), "ensemble"]
+    return [
+        Point(name, cost.macs, *mean_interval(values), len(values))
+        for name, cost, values in zip(names, costs, top1, strict=True)
+    ]
 
 
 def plain_networks(rows: list[Row], networks: list[str]) -> list[Point]:
@@ -69,17 +77,17 @@ def plain_networks(rows: list[Row], networks: list[str]) -> list[Point]:
         setting = "families-30" if network == "resnet10-16" else f"families-30-{network}"
         if runs := collect(rows, setting, "test").get("plain"):
             cost = count_cost(create_network(network, "families"), SIZE)
-            found.append(Point(network, cost.macs, *mean_interval([row["top1"][-1] for row in runs.values()])))
+            top1 = [row["top1"][-1] for row in runs.values()]
+            found.append(Point(network, cost.macs, *mean_interval(top1), len(top1)))
     return sorted(found, key=lambda point: point.macs)
 
 
 def format_table(series: dict[str, list[Point]]) -> str:
-    lines = ["| | | MACs | top-1 % |", "|---|---|---|---|"]
+    lines = ["| | | MACs | top-1 % | seeds |", "|---|---|---|---|---|"]
     for name, points in series.items():
-        lines += [
-            f"| {name} | {point.name} | {point.macs / 1e6:.2f} M | {point.top1:.1f} ± {point.half:.1f} |"
-            for point in points
-        ]
+        for point in points:
+            macs, top1 = f"{point.macs / 1e6:.2f} M", f"{point.top1:.1f} ± {point.half:.1f}"
+            lines.append(f"| {name} | {point.name} | {macs} | {top1} | {point.seeds} |")
     return "\n".join(lines)
 
 
@@ -101,7 +109,7 @@ def draw(series: dict[str, list[Point]], picture: Path) -> None:
     for point in series["exits of one self-distilled network"]:
         if point.name != "ensemble":
             axes.annotate(
-                f"exit {point.name}",
+                point.name,
                 (point.macs / 1e6, point.top1),
                 (-8, 4),
                 textcoords="offset points",
