@@ -202,17 +202,17 @@ def test_batch_norms_of_their_own_train_and_are_not_saved(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--aug-splits", 3], "--aug-splits 3 makes views of each image, for which there is no loss; give --jsd-loss"),
+        (["--aug-splits", 3], "--aug-splits 3 has no effect without --jsd-loss or --split-bn"),
         (["--aug-splits", 1, "--jsd-loss"], "--aug-splits must be 0 .off. or at least 2, got 1"),
-        (["--jsd-loss"], "--jsd-loss is for several views of an image; give --aug-splits"),
-        (["--split-bn"], "--split-bn is for several views"),
-        (["--resplit"], "--resplit is for several views"),
-        (["--aug-splits", 2, "--jsd-loss", "--mixup", 0.2], "does not go with --mixup"),
-        (["--aug-splits", 2, "--jsd-loss", "--no-aug"], "does not go with --no-aug"),
-        (["--aug-splits", 2, "--jsd-loss", "--bce-loss"], "--jsd-loss and --bce-loss are two losses"),
-        (["--aug-splits", 2, "--split-bn", "--sync-bn"], "--split-bn and --sync-bn are two kinds"),
-        (["--aug-splits", 2, "--jsd-loss", "-b", "auto"], "auto does not go with --aug-splits"),
-        (["--aug-splits", 2, "--jsd-loss", "--method", "dml"], "--method dml has a label loss of its own"),
+        (["--jsd-loss"], "--jsd-loss needs several views of each image; add --aug-splits"),
+        (["--split-bn"], "--split-bn needs several views"),
+        (["--resplit"], "--resplit needs several views"),
+        (["--aug-splits", 2, "--jsd-loss", "--mixup", 0.2], "does not work with --mixup"),
+        (["--aug-splits", 2, "--jsd-loss", "--no-aug"], "does not work with --no-aug"),
+        (["--aug-splits", 2, "--jsd-loss", "--bce-loss"], "--jsd-loss and --bce-loss are different label losses"),
+        (["--aug-splits", 2, "--split-bn", "--sync-bn"], "--split-bn and --sync-bn are different kinds"),
+        (["--aug-splits", 2, "--jsd-loss", "-b", "auto"], "auto does not work with --aug-splits"),
+        (["--aug-splits", 2, "--jsd-loss", "--method", "dml"], "--method dml has its own label loss"),
     ],
 )
 def test_flags_that_do_not_fit(flags, message):

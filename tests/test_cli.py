@@ -100,10 +100,10 @@ def test_a_config_file_that_does_not_exist_is_refused():
     [
         ("lr: fast", r"--lr\b.*'fast'"),
         ("hint: foo", r"--hint\b.*'foo'"),
-        ("scale: 0.1", r"--scale is the least and the most, got 0.1"),
+        ("scale: 0.1", r"--scale must be a minimum and a maximum, got 0.1"),
         ("lrr: 0.1", r"unknown flag 'lrr'; .*\blr\b"),
         ("aa: cifar11", "timm .*transforms: .*cifar11"),
-        ("cutout: -1", "cutout .*pixels, .*got -1"),
+        ("cutout: -1", "cutout .*pixels >= 0, got -1"),
     ],
 )
 def test_a_bad_value_ends_in_one_line_and_exit_code_2(text, message, tmp_path):
@@ -142,12 +142,12 @@ def test_a_batch_size_is_a_number_or_auto(tmp_path):
             ["--cache-features", "--train-crop-mode", "rkrc", "--hflip", "0", "--color-jitter", "0", "--aa", "rand-m5"],
             r"\(--train-crop-mode rkrc, --aa rand-m5\); add --no-aug",
         ),
-        (["--no-freeze-backbone", "--cache-features"], "^--cache-features .*give --freeze-backbone"),
-        (["--no-freeze-backbone", "--unlabelled"], "^--unlabelled .*give --freeze-backbone"),
+        (["--no-freeze-backbone", "--cache-features"], "^--cache-features .*add --freeze-backbone"),
+        (["--no-freeze-backbone", "--unlabelled"], "^--unlabelled .*add --freeze-backbone"),
         (["--baseline"], "--method plain .*--freeze-backbone .*leave one out"),
         (["--method", "dml"], "--method dml .*--freeze-backbone .*leave one out"),
         (["--method", "dsn", "--unlabelled"], "--method dsn .*--unlabelled .*leave one out"),
-        (["--pretrained-path", "a"], "--pretrained-path .*--freeze-backbone .*give --initial-checkpoint"),
+        (["--pretrained-path", "a"], "--pretrained-path .*--freeze-backbone .*use --initial-checkpoint"),
         (["--num-classes", "0"], "--num-classes .*1, got 0"),
     ],
 )
@@ -157,7 +157,7 @@ def test_flags_that_contradict(flags, message):
 
 
 def test_a_frozen_backbone_without_weights_is_warned_of():
-    with pytest.warns(UserWarning, match="--freeze-backbone .*random.*give --pretrained or --initial-checkpoint"):
+    with pytest.warns(UserWarning, match="--freeze-backbone .*random.*add --pretrained or --initial-checkpoint"):
         check_frozen_flags(parse_args(train_parser("", "images"), ["--freeze-backbone"]))
 
 

@@ -51,7 +51,7 @@ def test_a_checkpoint_becomes_a_saved_model(run, call, folder):
     checkpoints = sorted((run / "checkpoints").iterdir())
     code, said, errors = call("export", "--format", "timm", checkpoints[-1], "--output", "model")
     assert (code, errors) == (0, "")
-    assert f"the moving average of {checkpoints[-1]} is taken" in said
+    assert f"using the moving average in {checkpoints[-1]}" in said
     check_readers(folder / "model", SelfDistillModel.from_pretrained(run / "last").state_dict())
     config, last = (json.loads((path / "config.json").read_text()) for path in (folder / "model", run / "last"))
     assert config["label_names"] == last["label_names"]
@@ -81,12 +81,12 @@ def test_averaged_checkpoints_become_a_saved_model(run, call, folder):
     shutil.copy(run / "averaged.safetensors", folder / "alone.safetensors")
     code, _, errors = call("export", "--format", "timm", "alone.safetensors", "--output", "alone")
     assert code == 2
-    assert "does not tell its network; name the timm model with --model" in errors
+    assert "does not record its network; give the timm model with --model" in errors
     code, said, _ = call(
         "export", "--format", "timm", "alone.safetensors", "--model", "test_resnet", "--output", "alone"
     )
     assert code == 0
-    assert "taken for those of layer1, layer2, layer3" in said
+    assert "assumed to belong to layer1, layer2, layer3" in said
     assert same(SelfDistillModel.from_pretrained(folder / "alone"), model.state_dict())
 
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_timms_training_script(saved, call, folder):  # noqa: F8
     assert config["pretrained_cfg"]["input_size"] == [3, 96, 96]
     code, _, errors = call("export", "--format", "timm", path, "--model", "resnet18", "--output", "wrong")
     assert code == 2
-    assert "is of the network test_resnet, and --model names resnet18" in errors
+    assert "is a checkpoint of test_resnet, not resnet18" in errors
 
 
 def test_a_plain_checkpoint(call, folder):
@@ -108,7 +108,7 @@ def test_a_plain_checkpoint(call, folder):
     torch.save({"state_dict": model.state_dict(), "arch": "test_resnet"}, folder / "plain.pth.tar")
     code, said, _ = call("export", "--format", "timm", "plain.pth.tar", "--output", "plain")
     assert code == 0
-    assert "does not record its preprocessing: that of test_resnet is taken" in said
+    assert "does not record its preprocessing; using that of test_resnet" in said
     assert same(timm.create_model("local-dir:" + str(folder / "plain"), pretrained=True), model.state_dict())
 
 
@@ -117,8 +117,8 @@ def test_a_plain_checkpoint(call, folder):
     [
         (["--format", "timm", "--staged"], "--staged is for --format onnx"),
         (["--format", "timm", "--exit", 0], "--exit 0 is for --format onnx"),
-        (["--format", "timm", "--model", "test_resnet"], "is a saved model, which tells its network; leave --model"),
-        (["--model", "test_resnet"], "--model test_resnet names the network of a checkpoint for --format timm"),
+        (["--format", "timm", "--model", "test_resnet"], "is a saved model, which records its network; leave --model"),
+        (["--model", "test_resnet"], "--model test_resnet is for --format timm"),
     ],
 )
 def test_flags_that_contradict(flags, message, saved, call, folder):  # noqa: F811
@@ -132,4 +132,4 @@ def test_heads_without_a_record_of_their_exits(saved, call, folder):  # noqa: F8
     torch.save(SelfDistillModel.from_pretrained(saved).state_dict(), folder / "two.pth")
     code, _, errors = call("export", "--format", "timm", "two.pth", "--model", "test_resnet", "--output", "two")
     assert code == 2
-    assert "two.pth has 2 heads without a record of their exits, test_resnet has 3 by default" in errors
+    assert "two.pth has 2 heads but does not record where they belong, and test_resnet has 3 by default" in errors

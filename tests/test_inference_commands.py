@@ -58,13 +58,15 @@ def test_calibrate_saves_what_evaluate_and_python_use(call, folder):
     assert config["metrics"] == {"exits": [{"exit": 0, "top1": 12.0}]}
     code, out, _ = call("evaluate", "calibrated", "--data", "data")
     assert code == 0
-    assert "thresholds for early exit were chosen on these images" in out
+    assert "thresholds were calibrated on these images" in out
     assert "chosen on these images" not in call("evaluate", "calibrated", "--data", "data", "--split", "train")[1]
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
     assert list(rows) == ["0", "1", "2", "3", "ensemble", "early"]
     assert all(re.search(r"\d\.\d\dx", row) for row in rows.values())
     sizes = ", ".join(rf"{2**power}: \d+\.\d\dx" for power in range(7))
-    assert re.search(rf"early exit (pays in batches of \d+ and more|does not pay in batches of 64): {sizes}\n", out)
+    assert re.search(
+        rf"early exit (pays off in batches of \d+ or more|does not pay off in batches up to 64): {sizes}\n", out
+    )
     assert "early exit: entropy, thresholds [" in call("info", "calibrated")[1]
     found = EarlyExit(SelfDistillModel.from_pretrained(folder / "calibrated"))
     assert found.policy == "entropy"
@@ -88,7 +90,7 @@ def test_a_budget_that_is_not_met_saves_nothing(call, folder):
     code, out, _ = call("calibrate", "run", "--data", "data", "--max-macs", "1")
     assert code == 1
     assert "max_macs 1: NOT MET" in out
-    assert "nothing is saved" in out
+    assert "nothing was saved" in out
     assert (folder / "run/best/config.json").read_text() == before
 
 
@@ -174,7 +176,7 @@ def test_calibration_under_other_preprocessing_is_saved_with_it(call, folder):
         "calibrate", "run", "--data", "data", "--max-accuracy-drop", "90", "--crop-pct", "0.5", "--output", "cropped"
     )
     assert code == 0
-    assert "run/best is run with crop_pct 0.5 instead of 0.95" in out
+    assert "run/best is evaluated with crop_pct 0.5 instead of 0.95" in out
     config = json.loads((folder / "cropped/config.json").read_text())
     assert config["pretrained_cfg"]["crop_pct"] == 0.5
     assert config["self_distill"]["metrics"] == {"exits": [{"exit": 0}]}  # accuracy is that of other preprocessing

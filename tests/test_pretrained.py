@@ -185,7 +185,7 @@ def test_a_classifier_that_is_new_has_nothing_to_teach(lite0, few_images, tmp_pa
         "--output",
         tmp_path,
     )
-    assert re.match("warning: .*frozen backbone.* 10 classes .*random", done.stderr)
+    assert re.match("warning: .*frozen backbone.* untrained .* 10 classes", done.stderr)
 
 
 def test_exits_for_a_network_from_images_alone(lite0, few_images, tmp_path):

@@ -281,7 +281,7 @@ def test_the_teacher_is_the_saved_network(teacher):
 
 
 def test_teachers_that_do_not_fit(teacher, tmp_path):
-    with pytest.raises(ValueError, match="--kd-model-name cifar_resnet18 .*random teacher.*local-dir:FOLDER"):
+    with pytest.raises(ValueError, match="--kd-model-name cifar_resnet18 .*untrained teacher.*local-dir:FOLDER"):
         build("--method", "kd", "--kd-model-name", "cifar_resnet18")
     hub.save_timm_model(small_backbone(), tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
@@ -311,14 +311,14 @@ def test_a_teacher_of_other_class_names_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="class 2 .*'c' .*teacher local-dir:.* 'x' .*data"):
         create_task(args, student, lambda: None)
     model_data_config(student, 32, 1, class_names=list("abdcefghij"))
-    with pytest.raises(ValueError, match=r"\('a', 'b', 'c', 'd', .*\('a', 'b', 'd', 'c', .* in another order"):
+    with pytest.raises(ValueError, match=r"\('a', 'b', 'c', 'd', .*\('a', 'b', 'd', 'c', .* in a different order"):
         create_task(args, student, lambda: None)
 
 
 def test_a_teacher_for_images_of_another_size_is_warned_of(teacher):
     student = small_backbone(in_chans=1)
     model_data_config(student, 64, 1)
-    with pytest.warns(UserWarning, match=r"local-dir:.* 32 pixels .* of 64, .*--img-size 32"):
+    with pytest.warns(UserWarning, match=r"local-dir:.* 32 pixels, .* have 64, .*--img-size 32"):
         task = create_task(parse("--method", "at", "--kd-model-name", teacher), student, lambda: None)
     assert task.teacher.model.pretrained_cfg["input_size"] == (1, 64, 64)
 

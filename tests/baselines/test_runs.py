@@ -94,7 +94,7 @@ def test_a_run_is_not_gone_on_with_under_another_teacher(few, tmp_path):
     task = make("at")
     with torch.no_grad():
         task.teacher.model.conv1[0].weight.mul_(2)
-    with pytest.raises(ValueError, match="with a teacher .*other weights.*resume with .*the teacher"):
+    with pytest.raises(ValueError, match="whose teacher .*different weights.*resume with .*teacher"):
         fit(tmp_path, few, task, epochs=2, resume="latest")
 
 

@@ -120,7 +120,7 @@ def test_without_gradio_the_command_says_what_to_install(folder, monkeypatch, ca
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gradio" else find_spec(name))
     monkeypatch.setitem(sys.modules, "gradio", None)  # so that to import it raises
     err = call(monkeypatch, capsys, "demo", str(folder / "run"))
-    assert "error: the page needs gradio: pip install 'timm-selfdistill[demo]'" in err
+    assert "error: the demo needs gradio: pip install 'timm-selfdistill[demo]'" in err
     assert open_views(str(folder / "run")).header()
 
 
@@ -129,7 +129,7 @@ def test_without_gradio_the_command_says_what_to_install(folder, monkeypatch, ca
     [
         (["demo"], "required: model"),
         (["demo", "run", "--port", "99999"], "--port.* from 1 to 65535, got 99999"),
-        (["push", "run"], "push run needs a place: give USER/NAME for the model, --space USER/NAME, or both"),
+        (["push", "run"], "push run needs a destination: give USER/NAME for the model, --space USER/NAME, or both"),
         (["push", "run", "user/name", "--tradeoff", "run"], "--tradeoff run .*--space USER/NAME"),
         (["push", "run", "--space", "a/b/c"], "--space must be 'user/name' or 'name', got 'a/b/c'"),
     ],

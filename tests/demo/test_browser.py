@@ -36,11 +36,11 @@ def server(folder) -> Iterator[str]:
     try:
         assert select.select([process.stdout], [], [], HANGS)[0], "the page does not start"
         line = process.stdout.readline()
-        assert line == f"run is at http://127.0.0.1:{port}/; Ctrl-C ends the page\n"
+        assert line == f"run is served at http://127.0.0.1:{port}/; press Ctrl-C to stop\n"
         yield f"http://127.0.0.1:{port}/"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=HANGS) == 0
-        assert process.stdout.read() == "the page is closed\n"
+        assert process.stdout.read() == "stopped\n"
     finally:
         process.kill()
         process.wait()
@@ -85,7 +85,7 @@ def test_a_port_that_is_taken_is_one_line(server, folder):
         timeout=HANGS,
     )
     assert done.returncode == 2
-    assert done.stderr == f"timm-selfdistill: error: port {port} is taken; give a free one with --port\n"
+    assert done.stderr == f"timm-selfdistill: error: port {port} is taken; choose a free one with --port\n"
 
 
 def test_the_app_of_a_space_serves_the_same_page(browser, folder, tmp_path):

@@ -66,9 +66,7 @@ def test_a_refused_space_is_one_line(hub, hub_programs, folder):
     hub.fail("POST /api/spaces/.*/commit/", 403)
     done = push(hub_programs, folder, "--space", "user/page")
     assert done.returncode == 2
-    assert re.search(
-        "the page of run/best is not on the Hub: .*403: this token may not write to user/page", done.stderr
-    )
+    assert re.search("the page of run/best was not uploaded: .*403: this token may not write to user/page", done.stderr)
 
 
 def test_app_and_requirements_are_of_this_package(folder, tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_all_processes_take_the_smallest():
 def test_there_is_nothing_to_find_on_a_cpu(fashion_tensors, tmp_path):
     if torch.accelerator.is_available():
         pytest.skip("a GPU is there")
-    with pytest.raises(ValueError, match=r"batch_size auto .*no GPU; give a number"):
+    with pytest.raises(ValueError, match=r"batch_size auto .*no GPU; set a number"):
         fit(tmp_path / "run", fashion_tensors, batch_size="auto")
     assert not (tmp_path / "run").exists()
     done = run_python("examples/train.py", "--output", tmp_path / "run", "-b", "auto", check=False)

@@ -23,7 +23,7 @@ from ..conftest import small_backbone
         ({"seed": -1}, r"^seed .*>= 0, got -1"),
         ({"smoothing": 1.0}, r"^smoothing .*\[0, 1\), got 1\.0"),
         ({"clip_grad": 0.0}, r"^clip_grad .*> 0, got 0\.0"),
-        ({"mixup": 0.2, "batch_size": 15}, r"mixup .*batch_size .*even, got 15"),
+        ({"mixup": 0.2, "batch_size": 15}, r"batch_size must be even with mixup .*, got 15"),
         ({"opt": "sgdd"}, r"optimizer 'sgdd'; did you mean sgd, "),
         ({"sched": "cubic"}, r"schedule 'cubic'; .*cosine, tanh"),
         ({"mixup_mode": "foo"}, r"^mixup_mode .*batch, pair, elem, got 'foo'"),
@@ -80,7 +80,7 @@ def test_scalars_of_other_libraries_and_paths_are_recorded_as_plain_yaml(tmp_pat
 
 
 def test_settings_are_no_fields():
-    with pytest.raises(ValueError, match=r"settings .*epochs, lr, .*TrainConfig\(epochs=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r"settings .*epochs, lr; .*TrainConfig\(epochs=\.\.\.\)"):
         TrainConfig(settings={"lr": 1, "epochs": 2, "model": "a"})
     config = TrainConfig()
     config.settings["seed"] = 1

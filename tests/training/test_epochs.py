@@ -156,9 +156,9 @@ def test_resuming_without_the_state_of_the_optimizer(few, tmp_path):
     """Another optimizer goes on from the weights."""
     fit(tmp_path / "run", few, epochs=1)
     changes = {"epochs": 2, "resume": "latest", "opt": "adamw"}
-    with pytest.raises(ValueError, match="of another run, .*opt adamw instead of sgd"):
+    with pytest.raises(ValueError, match="from a run with other settings, .*opt adamw instead of sgd"):
         fit(tmp_path / "run", few, **changes)
-    with pytest.warns(UserWarning, match="resumed with other settings .*no_resume_opt True instead of"):
+    with pytest.warns(UserWarning, match="resumed with different settings: .*no_resume_opt True instead of"):
         result, _ = fit(tmp_path / "run", few, no_resume_opt=True, **changes)
     assert [row["epoch"] for row in result.history] == [1, 2]
 
@@ -166,9 +166,12 @@ def test_resuming_without_the_state_of_the_optimizer(few, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sched": "step", "cooldown_epochs": 2}, "cooldown_epochs is of the schedules cosine, tanh, poly, and sched"),
-        ({"sched": "plateau", "warmup_prefix": True}, "warmup_prefix is of schedules that know their end"),
-        ({"no_resume_opt": True}, "none is resumed; give resume, too"),
+        (
+            {"sched": "step", "cooldown_epochs": 2},
+            "cooldown_epochs works with the schedules cosine, tanh, poly, but sched",
+        ),
+        ({"sched": "plateau", "warmup_prefix": True}, "warmup_prefix needs a schedule of known length"),
+        ({"no_resume_opt": True}, "no_resume_opt has no effect without resume; set resume, too"),
         ({"val_interval": 0}, "val_interval must be at least 1"),
         ({"eval_metric": "f1"}, "eval_metric must be one of top1, top5, loss, got 'f1'"),
         ({"aug_repeats": 0.5}, "aug_repeats must be 0 .off. or at least 1"),
@@ -188,8 +191,8 @@ def test_a_schedule_that_does_not_fit_into_its_epochs(few, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cuda:99", "there is no device cuda:99 here"),
-        ("xla", "there is no device xla here"),
+        ("cuda:99", "device cuda:99 is not available here"),
+        ("xla", "device xla is not available here"),
         ("gpu", "device must be cpu, cuda, cuda:1, ..., got 'gpu'"),
     ],
 )

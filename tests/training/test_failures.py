@@ -47,7 +47,7 @@ def test_an_error_on_one_process_ends_the_other_with_it(rank, where, tmp_path):
     told = f"process {rank} of 2 failed: {FAILED[where]}"
     if where == "staying":
         assert other.returncode == 1
-        assert f"error: {told}; this process waits" in other.stderr
+        assert f"error: {told}; this process is blocked" in other.stderr
     else:
         assert other.returncode == 2
         assert other.stdout.splitlines()[-1] == f"{1 - rank}: PeerError: {told}"

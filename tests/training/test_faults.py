@@ -49,7 +49,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_to_stops_nothing(few, tmp_pa
         folder.touch()
 
     at_update(monkeypatch, 3, replace_by_a_file)
-    with pytest.warns(UserWarning, match=rf"{folder}/step-00000004 .*\(.*Not a directory.*\); .*run goes on"):
+    with pytest.warns(UserWarning, match=rf"{folder}/step-00000004 .*\(.*Not a directory.*\); .*run continues"):
         result, _ = fit(tmp_path, few)
     assert result.summary
     assert [path.name for path in list_checkpoints(tmp_path / "away")] == ["step-00000002"]
@@ -70,7 +70,7 @@ def test_a_model_that_cannot_be_written_in_the_middle_is_written_at_the_end(few,
 
     at_update(monkeypatch, 3, block)
     monkeypatch.setattr(SavedModels, "save_missing", unblock)
-    with pytest.warns(UserWarning, match=f"{tmp_path}/last .*run goes on"):
+    with pytest.warns(UserWarning, match=f"{tmp_path}/last .*run continues"):
         _, task = fit(tmp_path, few)
     same_weights(SelfDistillModel.from_pretrained(tmp_path / "last"), task.get_trainable_module(), rtol=0, atol=0)
 
@@ -100,7 +100,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(few_images, tmp_path):
     script = ON_A_SMALL_DISK.format(folder=folder, images=few_images, python=sys.executable)
     done = subprocess.run([*namespace, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert "No space left on device" in done.stderr
-    assert "the run goes on" in done.stderr
+    assert "the run continues" in done.stderr
     assert f"{folder}/run/checkpoints/step-" in done.stdout.splitlines()[-1]  # a whole one
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, few, tmp_path):
         path.unlink()
     else:
         (newest / "checksums.json").unlink()
-    with pytest.warns(UserWarning, match=f"{newest}.*; passed over"):
+    with pytest.warns(UserWarning, match=f"{newest}.*; skipped"):
         result, _ = fit(tmp_path, few, epochs=3, resume="latest")
     assert len(result.history) == 3
     assert find_damage(newest) is None, "not written again"
@@ -158,7 +158,7 @@ def test_a_validation_image_that_cannot_be_read(workers, few, tmp_path):
     data = few[0], Photos(few[1], {3})
     with pytest.raises(ValueError, match="image 3 cannot be read"):
         fit(tmp_path / "a", data, workers=workers)
-    with pytest.warns(UserWarning, match=r"\b1 validation images .*left out"):
+    with pytest.warns(UserWarning, match=r"\b1 validation images .*skipped"):
         fit(tmp_path / "b", data, workers=workers, on_bad_sample="skip", validation_batch_size=1)
 
 
@@ -283,7 +283,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(few, tmp_path, monkeypatc
 
     at_update(monkeypatch, 3, poison_gradients)
     with pytest.warns(UserWarning, match=rf"{tmp_path}/checkpoints/step-00000003 .*\(.*weights .*not finite\)"):
-        with pytest.raises(FloatingPointError, match="step-00000002 stays"):
+        with pytest.raises(FloatingPointError, match="step-00000002 is kept"):
             fit(tmp_path, few, checkpoint_interval="1")
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001", "step-00000002"]
 
@@ -298,7 +298,7 @@ def test_a_best_model_that_could_not_be_written_is_not_the_best(few, tmp_path, m
         real(self, folder, **how)
 
     monkeypatch.setattr(SelfDistillModel, "save_pretrained", full_at_first)
-    with pytest.warns(UserWarning, match=rf"{tmp_path}/best .*\(.*No space left.*\); .*run goes on"):
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/best .*\(.*No space left.*\); .*run continues"):
         result, _ = fit(tmp_path, few)
     assert calls.count("best") > 1
     saved = json.loads((tmp_path / "best/config.json").read_text())["self_distill"]["metrics"]
@@ -366,7 +366,7 @@ def test_a_checkpoint_of_a_newer_format(few, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("timm_selfdistill.training.state.checkpoint.FORMAT", 2)
         fit(tmp_path, few, epochs=1)
-    with pytest.raises(ValueError, match="checkpoints/step-.* format 2, .*timm-selfdistill reads 1; .*newer"):
+    with pytest.raises(ValueError, match="checkpoints/step-.* format 2, .*timm-selfdistill reads format 1; .*newer"):
         fit(tmp_path, few, resume="latest")
 
 

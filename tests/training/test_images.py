@@ -151,7 +151,7 @@ GREYS = np.linspace(0, 1, 64 * 64).reshape(64, 64)
         ((GREYS * 255).astype(np.int32), "tif", "from 0 to 255", 1),
         ((GREYS * 65535).astype(np.int32), "tif", None, 256),
         ((GREYS * 2**31 * 0.9).astype(np.int32), "tif", "from 0 to 1.9", None),
-        (GREYS.astype(np.float32), "tif", "0 is taken for black and 1 for white", 256),
+        (GREYS.astype(np.float32), "tif", "0 is read as black and 1 as white", 256),
         ((GREYS * 255).astype(np.float32), "tif", None, 256),
         ((GREYS * 65535).astype(np.float32), "tif", "from 0 to 65535", None),
     ],
@@ -227,7 +227,7 @@ def test_values_that_fill_a_small_part_are_said(values, tmp_path):
 
 def test_pages_that_are_not_read_are_said(tmp_path):
     PICTURE.save(tmp_path / "a.tif", save_all=True, append_images=[PICTURE] * 3)
-    with pytest.warns(UserWarning, match="a.tif holds 4 pages, of which the first is read"):
+    with pytest.warns(UserWarning, match="a.tif has 4 pages; only the first is read"):
         open_image(tmp_path / "a.tif", 3)
 
 

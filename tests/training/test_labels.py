@@ -73,8 +73,8 @@ def test_labels_that_are_trained_on(train, tmp_path):
         (INDICES[:, None, None], INDICES, {}, r"shape \(1, 1, 1\)"),
         (["cat"] * 32, INDICES, {}, "training labels .*got a list"),
         ([[0, 1]] * 32, INDICES, {}, "training labels .*got a list"),
-        (ONE_HOT, INDICES, {"mixup": 0.5}, "mixup, .*training images have soft labels already"),
-        (ONE_HOT, INDICES, {"smoothing": 0.1}, "smoothing .*training images have soft labels already"),
+        (ONE_HOT, INDICES, {"mixup": 0.5}, "mixup, .*training images already have soft labels"),
+        (ONE_HOT, INDICES, {"smoothing": 0.1}, "smoothing .*training images already have soft labels"),
     ],
 )
 def test_other_labels_are_refused_at_once(train, val, config, message, tmp_path):
@@ -116,13 +116,13 @@ IMAGE = torch.zeros(3, 32, 32)
 @pytest.mark.parametrize("which", ["training", "validation"])
 def test_samples_that_are_no_images_are_refused(sample, got, which, tmp_path):
     data = {"training": [(IMAGE, 0)] * 8, "validation": [(IMAGE, 0)] * 8} | {which: [sample] * 8}
-    with pytest.raises(TypeError, match=rf"expected {which} samples \(image, label\), .*{got}; convert"):
+    with pytest.raises(TypeError, match=rf"expected {which} samples \(image, label\) .*{got}; convert"):
         Trainer(SelfDistillTask(small_model()), data["training"], data["validation"], TrainConfig(batch_size=4))
 
 
 def test_a_loader_is_no_data_set():
     loader = torch.utils.data.DataLoader(Samples([(IMAGE, 0)] * 8))
-    with pytest.raises(TypeError, match="training data must be a data set, .*a DataLoader; give its dataset, Sam"):
+    with pytest.raises(TypeError, match="training data must be a dataset, .*a DataLoader; pass its dataset, Sam"):
         Trainer(SelfDistillTask(small_model()), loader, [(IMAGE, 0)])
 
 

@@ -173,7 +173,7 @@ def test_the_checkpoint_holds_it_with_a_checksum(few, tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    with pytest.warns(UserWarning, match=f"{MEMORY_FILE} is damaged; passed over"):
+    with pytest.warns(UserWarning, match=f"{MEMORY_FILE} is damaged; skipped"):
         assert find_checkpoint("latest", str(tmp_path)) == older
 
 
@@ -182,8 +182,8 @@ def test_a_run_is_resumed_with_its_own_teacher_and_images(few, tmp_path):
     make_trainer(tmp_path / "memory", few, epochs=1).fit()
     make_trainer(tmp_path / "ensemble", few, make_task(teacher="ensemble"), epochs=1).fit()
     for name, teacher, message in (
-        ("memory", "ensemble", "a memory of answers, and this one has none; resume with the teacher"),
-        ("ensemble", "memory", "no memory of answers, and this one has one; resume with the teacher"),
+        ("memory", "ensemble", "a memory of answers, but this run has none; resume with the teacher"),
+        ("ensemble", "memory", "no memory of answers, but this run has one; resume with the teacher"),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path / name, few, make_task(teacher=teacher), resume="latest").fit()
@@ -256,13 +256,15 @@ def test_where_all_images_are_always_mixed_it_is_refused(changes, few, tmp_path)
 
 def test_a_stream_is_refused(tmp_path):
     stream = load_images(EMBEDDED, streaming=True).transformed(DATA_CONFIG, no_aug=True)
-    with pytest.raises(ValueError, match=r"--teacher memory.*stream \(--streaming\) has no index .*'ensemble'"):
+    with pytest.raises(
+        ValueError, match=r"--teacher memory.*index, which streamed images \(--streaming\) .*'ensemble'"
+    ):
         make_trainer(tmp_path / "run", stream)
     assert not (tmp_path / "run").exists()
 
 
 def test_without_labels_it_is_refused(few, tmp_path):
-    with pytest.raises(ValueError, match="teacher 'memory' learns itself, from labels; unlabelled needs"):
+    with pytest.raises(ValueError, match="unlabelled needs .*teacher 'memory' learns from labels"):
         make_trainer(tmp_path, few, make_task(frozen=True), unlabelled=True)
 
 

@@ -99,9 +99,9 @@ def test_the_length_of_an_epoch(parquet):
         batches = streamed(parquet, steps_per_epoch=None, train_num_samples=10, epoch_repeats=repeats)
         assert batches.epoch_images == images
     for name in ("epoch_repeats", "train_num_samples"):
-        with pytest.raises(ValueError, match="steps_per_epoch is the length of an epoch, and so are"):
+        with pytest.raises(ValueError, match="steps_per_epoch already defines the length of an epoch"):
             streamed(parquet, **{name: 2})
-    with pytest.raises(ValueError, match="aug_repeats needs images that can be drawn twice"):
+    with pytest.raises(ValueError, match="aug_repeats does not work with streaming"):
         streamed(parquet, aug_repeats=3)
 
 
@@ -165,7 +165,7 @@ def test_a_state_survives_a_checkpoint(parquet, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": 1}, "loading processes 1 instead of 2"),
+        ({"workers": 1}, "DataLoader workers 1 instead of 2"),
         ({"shuffle_buffer": 20}, "rows in a block 20 instead of 16"),
         ({"world": 5}, "processes 5 instead of 1"),
     ],
@@ -266,7 +266,7 @@ def test_rows_that_are_not_mixed(tmp_path):
     data, _ = load_images(tmp_path, streaming=True).transformed(model_data_config(small_backbone(), 32, 1))
     accelerator = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device="cpu")
     config = TrainConfig(batch_size=4, steps_per_epoch=2, workers=0, shuffle_buffer=10)
-    with pytest.warns(UserWarning, match="first 10 rows .* 1 of 4 classes: .*leave out streaming"):
+    with pytest.warns(UserWarning, match="first 10 rows .* only 1 of 4 classes: .*leave out streaming"):
         StreamedBatches(data, config, accelerator, {}).next_batch()
 
 

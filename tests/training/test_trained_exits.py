@@ -88,7 +88,7 @@ def test_a_saved_model_goes_on_with_its_exits(more, saved, capsys):
         assert (args.exits, args.head) == (["1", "3"], "attention")
         assert model.head_args == {"width": 24}
         said = capsys.readouterr().out
-        assert re.fullmatch(rf"the exits at layer1, layer3 go on with the heads of {saved}.*\n", said)
+        assert re.fullmatch(rf"loaded the heads of {saved}.* for exits at layer1, layer3\n", said)
 
 
 def test_weights_that_are_not_asked_for_are_named(saved):
@@ -101,14 +101,14 @@ def test_what_differs_begins_anew_and_it_is_said(saved, capsys):
     trained = SelfDistillModel.from_pretrained(saved)
     assert same(model.heads[1], trained.heads[1].state_dict())
     assert capsys.readouterr().out.splitlines() == [
-        f"the exit at layer3 goes on with the heads of {saved}",
-        f"the exit at layer2 begins anew: {saved} has no exit there",
-        f"trained exits of {saved} left out: layer1",
+        f"loaded the heads of {saved} for exit at layer3",
+        f"random initialization for exit at layer2: {saved} has no exit there",
+        f"trained exits of {saved} not used: layer1",
     ]
     model, _ = begin("--model", f"local-dir:{saved}", "--pretrained", "--head", "linear")
     assert model.exits == ("layer1", "layer3", "layer4")
     assert capsys.readouterr().out.splitlines() == [
-        f"the exits at layer1, layer3 begin anew: {saved} has attention heads, this model has linear heads"
+        f"random initialization for exits at layer1, layer3: {saved} has attention heads, this model has linear heads"
     ]
     for flags in (
         ["--model", f"local-dir:{saved}", "--pretrained"],
@@ -117,13 +117,16 @@ def test_what_differs_begins_anew_and_it_is_said(saved, capsys):
         model, _ = begin(*flags, num_classes=7)
         assert model.num_classes == model.heads[0].fc.out_features == 7
         assert same(model.backbone.layer1, trained.backbone.layer1.state_dict())
-        assert "layer1, layer3 begin anew: the classifiers are new, those of" in capsys.readouterr().out
+        assert (
+            "random initialization for exits at layer1, layer3: the classifiers are new, those of"
+            in capsys.readouterr().out
+        )
     begin("--model", "test_resnet", "--pretrained-path", saved / "model.safetensors")
-    assert "begin anew: the classifiers are new" in capsys.readouterr().out
+    assert "layer3: the classifiers are new" in capsys.readouterr().out
     model, _ = begin("--model", f"local-dir:{saved}", "--pretrained", "--method", "plain")
     assert same(model, trained.backbone.state_dict())
-    assert "the trained exits of" in (said := capsys.readouterr().out)
-    assert "left out: --method plain" in said
+    assert "trained exits of" in (said := capsys.readouterr().out)
+    assert "not used: --method plain" in said
     model, args = begin("--model", f"local-dir:{saved}")
     assert (args.exits, args.head) == (None, "bottleneck")
     assert capsys.readouterr().out == ""
@@ -138,14 +141,14 @@ def test_heads_of_a_callable_and_truncated_models(saved, tmp_path, capsys):
         ["--model", "test_resnet", "--initial-checkpoint", tmp_path / "own"],
     ):
         assert begin(*flags)[0].exits == ("layer2", "layer4")
-        assert "layer2 begins anew: the heads of" in (said := capsys.readouterr().out)
+        assert "random initialization for exit at layer2: the heads of" in (said := capsys.readouterr().out)
         assert "made by a callable" in said
     SelfDistillModel.from_pretrained(saved).truncate(0).save_pretrained(tmp_path / "cut")
     for flags in (
         ["--model", f"local-dir:{tmp_path / 'cut'}", "--pretrained"],
         ["--model", "test_resnet", "--initial-checkpoint", tmp_path / "cut"],
     ):
-        with pytest.raises(ValueError, match="truncated model, which has one exit only.*whole model"):
+        with pytest.raises(ValueError, match="truncated model with only one exit.*full model"):
             begin(*flags)
     with pytest.raises(ValueError, match=r"self_distill\.safetensors holds only the exits; give .*model\.safetensors"):
         begin("--model", "test_resnet", "--initial-checkpoint", saved / "self_distill.safetensors")
@@ -197,10 +200,11 @@ def test_exits_without_a_record_are_guessed_and_it_is_said(head, tmp_path, capsy
     loaded, args = begin("--model", "test_resnet", "--initial-checkpoint", tmp_path / "a.pth")
     assert same(loaded, model.state_dict())
     assert args.head == head
-    assert "does not record which exits its 3 heads belong to: taken for those of layer1, " in capsys.readouterr().out
+    said = "does not record where its 3 heads belong; they are assumed to belong to layer1, "
+    assert said in capsys.readouterr().out
     begin("--model", "test_resnet", "--initial-checkpoint", tmp_path / "a.pth", "--exits", "layer1")
-    assert "begins anew: " in (said := capsys.readouterr().out)
-    assert "has 3 heads without a record of their exits; give as many --exits" in said
+    assert "random initialization for exit at " in (said := capsys.readouterr().out)
+    assert "has 3 heads but does not record where they belong; give 3 --exits" in said
 
 
 def test_a_damaged_record_of_exits(tmp_path):
@@ -235,7 +239,7 @@ def test_checkpoints_and_directories_of_a_run(run, tmp_path, capsys):
     assert same(model, expected)
     with (alone / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
-    with pytest.raises(ValueError, match="is damaged; take another checkpoint"):
+    with pytest.raises(ValueError, match="is damaged; use another checkpoint"):
         begin("--model", "test_resnet", "--initial-checkpoint", alone, in_chans=1)
 
 
@@ -260,7 +264,7 @@ def test_a_checkpoint_of_a_frozen_backbone(run, few_images, tmp_path):
         tmp_path / "frozen",
     ]
     done = run_python(*command)
-    assert f"the exits at layer1, layer3 go on with the heads of {run / 'best'}" in done.stdout
+    assert f"loaded the heads of {run / 'best'} for exits at layer1, layer3" in done.stdout
     names = [name for name, _ in SelfDistillModel.from_pretrained(run / "best").named_parameters()]
     before, after = (load_file(folder / "best/self_distill.safetensors") for folder in (run, tmp_path / "frozen"))
     assert all(torch.equal(before[name], after[name]) for name in before if f"heads.{name}" in names)
@@ -273,7 +277,7 @@ def test_a_checkpoint_of_a_frozen_backbone(run, few_images, tmp_path):
     model, _ = begin("--model", "test_resnet", "--initial-checkpoint", checkpoint, in_chans=1)
     assert same(model, SelfDistillModel.from_pretrained(tmp_path / "frozen/last").state_dict())
     shutil.copytree(checkpoint, tmp_path / "alone/a/step-1")
-    with pytest.raises(ValueError, match="holds the exits of a frozen backbone alone.*give best/ or last/"):
+    with pytest.raises(ValueError, match="holds only the exits of a frozen backbone.*give best/ or last/"):
         read_weights(tmp_path / "alone/a/step-1")
 
 

@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(b
 
     task = SelfDistillTask(small_model(in_chans=1), Breaking())
     checkpoint = tmp_path / "checkpoints" / "step-00000008"
-    with pytest.raises(FloatingPointError, match=rf"^the loss .*{bad} .* 11 \(epoch 2\); {checkpoint} stays; .* lr"):
+    with pytest.raises(FloatingPointError, match=rf"^the loss .*{bad} .* 11 \(epoch 2\); {checkpoint} is kept; .* lr"):
         fit(tmp_path, fashion_tensors, task)
     assert list_checkpoints(tmp_path / "checkpoints") == [checkpoint]
     assert {"curves.png", "history.csv"} < {path.name for path in tmp_path.iterdir()}
@@ -357,7 +357,7 @@ def test_a_checkpoint_of_another_model_is_refused(change, first, fashion_tensors
     data = tuple(Subset(part, range(100)) for part in fashion_tensors)
     fit(tmp_path, data, epochs=1)
     before = {name: (tmp_path / name).read_bytes() for name in ("last/model.safetensors", "config.yaml")}
-    with pytest.raises(ValueError, match=rf"another model: \d+ tensors .*'{first}' first; .*model_ema"):
+    with pytest.raises(ValueError, match=rf"a different model: \d+ tensors .*'{first}' first; .*model_ema"):
         fit(tmp_path, data, make_task(**change), epochs=2, resume="latest")
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
@@ -531,7 +531,7 @@ def test_a_model_without_num_classes_and_losses_that_come_and_go(smoothing, few,
 
 def test_a_model_without_num_classes_that_gives_no_logits(few, tmp_path):
     task = ClassificationTask(nn.Sequential(nn.Conv2d(1, 10, 3)), nn.CrossEntropyLoss(), verbose=False)
-    with pytest.raises(ValueError, match=r"Sequential must give logits \(B, classes\) .*got \(1, 10, 30, 30\)"):
+    with pytest.raises(ValueError, match=r"Sequential must return logits \(B, classes\) .*got \(1, 10, 30, 30\)"):
         fit(tmp_path, few, task)
 
 

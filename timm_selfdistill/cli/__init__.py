@@ -1,4 +1,4 @@
-"""The command line, thin."""
+"""The command line: flags, messages and exit codes."""
 
 from .found import found_lines, found_settings
 from .methods import EXIT_METHODS, check_method_flags, create_task, take_over_exits

@@ -1,4 +1,4 @@
-"""flat-minima, gradients, separability and agreement of the command `timm-selfdistill`."""
+"""Commands flat-minima, gradients, separability and agreement."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -73,18 +73,22 @@ SETTINGS = {
     "bce_target_thresh": (*NUMBER, NONE),
     "bce_pos_weight": (*NUMBER, NONE),
 }
-"""Settings of a run that its gradients hang on, and their types in config.json."""
+"""Settings of a run that its gradients depend on, and their types in config.json."""
 
 
 def add_parsers(commands: Any) -> None:
-    """flat-minima, gradients, separability and agreement."""
-    flat_minima = commands.add_parser("flat-minima", help="how accuracy falls with noise on the weights")
-    gradients = commands.add_parser("gradients", help="how much of the loss reaches each section of the backbone")
-    separability = commands.add_parser("separability", help="how well each exit's features tell the classes apart")
-    agreement = commands.add_parser("agreement", help="which exits err on the same images")
+    """Add the parsers of flat-minima, gradients, separability and agreement."""
+    flat_minima = commands.add_parser("flat-minima", help="measure how accuracy falls with noise on the weights")
+    gradients = commands.add_parser("gradients", help="measure the gradients in each stage of the backbone")
+    separability = commands.add_parser(
+        "separability", help="measure how well the features of each exit separate classes"
+    )
+    agreement = commands.add_parser("agreement", help="measure which exits make errors on the same images")
     for parser in (flat_minima, gradients):
-        parser.add_argument("models", nargs="+", metavar="model", help=f"{MODEL_HELP}; also plain networks, to compare")
-        parser.add_argument("--revision", help="branch, tag or commit of them all")
+        parser.add_argument(
+            "models", nargs="+", metavar="model", help=f"{MODEL_HELP}; plain networks are accepted for comparison"
+        )
+        parser.add_argument("--revision", help="branch, tag or commit of all models")
     for parser in (separability, agreement):
         add_model_flags(parser)
     for parser in (flat_minima, gradients, separability, agreement):
@@ -94,28 +98,31 @@ def add_parsers(commands: Any) -> None:
             type=Path,
             metavar="DIR",
             default=Path("."),
-            help="gets the picture and the figures as JSON (default: this folder)",
+            help="folder for the plot and the results as JSON (default: the current folder)",
         )
     flat_minima.add_argument(
         "--levels",
         type=float,
         nargs="+",
         metavar="NUMBER",
-        help="sizes of the noise, over the root mean square of each tensor of weights",
+        help="sizes of the noise, relative to the root mean square of each weight tensor",
     )
     flat_minima.add_argument(
-        "--unscaled", action="store_true", help="levels are standard deviations, the same for every weight"
+        "--unscaled", action="store_true", help="take --levels as standard deviations, the same for every weight"
     )
-    flat_minima.add_argument("--draws", type=int, default=5, help="of noise, for each level")
-    flat_minima.add_argument("--noise-seed", type=int, default=0, metavar="SEED", help="of the noise")
+    flat_minima.add_argument(
+        "--draws", type=int, default=5, help="number of noise samples per size (default: %(default)s)"
+    )
+    flat_minima.add_argument(
+        "--noise-seed", type=int, default=0, metavar="SEED", help="random seed of the noise (default: %(default)s)"
+    )
     gradients.add_argument(
         "--checkpoints",
         action="store_true",
-        help="over training: at each checkpoint that the run directories hold (train.py's"
-        " --checkpoint-hist says how many)",
+        help="measure at each checkpoint in the run directories (train --checkpoint-hist sets how many are kept)",
     )
     separability.add_argument(
-        "--classes", type=int, nargs="+", metavar="INDEX", help="in the picture (default: the first ten)"
+        "--classes", type=int, nargs="+", metavar="INDEX", help="classes in the plot (default: the first ten)"
     )
 
 
@@ -189,9 +196,12 @@ def _open(
     args: argparse.Namespace,
     names: list[str],
 ) -> tuple[dict[str, tuple[nn.Module, MeasuredImages[ImageDataset], Record]], hub.ImageSource]:
-    """Models on their device, by the names that they were given, with the images as each takes them and its record; and
-    where the images come from, see `ImageSplits.source`. The folder of --output is made. What is wrong with any model
-    is found before the first is measured."""
+    """Open models and images, and create the folder of --output; errors in any model are found before measuring.
+
+    Returns:
+        For each name its model on the device, the images preprocessed for it, and its record; and the source of the
+        images, see `ImageSplits.source`.
+    """
     records = {name: read_record(saved_model(name), args.revision) for name in names}
     images, opened = read_data(args, *records.values()), {}
     for name, record in records.items():
@@ -199,17 +209,17 @@ def _open(
         opened[name] = model, open_data(model, record, images, args), record
     for path in (args.output, *args.output.parents):
         if path.is_file():
-            raise NotADirectoryError(f"{path} is a file; give --output a folder")
+            raise NotADirectoryError(f"{path} is a file; --output must be a folder")
     args.output.mkdir(parents=True, exist_ok=True)
     return opened, images.source
 
 
 def _task(name: str, model: nn.Module, record: Record) -> TrainingTask:
-    """A model with the loss that it was trained with, as far as its files tell; a plain network with cross entropy.
-    Where the teacher was a memory, which they do not hold, it is the ensemble.
+    """Create the task of a model with the loss recorded in its files; cross entropy for a plain network. The ensemble
+    stands in for a memory as teacher, which is not saved.
 
     Raises:
-        ValueError: its backbone was frozen, or what its files tell is damaged.
+        ValueError: the backbone was frozen, or the record is damaged.
     """
     if not isinstance(model, SelfDistillModel):
         return ClassificationTask(model, nn.CrossEntropyLoss(), device=next(model.parameters()).device, verbose=False)
@@ -221,15 +231,15 @@ def _task(name: str, model: nn.Module, record: Record) -> TrainingTask:
         raise ValueError(f"{path} is damaged: settings must be an object, got {short(settings)}")
     for key, kinds in SETTINGS.items():
         if key in settings and type(settings[key]) not in kinds:
-            raise ValueError(f"{path} is damaged: settings have {key}={short(settings[key])}")
+            raise ValueError(f"{path} is damaged: settings contain {key}={short(settings[key])}")
     if metrics.get("frozen") or settings.get("freeze_backbone"):
-        raise ValueError(f"{name} was trained with a frozen backbone, whose weights get no gradients")
+        raise ValueError(f"{name} was trained with a frozen backbone, which has no gradients")
     if settings.get("teacher") == "memory":
         settings = settings | {"teacher": "ensemble"}
     try:
         return SelfDistillTask(model, exit_loss(settings))
     except ValueError as error:
-        raise ValueError(f"{path}: of its settings, {error}") from error
+        raise ValueError(f"{path}: invalid settings: {error}") from error
 
 
 def _write_history(
@@ -238,7 +248,7 @@ def _write_history(
     histories: dict[str, dict[int, GradientReport]],
     figures: Callable[[str, GradientReport], Figures],
 ) -> int:
-    """Reports by model and number of updates."""
+    """Print and write the reports by model and number of updates."""
     for name, history in histories.items():
         _print_all({f"{name}, {update} updates": report for update, report in history.items()})
     models = {
@@ -276,7 +286,7 @@ def _write(
     models: Mapping[str, Figures | list[Figures]],
     draw: Callable[[Path], None],
 ) -> int:
-    """The figures of each model as JSON, with what they were measured on, and their picture.
+    """Write the results of each model as JSON, with the conditions of the measurement, and the plot.
 
     Args:
         data: see `ImageSplits.source`.

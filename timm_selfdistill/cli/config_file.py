@@ -1,4 +1,4 @@
-"""A YAML file of flags, as if they had been typed."""
+"""YAML files of flags, which are read as if typed on the command line."""
 
 import argparse
 import difflib
@@ -12,47 +12,48 @@ from timm.utils import ParseKwargs
 from .timm_file import is_timm_file, translate
 
 RECORDED = ("found", "value_ranges")
-"""What a run's config.yaml holds beside its flags, see `found_settings`."""
+"""Entries of a run's config.yaml that are not flags, see `found_settings`."""
 
 
 def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collection[str] = ()) -> list[str]:
-    """The flags of a YAML file, ready to be put in front of the command line.
+    """Return the flags of a YAML file, to be inserted before the command line.
 
     Args:
-        parser: knows the flags; a key of the file is a flag's long name, with dashes or underscores.
-        leave_out: names (with underscores) that are passed over.
+        parser: parser of the flags; each key of the file is a flag's long name, with dashes or underscores.
+        leave_out: names (with underscores) to skip.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is no YAML of flags and values, holds an unknown flag or one twice, or a value does not fit.
+        ValueError: the file is not a YAML mapping of flags to values, has an unknown or duplicate flag, or a value is
+            invalid.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; --config takes a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold flags and their values, as in 'lr: 0.1', got {type(values).__name__}")
+        raise ValueError(f"{path} must map flags to values, as in 'lr: 0.1', got {type(values).__name__}")
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
-        actions.setdefault(action.dest, action)  # a switch's own flag comes before the one that turns it off
+        actions.setdefault(action.dest, action)  # a switch's own flag precedes the one that turns it off
     known = actions.keys() - {"help", "config"}
     if is_timm_file(values):
         values = translate(values, path, known - {"data"})
     if RECORDED[0] in values and values.get("lr_base") is not None:
-        values.pop("lr", None)  # which followed from it, by the size of the batch
+        values.pop("lr", None)  # the run computed lr from lr_base
     flags, seen = [], set()
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name in RECORDED or (name == "resume" and RECORDED[0] in values):  # a run is not resumed by its settings
+        if name in RECORDED or (name == "resume" and RECORDED[0] in values):  # its config does not resume a run
             continue
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""
             raise ValueError(f"{path}: unknown flag {key!r}{hint}")
         if name in seen:
-            raise ValueError(f"{path}: {key} stands there twice, with a dash and with an underscore")
+            raise ValueError(f"{path}: {key} is given twice, with a dash and with an underscore")
         seen.add(name)
         if name not in leave_out:
             flags += _as_flag(actions[name], value, f"{path}: {key}")
@@ -64,10 +65,10 @@ def read_flags(parser: argparse.ArgumentParser, path: Path, leave_out: Collectio
 
 
 def _as_flag(action: argparse.Action, value: Any, where: str) -> list[str]:
-    """What one would type for a value of the file."""
+    """Return the command-line arguments for a value of the file."""
     if value is None or value == [] or value == {}:
         if action.default:
-            raise ValueError(f"{where} must have a value, got {value!r}; leave it out for its default {action.default}")
+            raise ValueError(f"{where} must have a value, got {value!r}; leave it out for the default {action.default}")
         return []
     if action.nargs == 0:
         if not isinstance(value, bool):

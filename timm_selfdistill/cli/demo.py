@@ -1,4 +1,4 @@
-"""A page to try a model on, here or as a Space."""
+"""The demo page of a model, on this machine or as a Space."""
 
 import argparse
 import importlib.util
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
     import gradio
 
 LOOPBACK = "127.0.0.1"
-TRADEOFF_HELP = "folder that `timm-selfdistill tradeoff` wrote, whose curve and gallery the page shows"
+TRADEOFF_HELP = "output folder of `timm-selfdistill tradeoff`, whose curve and gallery the page shows"
 
 
 def add_demo_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `demo`."""
+    """Add the flags of `demo`."""
     add_model_flags(parser)
     parser.add_argument(
         "--tradeoff",
         type=Path,
         metavar="DIR",
-        help=f"{TRADEOFF_HELP} (default: the model's folder or its run directory, if they hold them)",
+        help=f"{TRADEOFF_HELP} (default: the model's folder or its run directory, if it contains them)",
     )
-    parser.add_argument("--port", type=_port, help="of the page (default: the first free one from 7860)")
+    parser.add_argument("--port", type=_port, help="port of the page (default: the first free one from 7860 on)")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Serve the page on this machine alone, until Ctrl-C.
+    """Serve the page on this machine only, until Ctrl-C.
 
     Raises:
         ImportError: gradio is missing.
         OSError: the port is taken.
-        ValueError: the model has one exit only.
+        ValueError: the model has only one exit.
     """
     page = open_page(args.model, args.revision, args.tradeoff)
     from ..demo.page import launch_page
@@ -58,26 +58,26 @@ def demo(args: argparse.Namespace) -> int:
         )
     except OSError as error:
         taken = f"port {args.port} is taken" if args.port else "no port from 7860 on is free"
-        raise OSError(f"{taken}; give a free one with --port") from error
-    print(printable(f"{args.model} is at {address}; Ctrl-C ends the page"), flush=True)
+        raise OSError(f"{taken}; choose a free one with --port") from error
+    print(printable(f"{args.model} is served at {address}; press Ctrl-C to stop"), flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        print("the page is closed", flush=True)
+        print("stopped", flush=True)
     finally:
         page.close(verbose=False)
     return 0
 
 
 def open_page(model: str, revision: str | None = None, tradeoff: Path | None = None) -> "gradio.Blocks":
-    """The page of a saved model with all its exits, for `demo.page.launch_page`.
+    """Build the page of a saved model with all its exits, for `demo.page.launch_page`.
 
     Args:
-        model: folder, run directory or id on the Hub.
+        model: folder, run directory or repository on the Hub.
         tradeoff: see `read_recorded`.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ImportError("the page needs gradio: pip install 'timm-selfdistill[demo]'")
+        raise ImportError("the demo needs gradio: pip install 'timm-selfdistill[demo]'")
     views = open_views(model, revision, tradeoff)
     from ..demo.page import build_page
 
@@ -85,7 +85,7 @@ def open_page(model: str, revision: str | None = None, tradeoff: Path | None = N
 
 
 def open_views(model: str, revision: str | None = None, tradeoff: Path | None = None) -> Views:
-    """What the page shows of a saved model, without gradio."""
+    """Return what the page shows of a saved model, without gradio."""
     record = read_record(saved_model(model), revision)
     folder = hub.fetch_model(record.model, revision=record.revision, only_config=True)
     loaded = load_model(record)
@@ -94,10 +94,10 @@ def open_views(model: str, revision: str | None = None, tradeoff: Path | None = 
 
 
 def push_space(folder: str, repo_id: str, tradeoff: Path | None, *, private: bool | None) -> str:
-    """Upload the page of a saved model as a Space; the address of the commit."""
+    """Upload the page of a saved model as a Space, and return the URL of the commit."""
     if "dev" in __version__:
         print(
-            f"timm-selfdistill {__version__} is a development version; the Space starts once the package index has it",
+            f"timm-selfdistill {__version__} is a development version; the Space can only start once it is on PyPI",
             file=sys.stderr,
         )
     with TemporaryDirectory() as staged:
@@ -113,7 +113,7 @@ def push_space(folder: str, repo_id: str, tradeoff: Path | None, *, private: boo
 
 
 def _port(text: str) -> int:
-    """The type of a flag."""
+    """Argparse type of a port."""
     if not text.isdecimal() or not 0 < int(text) < 2**16:
         raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text}")
     return int(text)

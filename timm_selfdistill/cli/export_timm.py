@@ -1,4 +1,4 @@
-"""export --format timm: a saved model of any checkpoint."""
+"""export --format timm: convert any checkpoint to a saved model."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,25 +17,27 @@ from .opening import load_any_model
 from .program import say
 
 COSTS = ("exit", "module", "params", "macs", "share", "speedup")
-"""What a row of metrics holds that does not depend on the weights."""
+"""Entries in a row of metrics that do not depend on the weights."""
 
 
 def export_timm(args: argparse.Namespace) -> int:
-    """Write a saved model, which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, too.
+    """Write a saved model, which `timm.create_model("local-dir:FOLDER", pretrained=True)` also loads.
 
-    The accuracies of a run are those of best/ and last/, and are not recorded of its other weights.
+    The accuracies of a run belong to best/ and last/, and are not recorded with other weights of the run.
 
     Raises:
-        ValueError: a flag belongs to ONNX, or the network of the checkpoint is not known, or another one.
+        ValueError: a flag is for ONNX only, or the network of the checkpoint is unknown or a different one.
     """
     if args.staged or args.exit != "-1":
         flag = "--staged" if args.staged else f"--exit {args.exit}"
-        raise ValueError(f"{flag} is for --format onnx, and a model for --format timm has all exits; leave one out")
+        raise ValueError(
+            f"{flag} is for --format onnx; a model exported with --format timm has all exits; leave it out"
+        )
     source = Path(args.model)
     if source.exists() and not (source / CONFIG).is_file():
         model, metrics = _open_checkpoint(source, args.network)
     elif args.network:
-        raise ValueError(f"{args.model} is a saved model, which tells its network; leave --model {args.network} out")
+        raise ValueError(f"{args.model} is a saved model, which records its network; leave --model {args.network} out")
     else:
         folder = hub.fetch_model(args.model, revision=args.revision, only_config=True)
         model = load_any_model(args.model, hub.pin(args.model, folder, args.revision))
@@ -49,11 +51,11 @@ def export_timm(args: argparse.Namespace) -> int:
 
 
 def _open_checkpoint(source: Path, name: str | None) -> tuple[nn.Module, dict[str, Any] | None]:
-    """The model of a checkpoint, and what is known of it but for accuracies."""
+    """Load the model of a checkpoint, and return it with its recorded metrics, without accuracies."""
     saved = read_weights(source)
     known = saved.config.get("architecture")
     if name and known and name.split(".")[0] != known:
-        raise ValueError(f"{source} is of the network {known}, and --model names {name}; leave --model out")
+        raise ValueError(f"{source} is a checkpoint of {known}, not {name}; leave --model out")
     if known:
         model = _make_recorded(saved)
     else:
@@ -63,14 +65,14 @@ def _open_checkpoint(source: Path, name: str | None) -> tuple[nn.Module, dict[st
     backbone.load_state_dict(saved.backbone)
     if isinstance(model, SelfDistillModel):
         say(*load_exits(model, saved, strict=True))
-        model.early_exit = None  # thresholds are those of other weights
+        model.early_exit = None  # its thresholds belong to other weights
     if saved.averaged:
-        say(f"the moving average of {source} is taken")
+        say(f"using the moving average in {source}")
     return model.eval(), without_accuracy(hub.facts(saved.config).get("metrics"))
 
 
 def _make_recorded(saved: SavedWeights) -> nn.Module:
-    """The network that the saved model or the record of a checkpoint describes."""
+    """Create the network described by the saved model of a run or the record in a checkpoint."""
     if not saved.heads:
         with sketching():
             check_fits(build_backbone(saved.config, saved.source), saved.backbone, saved.source)
@@ -78,48 +80,48 @@ def _make_recorded(saved: SavedWeights) -> nn.Module:
     if saved.own_head:
         raise ValueError(
             f"the heads of {saved.source} were made by a callable, and code is never loaded; wrap the"
-            " network with it in Python, load the weights and call save_pretrained"
+            " network with this callable in Python, load the weights and call save_pretrained"
         )
-    SelfDistillModel.sketch(saved.config, saved.source)  # refuses what is beyond the limits
+    SelfDistillModel.sketch(saved.config, saved.source)  # raises for what exceeds the limits
     return SelfDistillModel.from_config(saved.config, saved.source)
 
 
 def _make_named(saved: SavedWeights, name: Any) -> nn.Module:
-    """A network by its name, with as many classes and channels as the weights have."""
+    """Create a network by name, with as many classes and channels as the weights."""
     if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(
-            f"{saved.source} does not tell its network; name the timm model with --model"
+            f"{saved.source} does not record its network; give the timm model with --model"
             + (f", got {name!r}" if name else "")
         )
     cfg = timm.get_pretrained_cfg(name)
     known = cfg.to_dict() if cfg else {}
-    model = timm.create_model(  # which passes over what is None
+    model = timm.create_model(  # which ignores None
         name,
         num_classes=_size_of(saved, known.get("classifier"), 0),
         in_chans=_size_of(saved, known.get("first_conv"), 1),
     )
-    say(f"{saved.source} does not record its preprocessing: that of {name} is taken")
+    say(f"{saved.source} does not record its preprocessing; using that of {name}")
     if not saved.heads:
         return model
     wrapped = wrap_self_distill(model, head=saved.head or "bottleneck")
     count = len({tensor.split(".")[0] for tensor in saved.heads})
     if count != len(wrapped.stages):
         raise ValueError(
-            f"{saved.source} has {count} heads without a record of their exits, {name} has"
-            f" {len(wrapped.stages)} by default; export the checkpoints that it was made of, which record"
-            " them, or wrap the network in Python, load the weights and call save_pretrained"
+            f"{saved.source} has {count} heads but does not record where they belong, and {name} has"
+            f" {len(wrapped.stages)} by default; export the original checkpoints, which record their exits, or wrap the"
+            " network in Python, load the weights and call save_pretrained"
         )
     return wrapped
 
 
 def _size_of(saved: SavedWeights, layer: str | Sequence[str] | None, dimension: int) -> int | None:
-    """A dimension of the weight of a layer, or of the first of several; None where there is none."""
+    """Return a dimension of the weight of a layer, or of the first of several; None if it does not exist."""
     weight = saved.backbone.get(f"{layer if isinstance(layer, str) else (layer or [''])[0]}.weight")
     return weight.shape[dimension] if weight is not None and weight.ndim > dimension else None
 
 
 def without_accuracy(metrics: Any) -> dict[str, Any] | None:
-    """A record of metrics without what was measured of these weights; None where it is no record."""
+    """Return a record of metrics without what was measured with the weights; None if it is not a record."""
     if not isinstance(metrics, dict):
         return None
     kept = {key: value for key, value in metrics.items() if key != "epoch"}

@@ -1,4 +1,4 @@
-"""What a run says of its images before it begins, and records."""
+"""What a run prints and records about its images before it starts."""
 
 import argparse
 from typing import TypedDict
@@ -18,33 +18,33 @@ KINDS = {"I": "integers of more than 8 bits", "F": "floating-point numbers"}
 
 
 def found_lines(images: ImageSplits, backbone: nn.Module, img_size: int | None, args: argparse.Namespace) -> list[str]:
-    """A line for each split, and how the images are read, and why so.
+    """Return a line for each split, and lines on how and why images are read this way.
 
     Args:
-        backbone: as it was created, before `model_data_config`.
-        img_size: pixels; None is the backbone's own.
-        args: flags of training.
+        backbone: the backbone as created, before `model_data_config`.
+        img_size: image size in pixels; None is the backbone's own.
+        args: training flags.
     """
     channels, *own_size = default_input_size(backbone)
     height, width = [img_size] * 2 if img_size else own_size
     lines = [
         *images.lines(),
-        f"read at {width} x {height} pixels ({_why_size(images, img_size, own_size, args)}) in"
+        f"read at {width} x {height} pixels ({_why_size(images, img_size, own_size, args)}) with"
         f" {channels} channel{'s' * (channels > 1)} ({_why_channels(channels, args)})",
     ]
     if args.value_range:
-        lines.append("of images with more than 8 bits {:g} is black and {:g} is white".format(*args.value_range))
+        lines.append("in images with more than 8 bits, {:g} is black and {:g} is white".format(*args.value_range))
     else:
         lines += [
-            f"of {KINDS[kind]} {black:g} is black and {white:g} is white"
+            f"in images of {KINDS[kind]}, {black:g} is black and {white:g} is white"
             for kind, (black, white) in images.sample.ranges.items()
         ]
     if images.sample.grey and channels == 3:
-        lines.append("all images that were looked at are grey: --in-chans 1 would do")
+        lines.append("all sampled images are grayscale: --in-chans 1 is enough")
     if (args.pretrained or args.initial_checkpoint) and has_new_classifier(backbone):
         lines.append(
-            f"the classifier is new: {as_timm(backbone).num_classes} classes, those of the weights are"
-            f" {as_timm(backbone).pretrained_cfg['num_classes']}"
+            f"the classifier is new: {as_timm(backbone).num_classes} classes instead of the"
+            f" {as_timm(backbone).pretrained_cfg['num_classes']} of the weights"
         )
     if record := starting_record(args):
         lines += trained_before(images, args.dataset or args.data_dir, record)
@@ -54,7 +54,7 @@ def found_lines(images: ImageSplits, backbone: nn.Module, img_size: int | None, 
 class FoundImages(TypedDict):
     splits: list[FoundSplit]
     read: list[str]
-    """How the images are read: lines of `found_lines`."""
+    """Lines of `found_lines` on how the images are read."""
     class_names: list[str]
 
 
@@ -63,10 +63,10 @@ class _Found(TypedDict):
 
 
 class FoundSettings(_Found, total=False):
-    """What a run records of its images, beside its flags."""
+    """What a run records about its images, in addition to its flags."""
 
     value_ranges: dict[str, list[float]]
-    """Black and white, by kind of images."""
+    """Black and white by kind of images."""
 
 
 def found_settings(images: ImageSplits, lines: list[str]) -> FoundSettings:
@@ -83,7 +83,7 @@ def _why_size(images: ImageSplits, img_size: int | None, own_size: list[int], ar
     if args.img_size:
         return "--img-size"
     if img_size not in (None, own_size[-1]):
-        return f"the median image has {images.size[1]} x {images.size[0]}"
+        return f"the median image is {images.size[1]} x {images.size[0]}"
     return "the model's size"
 
 

@@ -1,4 +1,4 @@
-"""evaluate, calibrate, tradeoff and export of the command `timm-selfdistill`."""
+"""Commands evaluate, calibrate, tradeoff and export."""
 
 import argparse
 from pathlib import Path
@@ -38,56 +38,78 @@ from .record import read_record
 from .saved import saved_model
 
 BUDGET_NOT_MET = 1
-"""Exit code of a calibration that could not keep what was asked for."""
+"""Exit code of a calibration that could not meet its budget."""
 PAYING_IMAGES = 64
 Measured = MeasuredImages[ImageDataset]
 
 
 def add_parsers(commands: Any) -> None:
-    """evaluate, calibrate, tradeoff and export."""
-    evaluate = commands.add_parser("evaluate", help="accuracy, cost and speed of every exit")
+    """Add the parsers of evaluate, calibrate, tradeoff and export."""
+    evaluate = commands.add_parser("evaluate", help="measure accuracy, cost and speed of every exit")
     calibrate = commands.add_parser("calibrate", help="find thresholds for early exit, and save them with the model")
-    tradeoff = commands.add_parser("tradeoff", help="draw accuracy over cost, and which images leave where")
-    export = commands.add_parser("export", help="write ONNX files, or make a saved model of a checkpoint")
+    tradeoff = commands.add_parser("tradeoff", help="plot accuracy over cost, and which images leave at which exit")
+    export = commands.add_parser("export", help="write ONNX files, or convert a checkpoint to a saved model")
     for parser in (evaluate, calibrate, tradeoff, export):
         add_model_flags(parser)
-    export.add_argument(
-        "--format",
-        choices=("onnx", "timm"),
-        default="onnx",
-        help="timm: a saved model, which timm and this package load; MODEL may then be a checkpoint of"
-        " a run, or one of timm's training script, too",
-    )
-    export.add_argument(
-        "--model",
-        dest="network",
-        metavar="NAME",
-        help="with --format timm, the timm model of a checkpoint that does not tell it",
-    )
-    export.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the plain network; ensemble is the mean")
-    export.add_argument("--staged", action="store_true", help="instead of one exit, a file for each stage")
-    export.add_argument("--output", type=Path, required=True, metavar="PATH", help="file, or with --staged folder")
+    _add_export_flags(export)
     for parser in (evaluate, calibrate, tradeoff):
         add_measuring_flags(parser)
     for parser in (calibrate, tradeoff):
         parser.add_argument(
-            "--policy", choices=POLICIES, help="what makes an image leave (default: the model's own, else confidence)"
+            "--policy", choices=POLICIES, help="criterion for leaving (default: the model's own, else confidence)"
         )
     for name, words in zip(
-        BUDGETS, ("points of top-1 below the plain network", "mean multiply-adds of an image", "over the plain network")
+        BUDGETS,
+        (
+            "maximum drop of top-1 accuracy below the plain network, in points",
+            "maximum average multiply-adds per image",
+            "minimum speed-up over the plain network",
+        ),
     ):
         calibrate.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="NUMBER", help=words)
     calibrate.add_argument(
-        "--split-seed", type=int, default=0, metavar="SEED", help="of the split of the images into three parts"
+        "--split-seed",
+        type=int,
+        default=0,
+        metavar="SEED",
+        help="random seed for splitting the images into three parts (default: %(default)s)",
     )
-    calibrate.add_argument("--output", type=Path, metavar="DIR", help="where to save it (default: where it is)")
-    tradeoff.add_argument("--baseline", metavar="DIR", help="saved plain network, to compare with")
+    calibrate.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for the calibrated model (default: the model's own folder)"
+    )
+    tradeoff.add_argument("--baseline", metavar="DIR", help="saved plain network for comparison")
     tradeoff.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
         default=Path("."),
-        help="gets tradeoff.json, exits.png and gallery.png (default: this folder)",
+        help="folder for tradeoff.json, exits.png and gallery.png (default: the current folder)",
+    )
+
+
+def _add_export_flags(export: argparse.ArgumentParser) -> None:
+    export.add_argument(
+        "--format",
+        choices=("onnx", "timm"),
+        default="onnx",
+        help="onnx, or timm for a saved model, which timm and this package load; with timm, MODEL may also be a"
+        " checkpoint of a run or of timm's train.py (default: %(default)s)",
+    )
+    export.add_argument(
+        "--model",
+        dest="network",
+        metavar="NAME",
+        help="with --format timm, the timm model of a checkpoint that does not record it",
+    )
+    export.add_argument(
+        "--exit",
+        default="-1",
+        help="exit to export: 0 is the first, -1 the deepest (plain network), ensemble the average"
+        " (default: %(default)s)",
+    )
+    export.add_argument("--staged", action="store_true", help="export a file for each stage instead of one exit")
+    export.add_argument(
+        "--output", type=Path, required=True, metavar="PATH", help="file; with --staged or --format timm a folder"
     )
 
 
@@ -110,7 +132,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def calibrate(args: argparse.Namespace) -> int:
     output = args.output or Path(args.model)
     if args.output is None and not output.is_dir():
-        raise ValueError(f"{args.model} is no folder here: say with --output where to save the calibrated model")
+        raise ValueError(f"{args.model} is not a local folder; give --output DIR for the calibrated model")
     record = read_record(args.model, args.revision)
     model = load_model(record).to(args.device)
     loader = open_data(model, record, read_data(args, record), args)
@@ -119,12 +141,12 @@ def calibrate(args: argparse.Namespace) -> int:
     Console(soft_wrap=True).print(report)
     _say_unreadable(loader)
     if not report.met:
-        print("nothing is saved: ask for less, or give more images")
+        print("nothing was saved: relax the budget, or give more images")
         return BUDGET_NOT_MET
     model.early_exit = {**(model.early_exit or {}), "dataset": _measured(loader)}
     metrics = hub.read_metrics(hub.fetch_model(args.model, revision=record.revision, only_config=True))
     if any(getattr(args, name) is not None for name in PREPROCESSING_FLAGS):
-        metrics = without_accuracy(metrics)  # which is that of other preprocessing
+        metrics = without_accuracy(metrics)  # measured with other preprocessing
     model.save_pretrained(output, metrics=metrics, check=False, data_config=loader.data.data_config)
     print(f"saved in {output}; use it with EarlyExit(SelfDistillModel.from_pretrained({str(output)!r}))")
     return 0
@@ -135,7 +157,7 @@ def tradeoff(args: argparse.Namespace) -> int:
     model = load_model(records[0]).to(args.device)
     if args.baseline:
         if not Path(args.baseline).is_dir():
-            raise FileNotFoundError(f"--baseline {args.baseline} is no folder of a saved model")
+            raise FileNotFoundError(f"--baseline {args.baseline} is not the folder of a saved model")
         records.append(read_record(saved_model(args.baseline)))
     images = read_data(args, *records)
     loader = open_data(model, records[0], images, args)
@@ -184,14 +206,14 @@ def export(args: argparse.Namespace) -> int:
         return export_timm(args)
     if args.network:
         raise ValueError(
-            f"--model {args.network} names the network of a checkpoint for --format timm, and the format"
-            " is onnx; leave one out"
+            f"--model {args.network} is for --format timm, but the format is onnx; add --format timm, or leave --model"
+            " out"
         )
     record = read_record(args.model, args.revision)
     model = load_any_model(record.model, record.revision)
     if args.staged:
         if not isinstance(model, SelfDistillModel):
-            raise ValueError(f"{record.model} has one exit only, and --staged writes a file for each; leave it out")
+            raise ValueError(f"{record.model} has only one exit, so --staged does not apply; leave it out")
         paths = export_stages(model, args.output, value_ranges=value_ranges(record.value_range))
         print(f"wrote {', '.join(path.name for path in paths)} and {STAGES_FILE} to {args.output}")
     else:
@@ -201,13 +223,13 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _measured(loader: Measured) -> hub.ImageSource:
-    """Where images come from, see `ImageSplits.source`, and how many there are."""
+    """Return the source of the images, see `ImageSplits.source`, and their number."""
     return {**(loader.data.source or {}), "images": len(loader.kept)}
 
 
 def _say_calibrated(model: SelfDistillModel, loader: Measured) -> None:
     if (model.early_exit or {}).get("dataset") == _measured(loader):
-        print("the thresholds for early exit were chosen on these images, so its accuracy on others may be lower")
+        print("the early-exit thresholds were calibrated on these images; accuracy on other images may be lower")
 
 
 def _input_size(loader: Measured) -> tuple[int, int, int]:
@@ -218,11 +240,11 @@ def _input_size(loader: Measured) -> tuple[int, int, int]:
 def _say_unreadable(loader: Measured) -> None:
     if loader.unreadable:
         images = "1 image" if loader.unreadable == 1 else f"{loader.unreadable} images"
-        print(f"{images} could not be read: left out")
+        print(f"{images} could not be read and {'was' if loader.unreadable == 1 else 'were'} skipped")
 
 
 def _evaluate(model: nn.Module, loader: Measured) -> list[hub.ExitRow]:
-    """A row per exit: accuracy and cost."""
+    """Return a row per exit with accuracy and cost."""
     device = next(model.parameters()).device
     meter = ExitMeter(len(model.exits) if isinstance(model, SelfDistillModel) else 1, device)
     with torch.no_grad():
@@ -232,7 +254,7 @@ def _evaluate(model: nn.Module, loader: Measured) -> list[hub.ExitRow]:
 
 
 def _evaluate_early_exit(early_exit: EarlyExit, loader: Measured) -> hub.ExitRow:
-    """The row of early exit; its speed is that of one batch of the images."""
+    """Return the row of early exit; its speed-up is measured on one batch of the images."""
     output, labels = predict_all(early_exit, loader)
     meter = ExitMeter(1, torch.device("cpu"))
     meter.update([output.logits], labels)
@@ -255,19 +277,19 @@ def _evaluate_early_exit(early_exit: EarlyExit, loader: Measured) -> hub.ExitRow
 
 
 def _say_when_it_pays(early_exit: EarlyExit, loader: Measured) -> None:
-    """How the speed of early exit depends on the number of images in a batch, up to that of the loader or 64. The
-    images are spread over the data, which may be sorted by class."""
+    """Print the speed-up of early exit by batch size, up to that of the loader or 64. The images are spread over the
+    data, which may be sorted by class."""
     kept = loader.kept
     count = min(len(kept), max(PAYING_IMAGES, loader.loader.batch_size or 0))
     spread = (kept[position * len(kept) // count] for position in range(count))
     x = torch.stack([loader.data[index][0] for index in spread]).to(next(early_exit.model.parameters()).device)
     speedups = speedups_by_batch(early_exit, x)
     smallest, largest = smallest_that_pays(speedups), max(speedups)
-    pays = f"pays in batches of {smallest} and more" if smallest else f"does not pay in batches of {largest}"
+    pays = f"pays off in batches of {smallest} or more" if smallest else f"does not pay off in batches up to {largest}"
     print(f"early exit {pays}: {', '.join(f'{size}: {speedup:.2f}x' for size, speedup in speedups.items())}")
 
 
 def _as_picture(config: dict[str, Any], image: torch.Tensor) -> torch.Tensor:
-    """From 0 to 1, as it was before it was normalised."""
+    """Undo the normalization of an image, to values from 0 to 1."""
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     return (image * std + mean).clamp(0, 1)

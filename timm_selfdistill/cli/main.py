@@ -1,4 +1,4 @@
-"""timm-selfdistill: what to do with a saved model."""
+"""Train self-distilled timm models, and evaluate, calibrate, export, try out and share saved ones."""
 
 import argparse
 import sys
@@ -38,7 +38,7 @@ COLUMNS = {
 def main() -> None:
     """Entry point of the command."""
     argv = sys.argv[1:]
-    if argv[:1] == ["train"]:  # whose flags may come from a file, too
+    if argv[:1] == ["train"]:  # its flags may also come from a file
         run(lambda: train(argv[1:], prog="timm-selfdistill train"))
     run(lambda: _main(_parser().parse_args(argv)))
 
@@ -48,14 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands.add_parser("train", help=DESCRIPTION, add_help=False)
-    commands.add_parser("recipes", help="list the recipes that train --config NAME takes")
-    predicting = commands.add_parser("predict", help="the classes that a model sees in pictures")
+    commands.add_parser("recipes", help="list the recipes for train --config NAME")
+    predicting = commands.add_parser("predict", help="classify images")
     predicting.add_argument("model", help=MODEL_HELP)
-    predicting.add_argument("image", nargs="+", help="a picture in any format that Pillow reads")
+    predicting.add_argument("image", nargs="+", help="image file in any format that Pillow reads")
     add_predict_flags(predicting)
-    add_demo_flags(commands.add_parser("demo", help="open a page to try a model on in the browser"))
-    _add_push_flags(commands.add_parser("push", help="upload a saved model to the Hub, or a page to try it on"))
-    info = commands.add_parser("info", help="what is in a saved model")
+    add_demo_flags(commands.add_parser("demo", help="try a model in a web page on this machine"))
+    _add_push_flags(commands.add_parser("push", help="upload a saved model, or a demo of it, to the Hub"))
+    info = commands.add_parser("info", help="show the contents of a saved model")
     add_model_flags(info)
     inference.add_parsers(commands)
     analysis.add_parsers(commands)
@@ -63,14 +63,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_push_flags(push: argparse.ArgumentParser) -> None:
-    push.add_argument("folder", help="saved model, or a run directory, whose best/ is taken")
-    push.add_argument("repo_id", nargs="?", help="user/name, or name, of the model")
-    push.add_argument("--space", metavar="USER/NAME", help="upload the page of `demo` as a Space, with the model in it")
+    push.add_argument("folder", help="saved model, or run directory, of which best/ is uploaded")
+    push.add_argument("repo_id", nargs="?", help="repository for the model, user/name or name")
+    push.add_argument("--space", metavar="USER/NAME", help="upload the page of `demo`, with the model, as this Space")
     push.add_argument("--tradeoff", type=Path, metavar="DIR", help=f"with --space, {TRADEOFF_HELP}")
-    push.add_argument("--private", action="store_true", help="make a private repository")
+    push.add_argument("--private", action="store_true", help="create a private repository")
     push.add_argument("--revision", metavar="BRANCH", help="branch to commit the model to (default: main)")
-    push.add_argument("--commit-message", metavar="TEXT", default="Upload self-distilled model", help="of the model")
-    push.add_argument("--create-pr", action="store_true", help="open a pull request with the model instead")
+    push.add_argument(
+        "--commit-message",
+        metavar="TEXT",
+        default="Upload self-distilled model",
+        help="commit message for the model (default: %(default)s)",
+    )
+    push.add_argument("--create-pr", action="store_true", help="open a pull request with the model")
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -95,9 +100,11 @@ def _main(args: argparse.Namespace) -> int:
 
 def _push(args: argparse.Namespace) -> None:
     if not args.repo_id and not args.space:
-        raise ValueError(f"push {args.folder} needs a place: give USER/NAME for the model, --space USER/NAME, or both")
+        raise ValueError(
+            f"push {args.folder} needs a destination: give USER/NAME for the model, --space USER/NAME, or both"
+        )
     if args.tradeoff and not args.space:
-        raise ValueError(f"--tradeoff {args.tradeoff} is for the page of --space USER/NAME; give that, too")
+        raise ValueError(f"--tradeoff {args.tradeoff} needs --space USER/NAME, whose page shows it; add it")
     for name, value in (("repo_id", args.repo_id), ("--space", args.space)):
         if value:
             check_repo_id(value, name)
@@ -121,11 +128,11 @@ def _push(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _named_failures(what: str, repo_id: str) -> Iterator[None]:
-    """Whatever goes wrong on the way to the Hub becomes one line."""
+    """Context manager that turns any error of an upload into an OSError with one line of explanation."""
     try:
         yield
     except Exception as error:
-        raise OSError(f"{what} is not on the Hub: {hub.explain_failure(error, repo_id)}") from error
+        raise OSError(f"{what} was not uploaded: {hub.explain_failure(error, repo_id)}") from error
 
 
 def _info(model: str, revision: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The images that a command measures a saved model on."""
+"""Choosing the images on which a command evaluates a saved model."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .record import Record, as_range
 
 
 class Reading(TypedDict):
-    """How `load_images` and `load_split` read a source."""
+    """Arguments of `load_images` and `load_split` for reading a source."""
 
     name: str | None
     image_column: str | None
@@ -25,14 +25,14 @@ class Reading(TypedDict):
 
 @dataclass(frozen=True)
 class Choice:
-    """What to measure on.
+    """The images to evaluate on.
 
     Attributes:
-        source: folder, file or data set on the Hub.
-        owns: whether the run trained on images of this source; None is not known.
-        split: the name of the split that is measured as a whole; None where a part of the training split is drawn, or
-            the source has one split for measuring.
-        fraction: the part that is drawn; None where none is.
+        source: folder, file or dataset on the Hub.
+        owns: whether the run trained on images of this source; None if unknown.
+        split: name of the split that is evaluated as a whole; None if a part of the training split is drawn, or the
+            split is found automatically.
+        fraction: the part that is drawn; None if none is.
     """
 
     source: str
@@ -44,18 +44,18 @@ class Choice:
 def find_images(
     args: argparse.Namespace, record: Record, others: Sequence[Record] = ()
 ) -> tuple[ImageSplits, list[str]]:
-    """The images for flags of `add_image_flags`; what the flags leave open is as in the run.
+    """Load the images for the flags of `add_image_flags`; missing flags are taken from the run.
 
     Args:
-        others: of further models that are measured on the same images.
+        others: records of further models to be evaluated on the same images.
 
     Returns:
-        Images, of which those for validation are to be measured, and lines that tell of them, first where they were
-        trained on.
+        Images, whose validation part is to be evaluated, and lines that describe them, starting with warnings about
+        images that were trained on.
 
     Raises:
-        FileNotFoundError: no images are given, and those of the run are not known, or are gone.
-        ValueError: the run's images have changed, so that nobody knows which were trained on; or as `load_images`.
+        FileNotFoundError: no images are given, and those of the run are unknown or no longer exist.
+        ValueError: the run's images have changed, so it is unknown which were trained on; or as in `load_images`.
     """
     choice = _choose(args, record)
     images = _load(choice, args, record)
@@ -67,8 +67,8 @@ def find_images(
         if drawn.source["drawn_from"] == record.drawn_from:
             choice, images = moved, drawn
             notes.append(
-                f"{choice.source} seems to hold the {sum(record.images)} images of the run; measured are those"
-                " that the run left out of training"
+                f"{choice.source} seems to contain the {sum(record.images)} images of the run; only those held out from"
+                " training are evaluated"
             )
     notes += trained_on(choice, record, images.source["split"])
     for other in others:
@@ -82,7 +82,7 @@ def find_images(
 
 
 def _trained_before(record: Record) -> list[str]:
-    """The lines of `trained_before` in the record of a run."""
+    """Return the lines of `trained_before` in the record of a run."""
     found = record.settings.get("found")
     lines = found.get("read") if isinstance(found, dict) else None
     return [line for line in lines if str(line).startswith("warning: ")] if isinstance(lines, list) else []
@@ -90,24 +90,24 @@ def _trained_before(record: Record) -> list[str]:
 
 def _choose(args: argparse.Namespace, record: Record) -> Choice:
     if args.dataset and args.data_dir:
-        raise ValueError(f"--data-dir {args.data_dir} and --dataset {args.dataset} are two sources; give one of them")
+        raise ValueError(f"--data-dir {args.data_dir} and --dataset {args.dataset} exclude each other; leave one out")
     given = args.dataset or args.data_dir
     source = given or record.source
     if source is None:
         raise FileNotFoundError(
-            f"{record.model} does not tell the images of its run; give --data-dir FOLDER or --dataset NAME"
+            f"{record.model} does not record the images of its run; give --data-dir FOLDER or --dataset NAME"
         )
     if given is None and record.text("data_dir") == source and not record.text("dataset") and not Path(source).exists():
         raise FileNotFoundError(
-            f"there is no {source}, where the run of {record.model} had its images; give --data-dir FOLDER"
+            f"{source}, the images of the run of {record.model}, does not exist; give --data-dir FOLDER"
         )
     owns = None if record.source is None else _is_same(source, record.source)
     drawing = _drawing_flags(args)
     if args.val_split is not None:
         if drawing:
             raise ValueError(
-                f"--val-split {args.val_split} measures a split as a whole, and {drawing} a part that is"
-                " drawn from the training split; leave one out"
+                f"--val-split {args.val_split} evaluates a whole split, but {drawing} a part drawn from the training"
+                " split; leave one out"
             )
         return Choice(source, owns, args.val_split, None)
     if not drawing and not (owns and record.fraction):
@@ -118,7 +118,7 @@ def _choose(args: argparse.Namespace, record: Record) -> Choice:
 
 
 def _drawing_flags(args: argparse.Namespace) -> str:
-    """Those that were given of the flags that tell how validation images are drawn."""
+    """Return the given flags that control how validation images are drawn, as text."""
     names = ("train_split", "val_fraction", "seed")
     return " ".join(
         f"--{name.replace('_', '-')} {value}" for name in names if (value := getattr(args, name)) is not None
@@ -148,18 +148,18 @@ def _load(choice: Choice, args: argparse.Namespace, record: Record) -> ImageSpli
         split = images.source["split"]
         drawing = _drawing_flags(args) or f"the run's --val-fraction {choice.fraction.share:g}"
         raise ValueError(
-            f"{choice.source} has a split to measure, {split}, so that {drawing} draws nothing; give"
-            f" --val-split {split}" + (" alone" if _drawing_flags(args) else "")
+            f"{choice.source} has a validation split, {split}, so {drawing} has no effect; give --val-split {split}"
+            + (" alone" if _drawing_flags(args) else "")
         )
     if images.label_column is None:
         raise ValueError(
-            f"the images in {choice.source} have no labels to measure accuracy by; give others with --data-dir FOLDER"
+            f"the images in {choice.source} have no labels to measure accuracy with; give others with --data-dir FOLDER"
         )
     return images
 
 
 def _say_changed(args: argparse.Namespace, record: Record) -> list[str]:
-    """A line where images are read in another way than in the run."""
+    """Return a line if flags change how images are read, compared with the run."""
     own = {
         "train_split": record.train_split,
         "dataset_config": record.dataset_config,
@@ -172,32 +172,32 @@ def _say_changed(args: argparse.Namespace, record: Record) -> list[str]:
         for name in own
         if (given := getattr(args, name)) is not None and given != own[name]
     ]
-    return [f"read with {', '.join(changed)} in the run"] if changed else []
+    return [f"images are read with {', '.join(changed)} in the run"] if changed else []
 
 
 def as_text(value: Any) -> str:
-    """A setting in a line; empty for None."""
+    """Return a setting as text; empty for None."""
     if isinstance(value, (list, tuple)):
         return ", ".join(f"{part:g}" for part in value)
     return "" if value is None else str(value)
 
 
 def trained_on(choice: Choice, record: Record, measured: str) -> list[str]:
-    """A line where a run has trained on some of the images, or may have.
+    """Return a warning if a run trained on some of the images, or may have.
 
     Args:
-        measured: the split that is measured, "train" for what has none.
+        measured: the split to be evaluated, "train" for a source without splits.
     """
     of_train = choice.fraction is not None or split_kind(measured) == "train" or measured == record.train_split
     if not of_train or (choice.owns and choice.fraction is not None and choice.fraction == record.fraction):
         return []
     if not choice.owns:
         named = f" in {record.source}" if record.source else ""
-        count = f"{record.images[0]} images{named}" if record.images else f"images{named or ' that it does not name'}"
-        return [f"warning: {record.model} may have been trained on these images; its run was trained on {count}"]
-    held_out = f"the run measured the {record.dataset.get('split', 'validation split')}"
+        count = f"{record.images[0]} images{named}" if record.images else f"images{named or ' it does not record'}"
+        return [f"warning: {record.model} may have been trained on these images; its run used {count}"]
+    held_out = f"the run was validated on the {record.dataset.get('split', 'validation split')}"
     if record.fraction:
-        held_out += f", drawn by seed {record.fraction.seed}"
+        held_out += f", drawn with seed {record.fraction.seed}"
     share = f"{1 - record.fraction.share:.0%}" if record.fraction else "all"
     if choice.fraction is None:
         return [
@@ -205,17 +205,17 @@ def trained_on(choice: Choice, record: Record, measured: str) -> list[str]:
             f" split; {held_out}"
         ]
     return [
-        f"warning: {record.model} was trained on about {share} of these images, drawn by --val-fraction"
+        f"warning: {record.model} was trained on about {share} of these images, drawn with --val-fraction"
         f" {choice.fraction.share:g} --seed {choice.fraction.seed}; {held_out}"
     ]
 
 
 def trained_before(images: ImageSplits, source: str, record: Record) -> list[str]:
-    """A line where a run measures images on which the weights that it begins with were trained.
+    """Return a warning if a run validates on images that its initial weights were trained on.
 
     Args:
-        source: folder, file or data set on the Hub of the run's images.
-        record: of the model that has the weights.
+        source: folder, file or dataset on the Hub with the run's images.
+        record: record of the model that provides the weights.
     """
     if record.source is None or not _is_same(source, record.source):
         return []
@@ -225,10 +225,10 @@ def trained_before(images: ImageSplits, source: str, record: Record) -> list[str
 
 
 def _check_counts(choice: Choice, images: ImageSplits, record: Record) -> list[str]:
-    """A line where a validation split has changed since the run.
+    """Return a warning if the number of images in a validation split has changed since the run.
 
     Raises:
-        ValueError: the images of which a part was drawn have.
+        ValueError: the images that the validation part was drawn from have changed.
     """
     if record.images is None:
         return []
@@ -236,19 +236,19 @@ def _check_counts(choice: Choice, images: ImageSplits, record: Record) -> list[s
         count = len(images.train_rows) + len(images.val_rows)
         if count != sum(record.images):
             raise ValueError(
-                f"{choice.source} has {count} images, and had {sum(record.images)} when {record.model} was trained, so"
-                " the part that the run left out cannot be drawn again; give other images with --data-dir, or measure"
+                f"{choice.source} has {count} images, but had {sum(record.images)} when {record.model} was trained, so"
+                " the part held out by the run cannot be drawn again; give other images with --data-dir, or evaluate on"
                 f" all of these with --val-split {record.train_split}"
             )
         if record.drawn_from not in (None, images.source["drawn_from"]):
             raise ValueError(
-                f"the images in {choice.source} have other names or labels than when {record.model} was trained, so the"
-                " part that the run left out cannot be drawn again; give the images as they were, other ones with"
-                f" --data-dir, or measure all of these with --val-split {record.train_split}"
+                f"names or labels of the images in {choice.source} have changed since {record.model} was trained, so"
+                " the part held out by the run cannot be drawn again; restore the images, give others with --data-dir,"
+                f" or evaluate on all of these with --val-split {record.train_split}"
             )
     elif choice.split == record.val_split and len(images.val_rows) != record.images[1]:
         return [
-            f"warning: the split {choice.split} has {len(images.val_rows)} images, and had {record.images[1]} when"
+            f"warning: the split {choice.split} has {len(images.val_rows)} images, but had {record.images[1]} when"
             f" {record.model} was trained"
         ]
     return []

@@ -1,4 +1,4 @@
-"""What examples/train.py can train with: --method, the flags that go with it, and the task that they make."""
+"""Training methods: --method, the flags that go with it, and the task they create."""
 
 import argparse
 import warnings
@@ -38,10 +38,10 @@ from .program import parse_exit, say
 
 NETWORK_FLAGS = ("exits", "head")
 MEMORY_FLAGS = ("memory_momentum", "memory_share", "memory_warmup_epochs", "memory_topk")
-"""Those that go with --teacher memory."""
+"""Flags that go with --teacher memory."""
 LOSS_FLAGS = ("temperature", "t_squared", "alpha", "beta", "hint", "teacher", *MEMORY_FLAGS)
 PAPER_FLAGS = ("t_squared", "hint", "teacher")
-"""Those for which --paper stands."""
+"""Flags that --paper stands for."""
 HEAD = "bottleneck"
 KD_FLAGS = {
     "kd_temperature": ("logit", "token"),
@@ -49,7 +49,7 @@ KD_FLAGS = {
     "kd_teacher_feature_dim": ("feature",),
     "kd_token_distill_type": ("token",),
 }
-"""And the kinds of --kd-distill-type that they go with."""
+"""Flags of kd, with the values of --kd-distill-type they go with."""
 KD_TASKS = {"logit": LogitDistillationTask, "feature": FeatureDistillationTask, "token": TokenDistillationTask}
 METHODS = {
     "plain": (),
@@ -61,28 +61,28 @@ METHODS = {
     "dml": ("distill_loss_weight",),
     "dks": (*NETWORK_FLAGS, "distill_loss_weight"),
 }
-"""And the flags that go with them."""
+"""Methods, with the flags that go with them."""
 EXIT_METHODS = ("dsn", "self-distill", "dks")
-"""Those whose network has shallow classifiers."""
+"""Methods that train a network with exits."""
 SOFTMAX_METHODS = ("kd", "dml", "dks")
-"""Those whose loss compares softmaxes."""
+"""Methods whose loss compares softmaxes."""
 KD_TEMPERATURE = 4.0
 
 
 class DistillWeight(TypedDict, total=False):
-    """--distill-loss-weight, where it is given."""
+    """--distill-loss-weight, if given."""
 
     distill_loss_weight: float
 
 
 class Weights(DistillWeight, total=False):
-    """And --task-loss-weight."""
+    """--distill-loss-weight and --task-loss-weight, if given."""
 
     task_loss_weight: float
 
 
 class _Baseline(argparse.BooleanOptionalAction):
-    """Another name for --method plain; with --no- it is taken back."""
+    """Sets --method plain; with --no- it restores the default."""
 
     def __call__(
         self,
@@ -98,29 +98,37 @@ class _Baseline(argparse.BooleanOptionalAction):
 
 
 def add_method_flags(group: Any) -> None:
-    """timm's names, but for --method and --baseline."""
+    """Add the flags of the methods, named as in timm except for --method and --baseline."""
     group.add_argument(
         "--method",
         choices=METHODS,
-        help="plain network; labels at every classifier (dsn); self distillation; with a teacher network"
-        " Hinton's kd, fitnet or attention transfer (at); two networks that learn from each other"
-        " (dml); classifiers that do (dks) (default: self-distill, or with --kd-model-name kd)",
+        help="plain network; deep supervision, labels at every exit (dsn); self-distillation; with a teacher network"
+        " Hinton's kd, fitnet or attention transfer (at); two networks that learn from each other (dml); exits that"
+        " learn from each other (dks) (default: self-distill, or kd with --kd-model-name)",
     )
-    group.add_argument("--baseline", action=_Baseline, default=argparse.SUPPRESS, help="--method plain")
+    group.add_argument("--baseline", action=_Baseline, default=argparse.SUPPRESS, help="same as --method plain")
     group.add_argument(
         "--kd-model-name",
         metavar="NAME",
-        help="teacher of kd, fitnet and at: a timm model with pretrained weights, local-dir:FOLDER or hf-hub:ID",
+        help="teacher for kd, fitnet and at: a timm model with pretrained weights, local-dir:FOLDER or hf-hub:ID",
     )
     group.add_argument(
         "--kd-distill-type",
         choices=KD_TASKS,
-        help="what kd compares: logits, pooled features, or the teacher and the distillation token of a"
-        " model that has one (default: logit)",
+        help="what kd compares with the teacher: logits, pooled features, or the distillation token of a model that has"
+        " one (default: logit)",
     )
-    group.add_argument("--kd-temperature", type=float, help=f"of both softmaxes in kd (default: {KD_TEMPERATURE:g})")
-    group.add_argument("--kd-student-feature-dim", type=int, help="of pooled features in kd (default: found)")
-    group.add_argument("--kd-teacher-feature-dim", type=int, help="of pooled features in kd (default: found)")
+    group.add_argument(
+        "--kd-temperature",
+        type=float,
+        help=f"temperature of both softmaxes in kd (default: {KD_TEMPERATURE:g})",
+    )
+    group.add_argument(
+        "--kd-student-feature-dim", type=int, help="width of the student's pooled features in kd (default: detected)"
+    )
+    group.add_argument(
+        "--kd-teacher-feature-dim", type=int, help="width of the teacher's pooled features in kd (default: detected)"
+    )
     group.add_argument(
         "--kd-token-distill-type",
         choices=["soft", "hard"],
@@ -129,20 +137,21 @@ def add_method_flags(group: Any) -> None:
     group.add_argument(
         "--distill-loss-weight",
         type=float,
-        help="of what kd, fitnet, at, dml and dks add to the labels (default: 100 for fitnet, 1000 for at, else 1)",
+        help="weight of the distillation in kd, fitnet, at, dml and dks (default: 100 for fitnet, 1000 for at, else 1)",
     )
     group.add_argument(
         "--task-loss-weight",
         type=float,
-        help="of the labels in kd, fitnet and at (default: 1); in kd, given alone, the distillation has the rest to 1",
+        help="weight of the labels in kd, fitnet and at (default: 1); if given alone in kd, the distillation has 1"
+        " minus it",
     )
 
 
 def check_method_flags(args: argparse.Namespace) -> None:
-    """Look at the flags that go with --method.
+    """Check the flags that go with --method.
 
     Raises:
-        ValueError: one is missing, belongs to another method, or is out of its range.
+        ValueError: a flag is missing, belongs to another method, or is out of range.
     """
     names = dict.fromkeys(name for names in METHODS.values() for name in names if name not in METHODS["self-distill"])
     _check_belonging(args, names, args.method)
@@ -155,19 +164,19 @@ def check_method_flags(args: argparse.Namespace) -> None:
         for name, kinds in KD_FLAGS.items():
             if getattr(args, name) is not None and kind not in kinds:
                 raise ValueError(
-                    f"{_flag(name)} belongs to --kd-distill-type {', '.join(kinds)}, which is {kind}; leave one out"
+                    f"{_flag(name)} belongs to --kd-distill-type {', '.join(kinds)}, but it is {kind}; leave one out"
                 )
     _check_splits(args)
     if args.method == "self-distill" and args.hint == "none" and args.beta not in (0, SelfDistillLoss().beta):
         raise ValueError(
-            f"--beta {args.beta:g} is the weight of the hint, and --hint is none; add --hint map or --hint"
-            " pooled, or leave --beta out"
+            f"--beta {args.beta:g} is the weight of the hint, but --hint is none; add --hint map or --hint pooled, or"
+            " leave --beta out"
         )
     _check_memory(args)
     if args.bce_loss and args.method in SOFTMAX_METHODS:
         raise ValueError(
-            f"--bce-loss takes each class on its own, and --method {args.method} compares the softmaxes of"
-            " two classifiers; leave one out"
+            f"--bce-loss treats each class separately, but --method {args.method} compares softmaxes over all classes;"
+            " leave one out"
         )
     for name in ("bce_sum", "bce_target_thresh", "bce_pos_weight"):
         if getattr(args, name) and not args.bce_loss:
@@ -175,11 +184,11 @@ def check_method_flags(args: argparse.Namespace) -> None:
     weights = args.task_loss_weight, args.distill_loss_weight
     if args.method == "kd" and weights[1] is None and (weights[0] or 0) > 1:
         raise ValueError(
-            "--task-loss-weight, given alone, must lie in [0, 1], since the distillation has the rest to"
-            f" 1, got {weights[0]}; or give --distill-loss-weight, too"
+            "--task-loss-weight without --distill-loss-weight must lie in [0, 1], since the distillation has 1 minus"
+            f" it, got {weights[0]}; or give both"
         )
     if weights == (0, 0):
-        raise ValueError("--task-loss-weight and --distill-loss-weight are both 0, which leaves nothing to learn from")
+        raise ValueError("--task-loss-weight and --distill-loss-weight are both 0, so there is nothing to learn from")
     if args.kd_temperature == 0:
         raise ValueError("--kd-temperature must be a number > 0, got 0")
     loads = args.pretrained or args.initial_checkpoint or args.pretrained_path
@@ -190,74 +199,73 @@ def check_method_flags(args: argparse.Namespace) -> None:
         )
     if args.method == "dml" and args.initial_checkpoint:
         raise ValueError(
-            "--initial-checkpoint gives both networks of --method dml the same weights, so that neither"
-            " has anything to teach the other; leave it out"
+            "--initial-checkpoint gives both networks of --method dml the same weights, so that neither can teach the"
+            " other; leave it out"
         )
     if "kd_model_name" in METHODS[args.method] and not args.kd_model_name:
         raise ValueError(
-            f"--method {args.method} needs a teacher; give --kd-model-name, a timm model with pretrained"
-            " weights for these classes, local-dir:FOLDER (best/ of another run) or hf-hub:ID"
+            f"--method {args.method} needs a teacher; add --kd-model-name with a timm model with pretrained weights for"
+            " these classes, local-dir:FOLDER (best/ of another run) or hf-hub:ID"
         )
 
 
 def _check_memory(args: argparse.Namespace) -> None:
-    """Look at the flags that go with --teacher memory.
+    """Check the flags that go with --teacher memory.
 
     Raises:
-        ValueError: the teacher is another one.
+        ValueError: a flag is set and the teacher is a different one.
     """
     if args.method != "self-distill" or args.teacher == "memory":
         return
     for name, default in loss_settings(SelfDistillLoss()).items():
         if name in MEMORY_FLAGS and getattr(args, name) != default:
             raise ValueError(
-                f"{_flag(name)} belongs to --teacher memory, and the teacher is {args.teacher}; leave one out"
+                f"{_flag(name)} belongs to --teacher memory, but the teacher is {args.teacher}; leave one out"
             )
 
 
 def _check_splits(args: argparse.Namespace) -> None:
-    """Look at the flags that go with several views of an image.
+    """Check the flags that go with several views of an image.
 
     Raises:
-        ValueError: one of them is alone, or they do not go with another.
+        ValueError: a flag needs another one, or excludes another one.
     """
     if args.aug_splits == 1 or args.aug_splits < 0:
         raise ValueError(f"--aug-splits must be 0 (off) or at least 2, got {args.aug_splits}")
     users = [name for name in ("jsd_loss", "split_bn", "resplit") if getattr(args, name)]
     if not args.aug_splits:
         if users:
-            raise ValueError(f"{_flag(users[0])} is for several views of an image; give --aug-splits, e.g. 3")
+            raise ValueError(f"{_flag(users[0])} needs several views of each image; add --aug-splits, e.g. 3")
         return
     if not (args.jsd_loss or args.split_bn):
         raise ValueError(
-            f"--aug-splits {args.aug_splits} makes views of each image, for which there is no loss; give"
-            " --jsd-loss, or --split-bn"
+            f"--aug-splits {args.aug_splits} has no effect without --jsd-loss or --split-bn; add one of them"
         )
     for name in ("mixup", "cutmix", "cutmix_minmax", "no_aug", "unlabelled", "freeze_backbone"):
         if getattr(args, name):
             raise ValueError(
-                f"--aug-splits compares views of one image, which does not go with {_flag(name)}; leave one out"
+                f"--aug-splits compares views of one image and does not work with {_flag(name)}; leave one out"
             )
     if args.split_bn and args.sync_bn:
-        raise ValueError("--split-bn and --sync-bn are two kinds of batch norm; leave one out")
+        raise ValueError("--split-bn and --sync-bn are different kinds of batch norm; leave one out")
     if args.batch_size == "auto":
-        raise ValueError("--batch-size auto does not go with --aug-splits; give a number")
+        raise ValueError("--batch-size auto does not work with --aug-splits; give a number")
     if args.jsd_loss and args.bce_loss:
-        raise ValueError("--jsd-loss and --bce-loss are two losses of the labels; leave one out")
+        raise ValueError("--jsd-loss and --bce-loss are different label losses; leave one out")
     if args.jsd_loss and args.method in ("dml", "dks"):
-        raise ValueError(f"--method {args.method} has a label loss of its own; leave --jsd-loss out")
+        raise ValueError(f"--method {args.method} has its own label loss; leave --jsd-loss out")
 
 
 def check_typed_flags(typed: argparse.Namespace, method: str) -> None:
-    """Look at the flags of exits and their loss that were typed; those of a --config file are for whoever takes them.
+    """Check typed flags for exits and their loss; in a --config file they are ignored by methods that do not use them.
 
-    A plain network has no use for them either, but --baseline is added to a command as it is, to compare.
+    The plain network does not use them either, but --baseline may be added to any command for a comparison.
 
     Args:
-        typed: None where a flag was not.
+        typed: typed flags, None for those that were not.
 
     Raises:
-        ValueError: one belongs to another method.
+        ValueError: a flag belongs to another method.
     """
     if method != "plain":
         _check_belonging(typed, METHODS["self-distill"], method)
@@ -268,7 +276,7 @@ def _check_belonging(args: argparse.Namespace, names: Iterable[str], method: str
         if getattr(args, name) is not None and name not in METHODS[method]:
             methods = [other for other, own in METHODS.items() if name in own]
             raise ValueError(
-                f"{_flag(name)} belongs to --method {', '.join(methods)}, and the method is {method}; leave one out"
+                f"{_flag(name)} belongs to --method {', '.join(methods)}, but the method is {method}; leave one out"
             )
 
 
@@ -282,7 +290,7 @@ class ExitFlags(TypedDict):
 
 
 def take_over_exits(args: argparse.Namespace, saved: SavedWeights | None) -> ExitFlags:
-    """Let exits and head be those that were trained already, unless flags name others; what a run records of them."""
+    """Set exits and head to those already trained, unless flags set others, and return them for the run's record."""
     if args.method in EXIT_METHODS and saved and saved.has_exits:
         if args.exits is None and saved.exits:
             args.exits = [str(index) for index in saved.exits]
@@ -297,22 +305,22 @@ def create_task(
     create_peer: Callable[[], nn.Module],
     saved: SavedWeights | None = None,
 ) -> TrainingTask:
-    """The task of a method around a timm model, whose preprocessing is known. A line says what becomes of exits that
-    were trained before.
+    """Create the task of a method for a timm model whose preprocessing is set, and print which trained exits are
+    loaded.
 
     Args:
-        create_peer: makes another model of its kind, for dml.
-        saved: the weights that the run begins with.
+        create_peer: creates another such model, for dml.
+        saved: the initial weights of the run.
 
     Raises:
-        ValueError: there is no such exit, head or teacher, or they do not fit the model.
+        ValueError: an exit, head or teacher does not exist or does not fit the model.
     """
     if saved and saved.averaged:
-        say(f"the moving average of {saved.source} is taken")
+        say(f"using the moving average in {saved.source}")
     if args.method in EXIT_METHODS:
         return SelfDistillTask(_wrap(args, backbone, saved), exit_loss(vars(args)))
     if saved and saved.has_exits:
-        say(f"the trained exits of {saved.source} are left out: --method {args.method} trains the plain network")
+        say(f"trained exits of {saved.source} not used: --method {args.method} trains the plain network")
     criterion = label_criterion(vars(args))
     if args.method == "plain":
         return ClassificationTask(backbone, criterion or nn.CrossEntropyLoss(), verbose=False)
@@ -333,10 +341,10 @@ def create_task(
 def _distillation_task(
     args: argparse.Namespace, backbone: nn.Module, teacher: nn.Module, criterion: nn.Module, weights: Weights
 ) -> TrainingTask:
-    """timm's task for --kd-distill-type.
+    """Create timm's task for --kd-distill-type.
 
     Raises:
-        ValueError: the models do not have what it compares.
+        ValueError: the model does not have what the task compares.
     """
     kind = args.kd_distill_type or "logit"
     settings = {"temperature": KD_TEMPERATURE} if kind in KD_FLAGS["kd_temperature"] else {}
@@ -347,8 +355,8 @@ def _distillation_task(
     }
     if kind == "token" and not hasattr(backbone, "set_distilled_training"):
         raise ValueError(
-            f"--kd-distill-type token teaches a distillation token, which {args.model} does not have; take"
-            " a distilled model, such as deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
+            f"--kd-distill-type token needs a distillation token, which {args.model} does not have; use a distilled"
+            " model, such as deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
         )
     return KD_TASKS[kind](backbone, teacher, criterion, verbose=False, **weights, **settings)
 
@@ -374,19 +382,19 @@ def _wrap(args: argparse.Namespace, backbone: nn.Module, saved: SavedWeights | N
 
 
 def create_teacher(name: str, student: nn.Module) -> nn.Module:
-    """A trained timm model for the images of a student; a warning says where it was trained for another size, or its
-    classes have other names.
+    """Create a pretrained teacher for the images of a student; warn if its image size or class names differ.
 
     Args:
-        name: of a timm model with pretrained weights, local-dir:FOLDER or hf-hub:ID.
+        name: a timm model with pretrained weights, local-dir:FOLDER or hf-hub:ID.
 
     Raises:
-        ValueError: it cannot be loaded, has no pretrained weights, or other classes or channels than the student.
+        ValueError: the teacher cannot be loaded, has no pretrained weights, or its classes or channels differ from the
+            student's.
     """
     if "." not in name and timm.is_model(name) and not timm.is_model_pretrained(name):
         raise ValueError(
-            f"--kd-model-name {name} has no pretrained weights, and a random teacher teaches nothing;"
-            " train it first and give local-dir:FOLDER, best/ of its run"
+            f"--kd-model-name {name} has no pretrained weights, and an untrained teacher cannot teach; train it first"
+            " and give local-dir:FOLDER, best/ of its run"
         )
     size = default_input_size(student)[-1]
     try:
@@ -401,36 +409,34 @@ def create_teacher(name: str, student: nn.Module) -> nn.Module:
     own_size = default_input_size(teacher)[-1]
     if own_size != size:
         warnings.warn(
-            f"the teacher {name} was made for images of {own_size} pixels and sees the student's, of {size},"
-            f" which may cost it accuracy; train a teacher at that size, or give --img-size {own_size}",
+            f"the teacher {name} was trained on images of {own_size} pixels, but the student's have {size}, which may"
+            f" reduce its accuracy; train a teacher at that size, or use --img-size {own_size}",
             stacklevel=2,
         )
     names, own = own_class_names(teacher), own_class_names(student)
     if names and own and names != own and set(names) == set(own):
         raise ValueError(
-            f"the teacher {name} has {listed(names, own)}, and the images have {listed(own, names)}: the"
-            " same classes in another order, which would teach wrong ones; train a teacher on these images"
-            ", or give both the same order"
+            f"the teacher {name} has {listed(names, own)}, but the images have {listed(own, names)}: the same classes"
+            " in a different order; train a teacher on these images, or use the same order for both"
         )
     if names and own and names != own:
         index = next(i for i, pair in enumerate(zip(names, own)) if len(set(pair)) > 1)
         warnings.warn(
-            f"class {index} is {names[index]!r} for the teacher {name} and {own[index]!r} in the data; they"
-            " must mean the same classes in the same order",
+            f"class {index} is {names[index]!r} for the teacher {name} and {own[index]!r} in the data; both must have"
+            " the same classes in the same order, even if their names differ",
             stacklevel=2,
         )
     return _alike(teacher, student).eval()
 
 
 def exit_loss(settings: Mapping[str, Any]) -> SelfDistillLoss:
-    """The loss of a network with shallow classifiers.
+    """Create the loss of a network with exits.
 
     Args:
-        settings: flags by their names, as parsed, or as config.json records those of a run; defaults stand for what is
-            missing.
+        settings: flags by name, as parsed or as recorded in config.json; missing ones have their defaults.
 
     Raises:
-        ValueError: one is out of its range, or the method has another kind of network.
+        ValueError: a value is out of range, or the method does not train exits.
     """
     method = settings.get("method", "self-distill")
     if method not in EXIT_METHODS:
@@ -449,10 +455,10 @@ def exit_loss(settings: Mapping[str, Any]) -> SelfDistillLoss:
 
 
 def label_criterion(settings: Mapping[str, Any]) -> nn.Module | None:
-    """The loss of the labels; None is cross entropy. Mixup and smoothing make the labels soft before.
+    """Create the label loss; None for cross entropy. Mixup and smoothing are applied to the labels beforehand.
 
     Args:
-        settings: flags by their names, see `exit_loss`.
+        settings: flags by name, see `exit_loss`.
     """
     if settings.get("jsd_loss"):
         return JsdCrossEntropy(settings["aug_splits"], smoothing=settings["smoothing"])
@@ -467,12 +473,12 @@ def label_criterion(settings: Mapping[str, Any]) -> nn.Module | None:
 
 
 def loss_settings(loss: SelfDistillLoss) -> dict[str, float | bool | str | None]:
-    """The flags that make a loss, by their names."""
+    """Return the flags of a loss, by name."""
     return {name: getattr(loss, name) for name in LOSS_FLAGS} | {"hint": loss.hint or "none"}
 
 
 def _alike(model: nn.Module, like: nn.Module) -> nn.Module:
-    """A model ready for the image size and channels of another."""
+    """Set a model to the image size and channels of another, and return it."""
     channels, size, _ = default_input_size(like)
     model_data_config(model, size, channels)
     return model

@@ -1,4 +1,4 @@
-"""The classes that a model sees in a picture, a self-distilled one at any exit."""
+"""predict: classify images, with a self-distilled model at any exit."""
 
 import argparse
 import os
@@ -18,33 +18,37 @@ from .saved import saved_model
 
 
 def add_predict_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `predict`, but for the picture and the model."""
-    parser.add_argument("--revision", help="branch, tag or commit of a repository on the Hub")
-    parser.add_argument("--exit", default="-1", help="0 is the shallowest, -1 the deepest; ensemble is the mean of all")
-    parser.add_argument("--topk", type=int, default=5, help="classes to print")
-    group = parser.add_argument_group("image", "what is left out is as in the model's run")
+    """Add the flags of `predict`, except for model and images."""
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument(
+        "--exit",
+        default="-1",
+        help="exit to use: 0 is the first, -1 the deepest, ensemble the average of all (default: %(default)s)",
+    )
+    parser.add_argument("--topk", type=int, default=5, help="number of classes to print (default: %(default)s)")
+    group = parser.add_argument_group("image", "defaults are the settings of the model's training run")
     group.add_argument(
         "--value-range",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="black and white of an image with more than 8 bits (default: the full range of its type)",
+        help="pixel values of black and white in images with more than 8 bits (default: the full range of their type)",
     )
     add_preprocessing_flags(group)
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Print the likeliest classes of each picture.
+    """Print the most likely classes of each image.
 
     Raises:
-        ValueError: there is no such exit, or the picture cannot be read.
+        ValueError: the exit does not exist, or an image cannot be read.
     """
     if args.topk < 1:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
     record = read_record(saved_model(args.model), args.revision)
     model = load_any_model(record.model, record.revision)
     if not isinstance(model, SelfDistillModel) and args.exit != "-1":
-        raise ValueError(f"{args.model} has one exit only; leave out --exit")
+        raise ValueError(f"{args.model} has only one exit; leave out --exit")
     config = preprocessing(model, record, args)
     transform, value_range = create_transform(**config), as_range(args.value_range) or record.value_range
     num_classes = as_timm(model).num_classes

@@ -1,4 +1,4 @@
-"""What every program of the package does: errors in one line, and exit codes."""
+"""Error messages and exit codes shared by all commands of the package."""
 
 import argparse
 import difflib
@@ -18,18 +18,18 @@ from ..training.runtime.accelerator import PeerError, error_line
 DEBUG_VARIABLE = "TIMM_SELFDISTILL_DEBUG"
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, AssertionError, ImportError)
 NOT_UPLOADED = 3
-"""Exit code of a run that trained to its end, but whose model is not on the Hub."""
+"""Exit code of a run that completed training, but could not upload its model."""
 CLOSED_PIPE = 141
-"""Exit code where nobody reads the output any more: 128 + SIGPIPE, as of other programs in front of `head`."""
+"""Exit code if the output pipe was closed: 128 + SIGPIPE, as for other programs piped into `head`."""
 LONGEST_LINE = 2000
-"""Characters of an error."""
+"""Maximum number of characters of an error message."""
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a program; an error becomes one line and exit code 2. TIMM_SELFDISTILL_DEBUG=1 shows the traceback.
-    It ends silently where the program behind a pipe no longer reads.
+    """Run a program and exit. An error is printed as one line, with exit code 2; TIMM_SELFDISTILL_DEBUG=1 shows the
+    traceback. If the output pipe was closed, the program ends silently.
 
-    Of several processes on a machine the first one speaks for all."""
+    Of several processes on a machine only the first prints errors and warnings."""
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         datasets.disable_progress_bars()
         disable_progress_bars()
@@ -45,7 +45,7 @@ def run(main: Callable[[], int | None]) -> None:
         if isinstance(error, SystemExit) or os.environ.get(DEBUG_VARIABLE):
             raise
         expected = isinstance(error, (ValueError, OSError, FloatingPointError, PeerError))
-        if expected and alike:  # the main process says the same, or that this one failed
+        if expected and alike:  # the main process prints the same error, or that this one failed
             sys.exit(2)
         line = error_line(error)
         more = "" if expected else f" ({DEBUG_VARIABLE}=1 shows where)"
@@ -55,7 +55,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _flushed(main: Callable[[], int | None]) -> int | None:
-    """Run it, and write what it printed: an error of that at Python's own end could not be caught."""
+    """Run a program and flush its output, since an error while Python flushes at exit could not be caught."""
     try:
         return main()
     finally:
@@ -64,13 +64,13 @@ def _flushed(main: Callable[[], int | None]) -> int | None:
 
 
 def _is_closed_pipe(error: BaseException) -> bool:
-    """Whether a program ended since its output is a pipe that nobody reads; what is left to write is dropped then.
+    """Whether a program ended because its output pipe was closed; remaining output is then discarded.
 
-    A connection or a pipe to a DataLoader worker may break, too, so the outputs themselves are asked.
+    A connection or the pipe to a DataLoader worker may break, too, so the output pipes themselves are polled.
     """
     if isinstance(error, SystemExit):
-        return isinstance(error.__context__, BrokenPipeError)  # from rich, which has dropped the rest
-    if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):  # which Windows does not have
+        return isinstance(error.__context__, BrokenPipeError)  # from rich, which has discarded the rest
+    if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):  # Windows has no poll
         return False
     outputs = select.poll()
     for output in (1, 2):
@@ -82,23 +82,23 @@ def _is_closed_pipe(error: BaseException) -> bool:
 
 
 def say(*lines: str) -> None:
-    """Print lines, on the first of several processes."""
+    """Print lines on the main process."""
     if os.environ.get("RANK", "0") == "0":
         print(*map(printable, lines), sep="\n", flush=True)
 
 
 def printable(text: str) -> str:
-    """A text that may come from outside, without characters that could steer a terminal."""
+    """Replace unprintable characters, which could control the terminal, in text from outside."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def parse_exit(exit: str) -> int | str:
-    """A number, or a name."""
+    """Return an exit as an index if it is a number, otherwise as a name."""
     return int(exit) if re.fullmatch("-?[0-9]{1,9}", exit) else exit
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises instead of printing forty lines of usage."""
+    """An argument parser that raises ValueError instead of printing the usage of all flags."""
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: .*?(--[^\s=]+)", message)

@@ -1,4 +1,4 @@
-"""recipes: the flags of published trainings, by name."""
+"""recipes: flags of published training runs, by name."""
 
 import difflib
 from pathlib import Path
@@ -7,10 +7,10 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 
 
 def find_recipe(name: str) -> Path:
-    """The file that --config names: a YAML file, or a recipe of this package by its name.
+    """Return the file that --config names: a YAML file, or a recipe of this package.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: neither exists.
     """
     path, recipe = Path(name), FOLDER / f"{name}.yaml"
     if path.is_file():
@@ -24,10 +24,10 @@ def find_recipe(name: str) -> Path:
 
 
 def print_recipes() -> None:
-    """A table of the names, and what each is of."""
+    """Print a table of the recipes and what they train."""
     rows = [("recipe", "what it trains")]
     for path in sorted(FOLDER.glob("*.yaml")):
         rows.append((path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")))
     width = max(len(name) for name, _ in rows)
-    for name, what in rows:  # not a rich table, which cuts names where the terminal is narrow
+    for name, what in rows:  # not a rich table, which truncates names in narrow terminals
         print(f"{name:{width}}  {what}")

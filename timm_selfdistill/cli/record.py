@@ -1,4 +1,4 @@
-"""What a saved model tells of the run that trained it."""
+"""The record of a training run in a saved model."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,12 @@ class Record:
     """Settings and images of a run, as far as they are known.
 
     Attributes:
-        model: as it was given.
-        settings: of config.yaml where the model lies in a run directory, else those saved with the model, in which
-            paths are left out.
-        dataset: of the validation images, see `ImageSplits.source`.
-        images: how many were trained on, and measured.
-        revision: the commit that the record is of, for a repository on the Hub.
+        model: name of the model as given.
+        settings: settings from config.yaml if the model is in a run directory, else those saved with the model, which
+            lack paths.
+        dataset: source of the validation images, see `ImageSplits.source`.
+        images: numbers of training and validation images.
+        revision: commit of the record, for a repository on the Hub.
     """
 
     model: str
@@ -32,19 +32,19 @@ class Record:
     revision: str | None = None
 
     def text(self, name: str) -> str | None:
-        """A setting that is a text; None for any other value, as a file of somebody else's may hold."""
+        """Return a setting that is a string; None for any other value, which an untrusted file may contain."""
         value = self.settings.get(name)
         return value if isinstance(value, str) else None
 
     @property
     def source(self) -> str | None:
-        """Folder, file or data set on the Hub that was trained on."""
+        """Folder, file or dataset on the Hub that the run trained on."""
         return self.text("dataset") or self.text("data_dir") or self.dataset.get("hub_id")
 
     @property
     def fraction(self) -> ValFraction | None:
-        """Share and seed of the validation images that were drawn from the training split; None where they were a
-        split of their own."""
+        """Fraction and seed with which validation images were drawn from the training split; None if they were a split
+        of their own."""
         share, seed = self.dataset.get("val_fraction"), self.dataset.get("seed")
         if isinstance(share, float) and 0 < share < 1 and type(seed) is int:
             return ValFraction(share, seed)
@@ -52,7 +52,7 @@ class Record:
 
     @property
     def drawn_from(self) -> str | None:
-        """Fingerprint of the images from which those for validation were drawn."""
+        """Fingerprint of the images that the validation images were drawn from."""
         return self.dataset.get("drawn_from")
 
     @property
@@ -62,12 +62,12 @@ class Record:
 
     @property
     def dataset_config(self) -> str | None:
-        """The configuration of a data set on the Hub."""
+        """Configuration of a dataset on the Hub."""
         return self.text("dataset_config") or self.dataset.get("config")
 
     @property
     def val_split(self) -> str | None:
-        """The validation split; None where it was drawn, or is not known."""
+        """The validation split; None if it was drawn or is unknown."""
         split = self.dataset.get("split")
         return split if isinstance(split, str) and self.fraction is None else None
 
@@ -82,10 +82,10 @@ class Record:
 
 
 def read_record(model: str, revision: str | None = None) -> Record:
-    """The record of a saved model: a folder, in a run directory or not, or a repository on the Hub.
+    """Read the record of a saved model: a folder, possibly in a run directory, or a repository on the Hub.
 
     Raises:
-        FileNotFoundError: there is no such model.
+        FileNotFoundError: the model does not exist.
         ValueError: config.yaml of the run directory is damaged.
     """
     folder = hub.fetch_model(model, revision=revision, only_config=True)
@@ -93,13 +93,13 @@ def read_record(model: str, revision: str | None = None) -> Record:
 
 
 def record_in(folder: Path, model: str, revision: str | None = None) -> Record:
-    """The record of a saved model whose config.json is in a folder.
+    """Read the record of a saved model whose config.json is in a folder.
 
     Args:
-        model: its name.
+        model: name of the model.
 
     Raises:
-        ValueError: config.json, or config.yaml of the run directory that the folder is in, is damaged.
+        ValueError: config.json, or config.yaml of the surrounding run directory, is damaged.
     """
     metrics = hub.read_metrics(folder)
     metrics = metrics if isinstance(metrics, dict) else {}
@@ -117,20 +117,20 @@ def record_in(folder: Path, model: str, revision: str | None = None) -> Record:
 
 
 def _run_settings(model: Path) -> dict[str, Any] | None:
-    """config.yaml of the run whose best/ or last/ this is."""
+    """Read config.yaml of the run that a model is best/ or last/ of; None if there is none."""
     path = model.resolve().parent / CONFIG_FILE
     if model.resolve().name not in ("best", "last") or not path.is_file():
         return None
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold the settings of a run, got {type(settings).__name__}")
+        raise ValueError(f"{path} must contain the settings of a run, got {type(settings).__name__}")
     return settings
 
 
 def as_range(value: Any) -> ValueRange | None:
-    """Two numbers; None for anything else that a file may hold."""
+    """Return a pair of numbers; None for any other value that a file may contain."""
     numbers = [part for part in value if isinstance(part, (int, float))] if isinstance(value, (list, tuple)) else []
     return (numbers[0], numbers[1]) if len(numbers) == 2 else None

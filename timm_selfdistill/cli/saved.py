@@ -1,4 +1,4 @@
-"""The names of models, the same in every command: a run directory, a saved folder, a repository on the Hub."""
+"""Model names, the same in every command: a run directory, a saved model, or a repository on the Hub."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ PLACES = ("local-dir", "hf-hub")
 
 
 def saved_model(name: str) -> str:
-    """The folder or the id of a saved model, without timm's prefix local-dir: or hf-hub:; of a run directory best/."""
+    """Return the folder or repository of a saved model without timm's prefix (local-dir: or hf-hub:). Of a run
+    directory, this is best/."""
     for place in PLACES:
         name = name.removeprefix(f"{place}:")
     best = Path(name) / "best"
@@ -17,8 +18,8 @@ def saved_model(name: str) -> str:
 
 
 def timm_name(name: str) -> str:
-    """A model as timm's `create_model` names it: local-dir:FOLDER, of a run directory best/, or hf-hub:ID, or the
-    architecture, which comes first where a folder has the same name."""
+    """Return the name of a model for `timm.create_model`: local-dir:FOLDER (best/ of a run directory), hf-hub:ID, or an
+    architecture, which takes precedence over a folder of the same name."""
     place = parse_model_name(name)[0] if ":" in name else None
     if place == "hf-hub" or (place is None and timm.is_model(name.split(".")[0])):
         return name

@@ -1,4 +1,4 @@
-"""args.yaml of a run of timm's train.py, as flags of this package."""
+"""Translation of args.yaml, written by timm's train.py, to flags of this package."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from .program import say
 from .timm_flags import PASSED_OVER, REFUSED
 
 MARKS = {"worker_seeding", "no_prefetcher", "pin_mem", "use_multi_epochs_loader"}
-"""Keys of every args.yaml, and of no other file of flags."""
+"""Keys that are in every args.yaml and in no other file of flags."""
 DEFAULTS = {
     "dataset_download": False,
     "dataset_trust_remote_code": False,
@@ -32,7 +32,7 @@ DEFAULTS = {
     "naflex_patchify_channels_first": False,
     "model_dtype": "float32",
 }
-"""Of timm, for the flags that are refused; the others have none."""
+"""timm's defaults of the unsupported flags; the others have none."""
 UNSET: tuple[object, ...] = (None, [], {})
 EMPTY = {
     "dataset",
@@ -47,10 +47,10 @@ EMPTY = {
     "lr_base_scale",
     "data_dir",
 }
-"""Those of which timm takes an empty text for not given."""
+"""Keys for which timm treats an empty string as not given."""
 CANNOT_BE_EMPTY = {
-    "dist_bn": "batch norm's statistics of several processes are brought together; give reduce or broadcast",
-    "val_split": "a run is always measured; name a split, or leave it out",
+    "dist_bn": "batch norm statistics are always synchronized between processes; give reduce or broadcast",
+    "val_split": "a run always validates; name a split, or leave it out",
 }
 BCE = ("bce_loss", "bce_sum", "bce_target_thresh", "bce_pos_weight")
 
@@ -61,13 +61,13 @@ def is_timm_file(values: dict[str, Any]) -> bool:
 
 
 def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, Any]:
-    """The flags of this package for the values of an args.yaml; a line names what changes nothing here.
+    """Return the flags of this package for the values of an args.yaml, and print which keys have no effect here.
 
     Args:
         known: names of this package's flags.
 
     Raises:
-        ValueError: a value would change the result and cannot be done, or a key is not known.
+        ValueError: a value would change the result and is not supported, or a key is unknown.
     """
     given = {
         name: value for name, value in values.items() if value not in UNSET and not (value == "" and name in EMPTY)
@@ -75,43 +75,43 @@ def translate(values: dict[str, Any], path: Path, known: set[str]) -> dict[str, 
     defaults, idle = {**dict.fromkeys(REFUSED), **DEFAULTS}, _idle(given)
     for name, value in given.items():
         if name in defaults and value != defaults[name] and name not in idle:
-            raise ValueError(f"{path}: {name} {value} cannot be done: {REFUSED[name]}")
+            raise ValueError(f"{path}: {name} {value} is not supported: {REFUSED[name]}")
     if given.get("kd_loss_type", "kl") != "kl" and "kd_model_name" in given:
-        raise ValueError(f"{path}: kd_loss_type {given['kd_loss_type']} cannot be done: timm has kl alone")
+        raise ValueError(f"{path}: kd_loss_type {given['kd_loss_type']} is not supported: timm only has kl")
     for name, reason in CANNOT_BE_EMPTY.items():
         if given.get(name) == "":
-            raise ValueError(f"{path}: an empty {name} cannot be done: {reason}")
+            raise ValueError(f"{path}: an empty {name} is not supported: {reason}")
     odd = given.keys() - known - defaults.keys() - PASSED_OVER.keys() - {"data"}
     if unknown := sorted(name for name in odd if given[name] is not False):
         raise ValueError(
-            f"{path}: unknown here, as flags of another version of timm may be: {', '.join(unknown)};"
-            " remove them, or give flags that do the same"
+            f"{path}: unknown keys, possibly from another version of timm: {', '.join(unknown)}; remove them, or"
+            " replace them with flags that do the same"
         )
     passed = [name for name in PASSED_OVER.keys() & given.keys() if given[name] not in (False, 0, "all", "kl")]
     passed += [name for name, says in idle.items() if says] + list(odd)
     if passed:
-        say(f"{path}: passed over, since they change nothing here: {', '.join(sorted(passed))}")
+        say(f"{path}: ignored, since they have no effect here: {', '.join(sorted(passed))}")
     flags = {name: value for name, value in given.items() if name in known and name not in PASSED_OVER | defaults}
-    if flags.get("val_split") == "validation":  # timm's default; here the first validation split that there is
+    if flags.get("val_split") == "validation":  # timm's default; here the first validation split found
         del flags["val_split"]
     for name in idle:
         flags.pop(name, None)
     if "data" in given:
         flags.setdefault("data_dir", given["data"])
     if not flags.get("lr"):
-        flags.pop("lr", None)  # 0 is timm's word for lr_base
+        flags.pop("lr", None)  # in timm, 0 stands for lr_base
     return {"fit_img_size": False, **flags}
 
 
 def _idle(given: dict[str, Any]) -> dict[str, bool]:
-    """What changes nothing in timm either, beside the others that are given; and whether it says something at all."""
+    """Return the keys that have no effect in timm either, given the other keys, and whether their value is set."""
     idle = {}
-    if given.get("device") == "cuda":  # timm's default; here what there is
+    if given.get("device") == "cuda":  # timm's default; here the device that is available
         idle["device"] = False
     if given.get("sched") not in CYCLIC:
         idle["cooldown_epochs"] = bool(given.get("cooldown_epochs"))
     mixes = given.get("mixup") or given.get("cutmix") or "cutmix_minmax" in given
-    if not given.get("bce_loss") or not (mixes or given.get("smoothing")):  # timm takes cross entropy then
+    if not given.get("bce_loss") or not (mixes or given.get("smoothing")):  # timm then uses cross entropy
         idle |= dict.fromkeys(BCE, True)
     info = get_optimizer_info(given["opt"]) if given.get("opt") in list_optimizers() else None
     for name, condition in (

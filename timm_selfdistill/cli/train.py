@@ -1,4 +1,4 @@
-"""train: a self-distilled timm model, or with --method the plain one or one by another kind of distillation."""
+"""train: train a self-distilled timm model, or with --method a plain one or another kind of distillation."""
 
 import difflib
 import os
@@ -38,7 +38,7 @@ from .train_flags import check_frozen_flags, parse_args, train_config, train_par
 from .upload_lines import upload_lines
 
 NETWORK_FLAGS = ("model_kwargs", "bn_momentum", "bn_eps", "drop", "drop_path", "drop_block", "gp")
-"""What a model may not take."""
+"""Flags that some models do not accept."""
 OWN_FLAGS = {
     "num_classes": "--num-classes",
     "in_chans": "--in-chans",
@@ -52,26 +52,26 @@ OWN_FLAGS = {
     "pretrained": "--pretrained",
     "checkpoint_path": "--initial-checkpoint",
 }
-"""Of arguments of `timm.create_model`."""
-DESCRIPTION = "train a self-distilled timm model, or with --method the plain one or one by another kind of distillation"
+"""Flags for arguments of `timm.create_model`."""
+DESCRIPTION = "train a self-distilled timm model, or with --method a plain one or another kind of distillation"
 
 
 def train_command(default_data: str | Path | None = None) -> None:
-    """A program: train what the command line says, and end the process. See `train`."""
+    """Train as the command line says, and exit; see `train`."""
     run(lambda: train(default_data=default_data))
 
 
 def train(argv: list[str] | None = None, default_data: str | Path | None = None, prog: str | None = None) -> int:
-    """Train what a command line says; the exit code.
+    """Train as a command line says, and return the exit code.
 
     Args:
-        argv: the command line; None is that of this process.
-        default_data: folder of images where the command line names none; None is an error then.
-        prog: the program's name in messages.
+        argv: command-line arguments; None for those of this process.
+        default_data: folder of images if the command line names none; None makes that an error.
+        prog: name of the program in messages.
 
     Raises:
-        ValueError: a flag is wrong, or images and model do not fit.
-        FileNotFoundError: there are no images, or weights, where the flags say.
+        ValueError: a flag is wrong, or images and model do not fit together.
+        FileNotFoundError: images or weights do not exist.
     """
     args = parse_args(train_parser(DESCRIPTION, default_data, prog), argv)
     config = train_config(args)
@@ -93,7 +93,7 @@ def train(argv: list[str] | None = None, default_data: str | Path | None = None,
     trainer = Trainer(create_task(args, backbone, create, saved), train_data, val_data, config)
     result = trainer.fit()
     _report(result, args, Console(quiet=not trainer.accelerator.is_main_process, soft_wrap=True))
-    if result.interrupted_by:  # torchrun starts again what ends with another code than 0
+    if result.interrupted_by:  # torchrun restarts processes that exit with a code other than 0
         return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else 128 + result.interrupted_by
     return NOT_UPLOADED if result.upload and result.upload.failure else 0
 
@@ -119,14 +119,14 @@ def _load_images(args: Namespace) -> ImageSplits:
 
 
 def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
-    """The timm model of the flags, with as many classes as the images have.
+    """Create the timm model of the flags, with as many classes as the images.
 
     Raises:
-        ValueError: it does not exist, or does not take one of its arguments.
+        ValueError: the model does not exist, or does not accept one of its arguments.
     """
     _check_model_name(args.model)
     if taken := sorted(OWN_FLAGS.keys() & args.model_kwargs.keys()):
-        raise ValueError(f"--model-kwargs {taken[0]} has a flag of its own; give {OWN_FLAGS[taken[0]]}")
+        raise ValueError(f"--model-kwargs {taken[0]} has its own flag; use {OWN_FLAGS[taken[0]]}")
     try:
         backbone = create_backbone(
             args.model,
@@ -147,13 +147,13 @@ def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
         if not given:
             raise
         raise ValueError(
-            f"{args.model} does not take all of {', '.join(given)}: {' '.join(str(error).split())}; leave"
-            " out what it does not know"
+            f"{args.model} does not accept all of {', '.join(given)}: {' '.join(str(error).split())}; leave"
+            " out the unsupported ones"
         ) from error
     init_classifier(backbone, args.head_init_scale, args.head_init_bias)
     if args.split_bn:
         if not any(isinstance(part, _BatchNorm) for part in backbone.modules()):
-            raise ValueError(f"--split-bn is of batch norm, which {args.model} does not have; leave it out")
+            raise ValueError(f"--split-bn needs batch norm, which {args.model} does not have; leave it out")
         backbone = convert_splitbn_model(backbone, args.aug_splits)
     if args.grad_checkpointing:
         as_timm(backbone).set_grad_checkpointing(True)
@@ -161,20 +161,20 @@ def _create_backbone(args: Namespace, images: ImageSplits) -> nn.Module:
 
 
 def _check_model_name(name: str) -> None:
-    """Raise ValueError for a name that is none of timm's, with the nearest ones."""
+    """Raise ValueError for a model name that timm does not have, with close matches."""
     architecture = name.split(".")[0]
     if ":" in name or "/" in name or timm.is_model(architecture):
         return
     close = difflib.get_close_matches(architecture, timm.list_models(), 3)
     raise ValueError(
         f"timm has no model {name}; "
-        + (f"did you mean {', '.join(close)}?" if close else "timm.list_models() names all")
+        + (f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all")
     )
 
 
 def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[ImageSplits, dict[str, Any], list[str]]:
-    """Images and network made ready for each other: the images with its classes, its preprocessing, and lines of what
-    was found."""
+    """Match images and network. Return the images with the network's classes, the data config, and lines that describe
+    what was found."""
     frozen = args.freeze_backbone and (args.pretrained or args.initial_checkpoint)  # keeps its own classes and size
     if args.unlabelled:
         images = images.fitting_labels(as_timm(backbone).num_classes, own_class_names(backbone))
@@ -199,7 +199,7 @@ def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[Ima
 
 
 def _augmentation(args: Namespace) -> dict[str, Any]:
-    """Arguments of `create_train_transform`."""
+    """Return the arguments of `create_train_transform`."""
     if args.no_aug:
         return {"no_aug": True}
     return {
@@ -223,9 +223,9 @@ def _augmentation(args: Namespace) -> dict[str, Any]:
 
 
 def _report(result: TrainResult, args: Namespace, console: Console) -> None:
-    """Print what the run came to, and what comes next."""
+    """Print the result of the run and the next steps."""
     if result.interrupted_by:
-        console.print(f"stopped by {result.interrupted_by.name}; go on with the same command and --resume:")
+        console.print(f"stopped by {result.interrupted_by.name}; resume with the same command and --resume:")
         console.print(f"  {same_command('--resume', str(result.output))}", markup=False, highlight=False)
     elif result.summary:
         print_exits(console, summary_title(result.summary), result.summary["exits"])
@@ -235,26 +235,29 @@ def _report(result: TrainResult, args: Namespace, console: Console) -> None:
 
 
 def next_lines(output: Path, args: Namespace) -> str:
-    lines = [f"run directory: {output}  (summary.json, exits.png, curves.png, best/, last/)", "next, in Python:"]
+    lines = [
+        f"run directory: {output}  (summary.json, exits.png, curves.png, best/, last/)",
+        "load the model in Python:",
+    ]
     lines += [f"  timm.create_model('local-dir:{output}/best', pretrained=True)   # plain timm"]
     if args.method in EXIT_METHODS:
         lines += [f"  SelfDistillModel.from_pretrained('{output}/best')               # all exits"]
         if args.method == "self-distill" and "--resume" not in sys.argv and not args.freeze_backbone:
-            no_push = ["--no-push-to-hub"] if args.push_to_hub else []  # it would take the model's place
+            no_push = ["--no-push-to-hub"] if args.push_to_hub else []  # else it would replace the model
             lines += [
-                "or train the plain network, to compare:",
+                "train the plain network for comparison:",
                 f"  {same_command('--baseline', '--output', f'{output}-baseline', *no_push)}",
             ]
     return "\n".join(lines)
 
 
 def same_command(*more: str) -> str:
-    """This run's command line with flags added; the last --output counts."""
+    """Return this run's command line with added flags; the last --output applies."""
     return shlex.join([*_program(), *sys.argv[1:], *more])
 
 
 def _program() -> list[str]:
-    """How this process was started, but for its arguments."""
+    """Return how this process was started, without its arguments."""
     script, processes = sys.argv[0], os.environ.get("LOCAL_WORLD_SIZE")
     is_module = os.path.basename(script) in ("__main__.py", "timm-selfdistill")
     program = ["-m", "timm_selfdistill"] if is_module else [script]

@@ -1,4 +1,4 @@
-"""What a run says about its uploads at its end."""
+"""The lines that a run prints about its upload at the end."""
 
 import shlex
 
@@ -6,7 +6,7 @@ from ..training.outputs.upload import UploadResult
 
 
 def upload_lines(upload: UploadResult, private: bool) -> str:
-    """Where the model is, or why it is not on the Hub, and the command that uploads it later."""
+    """Return the URL of the model, or why it is not on the Hub and the command to upload it later."""
     if upload.failure is None:
         return f"on the Hub: {upload.url}"
     command = ["timm-selfdistill", "push", str(upload.folder), upload.repo_id, *(["--private"] if private else [])]

@@ -1,4 +1,4 @@
-"""Data, the training loop, and what it leaves behind."""
+"""Data loading, the training loop, and the files that a run writes."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ IMPORTED_LATER = {
     "print_exits": ".outputs.run_directory",
     "summary_title": ".outputs.run_directory",
 }
-"""With the first of these names comes `datasets`, which takes half a second, or rich's tables."""
+"""Names that are imported on first use, since they bring in `datasets`, which takes half a second, or rich's tables."""
 
 
 def __getattr__(name: str) -> Any:

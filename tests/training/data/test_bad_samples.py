@@ -47,7 +47,7 @@ def with_damage(photos):
 def test_they_are_left_out_of_training_and_of_every_measurement(with_damage, command):
     done = train("--on-bad-sample", "skip")
     assert done.stdout.count("images replaced 2") == 1
-    assert done.stderr == "warning: 2 validation images cannot be read and are left out\n"
+    assert done.stderr == "warning: 2 validation images cannot be read and are skipped\n"
     for name, more in (
         ("evaluate", []),
         ("calibrate", ["--max-accuracy-drop", 100, "--output", "calibrated"]),
@@ -55,7 +55,7 @@ def test_they_are_left_out_of_training_and_of_every_measurement(with_damage, com
     ):
         code, out, err = command(name, "run", "--data", "photos", *more)  # as in the run's training
         assert code == 0, err
-        assert "2 images could not be read: left out" in out
+        assert "2 images could not be read and were skipped" in out
         code, out, err = command(name, "run", "--data", "photos", *more, "--on-bad-sample", "raise")
         assert code == 2
         assert err.startswith("timm-selfdistill: error: cannot read image photos/val/cat/1.jpg: ")

@@ -67,7 +67,7 @@ def test_a_new_classifier_and_one_without_names_take_the_images_order(animals):
     plain = small_backbone(num_classes=3)
     plain.pretrained_cfg["num_classes"] = 3
     assert fit_classes(animals, plain, frozen=False) is animals
-    with pytest.warns(UserWarning, match="new, with random weights"):
+    with pytest.warns(UserWarning, match="new, untrained classifier"):
         fit_classes(animals, network(["a", "b"], num_classes=3), frozen=True)
 
 

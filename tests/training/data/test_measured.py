@@ -61,7 +61,7 @@ def test_the_runs_own_images(data, run, command):
     assert (code, err) == (0, "")
     assert top1(out) == recorded()
     first = out.splitlines()[0]
-    assert first.startswith("moved seems to hold the 40 images" if "moved" in data else "0.2 of train: 8 images")
+    assert first.startswith("moved seems to contain the 40 images" if "moved" in data else "0.2 of train: 8 images")
     assert command("evaluate", "run/last", *data)[0] == 0
 
 
@@ -70,10 +70,10 @@ def test_the_runs_own_images(data, run, command):
     [
         (
             ["--seed", 4],
-            "about 80% of these images, drawn by --val-fraction 0.2 --seed 4; the run measured the 0.2 of"
-            " train, drawn by seed 3",
+            "about 80% of these images, drawn with --val-fraction 0.2 --seed 4; the run was validated on the"
+            " 0.2 of train, drawn with seed 3",
         ),
-        (["--val-fraction", 0.5], "about 80% of these images, drawn by --val-fraction 0.5 --seed 3;"),
+        (["--val-fraction", 0.5], "about 80% of these images, drawn with --val-fraction 0.5 --seed 3;"),
         (["--val-split", "train"], "80% of these images, since train is its training split;"),
         (["--data", "photos", "--split", "train"], "80% of these images, since train is its training split;"),
     ],
@@ -89,7 +89,7 @@ def test_images_of_others_are_all_measured(run, command):
     code, out, _ = command("evaluate", run, "--data", "others")
     assert code == 0
     first, second = out.splitlines()[:2]
-    assert first.startswith("warning: run/best may have been trained on these images; its run was trained on 32 images")
+    assert first.startswith("warning: run/best may have been trained on these images; its run used 32 images")
     assert second.startswith("train: 12 images of 2 classes in ")
     make(Path("divided"), "train/{cat,dog}/{1..6}.jpg test/{cat,dog}/1.jpg")
     assert command("evaluate", run, "--data", "divided")[1].startswith("test: 2 images")
@@ -101,14 +101,14 @@ def test_images_that_have_changed_since(run, command):
     make(Path("photos"), "cat/21.jpg")
     code, out, err = command("evaluate", run)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "photos has 41 images, and had 40 when run/best was trained" in err
+    assert "photos has 41 images, but had 40 when run/best was trained" in err
     code, out, _ = command("evaluate", run, "--val-split", "train")
     assert code == 0
     assert out.startswith("warning: run/best was trained on 80% of these images")
     shutil.rmtree("photos")
     code, _, err = command("evaluate", run)
     assert (code, err.count("\n")) == (2, 1)
-    assert re.search("there is no .*photos, where the run of run/best had its images; give --data-dir", err)
+    assert re.search("photos, the images of the run of run/best, does not exist; give --data-dir", err)
 
 
 @pytest.mark.parametrize("flags", [[], ["--val-split", "train"], ["--seed", 5], ["--val-fraction", 0.5]])
@@ -166,17 +166,17 @@ def test_a_validation_split_of_its_own(photos, command):
     assert command("evaluate", "run", "--val-split", "train")[1].startswith(said)
     make(photos, "test/cat/5.jpg")
     changed = command("evaluate", "run")[1]
-    assert changed.startswith("warning: the split test has 9 images, and had 8 when run/best was trained")
+    assert changed.startswith("warning: the split test has 9 images, but had 8 when run/best was trained")
 
 
 def test_a_run_directory_without_its_settings(run, command):
     Path("run/config.yaml").unlink()
     code, _, err = command("evaluate", run)
     assert (code, err.count("\n")) == (2, 1)
-    assert "run/best does not tell the images of its run; give --data-dir FOLDER or --dataset NAME" in err
+    assert "run/best does not record the images of its run; give --data-dir FOLDER or --dataset NAME" in err
     code, out, _ = command("evaluate", run, "--data", "photos")
     assert code == 0
-    assert out.startswith("photos seems to hold the 40 images of the run")
+    assert out.startswith("photos seems to contain the 40 images of the run")
     assert top1(out) == recorded()
 
 
@@ -202,9 +202,9 @@ def test_columns_are_those_of_the_run(photos, command):
 
 def test_preprocessing_given_by_hand_is_said(run, command):
     _, out, _ = command("evaluate", run, "--img-size", 64, "--crop-pct", 1.0)
-    assert "run/best is run with input_size 3, 64, 64 instead of 3, 32, 32, crop_pct 1.0 instead of 0.95" in out
+    assert "run/best is evaluated with input_size 3, 64, 64 instead of 3, 32, 32, crop_pct 1.0 instead of 0.95" in out
     own = command("evaluate", run)[1]
-    assert "is run with" not in own
+    assert "is evaluated with" not in own
 
 
 def test_reading_given_by_hand_is_said(run, command):
@@ -218,10 +218,10 @@ def test_reading_given_by_hand_is_said(run, command):
     [
         (
             ["--val-split", "train", "--val-fraction", 0.2],
-            "--val-split train measures a split as a whole, and --val-fraction 0.2 a part",
+            "--val-split train evaluates a whole split, but --val-fraction 0.2 a part",
         ),
-        (["--val-split", "train", "--train-split", "train", "--seed", 3], "and --train-split train --seed 3 a part"),
-        (["--data-dir", "photos", "--dataset", "user/photos"], "--data-dir photos and --dataset user/photos are two"),
+        (["--val-split", "train", "--train-split", "train", "--seed", 3], "but --train-split train --seed 3 a part"),
+        (["--data-dir", "photos", "--dataset", "user/photos"], "--data-dir photos and --dataset user/photos exclude"),
     ],
 )
 def test_flags_that_contradict_are_refused(flags, said, run, command):
@@ -238,7 +238,7 @@ def test_a_part_of_what_has_a_validation_split_is_refused(flags, photos, command
     for data in ([], ["--data-dir", "copy"]):
         code, _, err = command("evaluate", "run", *flags, *data)
         assert (code, err.count("\n")) == (2, 1)
-        assert re.search("a split to measure, val, so that .* draws nothing; give --val-split val alone", err)
+        assert re.search("a validation split, val, so .* has no effect; give --val-split val alone", err)
 
 
 def test_a_validation_split_that_came_later(run, command):
@@ -247,7 +247,7 @@ def test_a_validation_split_that_came_later(run, command):
         shutil.rmtree(f"photos/{name}")
     code, _, err = command("evaluate", run)
     assert (code, err.count("\n")) == (2, 1)
-    assert "the run's --val-fraction 0.2 draws nothing; give --val-split val" in err
+    assert "the run's --val-fraction 0.2 has no effect; give --val-split val" in err
 
 
 def test_classes_in_another_order_are_matched_and_it_is_said(run, command, tmp_path):
@@ -259,7 +259,7 @@ def test_classes_in_another_order_are_matched_and_it_is_said(run, command, tmp_p
     rows.to_parquet("table/test.parquet")
     code, out, _ = command("evaluate", run, "--data-dir", "table")
     assert code == 0
-    assert "another order than the network's: they are matched by name" in out
+    assert "the classes are not in the network's order: they are matched by name" in out
     assert top1(out) == recorded()
 
 
@@ -282,10 +282,10 @@ def renamed(run):
 def test_renamed_images_are_not_drawn_from_again(run, renamed, command):
     code, _, err = command("evaluate", run)
     assert (code, err.count("\n")) == (2, 1)
-    assert "photos have other names or labels than when run/best was trained" in err
+    assert "photos have changed since run/best was trained" in err
     refused = train("--resume", "--epochs", 2, "--seed", 3, "--val-fraction", 0.2, check=False)
     assert refused.returncode == 2
-    assert "have other names, labels or numbers than when the run began" in refused.stderr
+    assert "names, labels or number of the images have changed since the run started" in refused.stderr
     shutil.copytree("run/best", "elsewhere/model")
     first = command("evaluate", "elsewhere/model", "--data", "photos")[1].splitlines()[0]
     assert "may have been trained on these images" in first
@@ -297,8 +297,8 @@ def test_weights_that_were_trained_on_what_is_measured(run, command):
     make(Path("others"), "test/{cat,dog}/{1..2}.jpg")
     more = ("--seed", 4, "--val-fraction", 0.2, "--output", Path("tuned").resolve())
     said = re.compile(
-        "^warning: .*run/best was trained on about 80% of these images, drawn by .*--seed 4; the run"
-        " measured the 0.2 of train, drawn by seed 3$",
+        "^warning: .*run/best was trained on about 80% of these images, drawn with .*--seed 4; the run"
+        " was validated on the 0.2 of train, drawn with seed 3$",
         re.MULTILINE,
     )
     for begin in (

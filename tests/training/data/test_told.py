@@ -22,8 +22,8 @@ def test_a_run_says_and_records_what_was_found(photos):
     lines = [
         f"train: 16 images of 2 classes in {folder}/train; left out: 3 images in test/ without a class, 1 .md",
         f"val: 2 images of 2 classes in {folder}/val",
-        "read at 32 x 32 pixels (--img-size) in 3 channels (timm's default)",
-        "all images that were looked at are grey: --in-chans 1 would do",
+        "read at 32 x 32 pixels (--img-size) with 3 channels (timm's default)",
+        "all sampled images are grayscale: --in-chans 1 is enough",
     ]
     done = train("--no-aug")
     assert done.stdout.splitlines()[:4] == lines
@@ -57,12 +57,12 @@ def test_the_size_and_a_new_classifier_are_explained(photos):
     make(photos, "{cat,dog}/{1..20}.jpg")
     flags = [ROOT / "examples/train.py", "--data-dir", photos.resolve(), "-b", 8, "-j", 0, "--epochs", 1]
     done = run_python(*flags, "--model", "test_resnet", "--output", Path("run").resolve())
-    assert "read at 32 x 32 pixels (the median image has 8 x 8) in 3 channels" in done.stdout
+    assert "read at 32 x 32 pixels (the median image is 8 x 8) with 3 channels" in done.stdout
     make(photos, "fish/{1..20}.jpg")
     model = f"local-dir:{Path('run/best').resolve()}"
     done = run_python(*flags, "--model", model, "--pretrained", "--output", Path("tuned").resolve())
-    assert "read at 32 x 32 pixels (the model's size) in 3 channels" in done.stdout
-    assert "the classifier is new: 3 classes, those of the weights are 2" in done.stdout
+    assert "read at 32 x 32 pixels (the model's size) with 3 channels" in done.stdout
+    assert "the classifier is new: 3 classes instead of the 2 of the weights" in done.stdout
     refused = run_python(
         *flags,
         "--model",
@@ -75,7 +75,7 @@ def test_the_size_and_a_new_classifier_are_explained(photos):
         check=False,
     )
     assert refused.returncode == 2
-    assert "('cat', 'dog', 'fish'), and the images have 3 classes ('bus', 'cat', 'dog')" in refused.stderr
+    assert "('cat', 'dog', 'fish'), but the images have 3 classes ('bus', 'cat', 'dog')" in refused.stderr
     assert "the network does not know 'bus';" in refused.stderr
     assert "--pretrained-path FILE" in refused.stderr
 
@@ -91,7 +91,7 @@ def test_a_run_is_not_resumed_with_other_classes(photos):
         (photos / split / "cat").rename(photos / split / "zebra")
     refused = train("--epochs", 3, "--resume", check=False)
     assert refused.returncode == 2
-    assert "on 2 classes ('cat', 'dog'), and the images have 2 classes ('dog', 'zebra');" in refused.stderr
+    assert "on 2 classes ('cat', 'dog'), but the images have 2 classes ('dog', 'zebra');" in refused.stderr
 
 
 def other() -> Path:
@@ -108,8 +108,8 @@ def test_what_is_black_and_white_is_recorded_and_obeyed(high, flags, expected, p
         values = np.linspace(0, high, 64).reshape(8, 8) * (1 if "cat" in path.parts else 0.2 + 0.01 * number)
         Image.fromarray(values.astype(np.float32 if high < 1 else np.int32)).save(path)
     done = train("--input-key", ".tif", *flags)
-    kind = "images with more than 8 bits" if flags else "floating-point numbers"
-    assert f"of {kind} {expected[0]:g} is black and {expected[1]:g} is white" in done.stdout
+    kind = "with more than 8 bits" if flags else "of floating-point numbers"
+    assert f"in images {kind}, {expected[0]:g} is black and {expected[1]:g} is white" in done.stdout
     assert done.stderr.count("--value-range LOW HIGH") == (0 if flags else 1)
     settings = hub.read_metrics(Path("run/best"))["settings"]
     assert (settings["value_range"] if flags else settings["value_ranges"]["F"]) == expected

@@ -1,1 +1,1 @@
-"""From what is on the disk to batches."""
+"""Finding, reading, transforming and loading images."""

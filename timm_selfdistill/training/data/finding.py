@@ -1,4 +1,4 @@
-"""From a source to training and validation images."""
+"""Finding training and validation images in a source."""
 
 import warnings
 from collections import Counter
@@ -26,7 +26,7 @@ def label_splits(
     num_classes: int | None,
     name: str,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Both with class indices that were looked at; a warning says where classes have no training image."""
+    """Return both splits with checked class indices; warn about classes without training images."""
     named = isinstance(train.features.get(column), datasets.ClassLabel) and len(train.features[column].names)
     train = encode_labels(train, column, num_classes=num_classes)
     class_names = train.features[column].names
@@ -34,7 +34,7 @@ def label_splits(
     _warn_of_gaps(found, class_names[: named or found[-1] + 1])
     if len(found) < 2:
         names = [class_names[label] for label in found]
-        raise ValueError(f"the training images of {name} are of one class only ({names}); 2 are needed")
+        raise ValueError(f"the training images of {name} have only one class ({names}); at least 2 are needed")
     if val is not None:
         val = encode_labels(val, column, class_names, len(class_names))
         check_labels(val, column, len(class_names), "validation")
@@ -46,11 +46,13 @@ def label_val(
     column: str | None,
     num_classes: int | None,
 ) -> tuple[datasets.Dataset, str | None, list[str]]:
-    """Validation images, the only ones whose labels are looked at, with label column and class names, if all of them
-    have labels, and none that are kept secret.
+    """Prepare the labels of validation images for training without labels.
 
     Args:
-        num_classes: of the network; labels of more classes than it has are for `ImageSplits.fitting_labels` to judge.
+        num_classes: of the network; `ImageSplits.fitting_labels` handles labels of more classes.
+
+    Returns:
+        The images, their label column and class names; None and no names unless every image has a label.
     """
     if column is None:
         return val, None, []
@@ -58,8 +60,8 @@ def label_val(
     if values & {NO_LABEL, None}:
         if len(values - {NO_LABEL, None}):
             warnings.warn(
-                f"some of the {len(val)} validation images have no label: the labels of the others are not"
-                " used, agreement with the deepest classifier is measured",
+                f"some of the {len(val)} validation images have no label: labels are ignored, and agreement with the"
+                " deepest exit is measured",
                 stacklevel=3,
             )
         return val, None, []
@@ -78,17 +80,17 @@ def label_streams(
     num_classes: int | None,
     name: str,
 ) -> list[str]:
-    """The class names of both."""
+    """Return the class names of both streams."""
     class_names = stream_class_names(train, column, num_classes=num_classes)
     if len(class_names) < 2:
-        raise ValueError(f"the training images of {name} are of one class only ({class_names}); 2 are needed")
+        raise ValueError(f"the training images of {name} have only one class ({class_names}); at least 2 are needed")
     return stream_class_names(val, column, class_names, len(class_names))
 
 
 def why_unlabelled(rows: Table, column: str) -> str | None:
-    """Why nothing can be measured on a split, as on a test split whose labels are secret; None where it can.
+    """Return why a split cannot be used for validation, e.g. a test split with hidden labels; None if it can.
 
-    Of a stream the first row tells.
+    Of a stream only the first row is checked.
     """
     if column not in rows.features:
         return f"has no column {column!r}"
@@ -108,10 +110,10 @@ def encode_labels(
     class_names: list[str] | None = None,
     num_classes: int | None = None,
 ) -> datasets.Dataset:
-    """Make the column a ClassLabel, with the class names of the training split where they are given.
+    """Convert the column to a ClassLabel, with the class names of the training split if they are given.
 
     Args:
-        num_classes: K; classes beyond those that the column names are named by their index.
+        num_classes: K; classes without a name in the column are named by their index.
     """
     _check_column(rows, column)
     feature = rows.features[column]
@@ -123,7 +125,7 @@ def encode_labels(
             names = class_names or _extended(sorted(values), num_classes)
             unknown = sorted(set(values) - set(names))
             if unknown:
-                raise ValueError(f"classes {unknown[:5]} are in the validation split but not in the training split")
+                raise ValueError(f"classes {unknown[:5]} are in the validation split, but not in the training split")
         else:
             names = class_names or list(map(str, range(num_classes or max(values) + 1)))
             check_range(min(values), max(values), len(names), column)
@@ -136,11 +138,11 @@ def encode_labels(
 def stream_class_names(
     rows: datasets.IterableDataset, column: str, class_names: list[str] | None = None, num_classes: int | None = None
 ) -> list[str]:
-    """Of a column whose values nobody has seen yet.
+    """Return the class names of a stream's label column without reading its values.
 
     Args:
-        class_names: those of the training split.
-        num_classes: K, needed where the column holds bare class indices.
+        class_names: class names of the training split.
+        num_classes: K, needed if the column holds class indices without names.
     """
     _check_column(rows, column)
     feature = rows.features[column]
@@ -150,20 +152,20 @@ def stream_class_names(
         return names
     if not feature.dtype.startswith(("int", "uint")):
         raise TypeError(
-            f"column {column!r} of a stream must hold class indices, got {feature}; their names are known only when all"
-            " rows were read: leave out streaming"
+            f"column {column!r} of a stream must hold class indices, got {feature}; class names are only known after"
+            " reading all rows: leave out streaming"
         )
     if class_names:
         return class_names
     if num_classes is None:
         raise ValueError(
-            f"column {column!r} of the stream does not say how many classes there are; give num_classes (--num-classes)"
+            f"column {column!r} of the stream does not define the number of classes; set num_classes (--num-classes)"
         )
     return list(map(str, range(num_classes)))
 
 
 def check_labels(rows: datasets.Dataset, column: str, num_classes: int, split_name: str) -> np.ndarray:
-    """The labels that occur; raise for those that cannot be."""
+    """Return the labels that occur; raise ValueError if one is missing or out of range."""
     if len(rows) == 0:
         raise ValueError(f"the {split_name} split is empty")
     labels = rows.select_columns([column]).with_format("arrow")[:][column]
@@ -182,15 +184,15 @@ def _warn_of_gaps(found: np.ndarray, class_names: list[str]) -> None:
     ]
     if missing:
         shown = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
-        begin = ", since they begin at 1" if missing == ["0"] else ""
+        start = ", since labels start at 1" if missing == ["0"] else ""
         warnings.warn(
-            f"no training image has label {shown}{begin}: {len(class_names)} classes, {len(found)} of them with images",
+            f"no training image has label {shown}{start}: {len(class_names)} classes, {len(found)} of them with images",
             stacklevel=5,
         )
 
 
 def label_values(rows: datasets.Dataset, column: str) -> np.ndarray:
-    """(N,)."""
+    """Return the labels as an array (N,)."""
     return rows.select_columns([column]).with_format("arrow")[:][column].to_numpy()
 
 
@@ -208,16 +210,16 @@ def _extended(names: list[str], num_classes: int | None) -> list[str]:
 
 def _check_names(names: list[str], class_names: list[str] | None, num_classes: int | None) -> None:
     if class_names is not None and names != class_names:
-        raise ValueError(f"training and validation split differ in classes: {class_names[:5]}, {names[:5]}")
+        raise ValueError(f"training and validation split have different classes: {class_names[:5]}, {names[:5]}")
     if num_classes is not None and len(names) > num_classes:
         raise ValueError(f"num_classes is {num_classes}, but the data have {len(names)} classes: {names[:5]}")
 
 
 def find_in_folder(source: Source, reading: Reading, fraction: ValFraction, num_classes: int | None) -> Found:
-    """Both, with the classes of the training images.
+    """Find training and validation images in folders of image files, with the classes of the training images.
 
     Raises:
-        ValueError: there are no folders of classes, fewer than two, or others for validation than for training.
+        ValueError: there are no class folders, or fewer than two, or validation images have other classes.
     """
     labelled = not reading.unlabelled
     name = source.find_split(reading.train_split, named=reading.train_split != "train")
@@ -267,27 +269,27 @@ def find_in_folder(source: Source, reading: Reading, fraction: ValFraction, num_
 
 
 def check_has_classes(tree: Tree, trains: bool = True) -> None:
-    """Raise ValueError for a folder of images without folders of classes."""
+    """Raise ValueError for a folder of images without class folders."""
     if tree.has_classes:
         return
-    way_out = f"; if {tree.name}/ itself is a class, rename it" if split_kind(tree.name) else ""
+    advice = f"; if {tree.name}/ itself is a class, rename it" if split_kind(tree.name) else ""
     if trains:
-        way_out += "; to learn from a frozen network alone, without labels, give unlabelled (--unlabelled)"
+        advice += "; to train the exits of a frozen backbone without labels, set unlabelled (--unlabelled)"
     raise ValueError(
-        f"{tree.path} holds {tree.count} images, but no folders of classes; expected one folder with images per class,"
-        f" at least 2, or a metadata.csv with a column file_name and one of classes (--target-key){way_out}"
+        f"{tree.path} holds {tree.count} images, but no class folders; expected at least 2 folders of images, one per"
+        f" class, or a metadata.csv with a column file_name and a label column (--target-key){advice}"
     )
 
 
 def same_split(name: str) -> ValueError:
     return ValueError(
-        f"the validation split {name!r} is what is trained on; name another one, or none to take"
-        " val_fraction (--val-fraction) of the training images"
+        f"the validation split {name!r} is also the training split; name another one, or none to hold out val_fraction"
+        " (--val-fraction) of the training images"
     )
 
 
 def _val_split(source: Source, reading: Reading, train_name: str) -> str | None:
-    """The validation split; None without any that has folders of classes."""
+    """Return the name of the validation split; None if there is none with class folders."""
     if reading.val_split is not None:
         return source.find_split(reading.val_split)
     return next(
@@ -307,7 +309,8 @@ def _divide(tree: Tree, train: ImageFiles, labelled: bool, fraction: ValFraction
 
 
 def _collect_val(tree: Tree, train: ImageFiles | None) -> ImageFiles:
-    """Validation images, of the classes of the training images; without these, of their own, if all have one."""
+    """Return the validation images with the classes of the training images; if these are unlabeled (None), with their
+    own classes if all images have one."""
     if train is None:
         return collect(tree, _is_labelled(tree))
     check_has_classes(tree)
@@ -319,50 +322,50 @@ def _is_labelled(tree: Tree) -> bool:
 
 
 def _classes(names: list[str], num_classes: int | None, path: str) -> list[str]:
-    """The names of the classes, and of those that the network has beside them.
+    """Return the class names, extended by indices for further classes of the network.
 
     Raises:
-        ValueError: there are too few or too many.
+        ValueError: there are too few or too many classes.
     """
     if len(names) < 2:
-        raise ValueError(f"the training images of {path} are of one class only ({names}); 2 are needed")
+        raise ValueError(f"the training images of {path} have only one class ({names}); at least 2 are needed")
     if num_classes is not None and len(names) > num_classes:
         raise ValueError(f"num_classes is {num_classes}, but {path} has {len(names)} classes: {names[:5]}")
     return [*names, *map(str, range(len(names), num_classes or 0))]
 
 
 def _without_shared(train: ImageFiles, val: ImageFiles) -> ImageFiles:
-    """Training images that are not validation images, too; links to one file are one image.
+    """Return the training images without those that are also validation images; links to one file are one image.
 
     Raises:
-        ValueError: what is left is of fewer classes.
+        ValueError: a class would have no training images left.
     """
     kept = train.without(val)
     shared = len(train) - len(kept)
     if not shared:
         return train
     if not len(kept):
-        raise ValueError(f"all {shared} training images are validation images, too")
+        raise ValueError(f"all {shared} training images are also validation images")
     if lost := sorted(set(train.classes_with_images) - set(kept.classes_with_images)):
-        raise ValueError(f"all training images of class {lost[0]!r} are validation images, too, or links to them")
+        raise ValueError(f"all training images of class {lost[0]!r} are also validation images, or links to them")
     warnings.warn(
-        f"{shared} of the training images are validation images, too, or links to them: they are not trained on",
+        f"{shared} of the training images are also validation images, or links to them; they are not used for training",
         stacklevel=5,
     )
-    return replace(kept, left_out=kept.left_out + Counter({"that are validation images, too": shared}))
+    return replace(kept, left_out=kept.left_out + Counter({"that are also validation images": shared}))
 
 
 def find_in_tables(source: Source, reading: Reading, fraction: ValFraction, num_classes: int | None) -> Found:
-    """Both, with the classes of the training images, or of those for validation where the others have none.
+    """Find both splits in tables, with the classes of the training images, or of validation images if these have none.
 
     Raises:
         ValueError: a column is missing or ambiguous, labels do not fit, or a stream has no validation split.
-        TypeError: one of them is streamed, and the other is not; or the labels are none.
+        TypeError: only one of the splits is streamed, or a column does not hold labels.
     """
     name, path = source.find_split(reading.train_split, named=reading.train_split != "train"), source.name
     train = source.splits[name]
     if train.features is None:
-        raise ValueError(f"{path} does not tell its columns before it is read; leave out streaming")
+        raise ValueError(f"the columns of {path} are not known before it is read; leave out streaming")
     image_column = find_column(train, reading.image_column, datasets.Image, "image", path)
     train_column = None  # without labels
     if not reading.unlabelled:
@@ -382,8 +385,8 @@ def find_in_tables(source: Source, reading: Reading, fraction: ValFraction, num_
     if isinstance(train, datasets.IterableDataset):
         if val is None:
             raise ValueError(
-                f"{path} has no validation split, and a stream cannot be divided; name one as val_split"
-                " (--val-split), or leave out streaming"
+                f"{path} has no validation split, and a stream cannot be divided; set val_split (--val-split), or leave"
+                " out streaming"
             )
         if train_column is not None:
             class_names = label_streams(train, val, train_column, num_classes, path)
@@ -415,7 +418,7 @@ def find_in_tables(source: Source, reading: Reading, fraction: ValFraction, num_
 
 
 def find_column(rows: Table, column: str | None, feature: type, what: str, path: str) -> str:
-    """The column of images or labels, by name or by type.
+    """Find the column of images or labels, by name or by type.
 
     Raises:
         ValueError: there is none, or there are several.
@@ -436,7 +439,7 @@ def find_column(rows: Table, column: str | None, feature: type, what: str, path:
 
 
 def _val_table(source: Source, reading: Reading, train_name: str, label_column: str | None) -> str | None:
-    """The validation split; None without any whose labels are known, where there is a column of them."""
+    """Return the name of the validation split; None if there is none, or none with labels although they are needed."""
     if reading.val_split is not None:
         return source.find_split(reading.val_split)
     for split in val_splits(name for name in source.splits if name != train_name):
@@ -444,15 +447,15 @@ def _val_table(source: Source, reading: Reading, train_name: str, label_column: 
         if reason is None:
             return split
         warnings.warn(
-            f"split {split!r} {reason}, so that nothing can be measured on it; another one is taken, or"
-            " val_fraction (--val-fraction) of the training images",
+            f"split {split!r} {reason} and cannot be used for validation; another split is used, or val_fraction"
+            " (--val-fraction) of the training images",
             stacklevel=4,
         )
     return None
 
 
 def _find_val_labels(val: Table, column: str | None, path: str) -> str | None:
-    """The label column of validation images, if they have one."""
+    """Return the label column of the validation images, if they have one."""
     found = (
         column is not None
         or "cls" in val.features
@@ -489,33 +492,33 @@ def load_images(
 ) -> ImageSplits:
     """Find images, labels, class names and a validation split.
 
-    A folder of image files is read as timm reads it: the innermost folder of an image is its class, classes are in
-    natural order, links are followed. Folders in it that have the name of a split and hold class folders are splits.
+    A folder of image files is read as in timm: the innermost folder of an image is its class, classes are in natural
+    order, and links are followed. Folders in it that are named like a split and hold class folders are splits.
 
     Args:
-        source: a folder (one subfolder per class, or parquet or arrow files, WebDataset shards, `save_to_disk`'s, or
-            images with a metadata.csv or metadata.jsonl), a parquet or arrow file, the name of a data set on the Hub,
-            or a `datasets` object. `IterableDataset`s must not be shuffled: the training run does it.
-        name: configuration of a Hub data set.
-        train_split, val_split: names of splits; another name of the same split does, too ("val" for "validation").
-            `val_split` None is the first of "validation", "val", "valid", "test" that has labels; where there is none,
-            `val_fraction` of the training split, drawn by `seed` class by class.
+        source: a folder (one subfolder per class; parquet or arrow files; WebDataset shards; the output of
+            `save_to_disk`; or images with a metadata.csv or metadata.jsonl), a parquet or arrow file, the name of a
+            dataset on the Hub, or a `datasets` object. Do not shuffle an `IterableDataset`: the training run does so.
+        name: configuration of a Hub dataset.
+        train_split, val_split: names of splits, or another common name of the same split ("val" for "validation"). If
+            `val_split` is None, the first of "validation", "val", "valid", "test" that has labels is used; without one,
+            `val_fraction` of the training split, drawn with `seed` and stratified by class.
         image_column, label_column: None finds them by their feature type, Image and ClassLabel, or in WebDataset shards
             by the name "cls". For a folder of image files `image_column` may hold their extensions, ".webp;.png"; None
-            is timm's.
-        num_classes: K; a stream whose labels have no names must be told. It may be larger than the number of names.
-        streaming: read the images one after the other while training, instead of downloading and converting them
-            first. There must be a validation split. A folder of image files is not streamed: it is never converted.
-        unlabelled: the training images need no labels; those that they have are not used. Validation images may have
-            some.
-        value_range: black and white of images with more than 8 bits, perhaps by their kind, see `ImageSplits.sample`;
-            None is the full range of their type.
+            stands for timm's.
+        num_classes: K; required for a stream whose labels have no names. It may exceed the number of names.
+        streaming: read images one after the other during training, instead of downloading and converting them first.
+            This requires a validation split. A folder of image files cannot be streamed, and is never converted.
+        unlabelled: the training images need no labels, and existing ones are ignored. Validation images may have
+            labels.
+        value_range: black and white of images with more than 8 bits, optionally by kind, see `ImageSplits.sample`; None
+            is the full range of their type.
 
     Raises:
-        FileNotFoundError: nothing is there, or no images in it.
-        PermissionError: a folder may not be read.
-        ValueError: a folder can be read in two ways, a split or column is missing or ambiguous, there is but one class,
-            a class has one image of which `val_fraction` should be taken, or a label is out of range.
+        FileNotFoundError: the source does not exist or contains no images.
+        PermissionError: a folder is not readable.
+        ValueError: a folder is ambiguous, a split or column is missing or ambiguous, there is only one class, a class
+            has a single image and is to be divided by `val_fraction`, or a label is out of range.
 
     Examples:
         >>> from timm_selfdistill import load_images
@@ -526,7 +529,7 @@ def load_images(
         ['T-shirt/top', 'Trouser']
     """
     if isinstance(value_range, tuple) and not value_range[0] < value_range[1]:
-        raise ValueError(f"value_range must be the values of black and of white, got {value_range}")
+        raise ValueError(f"value_range must be two increasing values, black and white, got {value_range}")
     if val_split == train_split:
         raise same_split(val_split)
     reading = Reading(name, train_split, val_split, image_column, label_column, streaming, unlabelled)
@@ -566,13 +569,13 @@ def load_split(
     label_column: str | None = None,
     value_range: ValueRange | ValueRanges | None = None,
 ) -> ImageSplits:
-    """One split as a whole, to measure a model on it; see `load_images`.
+    """Load one complete split, to evaluate a model on it; see `load_images`.
 
     Args:
-        split: None is the first of "validation", "val", "valid", "test" that has labels, else the only one.
+        split: None is the first of "validation", "val", "valid", "test" that has labels, else the only split.
 
     Raises:
-        ValueError: there are several others; or as `load_images`.
+        ValueError: the choice is ambiguous; or as in `load_images`.
     """
     found = read_source(source, Reading(name, split or UNDIVIDED, None, image_column, label_column))
     split = found.find_split(split) if split else _measured_split(found, label_column)
@@ -610,7 +613,7 @@ def _measured_split(source: Source, label_column: str | None) -> str:
             return split
     if len(source.splits) > 1:
         raise ValueError(
-            f"{source.name} has the splits {', '.join(source.splits)}, none of them for validation with"
+            f"{source.name} has the splits {', '.join(source.splits)}, none of which is a validation or test split with"
             " labels; name one (--val-split)"
         )
     return next(iter(source.splits))

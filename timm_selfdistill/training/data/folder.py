@@ -1,4 +1,4 @@
-"""Folders of image files: what lies in them, their classes, and which of them are splits."""
+"""Folders of image files: their contents, their classes, and which of them are splits."""
 
 import errno
 import os
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import datasets
 
 HIDDEN, SPECIAL = "hidden", "neither file nor folder"
-LOST, LOOP = "linked to nothing", "linked to a folder above"
+LOST, LOOP = "broken links", "links to a parent folder"
 RUN = "folders of training runs or saved models"
 RUN_FILES = (("config.yaml", "last"), ("config.json", "model.safetensors"))
-"""What makes a folder a run directory, and a saved model, whose pictures are no images to train on."""
+"""Files that mark a run directory and a saved model, whose plots are not training images."""
 TABLE_ENDINGS = (".parquet", ".arrow")
 SHARD_ENDINGS = (".tar",)
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -31,7 +31,7 @@ class EncodedImage(TypedDict):
 
     bytes: bytes | None
     path: str | None
-    """Where the bytes are None, of the file; else a name, if any."""
+    """Path of the file if the bytes are None, otherwise a name, if any."""
 
 
 class _ImageRow(TypedDict):
@@ -40,19 +40,19 @@ class _ImageRow(TypedDict):
 
 class ImageRow(_ImageRow, total=False):
     label: int
-    """Class index; left out of images without labels."""
+    """Class index; missing for images without labels."""
 
 
 @dataclass(repr=False)
 class Tree:
-    """A folder with all that lies below it, without what is hidden; links are followed.
+    """A folder and everything below it except hidden files; links are followed.
 
     Attributes:
-        images: paths of the image files that lie in the folder itself.
-        devices, inodes: of these files; equal for links to one file.
-        left_out: how many of what else lies in the folder itself: endings of files, or why nothing was made of it.
+        images: paths of the image files in the folder itself.
+        devices, inodes: of these files; equal for links to the same file.
+        left_out: numbers of other entries in the folder itself, by file extension or by the reason they are ignored.
         tables: paths of the files in the folder itself that `datasets` reads, alone or beside images.
-        folders: that lie in it, by name.
+        folders: subfolders, sorted by name.
     """
 
     path: str
@@ -65,14 +65,14 @@ class Tree:
     folders: list["Tree"] = field(default_factory=list)
 
     def __iter__(self) -> Iterator["Tree"]:
-        """The folder, and all below it."""
+        """Iterate over the folder and all folders below it."""
         yield self
         for folder in self.folders:
             yield from folder
 
     @property
     def count(self) -> int:
-        """Of the images in it and below it."""
+        """Number of images in the folder and below."""
         return sum(len(folder.images) for folder in self)
 
     @property
@@ -81,19 +81,19 @@ class Tree:
 
     @property
     def has_classes(self) -> bool:
-        """Whether there are images in folders below it."""
+        """Whether there are images in subfolders."""
         return any(folder.has_images for folder in self.folders)
 
 
 def scan(path: str, extensions: set[str], name: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Tree:
-    """List a folder.
+    """List a folder recursively.
 
     Args:
-        extensions: of image files, in small letters.
-        above: device and inode of each folder that this one lies in.
+        extensions: extensions of image files, in lower case.
+        above: device and inode of each parent folder.
 
     Raises:
-        PermissionError: a folder may not be read.
+        PermissionError: a folder is not readable.
     """
     tree = Tree(path, name)
     try:
@@ -103,9 +103,9 @@ def scan(path: str, extensions: set[str], name: str = "", above: frozenset[tuple
             for entry in entries:
                 _add(tree, entry, extensions, about.st_dev, above)
     except PermissionError as error:
-        if error.filename is None:  # of a folder below, said already
+        if error.filename is None:  # from a subfolder, which has the message already
             raise
-        raise PermissionError(f"{error.filename} may not be read; change its permissions, or move it away") from error
+        raise PermissionError(f"{error.filename} is not readable; change its permissions, or move it away") from error
     tree.folders.sort(key=lambda folder: folder.name)
     return tree
 
@@ -128,7 +128,7 @@ def _add(tree: Tree, entry: os.DirEntry, extensions: set[str], device: int, abov
 
 
 def _is(question: Callable[[], bool]) -> bool:
-    """`DirEntry.is_file` or `is_dir`; a link that leads to itself is neither."""
+    """Call `DirEntry.is_file` or `is_dir`; return False for a link that leads to itself."""
     try:
         return question()
     except OSError as error:
@@ -138,28 +138,28 @@ def _is(question: Callable[[], bool]) -> bool:
 
 
 def _add_file(tree: Tree, entry: os.DirEntry, extensions: set[str], device: int) -> None:
-    ending = os.path.splitext(entry.name)[1].lower()
-    if ending in extensions:
+    extension = os.path.splitext(entry.name)[1].lower()
+    if extension in extensions:
         linked = entry.stat() if entry.is_symlink() else None
         tree.images.append(entry.path)
         tree.devices.append(linked.st_dev if linked else device)
         tree.inodes.append(linked.st_ino if linked else entry.inode())
     else:
-        tree.left_out[ending or "without an extension"] += 1
-        if ending in (*TABLE_ENDINGS, *SHARD_ENDINGS) or entry.name in METADATA_FILES:
+        tree.left_out[extension or "without an extension"] += 1
+        if extension in (*TABLE_ENDINGS, *SHARD_ENDINGS) or entry.name in METADATA_FILES:
             tree.tables.append(entry.path)
 
 
 @dataclass(frozen=True, repr=False)
 class ImageFiles:
-    """Image files with class indices; a row for each, as `datasets` has them, but nothing is converted.
+    """Image files with class indices, with rows as in `datasets` but without any conversion.
 
     Attributes:
-        paths: of the files, in timm's order.
-        labels: (N,), class indices; None without classes.
+        paths: paths of the files, in timm's order.
+        labels: class indices (N,); None without classes.
         class_names: in the order of the indices.
-        file_ids: (N, 2), device and inode of each file, equal for links to one file.
-        left_out: how many of what else lay there.
+        file_ids: device and inode of each file (N, 2), equal for links to the same file.
+        left_out: numbers of other entries in the folder, by kind.
     """
 
     paths: list[str]
@@ -189,8 +189,8 @@ class ImageFiles:
         )
 
     def without(self, others: "ImageFiles") -> "ImageFiles":
-        """Those of the files that are none of the others, nor links to them."""
-        shared = np.isin(self.file_ids[:, 1], others.file_ids[:, 1])  # the same inode, perhaps of another device
+        """Return the files that are not among the others and not links to them."""
+        shared = np.isin(self.file_ids[:, 1], others.file_ids[:, 1])  # same inode, possibly on another device
         if shared.any():
             taken = set(map(tuple, others.file_ids.tolist()))
             shared[shared] = [file_id in taken for file_id in map(tuple, self.file_ids[shared].tolist())]
@@ -198,7 +198,7 @@ class ImageFiles:
 
     @cached_property
     def table(self) -> "datasets.Dataset":
-        """The paths and labels as a table in memory."""
+        """Paths and labels as a table in memory."""
         import datasets
 
         columns: dict[str, Any] = {"image": self.paths}
@@ -209,14 +209,14 @@ class ImageFiles:
 
 
 def collect(tree: Tree, labelled: bool, class_names: list[str] | None = None) -> ImageFiles:
-    """The image files below a folder as timm's `ReaderImageFolder` has them: the innermost folder of each is its class,
-    and classes and files are in natural order. Without labels, files that lie in the folder itself count, too.
+    """Collect the image files below a folder as timm's `ReaderImageFolder` does: the innermost folder of each is its
+    class, and classes and files are in natural order. Without labels, files in the folder itself are included.
 
     Args:
-        class_names: of the training images; None are those of the folders, each of which has an image.
+        class_names: class names of the training images; None uses the names of the folders that hold images.
 
     Raises:
-        ValueError: a folder is none of `class_names`, or has a name that cannot be printed.
+        ValueError: a folder is not among `class_names`, or its name cannot be printed.
     """
     folders = [folder for folder in tree if folder.images and not (labelled and folder is tree)]
     names = sorted({folder.name for folder in folders}, key=lambda name: (natural_key(name), name))
@@ -236,14 +236,14 @@ def collect(tree: Tree, labelled: bool, class_names: list[str] | None = None) ->
 
 
 def natural_key(text: str) -> list[str | int]:
-    """timm's order of names (`timm.utils.misc.natural_key`), for any name."""
+    """Return the sort key of timm's natural order (`timm.utils.misc.natural_key`), for any name."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())]
 
 
 def left_out_text(left_out: Counter[str]) -> str:
-    """For example "9 images in test/ without a class, 24 .json"."""
+    """Return the counts as text, e.g. "9 images in test/ without a class, 24 .json"."""
     parts = sorted(left_out.items(), key=lambda part: (-part[1], part[0]))
-    words = (what if count > 1 else re.sub(r"^(image|folder)s", r"\1", what) for what, count in parts)
+    words = (what if count > 1 else re.sub(r"^(image|folder|link|broken link)s", r"\1", what) for what, count in parts)
     return ", ".join(f"{count} {what}" for (_, count), what in zip(parts, words))
 
 
@@ -273,13 +273,13 @@ def _plain(name: str) -> str:
 
 def _check_names(names: list[str], class_names: list[str] | None, path: str) -> None:
     if odd := [name for name in names if not name.isprintable()]:
-        raise ValueError(f"{path} has a class {odd[0]!r}, whose name cannot be printed; rename the folder")
+        raise ValueError(f"{path} has a class {odd[0]!r} with unprintable characters; rename the folder")
     known = class_names or names
     unknown = [name for name in names if name not in set(known)]
     if not unknown:
         return
     alike = next((name for name in known if _plain(name) == _plain(unknown[0])), None)
-    hint = f"; its name differs from {alike!a} only in case or in how letters are written" if alike else ""
+    hint = f"; its name differs from {alike!a} only in case or Unicode form" if alike else ""
     shown = ascii(unknown[0]) if alike else repr(unknown[0])
     raise ValueError(
         f"{path} has images of class {shown}, which is not among the {len(known)} classes of the training images:"
@@ -297,22 +297,22 @@ SPLIT_KINDS = {
     "evaluation": "val",
     "test": "test",
 }
-"""Names of splits, timm's and those of `datasets`, in any case; and which split it is."""
+"""Split names of timm and `datasets`, in lower case, and which kind of split they stand for."""
 
 
 def split_kind(name: str) -> str | None:
-    """ "train", "val", "test", or None for a name of no split."""
+    """Return "train", "val" or "test"; None if the name is not that of a split."""
     return SPLIT_KINDS.get(name.lower())
 
 
 def find_splits(root: Tree, named: tuple[str, ...] = ()) -> dict[str, Tree]:
-    """The folders that are splits, by name, also those that hold images without folders; none where they are classes.
+    """Return the folders that are splits, by name, including those without class folders; empty if they are classes.
 
     Args:
-        named: names of splits that a user has given, in addition to `SPLIT_KINDS`.
+        named: split names given by the user, in addition to `SPLIT_KINDS`.
 
     Raises:
-        ValueError: the folders can be splits as well as classes.
+        ValueError: the folders could be either splits or classes.
     """
     with_images = [folder for folder in root.folders if folder.has_images]
     candidates = [folder for folder in with_images if split_kind(folder.name) or folder.name in named]
@@ -322,25 +322,26 @@ def find_splits(root: Tree, named: tuple[str, ...] = ()) -> dict[str, Tree]:
         _refuse_likely_splits(root.path, with_images)
     if others and splits and not _are_both(splits, named):
         raise ValueError(
-            f"{root.path} can be read in two ways: {names_text(splits)} is a split and {names_text(others)} no part of"
-            f" it, or {names_text([*splits, *others])} are classes; in the first case give {splits[0].path} itself, in"
-            f" the second rename {splits[0].name}/"
+            f"{root.path} is ambiguous: either {names_text(splits)} is a split and {names_text(others)} not part of it,"
+            f" or {names_text([*splits, *others])} are classes; in the first case give {splits[0].path} itself, in the"
+            f" second rename {splits[0].name}/"
         )
     if others and not splits:
-        candidates = []  # a class called "train"
+        candidates = []  # a class named "train"
     if not candidates:
         _refuse_splits_below(root)
     return {folder.name: folder for folder in candidates}
 
 
 def pick_split(splits: Iterable[str], name: str, named: bool) -> str | None:
-    """The split of a name, or of another name of the same kind ("val" for "validation"), as in timm; None without any.
+    """Return the split with this name or another name of the same kind ("val" for "validation"), as in timm; None if
+    there is none.
 
     Args:
-        named: whether it was named by hand, so that others of its kind are no question.
+        named: whether the user gave the name, so that an exact match is not ambiguous.
 
     Raises:
-        ValueError: there are several of that kind.
+        ValueError: there are several splits of that kind.
     """
     splits = list(splits)
     if name in splits and named:
@@ -349,12 +350,12 @@ def pick_split(splits: Iterable[str], name: str, named: bool) -> str | None:
     found = [split for split in splits if split == name or (kind and split_kind(split) == kind)]
     if len(found) > 1:
         flag = "train_split (--train-split)" if kind == "train" else "val_split (--val-split)"
-        raise ValueError(f"both {names_text(found)} can be the split {name!r}; remove one, or name one with {flag}")
+        raise ValueError(f"both {names_text(found)} can be the split {name!r}; remove one, or choose one with {flag}")
     return found[0] if found else None
 
 
 def val_splits(splits: Iterable[str]) -> Iterator[str]:
-    """What can be measured on, the first choice first: the validation split, the test split."""
+    """Yield the splits that can be used for validation, in order of preference: validation, then test."""
     splits = list(splits)
     for kind in ("val", "test"):
         if (split := pick_split(splits, kind, named=False)) is not None:
@@ -362,20 +363,20 @@ def val_splits(splits: Iterable[str]) -> Iterator[str]:
 
 
 def names_text(folders: Iterable[Tree | str]) -> str:
-    """For example "train/ and val/"."""
+    """Return folder names as text, e.g. "train/ and val/"."""
     names = [folder if isinstance(folder, str) else folder.name for folder in folders]
     shown = [f"{name}/" for name in names[:4]] + ["..."] * (len(names) > 4)
     return ", ".join(shown[:-1]) + " and " + shown[-1] if len(shown) > 1 else shown[0]
 
 
 def _are_both(folders: list[Tree], named: tuple[str, ...] = ()) -> bool:
-    """Whether there is a split to train on and one to measure on."""
+    """Whether there are both a split for training and one for validation."""
     kinds = {split_kind(folder.name) for folder in folders} - {None}
     return len(set(named) & {folder.name for folder in folders}) == 2 or {"train"} < kinds
 
 
 def _refuse_likely_splits(path: str, folders: list[Tree]) -> None:
-    """Raise ValueError where folders with the same classes have words for both kinds of splits in their names."""
+    """Raise ValueError if folders with the same classes are named like a training and a validation split."""
     likely: dict[str, Tree] = {}
     for folder in folders:
         words = {split_kind(word) for word in re.findall("[a-z]+", folder.name.lower())} - {None}
@@ -387,14 +388,14 @@ def _refuse_likely_splits(path: str, folders: list[Tree]) -> None:
     shared = {part.name for part in train if part.images} & {part.name for part in val if part.images}
     if shared:
         raise ValueError(
-            f"{path} can be read in two ways: {names_text([train, val])} hold the same classes, such as"
-            f" {min(shared)!r}, and may be splits; then give train_split (--train-split {train.name}) and val_split"
-            f" (--val-split {val.name}); if they are none, rename them"
+            f"{path} is ambiguous: {names_text([train, val])} hold the same classes, such as {min(shared)!r}, and may"
+            f" be splits; if so, set train_split (--train-split {train.name}) and val_split (--val-split {val.name});"
+            " if not, rename them"
         )
 
 
 def _refuse_splits_below(root: Tree) -> None:
-    """Raise ValueError where folders that are to be classes, or hold classes, are splits themselves."""
+    """Raise ValueError if folders that would be read as classes, or that hold classes, are named like splits."""
     for folder in root:
         if folder is root:
             continue
@@ -404,12 +405,11 @@ def _refuse_splits_below(root: Tree) -> None:
             continue
         if any(part.has_classes for part in splits):
             raise ValueError(
-                f"{folder.path} holds the splits {names_text(splits)}: give that folder; read as classes of"
-                f" {root.path}, training and validation images would be mixed"
+                f"{folder.path} holds the splits {names_text(splits)}: give that folder instead of {root.path}, where"
+                " training and validation images would be mixed"
             )
         if splits == with_images:
             raise ValueError(
-                f"{folder.path} holds {names_text(splits)}: as classes they would be those of all folders in"
-                f" {root.path}; if they are splits, arrange them as train/{folder.name}/, ..., if they are classes,"
-                " rename them"
+                f"{folder.path} holds {names_text(splits)}, which would be read as classes of {root.path}; if they are"
+                f" splits, arrange them as train/{folder.name}/, ..., if they are classes, rename them"
             )

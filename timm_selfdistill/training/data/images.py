@@ -1,4 +1,4 @@
-"""Images as files hold them, and as networks take them: the same for training, evaluation and prediction."""
+"""Reading image files and converting them for networks, in the same way for training, evaluation and prediction."""
 
 import re
 import warnings
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import datasets
 
 MODES = {1: "L", 3: "RGB"}
-"""Of images with so many channels."""
+"""Pillow's mode by number of channels."""
 
 UPRIGHT = 1
 TURNS = {
@@ -32,32 +32,32 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation."""
+"""Transpose operation that makes an image upright, by its EXIF orientation."""
 
 ValueRange = tuple[float, float]
-"""The values of a pixel that are black and white."""
+"""Pixel values of black and of white."""
 
 ValueRanges = dict[str, ValueRange]
-"""Of images with more than 8 bits: integers ("I") and floating-point numbers ("F")."""
+"""Value ranges by kind of images with more than 8 bits: integers ("I") and floating-point numbers ("F")."""
 
 FULL_RANGES: ValueRanges = {"I": (0, 65535), "F": (0.0, 255.0)}
-"""As Pillow reads 16-bit images, and converts to floating-point numbers."""
+"""Ranges of Pillow's 16-bit integer images, and of its conversion to floating point."""
 
 SMALL_PART = 1 / 4
-"""Of a range: images whose values fill no more of it, such as those of a camera's 12 bits, are too dark."""
+"""Images whose values fill at most this fraction of their range, e.g. from a 12-bit camera, would be too dark."""
 
 
 def open_image(path: str | Path, channels: int, value_range: ValueRange | ValueRanges | None = None) -> Image.Image:
-    """An image file, grey or in colours, upright.
+    """Open an image file in grayscale or RGB, upright.
 
     Args:
         channels: 1 or 3.
-        value_range: black and white of an image with more than 8 bits, perhaps by kind; None is the full range of its
-            type. A warning says where its values lie in a small part of that.
+        value_range: black and white of an image with more than 8 bits, optionally by kind; None is the full range of
+            its type, with a warning if the values fill only a small part of it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no image that Pillow reads, or `channels` is neither 1 nor 3.
+        FileNotFoundError: the file does not exist.
+        ValueError: Pillow cannot read the file, or `channels` is neither 1 nor 3.
 
     Examples:
         >>> from timm_selfdistill.training import open_image
@@ -65,7 +65,7 @@ def open_image(path: str | Path, channels: int, value_range: ValueRange | ValueR
         'RGB'
     """
     if channels not in MODES:
-        raise ValueError(f"this model takes images of {channels} channels; a file's are made into 1 or 3")
+        raise ValueError(f"this model takes images with {channels} channels, but image files are read with 1 or 3")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; expected an image file")
     image: EncodedImage = {"bytes": None, "path": str(path)}
@@ -80,7 +80,7 @@ def open_image(path: str | Path, channels: int, value_range: ValueRange | ValueR
 
 
 def value_ranges(value_range: ValueRange | ValueRanges | None) -> ValueRanges:
-    """By kind of images; a single range is that of all kinds."""
+    """Return value ranges by kind of images; a single range applies to all kinds."""
     if isinstance(value_range, dict):
         return value_range
     if not value_range:
@@ -92,22 +92,22 @@ def value_ranges(value_range: ValueRange | ValueRanges | None) -> ValueRanges:
 def read_image(
     image: EncodedImage, mode: str, row: int | None = None, ranges: ValueRanges | None = None
 ) -> Image.Image:
-    """An image of `datasets`, which has bytes or a path, upright and converted.
+    """Decode an image of `datasets` (bytes or a path), make it upright and convert it.
 
     Args:
         mode: "L" or "RGB".
-        row: which one it is, for the error message.
-        ranges: None are the full ranges.
+        row: row number, for the error message.
+        ranges: value ranges; None stands for the full ranges.
 
     Raises:
-        ValueError: it is none that Pillow reads; the message has its path, or the row.
+        ValueError: Pillow cannot read it; the message contains its path or row.
     """
-    with named_errors(image, row, "; on_bad_sample='skip' (--on-bad-sample skip) leaves such images out"):
+    with named_errors(image, row, "; on_bad_sample='skip' (--on-bad-sample skip) skips such images"):
         return to_mode(decode_image(image), mode, ranges)
 
 
 def undecoded(rows: Any, image_column: str, label_column: str | None = None) -> Any:
-    """The two columns of a table of `datasets`, images as bytes or paths."""
+    """Return a `datasets` table reduced to the two columns, with undecoded images."""
     import datasets
 
     rows = rows.select_columns(list(filter(None, (image_column, label_column))))
@@ -116,19 +116,24 @@ def undecoded(rows: Any, image_column: str, label_column: str | None = None) -> 
 
 @contextmanager
 def named_errors(image: EncodedImage, row: int | None = None, way_out: str = "") -> Iterator[None]:
-    """Whatever Pillow raises at a damaged file becomes a ValueError that names it, and what to do."""
+    """Context manager that turns Pillow's errors about a damaged file into a ValueError that names it.
+
+    Args:
+        row: row number, for an image without a path.
+        way_out: what to do, for the message.
+    """
     try:
         yield
-    except Exception as error:  # OSError, SyntaxError, struct.error, RuntimeError, ...: there is no list of them
+    except Exception as error:  # OSError, SyntaxError, struct.error, RuntimeError, ...: there is no complete list
         name = (image and image["path"]) or f"in row {row}"
         reason = re.sub(r" image file (<_io\..*>|'.*')$", " it", str(error)) or type(error).__name__
         raise ValueError(f"cannot read image {name}: {reason}{way_out}") from error
 
 
 def decode_image(image: EncodedImage) -> Image.Image:
-    """An image of `datasets` as it is, upright."""
+    """Decode an image of `datasets` without converting it, and make it upright."""
     decoded = load_header(image)
-    if decoded.format == "TIFF":  # which is turned while it is loaded, unless nothing says so
+    if decoded.format == "TIFF":  # Pillow itself turns it while loading, unless the tags are removed
         turn = _turn(decoded)
         exif = decoded.getexif()
         for tag in list(exif):
@@ -141,7 +146,7 @@ def decode_image(image: EncodedImage) -> Image.Image:
 
 
 def load_header(image: EncodedImage) -> Image.Image:
-    """An image of `datasets` that knows its size and mode, but not yet its pixels."""
+    """Open an image of `datasets` with its size and mode, without decoding its pixels."""
     if image["bytes"] is not None:
         return Image.open(BytesIO(image["bytes"]))
     path = image["path"]
@@ -149,58 +154,59 @@ def load_header(image: EncodedImage) -> Image.Image:
         raise ValueError("it has neither bytes nor a path")
     if "://" not in path:
         return Image.open(path)
-    with fsspec.open(path, "rb") as file:  # streamed folders give an address, such as hf://datasets/user/name/a.png
+    with fsspec.open(path, "rb") as file:  # streamed folders give URLs such as hf://datasets/user/name/a.png
         return Image.open(BytesIO(file.read()))
 
 
 def deep_kind(image: Image.Image) -> str | None:
-    """ "I" or "F" for pixels of 16 or 32 bits, integers or floating-point numbers; None for 8 bits."""
+    """Return "I" for integer and "F" for floating-point pixels of 16 or 32 bits; None for 8 bits."""
     return image.mode[0] if image.mode.startswith(("I", "F")) else None
 
 
 def extremes(image: Image.Image) -> ValueRange:
-    """The lowest and the highest value of the pixels; 0 and 0 where none is a number."""
+    """Return the minimum and maximum of the pixels; 0 and 0 if none is finite."""
     values = np.asarray(image)
     values = values[np.isfinite(values)]
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
 def warn_of_pages(image: Image.Image, name: str) -> None:
-    """Say where a TIFF file has more than one image in it."""
+    """Warn if a TIFF file contains more than one image."""
     pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     if pages > 1:
-        warnings.warn(f"{name} holds {pages} pages, of which the first is read", stacklevel=3)
+        warnings.warn(f"{name} has {pages} pages; only the first is read", stacklevel=3)
 
 
 def to_mode(image: Image.Image, mode: str, ranges: ValueRanges | None = None) -> Image.Image:
-    """Convert to "L" or "RGB"."""
-    if kind := deep_kind(image):  # which Pillow would clip to 0..255
+    """Convert an image to "L" or "RGB"."""
+    if kind := deep_kind(image):  # Pillow would clip it to 0..255
         image = Image.fromarray(_to_8_bits(np.asarray(image), {**FULL_RANGES, **(ranges or {})}[kind]))
-    return image if image.mode == mode else image.convert(mode)  # which would copy it
+    return image if image.mode == mode else image.convert(mode)  # convert would copy it even so
 
 
 def usual_range(kind: str, low: float, high: float, name: str) -> ValueRange:
-    """Black and white of images of a kind whose values lie between these.
+    """Return black and white for images of a kind with values from `low` to `high`.
 
-    A warning says what is unusual: integers that fill a small part of their range, or more than it, are taken as they
-    are; floating-point numbers up to 1 are taken for a range from 0 to 1.
+    This is the full range of the kind, or 0 to 1, with a warning, for floating-point numbers within that range. A
+    warning is also issued if values exceed the full range or fill only a small part of it.
     """
     black, white = (0.0, 1.0) if kind == "F" and low >= 0 and high <= 1 else FULL_RANGES[kind]
     if low < black or high > white or high <= SMALL_PART * FULL_RANGES[kind][1]:
         numbers = "floating-point numbers" if kind == "F" else "integers of more than 8 bits"
         warnings.warn(
-            f"the values of {name} are {numbers} from {low:g} to {high:g}; {black:g} is taken for black and"
-            f" {white:g} for white: if they are others, give value_range (--value-range LOW HIGH)",
+            f"the values of {name} are {numbers} from {low:g} to {high:g}; {black:g} is read as black and {white:g} as"
+            " white: if that is wrong, set value_range (--value-range LOW HIGH)",
             stacklevel=3,
         )
     return black, white
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes it upright; None where its EXIF data do not say, or cannot be read."""
+    """Return the transpose operation that makes an image upright; None if its EXIF data do not ask for one or cannot be
+    read."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
-    except Exception:  # damaged EXIF data raise what the file makes Pillow raise; the pixels are what counts
+    except Exception:  # damaged EXIF data can raise anything; the pixels may still be fine
         return None
 
 
@@ -214,19 +220,19 @@ def _to_8_bits(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
 
 
 SAMPLE = 256
-"""Images, spread over the whole set; of a stream the first ones."""
+"""Number of images in a sample, spread over the dataset; of a stream, the first ones."""
 
 GREY_MODES = ("1", "L", "LA", "I", "F")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Of the training images.
+    """Properties of a sample of the training images.
 
     Attributes:
         size: (height, width) of the median image, by the longer side.
-        grey: whether all are grey throughout.
-        ranges: black and white of images with more than 8 bits, by their kind.
+        grey: whether all images are grayscale, whatever their mode.
+        ranges: black and white of images with more than 8 bits, by kind.
     """
 
     size: tuple[int, int]
@@ -239,13 +245,13 @@ def take_sample(
     image_column: str,
     value_range: ValueRange | ValueRanges | None = None,
 ) -> Sample:
-    """Look at images; those that cannot be read are passed over.
+    """Inspect a sample of images; those that cannot be read are skipped.
 
     Args:
-        value_range: black and white, where they are known.
+        value_range: black and white, if known.
 
     Raises:
-        ValueError: there are none, or none that can be read.
+        ValueError: there are no images, or none that can be read.
     """
     grey, ranges = True, value_ranges(value_range)
     sizes: list[tuple[int, int]] = []
@@ -263,7 +269,7 @@ def take_sample(
                 if not sizes:
                     warn_of_pages(header, name)
                 sizes.append((header.height, header.width))
-        except ValueError as reason:  # `on_bad_sample` decides about it when the images are loaded
+        except ValueError as reason:  # handled by `on_bad_sample` when the images are loaded
             error = reason
     if not sizes:
         raise error or ValueError("there are no training images")
@@ -280,7 +286,7 @@ def _range_of_all(kind: str, lows: tuple[float, ...], highs: tuple[float, ...], 
 def _spread(
     rows: "ImageFiles | datasets.Dataset | datasets.IterableDataset", image_column: str
 ) -> Iterator[tuple[int, EncodedImage]]:
-    """Number and undecoded image of each row of the sample."""
+    """Yield the number and the undecoded image of each row in the sample."""
     if isinstance(rows, ImageFiles):
         for index in _indices(len(rows)):
             yield index, rows[index]["image"]

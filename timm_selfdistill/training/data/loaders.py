@@ -1,4 +1,4 @@
-"""The images of a run, batch by batch, on every process."""
+"""Batches of a run's images on every process."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ from .sampling import DRAWS, Batch, Draw, EpochSampler, IndexedImages, TrainImag
 from .streams import Place, RunImages, StreamedImages, TrainStream
 
 EMPTY_PASSES = 3
-"""Through a stream, in a row, without one whole batch: the end of a run."""
+"""Consecutive passes through a stream without a complete batch after which a run ends."""
 
 
 class LoaderSettings(TypedDict):
-    """Arguments of every DataLoader of a run."""
+    """Arguments shared by all DataLoaders of a run."""
 
     num_workers: int
     persistent_workers: bool
@@ -30,10 +30,10 @@ class LoaderSettings(TypedDict):
 
 
 class IndexedBatches:
-    """Training batches of a map-style data set; the loading processes live as long as it does.
+    """Training batches of a map-style dataset; the DataLoader workers persist from epoch to epoch.
 
     Args:
-        common: arguments of every DataLoader of the run.
+        common: arguments shared by all DataLoaders of the run.
 
     Raises:
         ValueError: the training images do not fill a batch.
@@ -42,7 +42,7 @@ class IndexedBatches:
     def __init__(self, data: IndexedImages, config: TrainConfig, accelerator: Accelerator, common: LoaderSettings):
         for name in ("steps_per_epoch", "train_num_samples", "epoch_repeats"):
             if getattr(config, name):
-                raise ValueError(f"{name} is for streamed images; these have an end, which is that of the epoch")
+                raise ValueError(f"{name} is only for streamed images; an epoch of these images is one pass over all")
         world, rank = accelerator.num_processes, accelerator.process_index
         batch_size = known_batch_size(config)
         self.sampler = EpochSampler(len(data), batch_size * world, rank, world, config.seed, config.aug_repeats)
@@ -53,11 +53,11 @@ class IndexedBatches:
         self.started: Iterator[Batch] | None = None
 
     def start(self, epoch: int) -> None:
-        """Let the loading processes begin with an epoch whose batches are asked for later."""
+        """Let the DataLoader workers start on an epoch before its batches are requested."""
         self.started = self._iterate(epoch, 0)
 
     def batches(self, epoch: int, images: int) -> Iterator[Batch]:
-        """The batches of an epoch after so many images (over all processes)."""
+        """Return the batches of an epoch after the given number of images (over all processes)."""
         started, self.started = self.started, None
         return self._iterate(epoch, images) if started is None else started
 
@@ -66,28 +66,28 @@ class IndexedBatches:
         return iter(self.loader)
 
     def end_workers(self) -> None:
-        """End the loading processes, until batches are asked for again."""
+        """Shut down the DataLoader workers until batches are requested again."""
         self.started = None
         end_workers(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: epoch and images say where it stands."""
+        """Return an empty state: epoch and number of images define the position."""
         return {}
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
-        """Raise ValueError for those of a stream."""
+        """Raise ValueError if the states are those of a stream."""
         if any(states):
-            raise ValueError("the checkpoint is of a run on streamed images; resume with streaming")
+            raise ValueError("the checkpoint is from a run on streamed images; resume with streaming")
 
 
 class StreamedBatches:
-    """Training batches of a stream, which goes on from epoch to epoch: an epoch is so many steps.
+    """Training batches of a stream, which continues from epoch to epoch; an epoch is a fixed number of batches.
 
     Args:
         common: see `IndexedBatches`.
 
     Raises:
-        ValueError: nobody knows how long an epoch is, or the images do not fill a batch.
+        ValueError: the length of an epoch is unknown, or the images do not fill a batch.
     """
 
     def __init__(self, data: StreamedImages, config: TrainConfig, accelerator: Accelerator, common: LoaderSettings):
@@ -96,20 +96,20 @@ class StreamedBatches:
         self.global_batch = batch_size * world
         if config.aug_repeats:
             raise ValueError(
-                "aug_repeats needs images that can be drawn twice, and streamed ones come once; leave out"
-                " streaming or aug_repeats"
+                "aug_repeats does not work with streaming, which reads each image once; leave out streaming or"
+                " aug_repeats"
             )
         length = config.train_num_samples or data.length
         if config.steps_per_epoch is not None:
             if config.epoch_repeats or config.train_num_samples:
                 raise ValueError(
-                    "steps_per_epoch is the length of an epoch, and so are epoch_repeats and"
-                    " train_num_samples; leave one out"
+                    "steps_per_epoch already defines the length of an epoch; leave out epoch_repeats and"
+                    " train_num_samples"
                 )
             batches = config.steps_per_epoch * config.grad_accum_steps
         elif length is None:
             raise ValueError(
-                "the stream does not tell its length; give steps_per_epoch (--steps-per-epoch) or train_num_samples"
+                "the length of the stream is unknown; set steps_per_epoch (--steps-per-epoch) or train_num_samples"
             )
         else:
             batches = int(length * max(1, config.epoch_repeats)) // self.global_batch
@@ -123,8 +123,8 @@ class StreamedBatches:
         workers = min(config.workers, shards)
         if workers < config.workers and accelerator.is_main_process:
             warnings.warn(
-                f"the stream has {shards} shards for each process, so that {workers} of {config.workers} loading"
-                " processes read it; more and smaller files load faster",
+                f"the stream has only {shards} shards per process, so only {workers} of {config.workers} DataLoader"
+                " workers are used; more and smaller files load faster",
                 stacklevel=4,
             )
         self.division = {
@@ -141,15 +141,15 @@ class StreamedBatches:
         self.places: dict[int, Place] = {}
 
     def start(self, epoch: int) -> None:
-        """The loading processes have not stopped."""
+        """Do nothing: the DataLoader workers keep reading ahead between epochs."""
 
     def batches(self, epoch: int, images: int) -> Iterator[Batch]:
-        """The batches of an epoch after so many images (over all processes)."""
+        """Yield the batches of an epoch after the given number of images (over all processes)."""
         for _ in range((self.epoch_images - images) // self.global_batch):
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        """The next one of this pass through the stream, or else of the one after it."""
+        """Return the next batch, starting a new pass through the stream at its end."""
         while True:
             if self.loader is None:
                 self.stream.begin(self.number, self.next_worker, dict(self.places))
@@ -161,19 +161,19 @@ class StreamedBatches:
             self.empty_passes = 0 if self.places else self.empty_passes + 1
             if self.empty_passes == EMPTY_PASSES:
                 raise ValueError(
-                    f"the part of the stream that process {self.rank} of {self.world_size} reads does not fill a batch"
-                    f" of {self.stream.batch_size} in any of its loading processes; use a smaller batch_size or fewer"
+                    f"the part of the stream for process {self.rank} of {self.world_size} does not fill a batch of"
+                    f" {self.stream.batch_size} in any of its DataLoader workers; use a smaller batch_size or fewer"
                     " workers"
                 )
             self.loader, self.number, self.next_worker, self.places = None, self.number + 1, 0, {}
 
     def end_workers(self) -> None:
-        """End the loading processes; what they have read ahead is read again."""
+        """Shut down the DataLoader workers; what they have read ahead will be read again."""
         end_workers(self.loader)
         self.loader = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this process stands in its part of the stream."""
+        """Return the position of this process in its part of the stream."""
         return {
             "division": self.division,
             "pass": self.number,
@@ -182,22 +182,22 @@ class StreamedBatches:
         }
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
-        """Go on, before the first batch, where the processes of a run stood.
+        """Restore the position from the states of all processes, before the first batch.
 
         Raises:
-            ValueError: they divided the stream in another way, or read none.
+            ValueError: the stream was divided differently, or the images were not streamed.
         """
         if not all(states):
-            raise ValueError("the checkpoint is of a run on images that were not streamed; resume without streaming")
+            raise ValueError("the checkpoint is from a run on images that were not streamed; resume without streaming")
         saved = states[0]["division"]
         if differing := [
-            f"{key} {value} instead of {saved.get(key)}"
+            f"{key.replace('loading processes', 'DataLoader workers')} {value} instead of {saved.get(key)}"
             for key, value in self.division.items()
             if value != saved.get(key)
         ]:
             raise ValueError(
-                f"the checkpoint's stream was divided in another way: {', '.join(differing)}; resume with"
-                " the same processes, workers, files and shuffle_buffer"
+                f"the stream was divided differently when the checkpoint was written: {', '.join(differing)}; resume"
+                " with the same processes, workers, files and shuffle_buffer"
             )
         state = states[self.rank]
         self.number, self.next_worker = state["pass"], state["next_worker"]
@@ -205,19 +205,19 @@ class StreamedBatches:
 
 
 def check_counts(train_data: RunImages, val_data: RunImages) -> None:
-    """Raise ValueError where there are no images."""
+    """Raise ValueError if there are no images."""
     for name, data in (("training", train_data), ("validation", val_data)):
         if image_count(data) == 0:
             raise ValueError(f"there are no {name} images")
 
 
 def image_count(data: RunImages) -> int | None:
-    """None for a stream that does not tell."""
+    """Return the number of images; None for a stream of unknown length."""
     return data.length if isinstance(data, StreamedImages) else len(data)
 
 
 def image_shape(data: RunImages, config: TrainConfig) -> tuple[int, int, int]:
-    """(C, H, W) of training images, which may come as several views."""
+    """Return (C, H, W) of an image, which the dataset may return as several views."""
     if isinstance(data, StreamedImages):
         image, _ = next(filter(None, data))
     else:
@@ -227,10 +227,10 @@ def image_shape(data: RunImages, config: TrainConfig) -> tuple[int, int, int]:
 
 
 def known_batch_size(config: TrainConfig) -> int:
-    """Images per process and forward pass; the run has found a number where it was told "auto".
+    """Return the images per process and forward pass, once "auto" has been replaced by a number.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it is still "auto".
     """
     if isinstance(config.batch_size, str):
         raise ValueError(f"batch_size must be a number of images, got {config.batch_size!r}")
@@ -248,7 +248,7 @@ def train_batches(data: RunImages, config: TrainConfig, accelerator: Accelerator
 
 
 class ValImages(Dataset[tuple[Tensor, Any] | None]):
-    """One of so many images of a map-style data set; None takes the place of one that cannot be read, if it may."""
+    """Every `world_size`-th image of a map-style dataset; with "skip", None for an image that cannot be read."""
 
     def __init__(self, data: IndexedImages, rank: int, world_size: int, on_bad_sample: str):
         self.data, self.indices = data, range(rank, len(data), world_size)
@@ -267,11 +267,10 @@ class ValImages(Dataset[tuple[Tensor, Any] | None]):
 
 
 class ValBatches:
-    """Batches (images, class indices) of every validation image that can be read, once, however they divide between the
-    processes.
+    """Batches (images, class indices) in which each readable validation image occurs exactly once over all processes.
 
     Attributes:
-        unreadable: images of this process's part that could not be read the last time.
+        unreadable: number of images in this process's part that could not be read in the last pass.
     """
 
     def __init__(self, data: RunImages, config: TrainConfig, accelerator: Accelerator):
@@ -298,7 +297,7 @@ class ValBatches:
                 yield tuple(batch)
 
     def end_workers(self) -> None:
-        """End the loading processes, until batches are asked for again."""
+        """Shut down the DataLoader workers until batches are requested again."""
         end_workers(self.loader)
 
 
@@ -306,14 +305,14 @@ Images = TypeVar("Images", bound=IndexedImages)
 
 
 class MeasuredImages(Generic[Images]):
-    """Batches (images, class indices) of a map-style data set, in its order, to measure a saved model on.
+    """Batches (images, class indices) of a map-style dataset, in its order, to evaluate a saved model on.
 
     Args:
-        on_bad_sample: "raise", or "skip": an image that cannot be read is left out.
+        on_bad_sample: "raise", or "skip" to skip an image that cannot be read.
 
     Attributes:
-        kept: indices of the images that could be read in the last whole pass.
-        unreadable: how many could not.
+        kept: indices of the images that could be read in the last complete pass.
+        unreadable: number of images that could not be read.
     """
 
     def __init__(self, data: Images, batch_size: int, workers: int, on_bad_sample: str):
@@ -337,7 +336,7 @@ class MeasuredImages(Generic[Images]):
 
 
 def loader_settings(config: TrainConfig, accelerator: Accelerator) -> LoaderSettings:
-    seeds = torch.Generator()  # of the loading processes; without it they would be drawn from the run's own
+    seeds = torch.Generator()  # for the workers' seeds, which otherwise would be drawn from the run's own generator
     return {
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,
@@ -348,8 +347,8 @@ def loader_settings(config: TrainConfig, accelerator: Accelerator) -> LoaderSett
 
 
 def end_workers(loader: DataLoader | Iterator | None) -> None:
-    """End the loading processes of a DataLoader, or of an iterator of one, which stay as long as anything refers to it,
-    the traceback of an error, say."""
+    """Shut down the workers of a DataLoader or of its iterator. Otherwise they live as long as anything refers to it,
+    e.g. the traceback of an error."""
     iterator = loader._iterator if isinstance(loader, DataLoader) else loader
     if isinstance(iterator, _MultiProcessingDataLoaderIter):
         iterator._shutdown_workers()
@@ -362,7 +361,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _collate_readable(samples: list[tuple[Tensor, Any] | None]) -> Any:
-    """A batch of those that could be read, if any, and which they are."""
+    """Collate the samples that could be read, if any, followed by flags of which they are."""
     readable = [sample is not None for sample in samples]
     found = [sample for sample in samples if sample is not None]
     return [*(default_collate(found) if found else ()), readable]

@@ -1,4 +1,4 @@
-"""Which images a process sees, in what order, and how each is augmented: a matter of seed, epoch and position alone."""
+"""Order and augmentation of the images on each process, determined by seed, epoch and position alone."""
 
 import random
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from torch.utils.data import Dataset, Sampler, Subset, get_worker_info
 
 
 class IndexedImages(Protocol):
-    """A map-style data set that tells how many samples it has, such as `ImageDataset` or one of torchvision's: (image
-    (C, H, W), label), or images alone."""
+    """A map-style dataset with a length, such as `ImageDataset` or one of torchvision's, of (image (C, H, W), label) or
+    of images without labels."""
 
     def __len__(self) -> int: ...
 
@@ -23,13 +23,13 @@ class IndexedImages(Protocol):
 
 
 Batch: TypeAlias = tuple[Any, Tensor, Tensor, Tensor]
-"""Images (B, C, H, W), class indices (B,), which of them took another's place (of a stream, how many were left out
-before each), and their indices in the data set, `NO_INDEX` for those in another's place and of a stream."""
+"""Images (B, C, H, W); class indices (B,); flags of images that replace unreadable ones (for a stream, the number of
+images skipped before each); dataset indices, `NO_INDEX` for replacements and for a stream."""
 NO_INDEX = -1
 
 
 DRAWS = "seed and epoch"
-"""What order and augmentation of the images depend on; their sum, in checkpoints that do not tell."""
+"""How order and augmentation of the images are seeded; checkpoints without this entry used the sum of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,32 +37,32 @@ class Draw:
     """One image of an epoch."""
 
     seed: int
-    """Of its augmentation."""
+    """Seed of its augmentation."""
     index: int
-    """In the data set."""
+    """Index in the dataset."""
 
 
 REPEATED_ROUND = 256
-"""To a multiple of it timm rounds the images of an epoch with repeated augmentation, unless they are fewer."""
+"""With repeated augmentation, timm rounds the images of an epoch down to a multiple of this, unless there are fewer."""
 
 
 def mixed_seed(*parts: int) -> int:
-    """A seed of 32 bits that is another for every seed, epoch, process, ..., also where their sums are equal."""
+    """Mix integers such as seed, epoch and process into a 32-bit seed; unlike a sum, it depends on each of them."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 class EpochSampler(Sampler[Draw]):
-    """A permutation of the data that depends on seed and epoch alone, shared between processes.
+    """A permutation of the dataset, determined by seed and epoch alone and divided among the processes.
 
-    Global batch i is the same set of images, augmented in the same way, on any number of processes and loading
-    processes. The last, incomplete global batch of an epoch is left out. Iteration may begin in the middle, without
-    drawing what is left behind.
+    Global batch i is the same set of images with the same augmentation on any number of processes and DataLoader
+    workers. The last, incomplete global batch of an epoch is dropped. Iteration can start in the middle of an epoch
+    without drawing the images before.
 
     Args:
-        size: images in the data set.
-        global_batch: images per forward pass, all processes together.
-        repeats: as often each image comes in a row, in as many other processes as there are; an epoch is then as long,
-            of as many fewer images, as that of `timm.data.distributed_sampler.RepeatAugSampler`. 0 is off.
+        size: number of images in the dataset.
+        global_batch: images per forward pass, over all processes.
+        repeats: repetitions of each image in a row, spread over the processes; an epoch keeps its length and has fewer
+            distinct images, as with `timm.data.distributed_sampler.RepeatAugSampler`. 0 is off.
     """
 
     def __init__(self, size: int, global_batch: int, rank: int, world_size: int, seed: int, repeats: float = 0.0):
@@ -76,7 +76,7 @@ class EpochSampler(Sampler[Draw]):
         self.epoch = self.start = 0
 
     def begin(self, epoch: int, start: int = 0) -> None:
-        """Set the epoch, and how many images of it (over all processes) are behind us."""
+        """Set the epoch, and the number of its images (over all processes) to skip."""
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Draw]:
@@ -93,13 +93,13 @@ class EpochSampler(Sampler[Draw]):
 
 
 class TrainImages(Dataset[tuple[Tensor, Any, bool, int]]):
-    """A map-style data set under the `Draw`s of an `EpochSampler`: image, class index, whether it took another's place,
-    and its index.
+    """A map-style dataset indexed by the `Draw`s of an `EpochSampler`: image, class index, whether the image replaces
+    an unreadable one, and its index.
 
-    Whatever the data set draws from Python's, numpy's or torch's global generator comes from the draw's own seed.
+    Everything that the dataset draws from the global generators of Python, NumPy and torch is seeded by the draw.
 
     Args:
-        on_bad_sample: "raise", or "skip": an image that cannot be read gives its place to another one.
+        on_bad_sample: "raise", or "skip" to replace an image that cannot be read with another one.
     """
 
     def __init__(self, data: "IndexedImages", on_bad_sample: str):
@@ -112,34 +112,34 @@ class TrainImages(Dataset[tuple[Tensor, Any, bool, int]]):
             except (OSError, ValueError):
                 if self.on_bad_sample == "raise":
                     raise
-            return *self._another(draw), True, NO_INDEX
+            return *self._replacement(draw), True, NO_INDEX
 
-    def _another(self, draw: Draw) -> tuple[Tensor, Any]:
+    def _replacement(self, draw: Draw) -> tuple[Tensor, Any]:
         for index in np.random.randint(len(self.data), size=ATTEMPTS):
             try:
                 return self.data[int(index)]
             except (OSError, ValueError) as error:
                 last = error
-        raise ValueError(f"neither image {draw.index} nor {ATTEMPTS} others can be read; the last: {last}") from last
+        raise ValueError(f"neither image {draw.index} nor {ATTEMPTS} others can be read; last error: {last}") from last
 
 
 def image_numbers(data: Dataset | IndexedImages) -> Tensor:
-    """For each index of a data set the number of its image (N,), counted from 0. They differ from the indices where a
-    `torch.utils.data.Subset` has an image several times."""
+    """Return the number of the image, counted from 0, for each index of a dataset (N,). The two differ if a
+    `torch.utils.data.Subset` contains an image several times."""
     if not isinstance(data, Subset):
-        return torch.arange(len(data))  # type: ignore[arg-type]  # torch's Dataset promises no length
+        return torch.arange(len(data))  # type: ignore[arg-type]  # torch's Dataset does not define a length
     below = image_numbers(data.dataset)
     return below[torch.as_tensor(data.indices)].unique(return_inverse=True)[1]
 
 
 ATTEMPTS = 10
-_numpy_draws = np.random.MT19937()  # to exchange numpy's generator takes a hundredth of the time of restoring its state
+_numpy_draws = np.random.MT19937()  # swapping NumPy's generator is a hundred times faster than restoring its state
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within it the global generators of Python, numpy and torch (on the CPU) start from a seed; afterwards they are
-    as they were, except in a loading process, where nobody else draws."""
+    """Context manager that seeds the global generators of Python, NumPy and torch (CPU) and restores them afterwards,
+    except in a DataLoader worker, where nothing else uses them."""
     if get_worker_info() is not None:
         _seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""Where images come from: a folder of image files, what `datasets` reads, or its objects."""
+"""Sources of images: folders of image files, formats that `datasets` reads, and its objects."""
 
 import csv
 import glob
@@ -35,32 +35,32 @@ from .folder import (
 from .images import undecoded
 
 FoundSplit = TypedDict("FoundSplit", {"split": str, "images": int | None, "classes": int, "from": str, "left_out": str})
-"""What a run says of a split, and records."""
+"""Description of a split that a run prints and records."""
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Rows: TypeAlias = ImageFiles | Table
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-"""Which part of `datasets` reads files of an ending."""
+"""Builder of `datasets` by file extension."""
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` made a folder."""
+    """Whether a folder was written by `save_to_disk`."""
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return True
     file = folder / "dataset_dict.json"
     try:
         saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError:  # a file of the user's
+    except ValueError:  # some other file of that name
         return False
     return isinstance(saved, dict) and "splits" in saved
 
 
 def find_metadata(root: Tree, splits: Mapping[str, Tree]) -> list[str]:
-    """The files that say which image is which, as `datasets` has them: with a column for the names of files.
+    """Return the metadata files in the format of `datasets`, with a column of file names.
 
     Args:
-        splits: of the folder, if it has any; what lies beside those with classes is left out, and so are its files.
+        splits: splits of the folder, if any; folders outside the splits with classes are ignored, with their files.
     """
     read = [folder for split in splits.values() if split.has_classes for folder in split] or list(root)
     return [
@@ -72,17 +72,17 @@ def find_metadata(root: Tree, splits: Mapping[str, Tree]) -> list[str]:
 
 
 def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Table]:
-    """Images in folders with metadata files: a split for each folder that has the name of one and a file of its own.
+    """Load images in folders with metadata files; each folder named like a split, with its own file, is a split.
 
     Raises:
-        ValueError: there are such folders, but one file for all of them.
+        ValueError: there are such folders, but only one file for all of them.
     """
     splits = [folder for folder in root.folders if split_kind(folder.name) and folder.has_images]
     own = [folder for folder in splits if find_metadata(folder, {})]
     if splits and own != splits:
         raise ValueError(
-            f"{root.path} holds the splits {names_text(splits)}, but one metadata file for all of them;"
-            " put one into each of them"
+            f"{root.path} holds the splits {names_text(splits)}, but a single metadata file for all of them;"
+            " put one into each folder"
         )
     parts = {folder.name: folder for folder in own} or {"train": root}
     files = {name: f"{glob.escape(folder.path)}/**" for name, folder in parts.items()}
@@ -90,38 +90,40 @@ def read_metadata_folder(root: Tree, streaming: bool) -> Mapping[str, Table]:
 
 
 def image_paths(rows: datasets.Dataset) -> list[str]:
-    """The paths in the image columns of a table."""
+    """Return the paths in the image columns of a table."""
     columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     return [row[column]["path"] for column in columns for row in undecoded(rows, column)]
 
 
 def read_table(source: str | Path, name: str | None, undivided: str, streaming: bool) -> Mapping[str, Table]:
-    """The splits of a folder or file of tables, or of a data set on the Hub.
+    """Load the splits of a folder or file of tables, or of a dataset on the Hub.
 
     Args:
-        undivided: name of the only split of what has none.
+        undivided: split name for a source without splits.
     """
     path = Path(source)
     try:
         if path.is_dir() and is_saved(path):
             if streaming:
-                raise ValueError(f"{path} is read without loading it to memory as it is; leave out streaming")
+                raise ValueError(f"{path} is memory-mapped and not loaded into memory; leave out streaming")
             loaded = datasets.load_from_disk(str(path))
         elif path.is_file():
             if path.suffix not in (".parquet", ".arrow"):
-                raise ValueError(f"{path} is no .parquet or .arrow file; expected one, a folder, or a Hub name")
+                raise ValueError(f"{path} must be a .parquet or .arrow file, a folder, or a dataset on the Hub")
             loaded = datasets.load_dataset(
                 BUILDERS[path.suffix], data_files={undivided: glob.escape(str(path))}, streaming=streaming
             )
         else:
             loaded = _load(source, name, streaming)
     except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{source} is no folder or file here, and no data set on the Hub: {error}") from error
+        raise FileNotFoundError(
+            f"{source} is neither a local folder or file nor a dataset on the Hub: {error}"
+        ) from error
     return loaded if isinstance(loaded, Mapping) else {undivided: loaded}
 
 
 def _load(source: str | Path, name: str | None, streaming: bool) -> Table | Mapping[str, Table]:
-    """`datasets.load_dataset`, which takes characters such as "[" in a path for a pattern."""
+    """Call `datasets.load_dataset`, which would read characters such as "[" in a path as a pattern."""
     path = Path(source)
     if not (path.is_dir() and glob.has_magic(str(path))):
         return datasets.load_dataset(str(source), name, streaming=streaming)
@@ -146,13 +148,13 @@ def _names_files(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """What `load_images` makes `ImageSplits` of.
+    """What `load_images` needs to create `ImageSplits`.
 
     Attributes:
-        sampled: the training images before a part of them was taken for validation.
-        val_name: of the validation split.
+        sampled: the training images before some were held out for validation.
+        val_name: name of the validation split.
         label_column: None without labels.
-        entries: of both splits, see `entry`.
+        entries: descriptions of both splits, see `entry`.
     """
 
     train: Rows
@@ -166,17 +168,17 @@ class Found:
 
 
 def entry(split: str, images: int | None, classes: int, place: str, left_out: Counter[str]) -> FoundSplit:
-    """What a run says of a split, and records."""
+    """Return the description of a split that a run prints and records."""
     return {"split": split, "images": images, "classes": classes, "from": place, "left_out": left_out_text(left_out)}
 
 
 UNDIVIDED = "train"
-"""The name of what has no splits."""
+"""Split name for a source without splits."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a user wants images to be read; see `load_images`."""
+    """How to read a source; see `load_images`."""
 
     name: str | None = None
     train_split: str = "train"
@@ -188,19 +190,19 @@ class Reading:
 
     @property
     def extensions(self) -> set[str] | None:
-        """Of image files, where they are given in the place of the image column, as for timm's `ReaderImageFolder`."""
+        """Extensions of image files, if given instead of the image column, as for timm's `ReaderImageFolder`."""
         given = {ending.strip().lower() for ending in (self.image_column or "").split(";")} - {""}
         return given if given and all(ending.startswith(".") for ending in given) else None
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was found.
+    """A source that was found.
 
     Attributes:
-        name: of the folder, file or data set, for messages.
-        splits: by name, the folders of image files, or the tables.
-        left_out: how many of what else lay beside the splits.
+        name: name of the folder, file or dataset, for messages.
+        splits: folders of image files, or tables, by split name.
+        left_out: numbers of other entries beside the splits, by kind.
     """
 
     name: str
@@ -213,38 +215,36 @@ class Source:
         return all(isinstance(split, Tree) for split in self.splits.values())
 
     def find_split(self, name: str, named: bool = True) -> str:
-        """The split of this name, or of another name of its kind; see `pick_split`.
+        """Return the split with this name, or another name of the same kind; see `pick_split`.
 
         Raises:
             ValueError: there is none, or there are several.
         """
         split = pick_split(self.splits, name, named)
         if split is None:
-            has = f"it has {', '.join(map(repr, self.splits))}"
-            if list(self.splits) == [UNDIVIDED]:
-                has += ", which is the whole"
-            raise ValueError(f"{self.name} has no split {name!r}; {has}")
+            only = "only " if list(self.splits) == [UNDIVIDED] else ""
+            raise ValueError(f"{self.name} has no split {name!r}; it has {only}{', '.join(map(repr, self.splits))}")
         return split
 
 
 def read_source(source: Any, reading: Reading) -> Source:
-    """The splits of a source.
+    """Find the splits of a source.
 
     Raises:
-        FileNotFoundError: nothing is there, or no images in it.
-        ValueError: a folder can be read in two ways, or is a file of another kind.
-        TypeError: it is none.
+        FileNotFoundError: the source does not exist or contains no images.
+        ValueError: a folder is ambiguous, or a file is of another kind.
+        TypeError: `source` is not a source of images.
     """
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        return Source("the data set", {reading.train_split: source})
+        return Source("the dataset", {reading.train_split: source})
     if isinstance(source, Mapping):
-        return Source("the data set", source)
+        return Source("the dataset", source)
     if not isinstance(source, (str, Path)):
-        raise TypeError(f"expected a path, the name of a data set or a datasets.Dataset, got {type(source).__name__}")
+        raise TypeError(f"expected a path, the name of a dataset or a datasets.Dataset, got {type(source).__name__}")
     try:
         str(source).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the path {str(source)!r} is no UTF-8, in which a run writes it down; rename it") from error
+        raise ValueError(f"the path {str(source)!r} is not valid UTF-8 and cannot be recorded; rename it") from error
     path = Path(source)
     if path.is_dir() and not is_saved(path):
         return _read_folder(path, reading)
@@ -252,7 +252,7 @@ def read_source(source: Any, reading: Reading) -> Source:
 
 
 def _read_folder(path: Path, reading: Reading) -> Source:
-    """A folder of image files, or of what `datasets` reads."""
+    """Read a folder of image files, or of files that `datasets` reads."""
     root = scan(str(path), reading.extensions or get_img_extensions(as_set=True))
     splits = find_splits(root, (reading.train_split, *filter(None, [reading.val_split])))
     classes = _count_classes(splits or {UNDIVIDED: root})
@@ -261,14 +261,14 @@ def _read_folder(path: Path, reading: Reading) -> Source:
         return _read_metadata(root, reading)
     if metadata and not reading.unlabelled:
         raise ValueError(
-            f"the classes of the images in {path} can be its folders, or what {metadata[0]} says; in the first case"
-            " rename that file, in the second name its column with label_column (--target-key)"
+            f"{path} is ambiguous: its classes could be its folders or a column of {metadata[0]}; in the first case"
+            " rename that file, in the second set label_column (--target-key)"
         )
     tables = _find_tables(root)
     if tables and root.has_images and classes > 1:
         raise ValueError(
-            f"{path} holds {root.count} images in folders of classes as well as {tables[0]}: give a folder"
-            " with one of them"
+            f"{path} holds both {root.count} images in class folders and {tables[0]}; give a folder that holds only one"
+            " of them"
         )
     if tables:
         left_out = Counter({"images beside the tables": root.count} if root.has_images else {})
@@ -286,21 +286,22 @@ def _read_metadata(root: Tree, reading: Reading) -> Source:
     named = {path for rows in splits.values() for path in image_paths(rows)}
     if missing := sorted(path for path in named if not os.path.exists(path)):
         raise FileNotFoundError(
-            f"the metadata files in {root.path} name {len(missing)} images that are not there, such as {missing[0]}"
+            f"the metadata files in {root.path} list {len(missing)} images that do not exist, such as {missing[0]}"
         )
     unnamed = sum(os.path.abspath(path) not in named for folder in root for path in folder.images)
-    return Source(root.path, splits, Counter({"images that no metadata file names": unnamed} if unnamed else {}))
+    return Source(root.path, splits, Counter({"images not listed in metadata files": unnamed} if unnamed else {}))
 
 
 def _count_classes(splits: Mapping[str, Tree]) -> int:
-    """The most classes that a split has, as folders."""
+    """Return the largest number of class folders in a split."""
     return max(
         len({folder.name for folder in split if folder.images and folder is not split}) for split in splits.values()
     )
 
 
 def _find_tables(root: Tree) -> list[str]:
-    """Parquet and arrow files, and shards, which the folder is made of: beside images they have the name of a split."""
+    """Return the parquet and arrow files and shards that hold the images; beside image files, only those named like a
+    split count."""
     found = [path for folder in root if not folder.images or folder is root for path in folder.tables]
     tables = [path for path in found if path.lower().endswith(TABLE_ENDINGS)]
     if not root.has_images:
@@ -310,11 +311,11 @@ def _find_tables(root: Tree) -> list[str]:
 
 
 def _check_columns(path: Path, reading: Reading) -> None:
-    """Raise ValueError for columns of a folder of image files, which has none."""
+    """Raise ValueError for columns or streaming, which a folder of image files does not have."""
     if reading.image_column is not None and reading.extensions is None:
         raise ValueError(
-            f"{path} is a folder of image files, of which image_column (--input-key) names the extensions,"
-            f" such as '.webp;.png', got {reading.image_column!r}"
+            f"{path} is a folder of image files, for which image_column (--input-key) must be their extensions, such"
+            f" as '.webp;.png', got {reading.image_column!r}"
         )
     if reading.label_column is not None:
         raise ValueError(
@@ -322,11 +323,11 @@ def _check_columns(path: Path, reading: Reading) -> None:
             f" {reading.label_column!r} (--target-key)"
         )
     if reading.streaming:
-        raise ValueError(f"{path} is a folder of image files, which are read one by one as it is; leave out streaming")
+        raise ValueError(f"{path} is a folder of image files, which are read one by one; leave out streaming")
 
 
 def _beside(root: Tree, splits: Mapping[str, Tree], labelled: bool) -> Counter[str]:
-    """What is left out of a folder with splits."""
+    """Count what is left out of a folder with splits."""
     if not splits:
         return Counter()
     left_out = root.left_out.copy()
@@ -349,17 +350,17 @@ def _no_images(root: Tree) -> str:
     found = f"; it holds {left_out_text(total)}" if total else ""
     extensions = " ".join(sorted(get_img_extensions()))
     return (
-        f"{root.path} holds no images ({extensions}){found}; expected one folder per class with images, parquet or"
-        " arrow files, or WebDataset shards; other extensions of images are given as --input-key '.webp;.png'"
+        f"{root.path} contains no images ({extensions}){found}; expected one folder of images per class, parquet or"
+        " arrow files, or WebDataset shards; set other image extensions with --input-key '.webp;.png'"
     )
 
 
 @dataclass(frozen=True)
 class ValFraction:
-    """How large it is, and the seed by which it is drawn.
+    """The fraction of the training images held out for validation, and the seed of the draw.
 
     Raises:
-        ValueError: the share does not lie between 0 and 1.
+        ValueError: the fraction is not between 0 and 1.
     """
 
     share: float = 0.1
@@ -370,49 +371,49 @@ class ValFraction:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {self.share}")
 
     def draw(self, labels: np.ndarray | None, count: int, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of training and validation images, the same as those of `datasets.Dataset.train_test_split`.
+        """Draw indices of training and validation images, the same as `datasets.Dataset.train_test_split`.
 
         Args:
-            labels: (N,), class indices, by which they are drawn class by class where there is room for each class;
-                None without.
+            labels: class indices (N,), by which the draw is stratified if there is room for each class; None without
+                labels.
             count: N.
 
         Raises:
-            ValueError: a class has one image only, or none is left to train on.
+            ValueError: a class has only one image, or no image is left for training.
         """
         held_out, draw = math.ceil(self.share * count), np.random.default_rng(self.seed)
         if held_out >= count:
             raise ValueError(
-                f"val_fraction {self.share:g} of {count} images leaves none to train on; take less, or give a"
+                f"val_fraction {self.share:g} of {count} images leaves none for training; use a smaller fraction, or a"
                 " validation split"
             )
         if labels is not None:
             classes, counts = np.unique(labels, return_counts=True)
             if counts.min() < 2:
                 raise ValueError(
-                    f"class {class_names[classes[counts.argmin()]]!r} has one image, which cannot be both trained on"
-                    " and measured: add images of it, or a validation split"
+                    f"class {class_names[classes[counts.argmin()]]!r} has only one image, which cannot be used for both"
+                    " training and validation: add images, or a validation split"
                 )
             if min(count - held_out, held_out) >= len(classes):
                 return next(stratified_shuffle_split_generate_indices(labels, count - held_out, held_out, rng=draw))
         order = draw.permutation(count)
         if labels is not None and (lost := set(classes) - set(labels[order[held_out:]])):
             raise ValueError(
-                f"val_fraction {self.share:g} of {count} images has no room for each of {len(classes)} classes, and"
-                f" takes all images of class {class_names[min(lost)]!r}; take more, or give a validation split"
+                f"val_fraction {self.share:g} of {count} images is too small for {len(classes)} classes and would take"
+                f" all images of class {class_names[min(lost)]!r}; use a larger fraction, or a validation split"
             )
         return order[held_out:], order[:held_out]
 
     def of(self, split: str) -> str:
-        """What the part is called."""
+        """Return the name of the validation part of a split."""
         return f"{self.share:g} of {split}"
 
 
 def fingerprint(rows: Rows, label_column: str | None) -> str | None:
-    """A hash of the images from which a part is drawn: of files their names, below the folder that holds them all, and
-    classes; of a table its labels. None for a stream.
+    """Return a hash of the images that validation images are drawn from: for files, of their paths (with the classes)
+    relative to the common folder; for a table, of its labels. None for a stream.
 
-    What is drawn depends on the order of the images, so that a renamed file changes it.
+    The draw depends on the order of the images, so renaming a file changes the hash.
     """
     digest = hashlib.sha256()
     if isinstance(rows, ImageFiles):

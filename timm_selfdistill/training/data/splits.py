@@ -1,4 +1,4 @@
-"""Training and validation images that were found, as data sets of tensors."""
+"""Training and validation images as datasets of tensors."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Rows as (image (C, H, W), class index).
+    """Map-style dataset of (image (C, H, W), class index).
 
     Args:
-        rows: with an image column and perhaps a column of class indices.
-        label_column: None gives every image the class index -1.
-        transform: PIL image -> tensor, e.g. of `timm.data.create_transform`.
+        rows: rows with an image column and optionally a column of class indices.
+        label_column: if None, every image has the class index -1.
+        transform: PIL image to tensor, e.g. `timm.data.create_transform`.
         mode: PIL mode that images are converted to: "L" (one channel) or "RGB".
         source: see `ImageSplits`.
-        ranges: black and white of images with more than 8 bits.
-        label_map: class index for each label; None leaves them as they are.
+        ranges: black and white of images with more than 8 bits, by kind.
+        label_map: class index for each label; None leaves labels unchanged.
 
     Examples:
         >>> from timm.data import create_transform
@@ -49,11 +49,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     """
 
     augmented: bool | None = None
-    """Whether an image is another one each time that it is read; None is not known."""
+    """Whether reading an image twice gives different results; None if unknown."""
     data_config: dict[str, Any] | None = None
-    """The preprocessing for validation, see `ImageSplits.transformed`."""
+    """Preprocessing for validation, see `ImageSplits.transformed`."""
     class_names: Sequence[str] = ()
-    """In the order of the class indices; empty where they are not known."""
+    """Class names in the order of the class indices; empty if unknown."""
 
     def __init__(
         self,
@@ -86,12 +86,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return image, label if self.label_map is None else self.label_map[label]
 
 
-REORDERED = "the classes are in another order than the network's: they are matched by name"
+REORDERED = "the classes are not in the network's order: they are matched by name"
 
 
 @dataclass
 class ImageSplits:
-    """Training and validation images; made by `load_images`.
+    """Training and validation images, created by `load_images`.
 
     Examples:
         >>> import timm
@@ -108,27 +108,26 @@ class ImageSplits:
     val_rows: Rows
     image_column: str
     label_column: str | None
-    """None where the validation images have no labels."""
+    """Name of the label column; None if the validation images have no labels."""
     class_names: list[str]
-    """In the order of the class indices; empty where there are no labels."""
+    """Class names in the order of the class indices; empty if there are no labels."""
     sampled_rows: Rows = field(repr=False)
-    """The training images before any were taken for validation; `sample` is of these."""
+    """The training images before some were held out for validation; `sample` is taken from these."""
     source: ImageSource
-    """Where the validation images come from, in the Hub's terms: name, type, config, split, hub_id; where they
-    were drawn from the training split val_fraction, seed, and drawn_from, see `fingerprint`."""
+    """Origin of the validation images, in the Hub's terms: name, type, config, split, hub_id; if they were drawn from
+    the training split, also val_fraction, seed and drawn_from, see `fingerprint`."""
     found: list[FoundSplit]
-    """For each split its name, images, classes, where they are from, and what was left out."""
+    """For each split its name, number of images and classes, origin, and what was left out."""
     unlabelled: bool = False
-    """Whether the training images have no labels, or theirs are not used."""
+    """Whether the training images have no labels, or their labels are ignored."""
     value_range: ValueRange | ValueRanges | None = None
-    """Black and white of images with more than 8 bits, as they were given."""
+    """Black and white of images with more than 8 bits, as given."""
     label_map: list[int] | None = field(default=None, repr=False)
-    """Class index for each label of the rows, where a network has the classes in another order."""
+    """Class index for each label of the rows, if a network has the classes in a different order."""
 
     @property
     def train(self) -> datasets.Dataset | datasets.IterableDataset:
-        """The training images as `datasets` has them, with the labels of the source; those of a folder are made into a
-        table of paths for it."""
+        """The training images as a `datasets` object, with the source's labels; a folder becomes a table of paths."""
         return self.train_rows.table if isinstance(self.train_rows, ImageFiles) else self.train_rows
 
     @train.setter
@@ -137,7 +136,7 @@ class ImageSplits:
 
     @property
     def val(self) -> datasets.Dataset | datasets.IterableDataset:
-        """The validation images, likewise."""
+        """The validation images, as in `train`."""
         return self.val_rows.table if isinstance(self.val_rows, ImageFiles) else self.val_rows
 
     @val.setter
@@ -146,10 +145,10 @@ class ImageSplits:
 
     @cached_property
     def sample(self) -> Sample:
-        """What some of the training images tell of all; looked at when it is asked for.
+        """Properties of a sample of the training images, read on first use.
 
         Raises:
-            ValueError: none of them can be read.
+            ValueError: none of the images can be read.
         """
         return take_sample(self.sampled_rows, self.image_column, self.value_range)
 
@@ -159,7 +158,7 @@ class ImageSplits:
 
     @property
     def in_chans(self) -> int:
-        """Channels of a new network: three, as timm's default, also where all images are grey (`sample.grey`)."""
+        """Channels of a new network: three, timm's default, even if all images are grayscale (`sample.grey`)."""
         return 3
 
     @property
@@ -168,49 +167,50 @@ class ImageSplits:
         return self.sample.size
 
     def lines(self) -> list[str]:
-        """What was found, a line for each split, and one where classes are in another order than the network's."""
+        """Return a description of each split, and a line if the classes are not in the network's order."""
         return [*map(_line, self.found), *([REORDERED] if self.is_reordered else [])]
 
     @property
     def is_reordered(self) -> bool:
-        """Whether a network has the classes in another order than the source."""
+        """Whether the network's classes are in a different order than those of the source."""
         return self.label_map is not None and list(self.label_map) != sorted(self.label_map)
 
     def fitting_labels(self, num_classes: int, class_names: list[str] | None = None) -> "ImageSplits":
-        """The same images for a network of K classes that learns without labels; those for validation have none
-        either, with a warning, where theirs are of other classes.
+        """Return the same images for a network that trains without labels. If the labels of the validation images do
+        not match its classes, they are dropped with a warning.
 
         Args:
-            class_names: of the network; None is not known.
+            num_classes: K of the network.
+            class_names: class names of the network; None if unknown.
         """
         if self.num_classes is None or (class_names is None and self.num_classes == num_classes):
             return self
         if class_names is not None and set(self.class_names) <= set(class_names):
             return self.in_order(class_names)
         warnings.warn(
-            f"the labels of the validation images are of other classes ({self.num_classes}: {self.class_names[0]}, ...)"
-            f" than the network's ({num_classes}{': ' + class_names[0] + ', ...' if class_names else ''}): they are not"
-            " used, agreement with the deepest classifier is measured",
+            f"the classes of the validation images ({self.num_classes}: {self.class_names[0]}, ...) are not those of"
+            f" the network ({num_classes}{': ' + class_names[0] + ', ...' if class_names else ''}): labels are ignored,"
+            " and agreement with the deepest exit is measured",
             stacklevel=2,
         )
         return self._changed(label_column=None, class_names=[])
 
     def in_order(self, class_names: list[str], way_out: str = "") -> "ImageSplits":
-        """The same images with the class indices of a network.
+        """Return the same images with the class indices of a network.
 
         Args:
-            class_names: of the network, in its order.
-            way_out: what to do where the images are of other classes, for the message.
+            class_names: class names of the network, in its order.
+            way_out: what to do if the classes do not match, for the error message.
 
         Raises:
-            ValueError: the images are of classes that the network does not have.
+            ValueError: the images have a class that the network does not have.
         """
         if self.class_names == list(class_names):
             return self
         indices = {name: index for index, name in enumerate(class_names)}
         if unknown := [name for name in self.class_names if name not in indices]:
             raise ValueError(
-                f"the network has {listed(class_names)}, and the images have {listed(self.class_names)}: the network"
+                f"the network has {listed(class_names)}, but the images have {listed(self.class_names)}: the network"
                 f" does not know {some_names(unknown)}" + (way_out and f"; {way_out}")
             )
         before = self.label_map or range(len(self.class_names))
@@ -218,12 +218,12 @@ class ImageSplits:
         return self._changed(class_names=list(class_names), label_map=label_map)
 
     def named(self, class_names: list[str]) -> "ImageSplits":
-        """The same images, whose labels are numbers, with names for them."""
+        """Return the same images with names for labels that are numbers."""
         return self._changed(class_names=list(class_names))
 
     def fitting_size(self, backbone: nn.Module) -> int:
-        """Pixels to train a timm model at: its own size, or where the images are smaller and the model takes other
-        sizes, the multiple of 32 that holds the median of them."""
+        """Return the image size in pixels to train a timm model at: its own, or if the images are smaller and the model
+        accepts other sizes, the median image's size rounded up to a multiple of 32."""
         own_size: int = as_timm(backbone).pretrained_cfg["input_size"][-1]
         return min(own_size, -(-max(self.size) // 32) * 32) if takes_other_sizes(backbone) else own_size
 
@@ -232,25 +232,25 @@ class ImageSplits:
         data_config: dict[str, Any],
         **augmentation: Any,
     ) -> tuple[ImageDataset | StreamedImages, ImageDataset | StreamedImages]:
-        """Training and validation data as tensors.
+        """Return training and validation datasets of tensors.
 
         Args:
-            data_config: input_size (channels, height, width), mean, std, interpolation, crop_pct; of
+            data_config: input_size (channels, height, width), mean, std, interpolation and crop_pct, from
                 `timm.data.resolve_model_data_config` or `model_data_config`.
-            augmentation: for training, arguments of `create_train_transform`, e.g. `auto_augment`, `cutout`, or
+            augmentation: arguments of `create_train_transform` for training, e.g. `auto_augment`, `cutout`, or
                 `no_aug=True`.
 
         Raises:
-            ValueError: input_size has neither one channel nor three, or a setting is unknown.
+            ValueError: input_size has neither one nor three channels, or a setting is unknown.
         """
         channels = data_config["input_size"][0]
         if channels not in (1, 3):
-            raise ValueError(f"images have 1 or 3 channels, but the model takes in_chans={channels}")
+            raise ValueError(f"images are read with 1 or 3 channels, but the model has in_chans={channels}")
         interpolation = augmentation.pop("interpolation", data_config["interpolation"])
         try:
             train = create_train_transform({**data_config, "interpolation": interpolation}, **augmentation)
             val = normalizing_in_place(create_transform(**data_config))
-        except (AssertionError, KeyError) as error:  # timm's answer to an unknown policy or interpolation
+        except (AssertionError, KeyError) as error:  # from timm, for an unknown policy or interpolation
             raise ValueError(f"timm does not know a setting of the transforms: {error}") from error
         mode = "L" if channels == 1 else "RGB"
         train_labels = None if self.unlabelled else self.label_column
@@ -283,7 +283,7 @@ class ImageSplits:
 
 
 def _line(split: FoundSplit) -> str:
-    """For example "train: 60 images of 3 classes in photos/train; left out: 24 .json"."""
+    """Return a line such as "train: 60 images of 3 classes in photos/train; left out: 24 .json"."""
     count = {None: "images", 1: "1 image"}.get(split["images"]) or f"{split['images']:,} images"
     classes = f" of {split['classes']:,} classes" if split["classes"] else " without labels"
     left_out = f"; left out: {split['left_out']}" if split["left_out"] else ""
@@ -291,22 +291,22 @@ def _line(split: FoundSplit) -> str:
 
 
 def fit_classes(images: ImageSplits, backbone: nn.Module, frozen: bool) -> ImageSplits:
-    """Give images the class indices of a network whose weights were loaded, whatever the order of their folders.
+    """Return the images with the class indices of a network whose weights were loaded, matched by class name.
 
-    Where its classifier is new, or it does not name its classes, the images keep their order; a warning says so where
-    labels without names must be trusted.
+    If its classifier is new, or it has no class names, the images keep their order; a warning is issued if labels are
+    numbers and have to be taken as the network's class indices.
 
     Args:
-        frozen: whether the network stays as it is.
+        frozen: whether the network is frozen.
 
     Raises:
-        ValueError: the classes of the classifier are others than those of the images.
+        ValueError: the images have classes that the classifier does not have.
     """
     names, new = own_class_names(backbone), has_new_classifier(backbone)
     if new and frozen:
         warnings.warn(
-            f"the frozen backbone's classifier for {backbone.num_classes} classes is new, with random weights, and has"
-            " nothing to teach the exits; fine-tune the network first",
+            f"the frozen backbone has a new, untrained classifier for {backbone.num_classes} classes, which cannot"
+            " teach the exits; fine-tune the network first",
             stacklevel=2,
         )
     if new or names is None or not images.class_names:
@@ -316,59 +316,60 @@ def fit_classes(images: ImageSplits, backbone: nn.Module, frozen: bool) -> Image
         names,
         "give images of its classes, or --unlabelled"
         if frozen
-        else "to train a new classifier on its weights give --pretrained-path FILE",
+        else "to train a new classifier on top of its weights, give --pretrained-path FILE",
     )
 
 
 def in_mapped_order(
     images: ImageSplits, class_map: str | PathLike, folder: str | PathLike | None, num_classes: int | None = None
 ) -> ImageSplits:
-    """Give images the class indices of a file, as `timm.data.readers.class_map` reads it.
+    """Return the images with the class indices of a class map, as read by `timm.data.readers.class_map`.
 
     Args:
-        class_map: a text file with the name of a class in each line, itself or in `folder`.
-        num_classes: of the network, where they are more than the names; None are as many.
+        class_map: path of a text file with one class name per line, possibly relative to `folder`.
+        num_classes: number of classes of the network if it exceeds that of the names; None is the same number.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no text file, names a class twice, or lacks one of the images'.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a text file, lists a class twice, or lacks a class of the images.
     """
     places = [Path(class_map), *([Path(folder) / class_map] if folder else [])]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"class map {class_map} does not exist; expected a text file with a class in each line")
+        raise FileNotFoundError(f"class map {class_map} does not exist; expected a text file with one class per line")
     if path.suffix.lower() != ".txt":
         raise ValueError(
-            f"class map {path} must be a text file (.txt) with the name of a class in each line; pickled"
-            " ones are not read"
+            f"class map {path} must be a text file (.txt) with one class name per line; pickled class maps are not"
+            " supported"
         )
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     if len(set(names)) < len(names):
-        raise ValueError(f"class map {path} names {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise ValueError(f"class map {path} lists {next(name for name in names if names.count(name) > 1)!r} twice")
     if not images.class_names:
-        raise ValueError(f"class map {path} orders classes, and the images have none with names; leave it out")
+        raise ValueError(f"class map {path} needs named classes, which the images do not have; leave it out")
     if unknown := [name for name in images.class_names if name not in set(names)]:
         raise ValueError(
-            f"class map {path} has {listed(names)}, and the images have {listed(images.class_names)}: it"
-            f" lacks {some_names(unknown)}; add them, or leave their images out"
+            f"class map {path} has {listed(names)}, but the images have {listed(images.class_names)}: it"
+            f" lacks {some_names(unknown)}; add them, or remove their images"
         )
     if num_classes is not None and num_classes < len(names):
-        raise ValueError(f"class map {path} has {len(names)} classes, and num_classes is {num_classes}")
+        raise ValueError(f"class map {path} has {len(names)} classes, but num_classes is {num_classes}")
     return images.in_order([*names, *map(str, range(len(names), num_classes or 0))])
 
 
 def has_new_classifier(backbone: nn.Module) -> bool:
-    """Whether a network was made with a classifier of another size than that of its weights."""
+    """Whether a network's classifier is new, since it has a different number of classes than its weights."""
     model = as_timm(backbone)
     return model.pretrained_cfg["num_classes"] != model.num_classes
 
 
 def match_classes(images: ImageSplits, names: list[str], way_out: str) -> ImageSplits:
-    """Give images the class indices of a network by the names of its classes; numbers are taken for its indices.
+    """Return the images with the class indices of a network, matched by class name; labels that are numbers are taken
+    as its indices.
 
     Args:
-        names: of the network's classes, in its order; those of the images may be fewer.
-        way_out: what to do where they are others.
+        names: class names of the network, in its order; the images may have fewer classes.
+        way_out: what to do if the classes do not match, for the error message.
 
     Raises:
         ValueError: the images have a class that the network does not have.
@@ -377,7 +378,7 @@ def match_classes(images: ImageSplits, names: list[str], way_out: str) -> ImageS
     if images.class_names != numbers or set(names) == set(numbers):
         return images.in_order(names, way_out)
     warnings.warn(
-        f"the labels are numbers; they are taken for the network's classes, 0 for {names[0]!r}, 1 for"
+        f"the labels are numbers; they are taken as the network's class indices, 0 for {names[0]!r}, 1 for"
         f" {names[1]!r}, ...",
         stacklevel=3,
     )

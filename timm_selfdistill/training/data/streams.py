@@ -1,4 +1,4 @@
-"""Images that come one after the other, without an index: `datasets` in streaming mode."""
+"""Streamed images, which have no index: `datasets` in streaming mode."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from .transforms import Transform
 
 Row: TypeAlias = dict[str, Any]
-"""Of a table of `datasets`, by column."""
+"""Row of a `datasets` table, by column."""
 
 FEW_SHARDS = 4
-"""For each process: with fewer, one shard more or less would be too much of a difference."""
+"""Shards per process below which an uneven division of shards would be too unbalanced."""
 
 
 def row_count(rows: Any) -> int | None:
-    """Rows of a table of `datasets`; None for a stream that does not tell."""
+    """Return the number of rows of a `datasets` table; None for a stream of unknown length."""
     if hasattr(rows, "__len__"):
         return len(rows)
     split = (rows.info.splits or {}).get(str(rows.split))
@@ -36,17 +36,17 @@ def row_count(rows: Any) -> int | None:
 
 
 class StreamedImages(IterableDataset[tuple[Tensor, int] | None]):
-    """Rows of a `datasets.IterableDataset` as (image (C, H, W), class index), each once.
+    """Iterable dataset of (image (C, H, W), class index) from a `datasets.IterableDataset`, each row once.
 
     Args: see `ImageDataset`.
     """
 
     skips_unreadable = False
-    """Whether None takes the place of an image that cannot be read."""
+    """Whether an image that cannot be read is replaced by None."""
     augmented: bool | None = None
     data_config: dict[str, Any] | None = None
     class_names: Sequence[str] = ()
-    """All three as of `ImageDataset`."""
+    """All three as in `ImageDataset`."""
 
     def __init__(
         self,
@@ -68,15 +68,16 @@ class StreamedImages(IterableDataset[tuple[Tensor, int] | None]):
 
     @property
     def length(self) -> int | None:
-        """Rows of the whole split, where its description tells."""
+        """Number of rows of the whole split, if known."""
         return row_count(self.rows)
 
     def split_by_node(self, rank: int, world_size: int, workers: int) -> "StreamedImages":
-        """What one of several processes reads: every so many shards one, or where there are few that do not
-        divide, all of them and every so many rows one.
+        """Return the part of the stream that one of several processes reads: every `world_size`-th shard, or if there
+        are few shards that do not divide evenly, every `world_size`-th row of all shards.
 
         Args:
-            workers: loading processes; parquet files are divided by row groups where they do not divide between all.
+            workers: number of DataLoader workers; if there are too few parquet files for all of them, row groups are
+                divided instead.
         """
         from datasets.distributed import split_dataset_by_node
 
@@ -91,21 +92,21 @@ class StreamedImages(IterableDataset[tuple[Tensor, int] | None]):
         return part
 
     def image(self, row: Row, number: int) -> Tensor:
-        """The image of a row.
+        """Return the image of a row.
 
         Args:
-            number: of the row, for the error message.
+            number: number of the row, for the error message.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: the image cannot be read.
         """
         return self.transform(read_image(row[self.image_column], self.mode, number, self.ranges))
 
     def label(self, row: Row) -> int:
-        """The class index of a row, or -1 without a label column.
+        """Return the class index of a row, or -1 without a label column.
 
         Raises:
-            ValueError: it is none of `num_classes`.
+            ValueError: it is missing or not below `num_classes`.
         """
         if self.label_column is None:
             return NO_LABEL
@@ -130,28 +131,28 @@ class StreamedImages(IterableDataset[tuple[Tensor, int] | None]):
 
 
 class Place(NamedTuple):
-    """Where a loading process stands in its part of the stream, after a batch."""
+    """Position of a DataLoader worker in its part of the stream, after a batch."""
 
     worker: int
-    """Number of the loading process."""
+    """Number of the DataLoader worker."""
     rows: dict[str, Any] | None
-    """State of `datasets` where the block begins; None is the beginning."""
+    """State of `datasets` at the start of the block; None is the start of the stream."""
     block: int
     offset: int
-    """Rows of the block that are behind us."""
+    """Number of rows of the block that were already read."""
 
 
 class TrainStream(IterableDataset[tuple[Batch, Place] | None]):
-    """Batches of one pass through a process's part of the stream, each with the place behind it.
+    """Batches of one pass through a process's part of the stream, each with the position after it.
 
-    The order of the shards depends on (seed, pass). Rows are read in blocks, which are shuffled; order and augmentation
-    depend on (seed, pass, process, loading process, block), so that the stream goes on from any place as it would have.
-    The last, incomplete batch of each loading process is left out.
+    The order of the shards depends on (seed, pass). Rows are read and shuffled in blocks; their order and augmentation
+    depend on (seed, pass, process, DataLoader worker, block), so that a stream can be resumed from any position. The
+    last, incomplete batch of each DataLoader worker is dropped.
 
     Args:
-        data: what the process reads.
-        block: rows that are shuffled together.
-        on_bad_sample: "raise", or "skip": a row that cannot be read is left out; the row after it counts it.
+        data: the part of the stream that the process reads.
+        block: number of rows shuffled together.
+        on_bad_sample: "raise", or "skip" to skip a row that cannot be read; the next row carries the count.
     """
 
     def __init__(self, data: StreamedImages, batch_size: int, block: int, seed: int, rank: int, on_bad_sample: str):
@@ -161,17 +162,17 @@ class TrainStream(IterableDataset[tuple[Batch, Place] | None]):
         self.places: dict[int, Place] = {}
 
     def begin(self, number: int, next_worker: int = 0, places: dict[int, Place] | None = None) -> None:
-        """Set the pass, and in the middle of one, whose batch comes first and where everyone stands."""
+        """Set the number of the pass and, to resume within it, the next worker and the positions of all workers."""
         self.number, self.next_worker, self.places = number, next_worker, places or {}
-        # Not in the loading processes, which share it. `datasets` takes 0 for "not shuffled".
+        # Not in the DataLoader workers, which share it. `datasets` takes epoch 0 as "not shuffled".
         self.data.rows.set_epoch(1 + mixed_seed(self.seed, number))
 
     def __iter__(self) -> Iterator[tuple[Batch, Place] | None]:
-        """None stands for a batch that was taken before."""
+        """Iterate over batches with positions; None stands for a batch that was already consumed."""
         info = get_worker_info()
         worker = info.id if info else 0
         if worker < self.next_worker:
-            yield None  # torch begins with the first loading process
+            yield None  # torch starts with the first worker
         begin = self.places.get(worker, Place(worker, None, 0, 0))
         samples: list[tuple[Tensor, int, int, int]] = []
         for place, sample in self._samples(begin):
@@ -181,14 +182,14 @@ class TrainStream(IterableDataset[tuple[Batch, Place] | None]):
                 samples = []
 
     def _samples(self, begin: Place) -> Iterator[tuple[Place, tuple[Tensor, int, int]]]:
-        """Samples (image, label, unreadable rows before it) after a place, each with the place behind it."""
+        """Yield samples (image, label, number of unreadable rows before it), each with the position after it."""
         unreadable = 0
         for place, block in self._blocks(begin):
             draw = np.random.default_rng([self.seed, self.number, self.rank, place.worker, place.block])
             order, seeds = draw.permutation(len(block)).tolist(), draw.integers(2**63 - 1, size=len(block)).tolist()
             for position in range(place.offset, len(block)):
                 index = order[position]
-                row, block[index] = block[index], {}  # so that the next block takes the memory of this one
+                row, block[index] = block[index], {}  # frees memory for the next block
                 label = self.data.label(row)
                 try:
                     with seeded(seeds[position]):
@@ -199,7 +200,7 @@ class TrainStream(IterableDataset[tuple[Batch, Place] | None]):
                         raise
                     if unreadable > ATTEMPTS:
                         raise ValueError(
-                            f"{unreadable} rows of the stream in a row cannot be read; the last: {error}"
+                            f"{unreadable} consecutive rows of the stream cannot be read; last error: {error}"
                         ) from error
                     continue
                 yield place._replace(offset=position + 1), (image, label, unreadable)
@@ -220,7 +221,7 @@ class TrainStream(IterableDataset[tuple[Batch, Place] | None]):
             place = Place(place.worker, rows.state_dict(), number + 1, 0)
 
     def _check_mixed(self, block: list[Row]) -> None:
-        """Warn where the rows come class by class, as those of a folder do."""
+        """Warn if the rows are sorted by class, as those of a folder are."""
         classes = self.data.num_classes
         if self.data.label_column is None or classes is None:
             return
@@ -228,11 +229,11 @@ class TrainStream(IterableDataset[tuple[Batch, Place] | None]):
         expected = classes * (1 - (1 - 1 / classes) ** len(block))
         if found < expected / 2:
             warnings.warn(
-                f"the first {len(block)} rows of the stream are of {found} of {classes} classes: they are not mixed,"
-                " which spoils training; write the rows in random order, or leave out streaming",
+                f"the first {len(block)} rows of the stream contain only {found} of {classes} classes: the rows seem to"
+                " be sorted by class, which harms training; write them in random order, or leave out streaming",
                 stacklevel=2,
             )
 
 
 RunImages: TypeAlias = IndexedImages | StreamedImages
-"""What `Trainer` takes for training and for validation."""
+"""Datasets that `Trainer` accepts for training and validation."""

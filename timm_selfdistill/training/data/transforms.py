@@ -1,4 +1,4 @@
-"""From images to the input of a network: preprocessing, augmentation, and what is done to batches."""
+"""Preprocessing and augmentation of images, and mixing of batches."""
 
 from collections.abc import Callable
 from copy import copy
@@ -25,12 +25,12 @@ Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 
 def takes_other_sizes(backbone: nn.Module) -> bool:
-    """Whether a timm model can be moved to another image size than the one it was created with."""
+    """Whether a timm model can change the image size it was created with."""
     return not as_timm(backbone).pretrained_cfg.get("fixed_input_size") or hasattr(backbone, "set_input_size")
 
 
 def own_class_names(backbone: nn.Module) -> list[str] | None:
-    """Those that came with a timm model's weights; None where there are none, or its classifier is for other ones.
+    """Return the class names that came with a timm model's weights; None if there are none, or its classifier is new.
 
     Examples:
         >>> import timm
@@ -55,19 +55,20 @@ def model_data_config(
     class_names: list[str] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """The preprocessing of a timm model, with what a run changes of it.
+    """Return the preprocessing of a timm model, with changes for a run.
 
-    It is written back to `backbone.pretrained_cfg`, with the class names, so that
-    `timm.data.resolve_model_data_config(backbone)` gives the same, also after saving and loading. A model that takes
-    one image size only is moved to `img_size` by its own `set_input_size`.
+    The result and the class names are written back to `backbone.pretrained_cfg`, so that
+    `timm.data.resolve_model_data_config(backbone)` returns the same, even after saving and loading. A model with a
+    fixed image size is changed to `img_size` by its own `set_input_size`.
 
     Args:
-        img_size: pixels; None is the model's own size.
-        in_chans: channels; None are the model's own.
-        overrides: mean, std, interpolation, crop_pct; None values are the model's own.
+        img_size: image size in pixels; None is the model's own.
+        in_chans: number of channels; None is the model's own.
+        class_names: class names in the order of the indices; None leaves those of the model.
+        overrides: mean, std, interpolation, crop_pct; None is the model's own value.
 
     Raises:
-        ValueError: the model takes no other image size than its own, or a value does not fit.
+        ValueError: the model's image size cannot be changed, or a value does not fit.
 
     Examples:
         >>> import timm
@@ -88,7 +89,7 @@ def model_data_config(
     if size != tuple(config["input_size"][1:]) and model.pretrained_cfg.get("fixed_input_size"):
         if not takes_other_sizes(backbone):
             raise ValueError(
-                f"{type(backbone).__name__} takes images of {config['input_size'][1:]} pixels only, not {size}"
+                f"{type(backbone).__name__} only takes images of {config['input_size'][1:]} pixels, not {size}"
             )
         model.set_input_size(img_size=size)
     in_chans = default_input_size(backbone)[0] if in_chans is None else in_chans
@@ -97,7 +98,7 @@ def model_data_config(
     for key in ("mean", "std"):
         values = tuple(config[key])
         if overrides.get(key) is not None and len(values) not in (1, in_chans):
-            raise ValueError(f"{key} has {len(values)} values for images of {in_chans} channels: {values}")
+            raise ValueError(f"{key} must have 1 or {in_chans} values, one per channel, got {len(values)}: {values}")
         if len(values) != in_chans:
             config[key] = (sum(values) / len(values),) * in_chans
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -114,8 +115,8 @@ GREY = 128
 
 
 class Cutout(nn.Module):
-    """Sets a square of an image (C, H, W) to zero; its centre lies anywhere in the image, so that it is often cut off
-    by a border (arXiv:1708.04552).
+    """Sets a square of an image (C, H, W) to zero. Its center may lie anywhere in the image, so that a border often
+    cuts it off (arXiv:1708.04552).
 
     Args:
         length: side in pixels.
@@ -137,13 +138,13 @@ class Cutout(nn.Module):
 
 
 class AugmentationSplits:
-    """Several views of an image, (S, C, H, W): the first as it is, the others augmented, as those of
+    """Returns several views of an image, (S, C, H, W): the first is clean, the others are augmented, as in
     `timm.data.AugMixDataset` (arXiv:1912.02781).
 
     Args:
-        crop, augment, to_tensor: the three steps of timm's transform; the views share the first.
+        crop, augment, to_tensor: the three steps of timm's transform; all views share the crop.
         splits: S.
-        erases_first: whether random erasing takes the first view, too.
+        erases_first: whether random erasing also applies to the first view.
     """
 
     def __init__(self, crop: Compose, augment: Compose, to_tensor: Compose, splits: int, erases_first: bool):
@@ -170,20 +171,23 @@ def create_train_transform(
     resplit: bool = False,
     **augmentation: Any,
 ) -> Transform:
-    """PIL image -> augmented tensor (C, H, W), normalised; with aug_splits several of it, (S, C, H, W).
+    """Create the training transform: PIL image to augmented, normalized tensor (C, H, W), or (S, C, H, W) with
+    `aug_splits`.
 
     Args:
-        data_config: as `timm.data.resolve_model_data_config` gives it.
-        no_aug: resize and normalise only.
-        train_crop_mode: timm's "rrc", "rkrc" and "rkrr"; "pad" resizes an image to the image size if it has another,
-            pads an eighth of it (4 pixels of 32) with grey on each side, and crops anywhere.
-        auto_augment: timm's policies, or "cifar10", the policy that AutoAugment found on CIFAR-10 (arXiv:1805.09501).
+        data_config: as returned by `timm.data.resolve_model_data_config`.
+        no_aug: only resize and normalize.
+        train_crop_mode: timm's "rrc", "rkrc" or "rkrr"; "pad" resizes the image to the image size if necessary, pads
+            each side with gray by an eighth of it (4 pixels for 32), and takes a random crop.
+        auto_augment: one of timm's policies, or "cifar10", the policy found by AutoAugment on CIFAR-10
+            (arXiv:1805.09501).
         cutout: side in pixels, see `Cutout`; 0 is off.
-        aug_splits: S, see `AugmentationSplits`; 0 is off. resplit: no random erasing in the first of them.
+        aug_splits: S, see `AugmentationSplits`; 0 is off.
+        resplit: do not apply random erasing to the first view.
         augmentation: further arguments of `timm.data.create_transform`.
 
     Raises:
-        ValueError: `train_crop_mode`, `cutout` or `aug_splits` is none of these.
+        ValueError: `train_crop_mode`, `cutout` or `aug_splits` is invalid.
         AssertionError, KeyError: timm does not know a setting.
     """
     _check_augmentation(no_aug, train_crop_mode, cutout, aug_splits)
@@ -220,7 +224,7 @@ def _check_augmentation(no_aug: bool, train_crop_mode: str, cutout: int, aug_spl
     if train_crop_mode not in CROP_MODES:
         raise ValueError(f"train_crop_mode must be one of {', '.join(CROP_MODES)}, got {train_crop_mode!r}")
     if isinstance(cutout, bool) or not isinstance(cutout, int) or cutout < 0:
-        raise ValueError(f"cutout must be a number of pixels, at least 0, got {cutout!r}")
+        raise ValueError(f"cutout must be a whole number of pixels >= 0, got {cutout!r}")
     if aug_splits == 1 or aug_splits < 0 or (aug_splits and no_aug):
         raise ValueError(
             f"aug_splits must be 0 (off), or at least 2 with augmentation, got {aug_splits}"
@@ -229,7 +233,7 @@ def _check_augmentation(no_aug: bool, train_crop_mode: str, cutout: int, aug_spl
 
 
 def normalizing_in_place(transform: Compose) -> Compose:
-    """The same, without a copy of each tensor, which nobody else holds."""
+    """Make a transform normalize tensors in place, without copying them; nothing else uses them."""
     for step in transform.transforms:
         if isinstance(step, Normalize):
             step.inplace = True
@@ -237,11 +241,11 @@ def normalizing_in_place(transform: Compose) -> Compose:
 
 
 class TargetMixer:
-    """Applies timm's Mixup and label smoothing to a batch, or nothing.
+    """Applies timm's Mixup and label smoothing to batches, as far as they are on.
 
     Args:
         num_classes: K.
-        smooths: False leaves the labels to a loss that smooths them itself.
+        smooths: whether to smooth labels; False if the loss does so itself.
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, smooths: bool = True):
@@ -263,12 +267,12 @@ class TargetMixer:
         )
 
     def check(self, y: Any) -> Tensor:
-        """The labels of a batch, see `check_targets`; without labels as they are."""
+        """Return the labels of a batch as `check_targets` does; unchanged when training without labels."""
         return y if self.config.unlabelled else check_targets(y, self.num_classes, self.mixes)
 
     @property
     def mixes(self) -> bool:
-        """Whether soft labels are made."""
+        """Whether the labels become soft labels."""
         return self.mixup is not None or bool(self.smoothing)
 
     def _mixup_of(self, epoch: int) -> Mixup | None:
@@ -276,8 +280,8 @@ class TargetMixer:
         return None if off and epoch >= off else self.mixup
 
     def __call__(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Images (B, C, H, W) and class indices (B,) to images and labels, soft (B, K) where anything is on; without
-        labels to images and None."""
+        """Return images and labels for images (B, C, H, W) and class indices (B,). The labels are soft (B, K) if mixup,
+        CutMix or smoothing is on, and None when training without labels."""
         mixup = self._mixup_of(epoch)
         if self.config.unlabelled:
             return (x if mixup is None else mixup(x, torch.zeros_like(y))[0]), None
@@ -288,12 +292,12 @@ class TargetMixer:
         return x, y
 
     def mix(self, x: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Images and labels as a call gives them, and the weight of each image in its mixture, (B,): 1 where it is not
-        mixed; the rest is the weight of image B - 1 - i, which timm mixes with image i."""
+        """Return images and labels as `__call__` does, and the weight of each image in its mixture (B,): 1 if it is not
+        mixed. The other part is image B - 1 - i, which timm mixes with image i."""
         mixup = self._mixup_of(epoch)
         if mixup is None:
             return *self(x, y, epoch), torch.ones(len(y), device=y.device)
-        paired = copy(mixup)  # timm tells the weights in the labels alone, so each image is a class of its own
+        paired = copy(mixup)  # timm returns the weights only through labels, so each image gets its own class
         paired.num_classes, paired.label_smoothing = len(y), 0.0
         x, weights = paired(x, torch.arange(len(y), device=y.device))
         weight = weights.diagonal()
@@ -301,15 +305,15 @@ class TargetMixer:
 
 
 def smooths_labels(task: TrainingTask) -> bool:
-    """Whether the loss of a task takes class indices and smooths them itself."""
+    """Whether the loss of a task smooths class indices itself."""
     criterion = getattr(task, "criterion", None)
     return isinstance(getattr(criterion, "label_loss", criterion), JsdCrossEntropy)
 
 
 def view_by_view(x: Any, y: Any) -> tuple[Any, Any]:
-    """A batch of S views of each image, (B, S, C, H, W), as (S * B, C, H, W): first one view of all images, then the
-    next, as timm's losses and batch norms of augmentation splits have them; the labels (B, ...) likewise. Any other
-    batch stays as it is."""
+    """Reshape S views of each image, (B, S, C, H, W), to (S * B, C, H, W), with the first view of all images first, as
+    timm's losses and batch norms for augmentation splits expect; the labels (B, ...) are repeated accordingly. Other
+    batches are returned unchanged."""
     if not (isinstance(x, Tensor) and x.ndim == 5):
         return x, y
     return x.transpose(0, 1).flatten(0, 1), torch.cat([y] * x.shape[1])

@@ -1,4 +1,4 @@
-"""Runs in which a network is frozen, and features that it gave once."""
+"""Runs with a frozen backbone, and the cache of its features."""
 
 import shutil
 import warnings
@@ -29,70 +29,73 @@ from ..runtime.progress import ProgressReporter
 from .update import Updater
 
 IMAGES_READ = 16
-"""Twice, to see whether they are the same."""
+"""Number of images read twice to detect augmentation."""
 
 
 def learns_in_parts(task: TrainingTask, config: TrainConfig) -> bool:
-    """Whether parameters that learn at some time have no gradients at another, or never: classifiers learn alone first,
-    or without labels and alpha only features do."""
+    """Whether trainable parameters are without gradients, always or in some epochs: during `head_warmup_epochs`, or if
+    without labels and with alpha=0 only the hint trains."""
     features_alone = config.unlabelled and isinstance(task, SelfDistillTask) and not task.criterion.alpha
     return config.head_warmup_epochs > 0 or features_alone
 
 
 def check_frozen_settings(task: TrainingTask, config: TrainConfig, train_data: RunImages, val_data: RunImages) -> None:
-    """Raise where settings need a frozen backbone and there is none, or leave nothing to learn, or to learn from.
+    """Check the settings of runs with a frozen backbone.
 
     Raises:
-        ValueError, TypeError: it is so.
+        ValueError: a setting needs a frozen backbone and there is none, or there is nothing to train or to learn from.
+        TypeError: the task does not train the exits of a frozen backbone.
     """
     frozen = getattr(eval_model(task), "freeze_backbone", False)
     for name, reason in (
-        ("unlabelled", "which alone can teach without labels"),
-        ("cache_features", "whose features of an image alone are the same in every epoch"),
+        ("unlabelled", "since only such a backbone can teach without labels"),
+        ("cache_features", "since otherwise features change in every epoch"),
     ):
         flag = f"{name} (--{name.replace('_', '-')})"
         if getattr(config, name) and not frozen:
             raise ValueError(
                 f"{flag} needs a model with a frozen backbone, {reason};"
-                " wrap_self_distill(model, freeze_backbone=True) makes one (--freeze-backbone)"
+                " use wrap_self_distill(model, freeze_backbone=True) (--freeze-backbone)"
             )
         if getattr(config, name) and not isinstance(task, FrozenBackboneTask):
             raise TypeError(
-                f"{flag} needs a SelfDistillTask, whose exits learn from the deepest; {type(task).__name__} learns from"
-                " labels, through the whole network"
+                f"{flag} needs a SelfDistillTask, which trains the exits on the deepest exit's output;"
+                f" {type(task).__name__} trains the whole network on labels"
             )
     if frozen and not config.head_lr_scale:
-        raise ValueError("the backbone is frozen and head_lr_scale is 0: nothing would learn; leave one of them out")
+        raise ValueError(
+            "the backbone is frozen and head_lr_scale is 0: nothing would be trained; leave one of them out"
+        )
     if config.cache_features:
         _check_unchanging(train_data, val_data)
     if config.unlabelled and isinstance(task, FrozenBackboneTask):
         _check_teaching(task.criterion)
     elif not is_labelled(train_data):
         raise ValueError(
-            "the training images have no labels; give unlabelled=True (--unlabelled), which needs a model"
-            " with a frozen backbone, or images with labels"
+            "the training images have no labels; give images with labels, or with a frozen backbone set"
+            " unlabelled=True (--unlabelled)"
         )
 
 
 def _check_teaching(loss: SelfDistillLoss) -> None:
     if loss.teacher != "deepest":
-        raise ValueError(f'teacher {loss.teacher!r} learns itself, from labels; unlabelled needs the teacher "deepest"')
+        raise ValueError(f'unlabelled needs the teacher "deepest", since teacher {loss.teacher!r} learns from labels')
     if not loss.alpha and (not loss.beta or loss.hint is None):
-        raise ValueError("without labels alpha=0 and no hint leave nothing to learn from; give alpha, beta or hint")
+        raise ValueError("without labels, alpha=0 and no hint there is nothing to learn from; set alpha, beta or hint")
     if not loss.alpha:
         warnings.warn(
-            "with alpha=0 and no labels only the features of the exits learn, their classifiers stay as they are",
+            "with alpha=0 and no labels only the features of the exits are trained, not their classifiers",
             stacklevel=2,
         )
 
 
 def _check_unchanging(train_data: RunImages, val_data: RunImages) -> None:
-    """Raise ValueError for images whose features cannot be kept: of a stream, or augmented, as the data set tells or
-    some of its images show."""
+    """Raise ValueError for images whose features cannot be cached: streamed ones, or augmented ones, which is taken
+    from the dataset or tested on some images."""
     if isinstance(train_data, IterableDataset) or isinstance(val_data, IterableDataset):
         raise ValueError(
-            "cache_features keeps the features of each image of a data set, which a stream is not; leave"
-            " out streaming or cache_features"
+            "cache_features does not work with streaming, where images have no index; leave out streaming or"
+            " cache_features"
         )
     augmented = getattr(train_data, "augmented", None)
     if augmented is None:
@@ -103,21 +106,21 @@ def _check_unchanging(train_data: RunImages, val_data: RunImages) -> None:
         )
     if augmented:
         raise ValueError(
-            "cache_features keeps the features of each image, but the training images are augmented: not"
-            " the same each time that they are read; make them with no_aug=True (--no-aug)"
+            "cache_features stores the features of each image once, but the training images are augmented and differ"
+            " each time they are read; create them with no_aug=True (--no-aug)"
         )
 
 
 FOLDER = ".features"
-"""In the run directory."""
+"""Folder of the cached features in the run directory."""
 
 
 class FeatureCache(Dataset):
-    """(BackboneOutput, label) of each image of a data set; where it is not filled, the images themselves.
+    """Dataset of (BackboneOutput, label) for each image; until it is filled, of the images themselves.
 
     Args:
-        data: map-style data set of (image (C, H, W), label).
-        full_precision: without mixed precision, as validation is.
+        data: map-style dataset of (image (C, H, W), label).
+        full_precision: compute features without mixed precision, as in validation.
     """
 
     def __init__(self, data: IndexedImages, full_precision: bool = False):
@@ -141,11 +144,11 @@ class FeatureCache(Dataset):
         return BackboneOutput(tuple(maps), logits), label
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a loading process, which maps the files itself."""
+        """Return the state for a DataLoader worker, which maps the files itself."""
         return {**vars(self), "tensors": []}
 
     def plan(self, update: Updater, frozen: FrozenBackbone, folder: Path) -> list[TensorFile]:
-        """The files that will be filled, whose shapes and types the first image tells."""
+        """Return the files to be filled, with shapes and dtypes found by running the first image."""
         first = self._compute(update, frozen, *default_collate([self.data[0]]))
         return [
             TensorFile(str(folder / f"{index}.bin"), len(self), tuple(value.shape[1:]), value.dtype)
@@ -161,16 +164,17 @@ class FeatureCache(Dataset):
         progress: ProgressReporter,
         interrupt: InterruptRequest,
     ) -> None:
-        """Run the backbone over the images, unless all agree to stop; call it on every process, each does its part."""
+        """Run the backbone over the images, unless the processes agree to stop. Call it on every process; each computes
+        a part."""
         rank, world = update.accelerator.process_index, update.accelerator.num_processes
         settings = loader_settings(config, update.accelerator) | {"persistent_workers": False}
         batch_size = known_batch_size(config)
-        part = Subset(self, range(rank, len(self), world))  # not filled yet, so the images themselves
+        part = Subset(self, range(rank, len(self), world))  # not filled yet, so it returns images
         loader = DataLoader(part, batch_size, **settings)
         tensors, begin, batches = [file.open() for file in files], rank, iter(loader)
         try:
             for step in range(-(-len(self) // (world * batch_size))):
-                batch = next(batches, None)  # none at the last step where other processes have one image more
+                batch = next(batches, None)  # None at the last step if only other processes have images left
                 if batch is not None:
                     for tensor, value in zip(tensors, self._compute(update, frozen, *batch)):
                         tensor[begin::world][: len(value)] = value
@@ -196,8 +200,8 @@ class FeatureCache(Dataset):
 
 
 def create_caches(config: TrainConfig, train_data: RunImages, val_data: RunImages) -> list[FeatureCache]:
-    """Those of training and validation images; none where features are not kept, and of streams, which
-    `check_frozen_settings` refuses then."""
+    """Create the caches for training and validation images; an empty list without `cache_features`, or for streams,
+    which `check_frozen_settings` has refused."""
     if not config.cache_features or isinstance(train_data, IterableDataset) or isinstance(val_data, IterableDataset):
         return []
     return [FeatureCache(train_data), FeatureCache(val_data, full_precision=True)]
@@ -211,11 +215,11 @@ def fill_caches(
     progress: ProgressReporter,
     interrupt: InterruptRequest,
 ) -> None:
-    """Fill those of training and validation images, unless all processes agree to stop; the files lie in the run
-    directory, which every process must see.
+    """Fill the caches, unless all processes agree to stop. The files are in the run directory, which every process must
+    be able to access.
 
     Raises:
-        OSError: the disk is too small.
+        OSError: there is not enough disk space.
     """
     task = update.task
     if not caches or not isinstance(task, FrozenBackboneTask):
@@ -223,11 +227,11 @@ def fill_caches(
     folder = output / FOLDER
     plans = [cache.plan(update, task.frozen, folder / name) for cache, name in zip(caches, ("train", "val"))]
     files = list(chain(*plans))
-    remedy = "leave out cache_features, or choose another output, fewer images or a smaller image size"
+    remedy = "leave out cache_features, or use another output, fewer images or a smaller image size"
     ask_main_process(update.accelerator, partial(create_files, folder, files, "the features of the images", remedy))
     progress.say(
-        f"the backbone looks at {sum(map(len, caches)):,} images; their features take"
-        f" {sum(file.bytes for file in files) / 1e6:,.0f} MB in {folder} until the run ends"
+        f"caching the features of {sum(map(len, caches)):,} images:"
+        f" {sum(file.bytes for file in files) / 1e6:,.0f} MB in {folder}, removed at the end of the run"
     )
     for cache, plan in zip(caches, plans):
         if not interrupt.agreed:
@@ -236,7 +240,7 @@ def fill_caches(
 
 
 def drop_caches(caches: list[FeatureCache], output: Path, accelerator: Accelerator) -> None:
-    """Remove the files, at the end of a run."""
+    """Empty the caches and remove their files at the end of a run."""
     for cache in caches:
         cache.empty()
     if caches and accelerator.is_main_process:
@@ -244,5 +248,5 @@ def drop_caches(caches: list[FeatureCache], output: Path, accelerator: Accelerat
 
 
 def remove_features(output: Path) -> None:
-    """Also those that a killed run left."""
+    """Remove the files, including those left by a killed run."""
     shutil.rmtree(output / FOLDER, ignore_errors=True)

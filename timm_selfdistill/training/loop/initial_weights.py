@@ -1,4 +1,4 @@
-"""The weights that a run begins with: those of a saved model or a checkpoint, exits included."""
+"""Loading of initial weights from a saved model or a checkpoint, exits included."""
 
 import argparse
 import pickle
@@ -39,7 +39,7 @@ UNREADABLE = (
 )
 """Errors that timm and torch raise for files that are not checkpoints."""
 TASK, AVERAGE, STUDENT = "trainable_module.", "trainable_module_ema.module.", "student."
-"""Prefixes of the weights, and of their moving average, in a checkpoint of a run."""
+"""Prefixes in a checkpoint of a run: of the weights, of their moving average, and of the student within a task."""
 PARTS = ("backbone.", "heads.")
 """Prefixes in the state dict of a `SelfDistillModel`."""
 
@@ -48,20 +48,20 @@ class SavedWeights(NamedTuple):
     """Weights of a network and its exits, and how the exits were made."""
 
     source: str
-    """Where they were read, for messages."""
+    """Where the weights were read from, for messages."""
     backbone: dict[str, Tensor]
-    """Under the names of the timm model; empty where a saved model was given, which timm loads itself."""
+    """Weights under the names of the timm model; empty for a saved model, which timm loads itself."""
     heads: dict[str, Tensor]
-    """Under the names of `SelfDistillModel.heads`; empty where there are none."""
+    """Weights under the names of `SelfDistillModel.heads`; empty if there are none."""
     exits: list[int] | None
-    """`feature_info` indices of the shallow exits; None where that is not recorded."""
+    """`feature_info` indices of the exits before the deepest; None if not recorded."""
     head: str | None
-    """None for a callable, or where that is not recorded."""
+    """Kind of the heads; None for a callable, or if not recorded."""
     head_args: dict[str, Any]
     config: dict[str, Any]
-    """config.json of the saved model that the weights belong to; empty where there is none."""
+    """config.json of the saved model that the weights belong to; empty if there is none."""
     averaged: bool = False
-    """Whether they are a moving average."""
+    """Whether the weights are a moving average."""
 
     @property
     def has_exits(self) -> bool:
@@ -74,7 +74,7 @@ class SavedWeights(NamedTuple):
 
 
 def read_weights(path: str | Path) -> SavedWeights:
-    """Read a checkpoint; the moving average is taken where there is one.
+    """Read a checkpoint, and from it the moving average if there is one.
 
     Args:
         path: one of
@@ -82,16 +82,16 @@ def read_weights(path: str | Path) -> SavedWeights:
             - a saved model: its folder, or model.safetensors in it;
             - a checkpoint of a run: the folder step-N, or the file in it;
             - a run directory: best/ is read, or the newest checkpoint if there is no best/ yet;
-            - any other file with a state dict, such as a checkpoint of timm's training script: .safetensors, or what
+            - any other file with a state dict, such as a checkpoint of timm's train.py: .safetensors, or what
               `torch.load` reads with `weights_only=True`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds something else than weights.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or holds something other than weights.
     """
     file = _find_file(Path(path))
     if (file.parent / CHECKSUM_FILE).is_file() and (damage := find_damage(file.parent)):
-        raise ValueError(f"{damage}; take another checkpoint")
+        raise ValueError(f"{damage}; use another checkpoint")
     state, record = _read_state(file), read_record(file)
     of_run = any(name.startswith(TASK) for name in state)
     state, averaged = _unwrap_task(state)
@@ -100,7 +100,7 @@ def read_weights(path: str | Path) -> SavedWeights:
     config = _recorded_config(record, file) if folder is None else _read_config(folder)
     if not of_run and "self_distill" in config and file.name == BACKBONE and (file.parent / HEADS).is_file():
         heads = _read_state(file.parent / HEADS)
-    if heads and not backbone:  # of a frozen backbone, which is no part of the checkpoint
+    if heads and not backbone:  # a frozen backbone is not part of the checkpoint
         backbone = _frozen_backbone(file, folder)
     averaged = averaged or any(record.get(key) is not None for key in ("state_dict_ema", "model_ema"))
     settings = config.get("self_distill") if heads else None
@@ -113,7 +113,7 @@ def read_weights(path: str | Path) -> SavedWeights:
 def _find_file(path: Path) -> Path:
     if path.is_file():
         if path.name == HEADS:
-            raise ValueError(f"{path} holds only the exits; give {path.with_name(BACKBONE)}, whose exits they are")
+            raise ValueError(f"{path} holds only the exits; give {path.with_name(BACKBONE)}, to which they belong")
         return path
     if (path / "best").is_dir():
         path = path / "best"
@@ -133,36 +133,36 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     except UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"cannot read the checkpoint {file} ({reason}); expected .safetensors, or weights alone as"
-            " torch.load(..., weights_only=True) reads them"
+            f"cannot read the checkpoint {file} ({reason}); expected .safetensors, or a file that"
+            " torch.load(..., weights_only=True) can read"
         ) from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds no state dict: names and tensors")
+        raise ValueError(f"{file} does not contain a state dict (names and tensors)")
     return state
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """What a checkpoint that torch wrote holds beside its weights; tensors stay on disk."""
+    """Return what a checkpoint written by torch.save contains besides the weights, without loading tensors."""
     content = load_checkpoint_metadata(str(file)) if zipfile.is_zipfile(file) else {}
     return content if isinstance(content, dict) else {}
 
 
 def _unwrap_task(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """The weights of the trained network in a checkpoint of a run, without those that only training needs (see
-    `unshared_state_dict`), and whether they are its moving average."""
+    """Return the weights of the trained network in a checkpoint of a run, without those that only training needs (see
+    `unshared_state_dict`), and whether they are the moving average."""
     state = {name: value for name, value in state.items() if ".aux_bn." not in name}
     own = _part(state, TASK)
     if not own:
         return state, False
     average = _part(state, AVERAGE)
     if any(name.startswith("heads.") for name in own) and not any(name.startswith("heads.") for name in average):
-        average = {f"heads.{name}": value for name, value in average.items()}  # a frozen backbone has none
+        average = {f"heads.{name}": value for name, value in average.items()}  # a frozen backbone has no average
     own = own | average
     return _part(own, STUDENT) or own, bool(average)
 
 
 def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The backbone's weights and the heads'."""
+    """Split a state dict into the weights of the backbone and of the heads."""
     state = clean_state_dict(state)
     if not all(name.startswith(PARTS) for name in state):
         return state, {}
@@ -175,8 +175,12 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _model_folder(file: Path, of_run: bool) -> Path | None:
-    """The saved model that a file belongs to: its own folder, or last/ or best/ of the run that made it, in whose
-    directory, or checkpoints of which, it lies."""
+    """Return the saved model that a file belongs to: its own folder, or last/ or best/ of the run it was written by;
+    None if there is none.
+
+    Args:
+        of_run: whether the file is a checkpoint of a run.
+    """
     if of_run:
         place = file.absolute().parent
         run = place.parent.parent if (place / CHECKSUM_FILE).is_file() else place
@@ -187,14 +191,14 @@ def _model_folder(file: Path, of_run: bool) -> Path | None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a saved model; empty where it is another program's."""
+    """Read config.json of a saved model; empty if another program wrote it."""
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or "architecture" not in config or "pretrained_cfg" not in config:
         return {}
     if isinstance(config.get("self_distill"), dict):
         config = hub.read_config(folder)
         if config["self_distill"].get("truncated_to") is not None:
-            raise ValueError(f"{folder} is a truncated model, which has one exit only; give the whole model")
+            raise ValueError(f"{folder} is a truncated model with only one exit; give the full model")
     check_network(config, folder / CONFIG)
     return config
 
@@ -202,15 +206,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _frozen_backbone(file: Path, folder: Path | None) -> dict[str, Tensor]:
     if folder is None:
         raise ValueError(
-            f"{file} holds the exits of a frozen backbone alone, and last/ and best/ of its run are not"
-            " where it lies; give best/ or last/ of that run"
+            f"{file} holds only the exits of a frozen backbone, and last/ and best/ of its run are not beside it; give"
+            " best/ or last/ of that run"
         )
     return _read_state(folder / BACKBONE)
 
 
 def _recorded_config(record: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The content of a config.json in a checkpoint of a `SelfDistillTask`; empty where there is none. How images were
-    read is taken from the flags of timm's training script, where it wrote the checkpoint."""
+    """Return the config.json stored in a checkpoint of a `SelfDistillTask`; empty if there is none. If timm's train.py
+    wrote the checkpoint, the preprocessing comes from its flags."""
     config = record.get("self_distill")
     if config is None:
         return {}
@@ -231,7 +235,7 @@ def _recorded_config(record: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _guess_head(heads: dict[str, Tensor]) -> str | None:
-    """The kind of heads, by the names of their tensors."""
+    """Guess the kind of heads from the names of their tensors."""
     parts = {name.split(".")[1] for name in heads if re.fullmatch(r"\d+\.\w+\..+", name)}
     kinds = {
         "attention": {"attention", "bottleneck", "proj", "fc"},
@@ -243,21 +247,21 @@ def _guess_head(heads: dict[str, Tensor]) -> str | None:
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 SHOWN = 3
-"""Tensors that an error names."""
+"""Number of tensors listed in an error."""
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = False) -> None:
-    """Load the backbone's weights of a checkpoint or a saved model, see `read_weights`: every tensor.
+    """Load the backbone's weights from a checkpoint or a saved model (see `read_weights`); every tensor must match.
 
-    The model gets the preprocessing of the saved one, too, where it is known, but for the image size; and its class
-    names, where its classifier is loaded.
+    The preprocessing of the saved model is also copied if it is known, except for the image size, and so are its class
+    names if its classifier is loaded.
 
     Args:
-        new_classifier: leave the model's own as it is.
+        new_classifier: keep the model's own classifier.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or is of another network.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read, or does not fit the model.
     """
     saved = read_weights(path)
     state = dict(saved.backbone)
@@ -274,17 +278,17 @@ def load_checkpoint(model: nn.Module, path: str | Path, new_classifier: bool = F
 
 
 def init_classifier(model: nn.Module, scale: float | None, bias: float | None) -> None:
-    """Scale the initial weights and bias of a timm model's classifier, and set its bias; None leaves them as they are.
+    """Scale the initial weights and bias of a timm model's classifier, and set its bias; None leaves them unchanged.
 
     Raises:
-        ValueError: the classifier is no layer with a weight and a bias.
+        ValueError: the classifier is not a layer with a weight and a bias.
     """
     if scale is None and bias is None:
         return
     layer = as_timm(model).get_classifier()
     if not isinstance(getattr(layer, "bias", None), Tensor):
         raise ValueError(
-            f"head_init_scale and head_init_bias are for a classifier with a bias, and"
+            f"head_init_scale and head_init_bias need a classifier with a bias, but"
             f" {type(model).__name__} has {type(layer).__name__}"
         )
     with torch.no_grad():
@@ -296,7 +300,7 @@ def init_classifier(model: nn.Module, scale: float | None, bias: float | None) -
 
 
 def check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> None:
-    """Raise ValueError where weights have other names or shapes than those of a timm model."""
+    """Raise ValueError if names or shapes of the weights differ from those of a timm model."""
     own = model.state_dict()
     differing = [
         f"{name} {tuple(saved[name].shape)} instead of {tuple(value.shape)}"
@@ -314,11 +318,11 @@ def check_fits(model: nn.Module, saved: dict[str, Tensor], path: str | Path) -> 
     found = next((saved[name].shape[0] for name in names if name in saved), None)
     if len(problems) == len(differing) and {text.split()[0] for text in differing} <= set(names):
         advice = (
-            f"it was made for {found} classes, not {as_timm(model).num_classes}: --num-classes {found} keeps its"
-            " classifier, --pretrained-path instead of --initial-checkpoint begins with a new one"
+            f"it has {found} classes, not {as_timm(model).num_classes}: --num-classes {found} keeps its"
+            " classifier, --pretrained-path instead of --initial-checkpoint starts with a new one"
         )
     else:
-        advice = "give the --model, --in-chans and --num-classes that it was made with"
+        advice = "give the --model, --in-chans and --num-classes that it was created with"
     raise ValueError(f"{path} does not fit {type(model).__name__}: {_shorten(problems)}; {advice}")
 
 
@@ -341,10 +345,10 @@ def find_saved_weights(
     initial_checkpoint: str | None,
     pretrained_path: str | None,
 ) -> SavedWeights | None:
-    """The weights that a run begins with, as far as they may have exits; None for a plain timm model's.
+    """Return the initial weights of a run if they may include exits; None for a plain timm model.
 
     Args:
-        model, pretrained, initial_checkpoint, pretrained_path: as of `create_backbone`.
+        model, pretrained, initial_checkpoint, pretrained_path: as in `create_backbone`.
 
     Raises:
         FileNotFoundError, ValueError: see `read_weights` and `SelfDistillModel.from_pretrained`.
@@ -355,13 +359,13 @@ def find_saved_weights(
 
 
 def read_exits(name: str) -> SavedWeights | None:
-    """The exits of a saved model; None where it has none.
+    """Read the exits of a saved model; None if it has none.
 
     Args:
-        name: local-dir:FOLDER or hf-hub:ID, as timm reads it; any other name has no exits.
+        name: local-dir:FOLDER or hf-hub:ID, as in timm; any other name has no exits.
 
     Raises:
-        ValueError: the model is a truncated one, or its files are damaged or beyond the limits of `hub/trust.py`.
+        ValueError: the model is truncated, or its files are damaged or exceed the limits of `hub/trust.py`.
     """
     place, location = parse_model_name(name)
     if place not in ("local-dir", "hf-hub"):
@@ -377,10 +381,10 @@ def read_exits(name: str) -> SavedWeights | None:
     settings = hub.read_config(hub.fetch_model(location, revision=revision, only_config=True))["self_distill"]
     if settings.get("truncated_to") is not None:
         raise ValueError(
-            f"{name} is a truncated model, which has one exit only and cannot be trained on here; give the whole model"
+            f"{name} is a truncated model with only one exit, which cannot be trained further; give the full model"
         )
     heads = {}
-    if settings["head"] is not None:  # else only the callable that made them could load them
+    if settings["head"] is not None:  # a callable's heads could only be loaded by that callable
         heads = SelfDistillModel.from_pretrained(location, revision=revision).heads.state_dict()
     return SavedWeights(location, {}, heads, settings["exits"], settings["head"], settings["head_args"], config)
 
@@ -388,17 +392,17 @@ def read_exits(name: str) -> SavedWeights | None:
 def load_exits(
     model: SelfDistillModel, saved: SavedWeights, new_classifiers: bool = False, strict: bool = False
 ) -> list[str]:
-    """Let exits go on with the heads that were trained for them, where they have any; the others stay as they are.
+    """Load the saved heads into the exits that they were trained for; other exits keep their random initialization.
 
     Args:
-        new_classifiers: the network's classes are others than those of the saved one, so no head fits.
-        strict: every exit must have one.
+        new_classifiers: whether the network has other classes than the saved one, so that no head fits.
+        strict: whether every exit must find its head.
 
     Returns:
-        Lines that say which exits go on, which begin anew and why, and which are left out.
+        Lines that say which exits are loaded, which are initialized randomly and why, and which are not used.
 
     Raises:
-        ValueError: `strict`, and an exit has none.
+        ValueError: `strict` is set and an exit cannot be loaded.
     """
     stages = {stage.index: stage for stage in model.stages}
     exits, guessed = saved.exits, False
@@ -406,29 +410,29 @@ def load_exits(
     if exits is None and count == len(stages):
         exits, guessed = list(stages), True
     kept: list[Stage] = []
-    anew: dict[str, list[Stage]] = {}
+    fresh: dict[str, list[Stage]] = {}
     for position, stage in enumerate(model.stages):
-        if reason := _why_anew(model, stage, position, saved, exits, new_classifiers):
+        if reason := _why_not_loaded(model, stage, position, saved, exits, new_classifiers):
             if strict:
                 raise ValueError(f"the exit at {stage.name} cannot be loaded: {reason}")
-            anew.setdefault(reason, []).append(stage)
+            fresh.setdefault(reason, []).append(stage)
             continue
         model.heads[position].load_state_dict(_head_state(saved, (exits or []).index(stage.index)))
         kept.append(stage)
-    lines = [f"{_exits(kept, 'goes', 'go')} on with the heads of {saved.source}"] if kept else []
+    lines = [f"loaded the heads of {saved.source} for {_exits(kept)}"] if kept else []
     if kept and guessed:
         lines.append(
-            f"{saved.source} does not record which exits its {count} heads belong to: taken for those of"
-            f" {_names(kept)}; other --exits may be right"
+            f"{saved.source} does not record where its {count} heads belong; they are assumed to belong to"
+            f" {_names(kept)}: if that is wrong, give --exits"
         )
-    lines += [f"{_exits(group, 'begins', 'begin')} anew: {reason}" for reason, group in anew.items()]
+    lines += [f"random initialization for {_exits(group)}: {reason}" for reason, group in fresh.items()]
     if left_out := [index for index in exits or [] if index not in stages]:
         names = ", ".join(model.backbone.feature_info[index]["module"] for index in left_out)
-        lines.append(f"trained exits of {saved.source} left out: {names}")
+        lines.append(f"trained exits of {saved.source} not used: {names}")
     return lines
 
 
-def _why_anew(
+def _why_not_loaded(
     model: SelfDistillModel,
     stage: Stage,
     position: int,
@@ -436,7 +440,7 @@ def _why_anew(
     exits: list[int] | None,
     new_classifiers: bool,
 ) -> str | None:
-    """Why an exit cannot go on; None where it can."""
+    """Return why the head of an exit cannot be loaded; None if it can."""
     if new_classifiers:
         return f"the classifiers are new, those of {saved.source} are for other classes"
     if saved.own_head:
@@ -448,14 +452,16 @@ def _why_anew(
         return f"{saved.source} has {saved.head or 'unknown'} heads, this model has {model.head} heads"
     if exits is None:
         count = len({name.split(".")[0] for name in saved.heads})
-        return f"{saved.source} has {count} heads without a record of their exits; give as many --exits"
+        return f"{saved.source} has {count} heads but does not record where they belong; give {count} --exits"
     if stage.index not in exits:
         return f"{saved.source} has no exit there"
     own, state = model.heads[position].state_dict(), _head_state(saved, exits.index(stage.index))
     for name in sorted(own.keys() | state.keys()):
         shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (own, state)]
         if shapes[0] != shapes[1]:
-            return f"{name} of the head is {shapes[1] or 'missing'} in {saved.source}, {shapes[0] or 'missing'} here"
+            return (
+                f"{name} of the head is {shapes[1] or 'missing'} in {saved.source}, but {shapes[0] or 'missing'} here"
+            )
     return None
 
 
@@ -465,12 +471,13 @@ def _head_state(saved: SavedWeights, position: int) -> dict[str, Any]:
 
 
 def find_config(place: str, location: str) -> Path | None:
-    """config.json of a model under the name that timm has for it; None where there is none.
+    """Return config.json of a model named as in timm; None if there is none.
 
-    timm has looked for it already, so from the Hub it is in the cache.
+    timm has already read it, so a file from the Hub is in the cache.
 
     Args:
-        place, location: as of `timm.models.parse_model_name`; a location on the Hub may end in "@" and a revision.
+        place, location: as returned by `timm.models.parse_model_name`; a location on the Hub may end in "@" and a
+            revision.
     """
     if place == "hf-hub":
         name, _, revision = location.partition("@")
@@ -479,8 +486,8 @@ def find_config(place: str, location: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _exits(stages: list[Stage], one: str, several: str) -> str:
-    return f"the exit{'s' * (len(stages) > 1)} at {_names(stages)} {one if len(stages) == 1 else several}"
+def _exits(stages: list[Stage]) -> str:
+    return f"exit{'s' * (len(stages) > 1)} at {_names(stages)}"
 
 
 def _names(stages: list[Stage]) -> str:
@@ -494,15 +501,15 @@ def create_backbone(
     pretrained_path: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """`timm.create_model`, with `img_size` pixels from the beginning where the model can only be made for them.
+    """Call `timm.create_model`, passing `img_size` on if the model's image size is fixed at creation.
 
     Args:
-        initial_checkpoint: checkpoint or saved model whose tensors to load, all of them; see `load_checkpoint`.
-        pretrained_path: likewise, but with a new classifier.
+        initial_checkpoint: checkpoint or saved model to load completely; see `load_checkpoint`.
+        pretrained_path: likewise, but keeping a new classifier.
         kwargs: further arguments of `timm.create_model`.
     """
     if initial_checkpoint and pretrained_path:
-        raise ValueError("initial_checkpoint and pretrained_path are two ways to load a checkpoint; give one of them")
+        raise ValueError("initial_checkpoint and pretrained_path both load a checkpoint; give only one of them")
     model = _create_for_size(name, img_size, **kwargs)
     if initial_checkpoint:
         load_checkpoint(model, initial_checkpoint)
@@ -521,6 +528,6 @@ def _create_for_size(name: str, img_size: int | None, **kwargs: Any) -> nn.Modul
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return model  # `model_data_config` says that it takes no other size
+        return model  # `model_data_config` reports that the size is fixed
     model.pretrained_cfg["input_size"] = (channels, img_size, img_size)
     return model

@@ -1,4 +1,4 @@
-"""timm's optimizers, with learning rates by layer and for the shallow classifiers, and timm's schedules."""
+"""timm's optimizers, with learning rates per layer and for the heads of the exits, and timm's schedules."""
 
 import math
 import warnings
@@ -23,33 +23,33 @@ from ..config import TrainConfig
 
 
 def base_lr(config: TrainConfig, images: int) -> float:
-    """The learning rate that follows from `lr_base`, as timm's train.py has it.
+    """Return the learning rate scaled from `lr_base`, as in timm's train.py.
 
     Args:
-        images: of an update, over all processes and forward passes.
+        images: number of images per update, over all processes and forward passes.
 
     Raises:
-        ValueError: there is no `lr_base`.
+        ValueError: `lr_base` is not set.
     """
     adaptive = any(name in config.opt.lower() for name in ("ada", "lamb"))
     scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
     if config.lr_base is None:
-        raise ValueError("there is no lr_base to follow from")
+        raise ValueError("lr_base is not set")
     return config.lr_base * (images / config.lr_base_size) ** (0.5 if scale == "sqrt" else 1)
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """An optimizer of what learns, whose groups of parameters have, where asked for, an `lr_scale`, which timm's
-    schedules heed.
+    """Create the optimizer of the trainable parameters. With `layer_decay` or `head_lr_scale`, its parameter groups
+    have an `lr_scale`, which timm's schedules apply.
 
     Raises:
-        ValueError: the model has no groups of layers, no shallow classifiers, or a frozen backbone.
+        ValueError: a setting does not fit the model or the optimizer.
     """
     heads = model.heads if isinstance(model, (SelfDistillModel, ExitHeads)) else None
     if config.head_lr_scale != 1 and heads is None:
-        raise ValueError("head_lr_scale is for shallow classifiers, which a network without exits does not have")
+        raise ValueError("head_lr_scale needs a network with exits")
     if config.layer_decay is not None and isinstance(model, ExitHeads):
-        raise ValueError("layer_decay is for a backbone that learns, and this one is frozen; leave one of them out")
+        raise ValueError("layer_decay needs a backbone that is trained, and this one is frozen; leave one of them out")
     known = get_optimizer_info(config.opt)
     for name, has in (("eps", known.has_eps), ("betas", known.has_betas)):
         if getattr(config, f"opt_{name}") is not None and not has:
@@ -80,8 +80,11 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
 def create_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int
 ) -> tuple[Scheduler | None, int]:
-    """timm's schedule of the learning rate, None where it is constant, and the epochs of the run: those of the schedule
-    with all of its cycles, the warm-up before it and the cooldown after it.
+    """Create timm's learning rate schedule.
+
+    Returns:
+        The schedule, None for a constant learning rate, and the number of epochs of the run, including all cycles, a
+        warmup before them and a cooldown after them.
 
     Raises:
         ValueError: the parts of the schedule do not fit into its epochs.
@@ -91,7 +94,9 @@ def create_schedule(
         settings["step_on_epochs"] = True
     if config.decay_epochs is None and config.sched == "step":
         settings["decay_epochs"] = 30
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # plateau, whose state a resumed run has
+    with warnings.catch_warnings(
+        action="ignore", category=FutureWarning
+    ):  # about plateau, which `repeat_epochs` restores on resume
         schedule, epochs = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **settings)
     if schedule is None:
         for group in optimizer.param_groups:
@@ -104,13 +109,13 @@ def _create(parameters: nn.Module | list[dict[str, Any]], settings: dict[str, An
         return create_optimizer_v2(parameters, **settings)
     except (TypeError, LookupError) as error:
         raise ValueError(
-            f"the optimizer {settings['opt']} does not take one of its settings: {error}; see opt_eps,"
+            f"the optimizer {settings['opt']} does not accept one of its settings: {error}; check opt_eps,"
             " opt_betas and opt_kwargs"
         ) from error
 
 
 def _scale(groups: list[dict[str, Any]], chosen: list[nn.Parameter], scale: float) -> list[dict[str, Any]]:
-    """Groups in which the chosen parameters stand apart, with another learning rate."""
+    """Move the chosen parameters to groups of their own, with a scaled learning rate."""
     ids = set(map(id, chosen))
     scaled = []
     for group in groups:

@@ -1,4 +1,4 @@
-"""The training run around any `timm.task.TrainingTask`."""
+"""The training run for any `timm.task.TrainingTask`."""
 
 import math
 import signal
@@ -49,12 +49,12 @@ from .optimizer import base_lr
 from .update import Losses, create_updater, find_batch_size
 
 PICTURE_INTERVAL = "120s"
-"""Between two drawings before the end of a run: they would take longer than the epochs of a small one."""
+"""Minimum time between plots before the end of a run: drawing can take longer than the epochs of a small run."""
 
 
 @dataclass
 class TrainResult:
-    """What a run came to.
+    """Result of a training run.
 
     Examples:
         >>> import timm, torch
@@ -72,24 +72,24 @@ class TrainResult:
     history: list[HistoryRow]
     """A row per finished epoch, as in history.csv."""
     summary: RunSummary | None = None
-    """As in summary.json; None where the run was interrupted."""
+    """As in summary.json; None if the run was interrupted."""
     interrupted_by: signal.Signals | None = None
     upload: UploadResult | None = None
-    """Of the main process, where the run pushes to the Hub."""
+    """Result of the upload, on the main process of a run that pushes to the Hub."""
 
 
 @dataclass
 class Evaluation:
-    """What an evaluation measured."""
+    """Result of an evaluation."""
 
     metrics: list[ExitMetrics]
     images: int
-    """That these are of, over all processes."""
+    """Number of images measured, over all processes."""
 
 
 @dataclass
 class OpenedRun:
-    """What a run has once its directory is there."""
+    """The parts of a run that need its directory."""
 
     output: Path
     """The run directory."""
@@ -98,26 +98,26 @@ class OpenedRun:
     profiler: UpdateProfiler
     progress: ProgressReporter
     trackers: RunTrackers | None = None
-    """None where there are none, or until they are started, after a checkpoint was seen to fit."""
+    """None without trackers, or until they are started, once a checkpoint to resume was found to match."""
 
 
 class Trainer:
     """Trains any `timm.task.TrainingTask` with Accelerate.
 
-    Under `torchrun` or `accelerate launch` it trains on all their processes. The run directory gets config.yaml,
-    history.csv, curves.png, exits.png, summary.json, checkpoints/, best/ and last/ (saved models). It is made by `fit`:
-    nothing is written before.
+    Under `torchrun` or `accelerate launch` all their processes train together. `fit` creates the run directory and
+    writes config.yaml, history.csv, curves.png, exits.png, summary.json, checkpoints/ and the saved models best/ and
+    last/; nothing is written before.
 
     Args:
         task: e.g. `SelfDistillTask`, or timm's `ClassificationTask`.
-        train_data: map-style data set of (image (C, H, W), class index), or the `StreamedImages` of `load_images`. In
-            the place of an index there may be soft labels (K,) that sum to 1.
-        val_data: likewise; every image counts once, soft labels by their most likely class.
+        train_data: map-style dataset of (image (C, H, W), class index), or the `StreamedImages` of `load_images`. Soft
+            labels (K,) that sum to 1 may replace the class index.
+        val_data: likewise; every image counts once, and soft labels count as their most likely class.
         config: see `TrainConfig`.
 
     Raises:
-        TypeError: `task` is no TrainingTask.
-        ValueError: a setting cannot work: fp16 on a CPU, model and data differ in their classes, too few images, ...
+        TypeError: `task` is not a TrainingTask.
+        ValueError: a setting cannot work, e.g. fp16 on a CPU, different classes in model and data, or too few images.
         FileExistsError: `config.output` holds another run.
         FileNotFoundError: there is nothing to resume.
 
@@ -164,7 +164,7 @@ class Trainer:
         self.val_batches = ValBatches(data[1], config, self.accelerator)
         self.updates_per_epoch = -(-self.batches.epoch_images // self.batches.global_batch // config.grad_accum_steps)
         if isinstance(model, SelfDistillModel):
-            model.early_exit = None  # thresholds of the weights as they are now
+            model.early_exit = None  # its thresholds belong to the weights before training
         self.state = TrainState(
             self.batches.global_batch,
             self.batches.epoch_images,
@@ -184,7 +184,7 @@ class Trainer:
         self.interrupt = InterruptRequest(self.accelerator)
         self.metrics: list[ExitMetrics] = []
         self.saved = SavedModels(
-            self.planned_output or OWN_FOLDER,  # `fit` tells it where the run is
+            self.planned_output or OWN_FOLDER,  # `fit` sets the directory
             config,
             self.accelerator,
             train_data,
@@ -195,27 +195,27 @@ class Trainer:
 
     @property
     def eval_model(self) -> nn.Module:
-        """What is evaluated and saved: the model, or its moving average."""
+        """The model that is evaluated and saved: the trained one, or its moving average."""
         return self.update.eval_model
 
     @property
     def output(self) -> Path | None:
-        """The run directory; None before `fit` where that chooses its name."""
+        """The run directory; None before `fit` if it has yet to choose a name."""
         return self.opened.output if self.opened else self.planned_output
 
     @property
     def run(self) -> OpenedRun:
-        """From the beginning of `fit` on."""
+        """The opened run; available once `fit` has started."""
         if self.opened is None:
-            raise RuntimeError("there is no run directory yet; fit makes it")
+            raise RuntimeError("there is no run directory yet; fit creates it")
         return self.opened
 
     def fit(self) -> TrainResult:
-        """Train, evaluate and save. SIGINT and SIGTERM end it early, with a checkpoint.
+        """Train, evaluate and save. SIGINT, SIGTERM or SIGUSR1 stops training early, with a checkpoint.
 
         Raises:
-            FloatingPointError: the loss became NaN or infinite; the last checkpoint stays.
-            ValueError: the model cannot be saved (found before the first step), or an image cannot be read.
+            FloatingPointError: the loss became NaN or infinite; the last checkpoint is kept.
+            ValueError: the model cannot be saved (checked before the first update), or an image cannot be read.
         """
         with sharing_failures(self.accelerator):
             self.opened = run = self._open_run()
@@ -225,7 +225,7 @@ class Trainer:
                 summary = self._train()
                 ended = True
             except Exception:
-                self._draw_missing()  # of a run that diverged, say
+                self._draw_missing()  # e.g. of a run that diverged
                 raise
             finally:
                 upload = self._finish(ended)
@@ -234,7 +234,7 @@ class Trainer:
         )
 
     def _open_run(self) -> OpenedRun:
-        """Make the run directory, to which nothing was written so far; of an earlier `fit` take what is there."""
+        """Create the run directory, or reuse that of an earlier `fit`."""
         config, accelerator = self.config, self.accelerator
         if self.opened:
             output, checkpoints = self.opened.output, self.opened.checkpoints
@@ -250,7 +250,7 @@ class Trainer:
         )
 
     def _start(self) -> None:
-        """All that comes before the first update."""
+        """Do everything that precedes the first update."""
         run = self.run
         if self.memory:
             self.memory.open(run.output)
@@ -268,10 +268,10 @@ class Trainer:
         self.update.fix_gradient_order(self.input_size)
 
     def _finish(self, ended: bool) -> UploadResult | None:
-        """End what runs beside the training.
+        """Shut down workers, uploads, trackers and background writes.
 
         Args:
-            ended: False where an error is the end.
+            ended: False if an error ended the run.
         """
         run = self.run
         self.batches.end_workers()
@@ -290,7 +290,7 @@ class Trainer:
         return upload
 
     def _train(self) -> RunSummary | None:
-        """Train to the end; the summary, or None where a request to stop came before."""
+        """Train to the end and return the summary; None if a request to stop came first."""
         run, state = self.run, self.state
         with run.progress, self.interrupt.listening():
             if self.checkpoint:
@@ -347,21 +347,21 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _best_metric(self) -> float:
-        """Of the best model, by the eval_metric of this run, which may be another than before."""
+        """Return the metric of the best model, by this run's eval_metric, which may have changed on resuming."""
         rows = [row for row in self.state.history if row["epoch"] == self.state.best_epoch]
         return self._signed(of_columns(rows[0])) if rows else self.state.best_metric
 
     def _signed(self, metrics: list[ExitMetrics]) -> float:
-        """The eval_metric, of a loss the negative: more is better."""
+        """Return the eval_metric with the sign that makes higher better."""
         return self._deciding(metrics) * (-1 if self.config.eval_metric == "loss" else 1)
 
     def evaluate(self) -> list[ExitMetrics]:
-        """Accuracy of every exit and of the ensemble on the validation data, or where these have no labels, how often
-        each agrees with the deepest; call it on every process."""
+        """Return the accuracy of every exit and of the ensemble on the validation data; without labels, their agreement
+        with the deepest exit. Call it on every process."""
         return self._measure().metrics
 
     def _measure(self) -> Evaluation:
-        """See `evaluate`."""
+        """Evaluate the model, see `evaluate`."""
         labelled = self.saved.val_labelled
         classes = self.update.mixer.num_classes
         batches = (self.update.to_device(x, check_indices(y, classes) if labelled else y) for x, y in self.val_batches)
@@ -370,11 +370,11 @@ class Trainer:
         metrics, images = measure_exits(model, batches, self.accelerator, labelled)
         unreadable = self._sum(self.val_batches.unreadable)
         if unreadable and self.accelerator.is_main_process:
-            warnings.warn(f"{unreadable} validation images cannot be read and are left out", stacklevel=3)
+            warnings.warn(f"{unreadable} validation images cannot be read and are skipped", stacklevel=3)
         return Evaluation(metrics, images)
 
     def _train_epoch(self) -> bool:
-        """Train what is left of the epoch; False if a request to stop came before its end."""
+        """Train the rest of the epoch and return whether it is complete; False if a request to stop came first."""
         run, state, config = self.run, self.state, self.config
         self.update.train(state.epoch)
         batches = self.batches.batches(state.epoch, state.images)
@@ -400,7 +400,7 @@ class Trainer:
                 pending = []
             if self.interrupt.agreed:
                 break
-            if save and state.images < state.epoch_images:  # else after the evaluation, which belongs to the epoch
+            if save and state.images < state.epoch_images:  # at the end of an epoch, only after the evaluation
                 state.replaced_samples += self._sum(replaced)
                 replaced = 0
                 self._save_checkpoint()
@@ -409,19 +409,19 @@ class Trainer:
         return state.images == state.epoch_images
 
     def _record_losses(self, pending: list[tuple[int, Losses]]) -> None:
-        """Bring the losses of the last updates from the device, average them over the processes, and look at them."""
+        """Fetch the losses of the last updates from the device, average them over the processes, check and log them."""
         if not pending:
             return
         state, names = self.state, list(dict.fromkeys(name for _, losses in pending for name in losses))
         absent = torch.full((), float("nan"), device=self.accelerator.device)
         values = torch.stack([torch.stack([losses.get(name, absent) for name in names]) for _, losses in pending])
-        gathered = self.accelerator.gather(values[None]).double().cpu()  # not reduced: the order of sums stays the same
+        gathered = self.accelerator.gather(values[None]).double().cpu()  # not reduced: keeps the order of summation
         rows = gathered.mean(0).tolist()
         found: dict[str, list[float]] = {name: [] for name in names}
         for (update, losses), row in zip(pending, rows):
             self._check_finite([row[names.index("loss")]], update, "loss")
             present = {name: value for name, value in zip(names, row) if name in losses}
-            state.add_losses(present)  # one by one, so that the sum is the same whenever it is looked at
+            state.add_losses(present)  # one by one, so that the sum does not depend on the log interval
             for name, value in present.items():
                 found[name].append(value)
         means = {name: sum(column) / len(column) for name, column in found.items()}
@@ -429,7 +429,7 @@ class Trainer:
         self._track({f"train_{name}": value for name, value in means.items()})
 
     def _sum(self, number: int) -> int:
-        """Over all processes."""
+        """Return the sum over all processes."""
         return int(self.accelerator.reduce(torch.tensor(number, device=self.accelerator.device), "sum"))
 
     def _track(self, values: dict[str, float]) -> None:
@@ -447,7 +447,7 @@ class Trainer:
                 )
 
     def _finish_epoch(self) -> None:
-        """Evaluate, record and save, while the images of the next epoch are being loaded."""
+        """Evaluate, record and save, while DataLoader workers already load the next epoch."""
         run, state, accelerator = self.run, self.state, self.accelerator
         is_last = state.epoch + 1 == self.epochs
         if not is_last:
@@ -456,7 +456,7 @@ class Trainer:
             reduce = self.config.dist_bn == "reduce"
             distribute_bn(self.update.learned_model, accelerator.num_processes, reduce=reduce)
         if (state.epoch + 1) % self.config.val_interval and not is_last:
-            self._pass_epoch()
+            self._finish_unmeasured()
             return
         measured = self._measure()
         self.metrics, self.saved.val_images = measured.metrics, measured.images
@@ -466,7 +466,7 @@ class Trainer:
         self.update.end_epoch(state.epoch, deciding)
         run.progress.say(
             f"epoch {state.epoch}/{self.epochs}  loss {row['train_loss']:.3f}  "
-            f"{'top-1' if self.saved.val_labelled else 'agreement with the deepest'} "
+            f"{'top-1' if self.saved.val_labelled else 'agreement with the deepest exit'} "
             + "  ".join(f"{metric.label.replace('_', ' ')} {metric.top1:.2f}" for metric in metrics)
             + f"  {self.rate:,.0f} images/s  left {run.progress.time_left()}"
             + state.left_out_note()
@@ -474,7 +474,7 @@ class Trainer:
         self._track({key: value for key, value in row.items() if not key.startswith(("epoch", "lr", "train_"))})
         metric = self._signed(metrics)
         self._save_model("last", metrics)
-        is_best = metric > state.best_metric or not (run.output / "best").exists()  # as when resumed elsewhere
+        is_best = metric > state.best_metric or not (run.output / "best").exists()  # e.g. resumed in another directory
         is_best = is_best and self._save_model("best", metrics)
         if is_best:
             state.best_metric, state.best_epoch = metric, state.epoch
@@ -486,8 +486,8 @@ class Trainer:
         if run.uploader:
             run.uploader.finish_epoch(state.epoch, is_best, run.progress)
 
-    def _pass_epoch(self) -> None:
-        """Go to the next epoch without a look at this one."""
+    def _finish_unmeasured(self) -> None:
+        """Move on to the next epoch without a validation."""
         state, progress = self.state, self.run.progress
         row = state.end_epoch(self.lr, {})
         self.update.end_epoch(state.epoch, None)
@@ -497,15 +497,15 @@ class Trainer:
         )
 
     def _deciding(self, metrics: list[ExitMetrics]) -> float:
-        """The eval_metric of an epoch that was measured."""
+        """Return the eval_metric of a validated epoch."""
         frozen = getattr(self.eval_model, "freeze_backbone", False)
         return deciding_metric(metrics, frozen, self.config.eval_metric)
 
     def _check_start(self) -> None:
-        """Let a run begin with the epoch that it was told.
+        """Set the state to `start_epoch`.
 
         Raises:
-            ValueError: there is no such epoch.
+            ValueError: there is no such epoch, or the memory's warmup is too long.
         """
         if self.memory:
             self.memory.check_epochs(self.epochs)
@@ -519,9 +519,9 @@ class Trainer:
             self.update.set_schedule(self._position())
 
     def _summarize(self) -> RunSummary:
-        """Write summary.json and exits.png; the same answer on every process, one of which measures the speed-ups."""
+        """Write summary.json and exits.png on the main process, and return the summary on every process."""
         metrics, output = self.metrics, self.run.output
-        if not metrics:  # of a run that is resumed at its end
+        if not metrics:  # the run was resumed after its last epoch
             measured = self._measure()
             metrics, self.saved.val_images = measured.metrics, measured.images
         answer: list[Any] = [None]
@@ -536,14 +536,14 @@ class Trainer:
         return broadcast_object_list(answer)[0]
 
     def _draw_missing(self) -> None:
-        """The pictures of the epochs so far."""
+        """Draw the plots of the epochs so far."""
         if self.accelerator.is_main_process and self.state.history:
             report_history(self.run.output, self.state.history, self.saved.val_labelled)
             self.saved.draw_missing()
             self.pictures.restart()
 
     def _save_model(self, name: str, metrics: list[ExitMetrics] | None) -> bool:
-        """Whether it is saved; the main process, which does it, keeps the books."""
+        """Save a model on the main process and return whether it was saved."""
         return self.accelerator.is_main_process and self.saved.save(name, self.eval_model, self.state.epoch, metrics)
 
     def _save_checkpoint(self) -> None:
@@ -561,11 +561,11 @@ class Trainer:
         self.interval.restart()
 
     def _position(self) -> int:
-        """Of the schedule: updates that are behind us, had all epochs been as long as this one."""
+        """Return the position in the schedule: updates done so far, as if all epochs had been as long as this one."""
         state, accumulated = self.state, self.state.global_batch * self.config.grad_accum_steps
         return state.epoch * self.updates_per_epoch + -(-state.images // accumulated)
 
     def _lr(self) -> float:
-        """Of the next update, where neither layer_decay nor head_lr_scale changes it."""
+        """Return the learning rate of the next update, before layer_decay and head_lr_scale."""
         groups = [(group["lr"], group.get("lr_scale", 1.0)) for group in self.update.optimizer.param_groups]
         return next((lr for lr, scale in groups if scale == 1), groups[0][0] / (groups[0][1] or 1))

@@ -1,4 +1,4 @@
-"""One optimizer update, and the largest batch for it."""
+"""One optimizer update, and the search for the largest batch size."""
 
 import copy
 from collections.abc import Callable
@@ -33,23 +33,23 @@ from .memory import RunMemory, nothing_remembered
 from .optimizer import create_optimizer, create_schedule
 
 MOST_SKIPPED = 10
-"""Updates in a row that `on_nan="skip"` leaves out before it gives up."""
+"""Consecutive updates that `on_nan="skip"` skips before it raises."""
 
 Losses = dict[str, Tensor]
 Input = TypeVar("Input")
-"""A batch of images, or what a data set has in their place."""
+"""A batch of images, or of what the dataset returns instead."""
 
 
 class Updater:
-    """Makes updates from batches; nothing in it waits for a GPU, but for fp16's loss scale and `on_nan="skip"`.
+    """Makes updates from batches, without synchronizing the GPU except for fp16's loss scale and `on_nan="skip"`.
 
     Args:
-        task: timm's, as it is.
-        wrapped: what Accelerate made of it; forward passes go through this.
-        schedule: of the learning rate; None is constant.
-        epochs: of the run.
-        updates_per_epoch: at full length.
-        memory: of the images' answers, for a task that learns from it.
+        task: the task itself.
+        wrapped: the task as wrapped by Accelerate, which runs the forward passes.
+        schedule: learning rate schedule; None for a constant learning rate.
+        epochs: number of epochs of the run.
+        updates_per_epoch: updates in a complete epoch.
+        memory: memory of answers, for a task whose teacher it is.
     """
 
     def __init__(
@@ -72,18 +72,18 @@ class Updater:
         self.skipped_in_a_row = 0
 
     def __call__(self, group: list[Batch], epoch: int, update: int, position: int) -> Losses | None:
-        """Update the weights once, from `grad_accum_steps` batches (at the end of an epoch perhaps fewer).
+        """Update the weights once, from `grad_accum_steps` batches (possibly fewer at the end of an epoch).
 
         Args:
-            update: its number, from 1.
-            position: likewise, had all epochs been as long as this one.
+            update: number of the update, from 1.
+            position: position in the schedule: `update`, as if all epochs had been as long as this one.
 
         Returns:
-            The mean loss and its parts, still on the device; None where the gradients are not finite and the update was
-            left out.
+            The mean loss and its parts, still on the device; None if the gradients are not finite and the update was
+            skipped.
 
         Raises:
-            FloatingPointError: too many updates in a row had to be left out.
+            FloatingPointError: too many consecutive updates were skipped.
         """
         buffers = self._copy_buffers() if self.config.on_nan == "skip" else []
         losses = self._backward(group, epoch)
@@ -95,7 +95,7 @@ class Updater:
         self.optimizer.zero_grad()
         self.set_schedule(position)
         if not finite:
-            self._leave_out(update, buffers)
+            self._skip(update, buffers)
             return None
         if self.memory:
             self.memory.write()
@@ -105,54 +105,54 @@ class Updater:
 
     @property
     def eval_model(self) -> nn.Module:
-        """What is to be evaluated and saved: the model, or its moving average; without what wraps it."""
+        """The unwrapped model that is evaluated and saved: the trained one, or its moving average."""
         model = eval_model(self.task, average=self.config.model_ema)
         return unwrap_model(model)
 
     @property
     def learned_model(self) -> nn.Module:
-        """What is evaluated, of a frozen backbone the heads alone: the module whose batch norm is averaged over the
-        processes, and that takes cached features."""
+        """The trained part of `eval_model`: beside a frozen backbone only the heads, which take cached features. Its
+        batch norm statistics are averaged over the processes."""
         if not isinstance(self.task, FrozenBackboneTask):
             return self.eval_model
         return unwrap_model(self.task.get_trainable_module(ema=self.config.model_ema))
 
     def train(self, epoch: int) -> None:
-        """Go on with training; the first epochs may be of classifiers alone."""
+        """Set training mode; during `head_warmup_epochs` only the classifiers train."""
         self.wrapped.train()
         model = trainable_model(self.task)
         if self.config.head_warmup_epochs and isinstance(model, SelfDistillModel):
             model.train_classifiers_alone(epoch < self.config.head_warmup_epochs)
 
     def set_schedule(self, position: int) -> None:
-        """The learning rate for the update after this one."""
+        """Set the learning rate for the next update."""
         if self.schedule is None or isinstance(self.schedule, PlateauLRScheduler):
             return
         if self.config.sched_on_updates:
             self.schedule.step_update(position)
-        elif epoch := position // self.updates_per_epoch:  # the first begins as the schedule does
+        elif epoch := position // self.updates_per_epoch:  # the first epoch keeps the schedule's initial value
             self.schedule.step(epoch)
 
     def end_epoch(self, epoch: int, metric: float | None) -> None:
-        """Let the schedule "plateau" see what an epoch came to.
+        """Step the plateau schedule with the metric of an epoch.
 
         Args:
             epoch: from 1.
-            metric: None was not measured.
+            metric: None if the epoch was not validated.
         """
         if isinstance(self.schedule, PlateauLRScheduler):
             self.schedule.step(epoch, metric)
 
     def repeat_epochs(self, metrics: dict[int, float | None]) -> None:
-        """Likewise of all epochs of a run that is resumed, from the beginning."""
+        """Step the plateau schedule with the metrics of all epochs before a resume."""
         if isinstance(self.schedule, PlateauLRScheduler) and metrics:
             self.schedule.update_groups(self.schedule.base_values)
             for epoch, metric in metrics.items():
                 self.schedule.step(epoch, metric)
 
     def fix_gradient_order(self, input_size: tuple[int, int, int]) -> None:
-        """Two passes that leave no trace but in DistributedDataParallel, which puts its gradients in another order
-        after the first: with more than two processes the first sums of a resumed run would differ in rounding."""
+        """Run two passes whose only effect is on DistributedDataParallel, which reorders its gradient buckets after the
+        first. Otherwise the first updates of a resumed run on more than two processes would differ in rounding."""
         if self.accelerator.num_processes <= 2:
             return
         states, buffers = get_random_states(), self._copy_buffers()
@@ -165,7 +165,7 @@ class Updater:
             self.accelerator.backward(self.wrapped(*mixed, *remembered)["loss"])
             self.optimizer.zero_grad()
         set_random_states(states)
-        self._put_back(buffers)
+        self._restore_buffers(buffers)
 
     def to_device(self, x: Input, y: Tensor) -> tuple[Input, Tensor]:
         return to_device(x, y, self.accelerator.device, self.config.channels_last)
@@ -183,56 +183,56 @@ class Updater:
         return losses
 
     def _forward(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """What the task gives for a batch."""
+        """Return the output of the task for a batch."""
         x, y, _, indices = batch
         x, y = self.to_device(*view_by_view(x, self.mixer.check(y)))
         if self.memory is None:
             return self.wrapped(*self.mixer(x, y, epoch))
         images, target, weight = self.mixer.mix(x, y, epoch)
-        indices = indices.repeat(len(weight) // len(indices))  # of each view
+        indices = indices.repeat(len(weight) // len(indices))  # once for each view
         result = self.wrapped(images, target, self.memory.recall(indices, weight, epoch))
         self.memory.note(indices, weight, result["answer"])
         return result
 
     def _keep_gradients(self) -> None:
-        """Copy the gradients of the heads, to which the next batch's will be added, out of the memory of the CUDA graph
-        that made them."""
+        """Copy the heads' gradients out of the memory of the CUDA graph, since those of the next batch are added to
+        them."""
         model = trainable_model(self.task)
         for parameter in cast(nn.ModuleList, model.heads).parameters():
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
 
     def _clip(self) -> bool:
-        """Clip the gradients; False where they are not finite and `on_nan` wants to know. They are the mean over the
-        processes, so that all give the same answer; fp16's loss scale has its own."""
-        watch = self.config.on_nan == "skip" and self.accelerator.scaler is None
-        if self.config.clip_grad is None and not watch:
+        """Clip the gradients and return whether they are finite. This is checked only for `on_nan="skip"` and without
+        fp16, whose loss scaler has its own check; all processes get the same result, since gradients are averaged."""
+        check = self.config.on_nan == "skip" and self.accelerator.scaler is None
+        if self.config.clip_grad is None and not check:
             return True
         limit = float("inf") if self.config.clip_grad is None else self.config.clip_grad
         if self.config.clip_mode == "norm" or self.config.clip_grad is None:
             norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
-            return not watch or bool(norm.isfinite())
+            return not check or bool(norm.isfinite())
         self.accelerator.unscale_gradients()
         parameters = list(self.task.get_clip_parameters(exclude_head=self.config.clip_mode == "agc"))
         dispatch_clip_grad(parameters, limit, mode=self.config.clip_mode)
-        return not watch or all(bool(p.grad.isfinite().all()) for p in self.wrapped.parameters() if p.grad is not None)
+        return not check or all(bool(p.grad.isfinite().all()) for p in self.wrapped.parameters() if p.grad is not None)
 
     def _copy_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Batch norm's statistics, which a forward pass has changed before anyone sees its loss."""
+        """Return buffers and copies of them: a forward pass changes batch norm statistics before its loss is known."""
         return [(buffer, buffer.clone()) for buffer in trainable_model(self.task).buffers()]
 
-    def _leave_out(self, update: int, buffers: list[tuple[Tensor, Tensor]]) -> None:
+    def _skip(self, update: int, buffers: list[tuple[Tensor, Tensor]]) -> None:
         if self.memory:
             self.memory.forget()
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise FloatingPointError(
-                f"the gradients of {MOST_SKIPPED} updates in a row are not finite, the last is update {update}; try a"
+                f"the gradients of {MOST_SKIPPED} consecutive updates are not finite, up to update {update}; try a"
                 " lower lr or clip_grad"
             )
-        self._put_back(buffers)
+        self._restore_buffers(buffers)
 
-    def _put_back(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
+    def _restore_buffers(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -255,7 +255,7 @@ def create_updater(
     updates_per_epoch: int,
     memory: RunMemory | None = None,
 ) -> Updater:
-    """Optimizer, schedule and moving average around a task, on Accelerate's devices.
+    """Create the `Updater` of a task, with optimizer, schedule and moving average, on the device of the process.
 
     Raises:
         ValueError: batch norm or a teacher cannot work with these settings.
@@ -264,10 +264,10 @@ def create_updater(
     freeze_teacher(task)
     model = trainable_model(task)
     if config.head_warmup_epochs and not isinstance(model, SelfDistillModel):
-        raise ValueError("head_warmup_epochs is for shallow classifiers on a backbone that learns with them later")
+        raise ValueError("head_warmup_epochs needs a network with exits whose backbone is not frozen")
     _prepare_batch_norm(accelerator, model, config)
     if config.channels_last:
-        task.to(memory_format=torch.channels_last)  # a teacher, too
+        task.to(memory_format=torch.channels_last)  # including a teacher
     _compile(task, config)
     optimizer = create_optimizer(model, config)
     schedule, epochs = create_schedule(optimizer, config, updates_per_epoch)
@@ -280,14 +280,14 @@ def create_updater(
 
 
 def _compile(task: TrainingTask, config: TrainConfig) -> None:
-    """The network with its loss, or heads and loss alone."""
+    """Compile the network with its loss (`torchcompile`), or only heads and loss (`capture_exits`)."""
     if config.torchcompile:
         backend = "inductor" if config.torchcompile is True else config.torchcompile
-        nn.Module.compile(task, backend=backend, mode=config.torchcompile_mode)  # timm's own leaves the loss out
+        nn.Module.compile(task, backend=backend, mode=config.torchcompile_mode)  # timm's own does not compile the loss
         eval_model(task).compile(backend=backend, mode=config.torchcompile_mode)
     if config.capture_exits:
         if not isinstance(task, SelfDistillTask):
-            raise ValueError(f"capture_exits is for networks with exits, and {type(task).__name__} trains none")
+            raise ValueError(f"capture_exits needs a network with exits, but {type(task).__name__} trains none")
         backend = "inductor" if config.capture_exits is True else config.capture_exits
         task.capture_exits(known_batch_size(config), backend)
 
@@ -296,17 +296,17 @@ def _prepare_batch_norm(accelerator: Accelerator, model: nn.Module, config: Trai
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
     if norms and config.batch_size == 1 and not (config.sync_bn and accelerator.num_processes > 1):
         raise ValueError(
-            f"batch norm ({type(norms[0]).__name__}) learns nothing from one image: batch_size must be at least 2, or"
-            " the model one without batch norm"
+            f"batch_size must be at least 2 for a model with batch norm ({type(norms[0]).__name__}), which cannot learn"
+            " from a single image, got 1"
         )
     if config.sync_bn:
         if accelerator.device.type == "cpu":
-            raise ValueError("sync_bn needs GPUs (torch's SyncBatchNorm does not run on a CPU); leave it out")
+            raise ValueError("sync_bn needs GPUs (torch's SyncBatchNorm does not run on CPUs); leave it out")
         convert_sync_batchnorm(model)
 
 
 LARGEST, SMALLEST = 1024, 2
-"""Batches tried, in powers of two; batch norm learns nothing from one image, and mixup pairs them."""
+"""Range of batch sizes tried, in powers of two; batch norm and mixup need at least two images."""
 
 
 def find_batch_size(
@@ -319,13 +319,13 @@ def find_batch_size(
     checkpoint: Path | None,
     reserved: int = 0,
 ) -> TrainConfig:
-    """The config with a number where it says "auto": that of the checkpoint it resumes, or the largest that fits.
+    """Return the config with "auto" replaced by the batch size of the checkpoint to resume, or the largest that fits.
 
     Args:
         input_size: (channels, height, width) of the images.
-        images: for training; None is not known.
-        checkpoint: that is resumed.
-        reserved: bytes that the run will need beside its updates.
+        images: number of training images; None if unknown.
+        checkpoint: the checkpoint to resume, if any.
+        reserved: bytes of device memory that the run needs in addition to its updates.
 
     Raises:
         ValueError: there is no GPU, or not even the smallest batch fits.
@@ -335,20 +335,22 @@ def find_batch_size(
     if checkpoint:
         return replace(config, batch_size=int(read_settings(checkpoint)["batch_size"]))
     if accelerator.device.type == "cpu":
-        raise ValueError("batch_size auto tries how much a GPU's memory holds, and there is no GPU; give a number")
+        raise ValueError("batch_size auto finds what fits in GPU memory, and there is no GPU; set a number")
     attempt = partial(try_updates, accelerator, task, mixer, config, input_size, reserved=reserved)
     found = agree(accelerator, search(attempt, LARGEST if images is None else images // accelerator.num_processes))
     release_memory()
     if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)  # which the run reports
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # the run reports its own peak
     if not found:
-        raise ValueError(f"not even a batch of {SMALLEST} images fits; try a smaller image size or grad_checkpointing")
+        raise ValueError(
+            f"not even {SMALLEST} images fit in GPU memory; try a smaller image size or grad_checkpointing"
+        )
     accelerator.print(f"batch size {found} per process, the largest power of two up to {LARGEST} that fits")
     return replace(config, batch_size=found)
 
 
 def search(attempt: Callable[[int], None], most: int) -> int:
-    """The largest power of two, up to `LARGEST` and `most`, at which a call does not run out of memory; 0 if none."""
+    """Return the largest power of two, up to `LARGEST` and `most`, that does not run out of memory; 0 if none does."""
     size = LARGEST
     while size > max(most, SMALLEST):
         size //= 2
@@ -364,14 +366,14 @@ def search(attempt: Callable[[int], None], most: int) -> int:
 
     try:
         return find_executable_batch_size(find, size, halve)()
-    except RuntimeError:  # Accelerate's word for "none", or another error of the call
+    except RuntimeError:  # Accelerate found no size, or the call failed for another reason
         if size:
             raise
         return 0
 
 
 def agree(accelerator: Accelerator, found: int) -> int:
-    """The smallest of all processes."""
+    """Return the minimum over all processes."""
     return int(accelerator.gather(torch.tensor([found], device=accelerator.device)).min())
 
 
@@ -384,9 +386,9 @@ def try_updates(
     batch_size: int,
     reserved: int = 0,
 ) -> None:
-    """Two updates of a copy of the task on random images; the second holds the optimizer's state that the first made.
+    """Make two updates with a copy of the task on random images; the second includes the optimizer state of the first.
 
-    No process waits for another in them. Task and random states stay as they are.
+    No process waits for another. Task and random states are unchanged.
 
     Raises:
         torch.OutOfMemoryError: the batch does not fit.
@@ -401,7 +403,7 @@ def try_updates(
         if config.model_ema:
             trial.setup_ema(decay=config.model_ema_decay)
         held = [torch.empty(reserved, dtype=torch.uint8, device=device)]
-        if accelerator.num_processes > 1:  # DistributedDataParallel has the gradients twice
+        if accelerator.num_processes > 1:  # DistributedDataParallel keeps a second copy of the gradients
             held += [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
         for _ in range(2):
             x, y = torch.randn(batch_size, *input_size), torch.randint(mixer.num_classes, (batch_size,))

@@ -1,1 +1,1 @@
-"""What a run leaves behind."""
+"""The files that a run writes."""

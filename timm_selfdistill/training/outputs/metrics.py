@@ -21,23 +21,23 @@ class ExitMetrics(NamedTuple):
     exit: int | str
     """0..C-1, or "ensemble"; plain models have exit 0 only."""
     top1: float
-    """Per cent."""
+    """Percent."""
     top5: float
-    """Per cent."""
+    """Percent."""
     loss: float
-    """Mean cross entropy, nats."""
+    """Mean cross entropy in nats."""
 
     @property
     def label(self) -> str:
-        """In tables: "exit_0", or "ensemble"."""
+        """Name in tables: "exit_0", or "ensemble"."""
         return self.exit if self.exit == "ensemble" else f"exit_{self.exit}"
 
 
 def exit_logits(model: nn.Module, x: Any) -> tuple[Tensor, ...]:
-    """Logits (B, K) of every classifier of a self-distilled model, or of the only one of another.
+    """Return the logits (B, K) of every exit; a plain model has only one.
 
     Args:
-        x: images (B, in_chans, H, W); of `ExitHeads`, the features of a frozen backbone.
+        x: images (B, in_chans, H, W), or for `ExitHeads` the features of a frozen backbone.
     """
     if isinstance(model, ExitHeads):
         return model(x).logits
@@ -46,13 +46,13 @@ def exit_logits(model: nn.Module, x: Any) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def count_logits(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Classes of a model that does not tell them: it is shown an image.
+    """Return the number of classes of a model without `num_classes`, found by running it on one image.
 
     Args:
         input_size: (channels, height, width).
 
     Raises:
-        ValueError: it gives no logits (B, K).
+        ValueError: the model does not return logits (B, K).
     """
     like = next(model.parameters())
     with evaluating(model):
@@ -60,13 +60,14 @@ def count_logits(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"{type(model).__name__} must give logits (B, classes) for images (B, channels, H, W), got {given} for one"
+            f"{type(model).__name__} must return logits (B, classes) for images (B, channels, H, W), got {given} for"
+            " one image"
         )
     return logits.shape[1]
 
 
 class ExitMeter:
-    """Adds up loss and hits of every exit, and of their ensemble where there are several, without waiting for a GPU."""
+    """Accumulates loss and hits of every exit, and of the ensemble if there are several, without a GPU sync."""
 
     def __init__(self, classifiers: int, device: torch.device):
         rows = classifiers + 1 if classifiers > 1 else 1
@@ -75,10 +76,10 @@ class ExitMeter:
 
     @torch.no_grad()
     def update(self, logits: Sequence[Tensor], target: Tensor) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
-            logits: of every exit, (B, K), shallow to deep.
+            logits: (B, K) for every exit, from the first to the deepest.
             target: class indices (B,).
         """
         if len(logits) > 1:
@@ -86,7 +87,10 @@ class ExitMeter:
         self.totals += torch.stack([_count(z.float(), target) for z in logits])
 
     def compute(self, totals: Tensor) -> list[ExitMetrics]:
-        """Metrics from `totals`, summed over all processes.
+        """Compute the metrics.
+
+        Args:
+            totals: `self.totals`, summed over all processes.
 
         Raises:
             ValueError: there was no image.
@@ -108,11 +112,14 @@ def measure_exits(
     accelerator: Accelerator,
     labelled: bool = True,
 ) -> tuple[list[ExitMetrics], int]:
-    """Accuracy of every exit and of the ensemble over the batches of all processes, and how many images they have; in
-    full precision, as every reader of the saved model measures it.
+    """Measure every exit and the ensemble over the batches of all processes, in full precision, so that anyone who
+    evaluates the saved model gets the same result.
 
     Args:
-        labelled: False counts as right what the deepest classifier says.
+        labelled: if False, the prediction of the deepest exit counts as the label.
+
+    Returns:
+        The metrics, and the number of images they were measured on.
     """
     classifiers = len(model.heads) + 1 if isinstance(model, (SelfDistillModel, ExitHeads)) else 1
     meter = ExitMeter(classifiers, accelerator.device)
@@ -125,12 +132,12 @@ def measure_exits(
 
 
 def as_columns(metrics: list[ExitMetrics]) -> dict[str, float]:
-    """Metrics of an epoch as history.csv has them."""
+    """Return the metrics of an epoch as columns of history.csv."""
     return {f"{name}_{metric.label}": getattr(metric, name) for metric in metrics for name in ("top1", "top5", "loss")}
 
 
 def of_columns(row: HistoryRow) -> list[ExitMetrics]:
-    """The metrics in a row of history.csv; empty where the epoch was not measured."""
+    """Return the metrics in a row of history.csv; empty if the epoch was not validated."""
     labels = [key.removeprefix("top1_") for key in row if key.startswith("top1_")]
     return [
         ExitMetrics(
@@ -144,35 +151,36 @@ def of_columns(row: HistoryRow) -> list[ExitMetrics]:
 
 
 def deciding_metric(metrics: list[ExitMetrics], frozen: bool, name: str = "top1") -> float:
-    """By which one model is better than another: that of the deepest exit, or where it is frozen the mean of the
-    others.
+    """Return the metric that selects the best model: that of the deepest exit, or the average over the other exits if
+    the backbone is frozen.
 
     Args:
         name: "top1", "top5" or "loss".
     """
-    *shallow, deepest = [getattr(metric, name) for metric in metrics if metric.exit != "ensemble"]
-    return sum(shallow) / len(shallow) if frozen else deepest
+    *others, deepest = [getattr(metric, name) for metric in metrics if metric.exit != "ensemble"]
+    return sum(others) / len(others) if frozen else deepest
 
 
 def _count(logits: Tensor, target: Tensor) -> Tensor:
-    """Summed loss, top-1 hits, top-5 hits, images."""
+    """Return the sums of loss, top-1 hits, top-5 hits and images."""
     hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
     loss = F.cross_entropy(logits, target, reduction="sum")
     return torch.stack([loss, hits[:, 0].sum().to(loss), hits.sum().to(loss), torch.full_like(loss, len(target))])
 
 
 CPU_MACS = 2_000_000_000
-"""Multiply-adds that a timed call may take on a CPU, about a tenth of a second."""
+"""Maximum multiply-adds of a timed call on a CPU, about a tenth of a second."""
 TIMED_SECONDS = 2.0
-"""After which no further round of timed calls begins, once there are `ROUNDS`."""
+"""Time after which no new round of timed calls starts, once there were `ROUNDS`."""
 ROUNDS = 7
-"""Fewest rounds of timed calls."""
+"""Minimum number of rounds of timed calls."""
 NOISE = 0.05
-"""Highest standard error of a speed-up, as a share of it; one with a higher is noise and not written down."""
+"""Maximum relative standard error of a speed-up; anything noisier is not recorded."""
 
 
 def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[ExitRow]:
-    """Exit, module, parameters, multiply-adds and share of the plain network's, for each exit or a plain model alone.
+    """Return exit, module, parameters, multiply-adds and their share of the plain network, one row per exit. A plain
+    model has one row.
 
     Args:
         input_size: (channels, height, width) of the images.
@@ -187,7 +195,7 @@ def exit_costs(model: nn.Module, input_size: tuple[int, int, int]) -> list[ExitR
 
 
 def merge_rows(metrics: list[ExitMetrics], costs: list[ExitRow]) -> list[ExitRow]:
-    """A row per exit: its accuracy and its cost."""
+    """Return a row per exit with its accuracy and its cost."""
     return [
         {"exit": metric.exit, "top1": metric.top1, "top5": metric.top5, "loss": metric.loss, **cost}
         for metric, cost in zip(metrics, costs, strict=True)
@@ -195,8 +203,8 @@ def merge_rows(metrics: list[ExitMetrics], costs: list[ExitRow]) -> list[ExitRow
 
 
 def with_speedups(model: nn.Module, rows: list[ExitRow], input_size: tuple[int, int, int]) -> list[ExitRow]:
-    """The rows with "speedup", the measured time of the plain network over that of the row's exit, on the model's
-    device in eval mode: 1 for the plain network itself; left out where the measurement is noise."""
+    """Return the rows with "speedup": the time of the plain network divided by that of the exit, measured on the
+    model's device in eval mode. It is 1 for the plain network, and left out where the measurement is too noisy."""
     if not isinstance(model, SelfDistillModel):
         return [row | {"speedup": 1.0} for row in rows]
     plain = len(model.exits) - 1
@@ -210,15 +218,15 @@ def with_speedups(model: nn.Module, rows: list[ExitRow], input_size: tuple[int, 
 
 
 def find_speedups(model: SelfDistillModel, calls: list[Callable[[Tensor], Any]], x: Tensor) -> list[float | None]:
-    """The measured time of the plain network over that of each call, for images x (B, C, H, W); None where the
-    measurement is noise."""
+    """Measure the time of the plain network divided by that of each call, on images x (B, C, H, W); None where the
+    measurement is too noisy."""
     ratios = time_ratios(model, model.backbone, calls, x, seconds=TIMED_SECONDS, at_least=ROUNDS)
     return [None if is_noise(found) else median(found) for found in ratios]
 
 
 def is_noise(ratios: list[float]) -> bool:
-    """Whether the median of several measurements says little: its standard error, from their quartiles as of a normal
-    distribution, is above `NOISE`."""
+    """Whether the relative standard error of the median, estimated from the quartiles of a normal distribution, is
+    above `NOISE`."""
     low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5 > NOISE * middle
 

@@ -1,4 +1,4 @@
-"""The run directory, and what a run leaves in it for people: tables, history, pictures."""
+"""The run directory and its tables, history and plots."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, LAUNCH_FILE = "config.yaml", ".launch"
 OWN_FOLDER = Path("output/train")
-"""Parent of the run directories that are not named by the user."""
+"""Parent of run directories that the user did not name."""
 
 
 class EpochExits(TypedDict):
@@ -41,15 +41,15 @@ class EpochExits(TypedDict):
 
 class Unlabelled(TypedDict, total=False):
     reference: str
-    """"deepest" in the place of labels: accuracies then tell how often an exit agrees with it."""
+    """"deepest" if there are no labels: accuracies are then agreement with the deepest exit."""
 
 
 class RunSummary(Unlabelled):
-    """summary.json: the best model of a run."""
+    """Content of summary.json: the best model of a run."""
 
     model: str
     epoch: int
-    """From 1, of the best model."""
+    """Epoch of the best model, from 1."""
     epochs: int
     input_size: list[int]
     """(channels, height, width)."""
@@ -58,7 +58,7 @@ class RunSummary(Unlabelled):
 
 
 def summary_title(summary: RunSummary) -> str:
-    """What stands over the table of a run's exits.
+    """Return the title for the table of a run's exits.
 
     Examples:
         >>> from timm_selfdistill.training import summary_title
@@ -67,13 +67,13 @@ def summary_title(summary: RunSummary) -> str:
     """
     title = f"{summary['model']}: epoch {summary['epoch']}, the best of {summary['epochs']}"
     if "reference" in summary:
-        title += f"; without labels, top-1 and top-5 tell how often an exit agrees with the {summary['reference']}"
+        title += f"; without labels, top-1 and top-5 are agreement with the {summary['reference']} exit"
     return title
 
 
 def print_exits(console: Console, title: str, rows: list[ExitRow]) -> None:
-    """A row per exit: accuracy, multiply-adds, share of the plain network's, measured speed-up
-    where it is no noise.
+    """Print a table with a row per exit: accuracy, multiply-adds, their share of the plain network, and the measured
+    speed-up.
 
     Examples:
         >>> from rich.console import Console
@@ -104,7 +104,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_history(path: Path, history: list[HistoryRow]) -> None:
-    """history.csv: a row an epoch; what only some epochs have is a column, too."""
+    """Write history.csv, a row per epoch; cells are empty for what an epoch did not measure."""
     text = StringIO(newline="")
     columns = dict.fromkeys(name for row in history for name in row)
     writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
@@ -118,8 +118,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plot_curves(path: Path, history: list[HistoryRow], labelled: bool = True) -> None:
-    """curves.png: validation accuracy of every exit, or without labels its agreement with the deepest, and the training
-    loss, over the epochs. A dot marks the best epoch of the deepest exit."""
+    """Draw curves.png: over the epochs, the validation accuracy of every exit, or without labels its agreement with the
+    deepest exit, and the training loss. A dot marks the best epoch of the deepest exit."""
     from matplotlib.ticker import MaxNLocator
 
     figure = create_figure(8, 3.6)
@@ -142,7 +142,7 @@ def plot_curves(path: Path, history: list[HistoryRow], labelled: bool = True) ->
 
 
 def _plot_accuracy(axes: "Axes", measured: list[HistoryRow]) -> None:
-    """Of epochs that were validated."""
+    """Draw the accuracy at the epochs that were validated."""
     keys = [key for key in measured[0] if key.startswith("top1_")] if measured else []
     epochs, ends = [row["epoch"] for row in measured], []
     names = [key.removeprefix("top1_").replace("_", " ") for key in keys]
@@ -161,35 +161,38 @@ def _plot_accuracy(axes: "Axes", measured: list[HistoryRow]) -> None:
 
 
 def find_resumed(config: TrainConfig, accelerator: Accelerator) -> Path | None:
-    """The checkpoint that a run goes on from, the same on every process.
+    """Find the checkpoint to resume from, the same on every process.
 
     Raises:
         FileNotFoundError: there is nothing to resume.
-        ValueError: all there is to resume is damaged.
+        ValueError: all checkpoints are damaged.
     """
     return ask_main_process(accelerator, partial(_find_resumed, config))
 
 
 def check_run(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Path | None:
-    """The run directory as `open_run` will make it; None where that chooses a name. Nothing is written.
+    """Check that `open_run` will be able to create the run directory, without writing anything.
 
     Args:
-        checkpoint: that is resumed.
+        checkpoint: the checkpoint to resume, if any.
+
+    Returns:
+        The run directory; None if `open_run` will choose a name.
 
     Raises:
         FileExistsError: the directory holds another run, or is a file.
-        OSError: it cannot be written.
+        OSError: the directory is not writable.
     """
     return ask_main_process(accelerator, partial(_check, config, checkpoint))
 
 
 def open_run(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Path:
-    """Make the run directory, the same on every process; it may have been taken since `check_run`."""
+    """Create the run directory, the same on every process, after checking it again as `check_run` does."""
     return ask_main_process(accelerator, partial(_claim, config, checkpoint))
 
 
 def release_run(output: Path) -> None:
-    """Remove what a new run has written that ends before its first checkpoint, so that the corrected one may have its
+    """Remove the files of a new run that failed before its first checkpoint, so that a corrected run can use the same
     directory."""
     (output / CONFIG_FILE).unlink(missing_ok=True)
     shutil.rmtree(output / "last", ignore_errors=True)  # untrained
@@ -205,19 +208,19 @@ def _find_resumed(config: TrainConfig) -> Path | None:
 
 
 def mark_launch(output: Path) -> None:
-    """Let this run be gone on with by the processes that torchrun starts in place of these, should one die."""
+    """Mark the run so that processes restarted by torchrun can resume it."""
     if _launch():
         write_atomically(output / LAUNCH_FILE, _launch())
 
 
 def _launch() -> str:
-    """What all processes have in common that one torchrun starts on a machine; "" without torchrun."""
+    """Return an id shared by all processes that one torchrun starts on a machine; "" without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return "" if run_id is None else f"{run_id} {os.getppid()}"
 
 
 def _is_restarted(config: TrainConfig) -> bool:
-    """Whether torchrun started these processes in the place of others, whose run this was."""
+    """Whether torchrun restarted these processes after earlier ones of the same run died."""
     marker = Path(config.output) / LAUNCH_FILE
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     return again and bool(config.output) and marker.is_file() and marker.read_text() == _launch()
@@ -228,7 +231,7 @@ def write_config(config: TrainConfig, output: Path) -> None:
 
 
 def report_history(output: Path, history: list[HistoryRow], labelled: bool, picture: bool = True) -> None:
-    """history.csv, and curves.png unless `picture` is False; a disk that is full is no reason to end the run."""
+    """Write history.csv, and curves.png unless `picture` is False; a full disk only causes a warning."""
     try:
         write_history(output / "history.csv", history)
         if picture:
@@ -248,8 +251,8 @@ def _check(config: TrainConfig, checkpoint: Path | None) -> Path | None:
     if _resumes_here(output, checkpoint):
         return output
     if (output / CONFIG_FILE).exists() and not (_is_restarted(config) or config.resume == "auto"):
-        go_on = f"go on with --resume {output}" if list_checkpoints(output / "checkpoints") else "remove it"
-        raise FileExistsError(f"{output} holds another run; {go_on}, or choose another output")
+        advice = f"resume it with --resume {output}" if list_checkpoints(output / "checkpoints") else "remove it"
+        raise FileExistsError(f"{output} holds another run; {advice}, or choose another output")
     _check_writable(output)
     return output
 
@@ -260,7 +263,9 @@ def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:
         if output is None:
             output = _make_new(OWN_FOLDER / datetime.now().strftime("%Y%m%d-%H%M%S"))
         output.mkdir(parents=True, exist_ok=True)
-        if not _resumes_here(output, checkpoint):  # a resumed run's is replaced once its checkpoint was seen to fit
+        if not _resumes_here(
+            output, checkpoint
+        ):  # a resumed run's config is replaced once its checkpoint was found to match
             write_config(config, output)
     except OSError as error:
         raise _unwritable(output or OWN_FOLDER, error) from error
@@ -268,7 +273,7 @@ def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:
 
 
 def _make_new(path: Path) -> Path:
-    """A directory that was not there, with a number behind its name where another run took that in the same second."""
+    """Create a new directory; a number is appended if another run took the name in the same second."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, numbers = path, count(2)
     while True:
@@ -284,7 +289,7 @@ def _resumes_here(output: Path, checkpoint: Path | None) -> bool:
 
 
 def _check_writable(output: Path) -> None:
-    """Raise OSError for a directory that could not be made, or written to."""
+    """Raise OSError for a directory that could not be created or written to."""
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir():
         raise _unwritable(output, NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR)))

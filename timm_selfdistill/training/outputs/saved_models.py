@@ -1,4 +1,4 @@
-"""best/ and last/ of a run: saved models, with a record of how they were made."""
+"""best/ and last/ of a run: saved models, with a record of how they were trained."""
 
 import platform
 import shutil
@@ -26,13 +26,13 @@ from .metrics import ExitMetrics, exit_costs, merge_rows, model_name, with_speed
 from .run_directory import RunSummary, Unlabelled, write_json
 
 PRIVATE_SETTINGS = {"output", "resume", "data_dir", "initial_checkpoint", "pretrained_path"}
-"""Paths on this machine, which no published file tells."""
+"""Settings that are local paths, which are left out of files that may be published."""
 EpochMetrics = tuple[int, list[ExitMetrics]]
 PACKAGES = ("torch", "timm", "accelerate", "datasets", "huggingface-hub")
 
 
 def network_args(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the settings of a command gave `timm.create_model` and cannot be read back from a model."""
+    """Return the arguments of `timm.create_model` in the settings that cannot be read back from the model."""
     own = {name: settings[name] for name in ("bn_momentum", "bn_eps") if settings.get(name) is not None}
     return own | (settings.get("model_kwargs") or {})
 
@@ -41,8 +41,8 @@ class SavedModels:
     """Saves the models of a run, from its main process.
 
     Args:
-        val_data: a data set whose `source`, if it has one, says where it comes from, see `ImageSplits`, and whose
-            `data_config` how its images are read.
+        val_data: validation dataset. Its attributes `source` (see `ImageSplits`) and `data_config` (how its images are
+            read) are recorded if it has them.
         input_size: (channels, height, width) of the validation images.
     """
 
@@ -58,13 +58,13 @@ class SavedModels:
         self.output, self.input_size = output, input_size
         self.data_config = {**(getattr(val_data, "data_config", None) or {}), "input_size": input_size}
         self.unsaved: dict[str, int] = {}
-        """Epochs of models that could not be written."""
+        """Names of models that could not be written, and their epochs."""
         self.costs: list[ExitRow] = []
         counts = [image_count(train_data), image_count(val_data)]
         self.images = [] if None in counts else [count for count in counts if count is not None]
-        """That the run trains on and measures; empty where a stream does not tell."""
+        """Numbers of training and validation images; empty if a stream's length is unknown."""
         self.val_images = 0
-        """Images that the metrics are of."""
+        """Number of images behind the metrics."""
         source = getattr(val_data, "source", None)
         described = isinstance(source, dict) and {"name", "type", "split"} <= source.keys()
         self.val_labelled = is_labelled(val_data)
@@ -77,7 +77,7 @@ class SavedModels:
             "settings": {
                 key: value
                 for key, value in config.to_dict().items()
-                if key not in PRIVATE_SETTINGS and not _tells_path(value)
+                if key not in PRIVATE_SETTINGS and not _has_path(value)
             },
             "versions": {
                 "timm-selfdistill": __version__,
@@ -88,8 +88,11 @@ class SavedModels:
         }
 
     def take_over(self, run: Path, epoch: int) -> bool:
-        """Whether the best model of the epochs so far is here; it is copied where the run goes on in another directory.
-        After an older checkpoint it may be one of an epoch that is to come again.
+        """Copy the best model of a run that is resumed in another directory.
+
+        Returns:
+            Whether there is a best/ from an epoch up to the checkpoint. After resuming from an older checkpoint it may
+            be from a later epoch, which will be repeated.
         """
         best, other = self.output / "best", run / "best"
         if not best.exists() and other.is_dir() and _epoch_of(other) <= epoch:
@@ -97,12 +100,12 @@ class SavedModels:
             with replacing_files(best) as fresh:
                 for path in other.iterdir():
                     if path.is_file():
-                        shutil.copyfile(path, fresh / path.name)  # not its mode, which may be read-only
+                        shutil.copyfile(path, fresh / path.name)  # not the mode, which may be read-only
         return best.exists() and _epoch_of(best) <= epoch
 
     @property
     def best_epoch(self) -> int:
-        """Of the best model, from 1; 0 where it does not tell."""
+        """Epoch of the best model, from 1; 0 if not recorded."""
         return _epoch_of(self.output / "best")
 
     def save(
@@ -110,11 +113,11 @@ class SavedModels:
     ) -> bool:
         """Save a model under its name, without its picture.
 
-        The first model, which has no metrics, is loaded again as a check. If a later one cannot be written, say because
-        the disk is full, a warning is issued, the earlier model stays and the run continues.
+        The first model, which has no metrics, is loaded again as a check. If a later one cannot be written, e.g.
+        because the disk is full, a warning is issued, the earlier model stays and the run continues.
 
         Args:
-            required: raise instead, as for the first model; at the end of a run.
+            required: raise instead, as for the first model; used at the end of a run.
 
         Returns:
             Whether the model was saved.
@@ -147,8 +150,8 @@ class SavedModels:
         return True
 
     def save_missing(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics]) -> list[str]:
-        """At the end of a run, save the models that are missing: those that could not be written before, and those of a
-        run that was resumed into another directory.
+        """At the end of a run, save models that are missing: they could not be written before, or the run was resumed
+        in another directory.
 
         Returns:
             The names of the models.
@@ -164,7 +167,7 @@ class SavedModels:
         return missing
 
     def _record(self, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None) -> TrainingRecord:
-        """What is recorded of a model; of one that is not trained yet, costs instead of metrics."""
+        """Return what is recorded about a model; before training, costs without metrics."""
         self.costs = self.costs or exit_costs(model, self.input_size)
         record: TrainingRecord = {"exits": self.costs, **self._origin(model), **self.facts}
         if getattr(model, "freeze_backbone", False):
@@ -178,8 +181,8 @@ class SavedModels:
         return record
 
     def summarize(self, model: nn.Module, best: EpochMetrics, last: EpochMetrics) -> RunSummary:
-        """Measure the speed-up of every exit at the end of the run; write summary.json and exits.png, of the best
-        model, and record the speed-ups in the saved models, whose exits are as fast.
+        """Measure the speed-up of every exit at the end of the run, write summary.json and exits.png of the best model,
+        and record the speed-ups in the saved models.
 
         Args:
             best, last: the epoch, from 1, and its metrics.
@@ -206,7 +209,7 @@ class SavedModels:
         return summary
 
     def draw_missing(self) -> None:
-        """Draw exits.png of saved models that have none yet."""
+        """Draw exits.png for saved models that have none yet."""
         for folder, record in self._records():
             if (folder / hub.PICTURE).exists():
                 continue
@@ -216,13 +219,13 @@ class SavedModels:
                 warn_unwritten(folder, error)
 
     def _records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Of the saved models that have any."""
+        """Yield folder and record of each saved model that has a record."""
         for folder in (self.output / "best", self.output / "last"):
             if record := hub.read_metrics(folder):
                 yield folder, record
 
     def _origin(self, model: nn.Module) -> TrainingRecord:
-        """License, and the weights that training started from, as far as both are known."""
+        """Return the license and the weights that training started from, as far as they are known."""
         backbone = model.backbone if isinstance(model, SelfDistillModel) else model
         pretrained = self.facts["settings"].get("pretrained")
         base_model = getattr(backbone, "pretrained_cfg", {}).get("hf_hub_id") if pretrained else None
@@ -235,23 +238,23 @@ class SavedModels:
 
 
 def _initial_license(settings: Mapping[str, Any]) -> str | None:
-    """License of the weights that training started from; None where timm's pretrained weights tell it."""
+    """Return the license of the weights that training started from; None if timm's pretrained weights define it."""
     if settings.get("initial_checkpoint") or settings.get("pretrained_path"):
         return "unknown"
     return "apache-2.0" if settings.get("pretrained") is False else None
 
 
 def _epoch_of(folder: Path) -> int:
-    """Of a saved model; 0 for one that does not tell."""
+    """Return the epoch of a saved model; 0 if not recorded."""
     return (hub.read_metrics(folder) or {}).get("epoch", 0)
 
 
-def _tells_path(value: Any) -> bool:
-    """Whether a setting names a place on this machine, which no published file should tell."""
+def _has_path(value: Any) -> bool:
+    """Whether a setting contains a local path, which should not be published."""
     if isinstance(value, dict):
-        return any(map(_tells_path, value.values()))
+        return any(map(_has_path, value.values()))
     if isinstance(value, (list, tuple)):
-        return any(map(_tells_path, value))
+        return any(map(_has_path, value))
     value = str(value)
     named = value in (".", "..") or value.startswith(("/", "~", "./", "../", "local-dir:"))
     return named or "\\" in value or ("/" in value and Path(value).exists())

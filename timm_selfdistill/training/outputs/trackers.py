@@ -1,4 +1,4 @@
-"""Accelerate's trackers: what they are told, where they write, and that they never stop a run."""
+"""Accelerate's trackers: what they log, where they write, and why they never stop a run."""
 
 import json
 import os
@@ -21,19 +21,19 @@ from .run_directory import write_atomically
 
 PROJECT = "timm-selfdistill"
 RUNS_FILE = ".trackers.json"
-"""Of the run directory: what each tracker calls this run, so that a resumed one is gone on with."""
+"""File in the run directory with each tracker's id of the run, so that a resumed run continues there."""
 MLFLOW_STORE = "MLFLOW_TRACKING_URI"
 
 
 class RunTrackers:
-    """The trackers of `config.report_to`, started.
+    """Starts the trackers of `config.report_to` and logs to them.
 
-    TensorBoard, W&B and MLflow write into `output`, the latter two unless WANDB_DIR or MLFLOW_TRACKING_URI says where;
-    Trackio writes where TRACKIO_DIR says, or into its own folder. A tracker that fails in the middle of a run, or when
-    one is resumed, is named in a warning and left alone from then on.
+    TensorBoard, W&B and MLflow write to `output`, unless WANDB_DIR or MLFLOW_TRACKING_URI is set; Trackio writes to
+    TRACKIO_DIR or its own folder. A tracker that fails during a run, or when a run is resumed, is dropped with a
+    warning.
 
     Args:
-        resumed: whether this is the start of a run that goes on.
+        resumed: whether the run is resumed.
 
     Raises:
         RuntimeError: a tracker fails at the start of a new run.
@@ -56,11 +56,11 @@ class RunTrackers:
             for key, value in {**config.to_dict(), "output": str(output)}.items()
         }
         if name == "mlflow" and run:
-            settings = {}  # MLflow refuses to change what a run was told
+            settings = {}  # MLflow refuses to change the parameters of a run
         try:
             accelerator.project_configuration.set_directories(str(output))
             accelerator.log_with = filter_trackers([name], accelerator.logging_dir)
-            accelerator.trackers = []  # Accelerate would start them again
+            accelerator.trackers = []  # else Accelerate starts them again
             project = (config.wandb_project if name == "wandb" else None) or PROJECT
             accelerator.init_trackers(project, settings, {name: self._arguments(name, config, output, run)})
             if accelerator.is_main_process:
@@ -69,14 +69,14 @@ class RunTrackers:
         except Exception as error:  # whatever a tracker's own client raises
             if not resumed:
                 self.finish()
-                raise RuntimeError(f"the tracker {name} does not start: {_first_line(error)}") from error
+                raise RuntimeError(f"the tracker {name} failed to start: {_first_line(error)}") from error
             _warn(name, error)
 
     def _arguments(self, name: str, config: TrainConfig, output: Path, run: str | None) -> dict[str, Any]:
-        """Of a tracker's client.
+        """Return the arguments for a tracker's client.
 
         Args:
-            run: what the tracker calls the run that goes on.
+            run: the tracker's id of the run to resume; None for a new run.
         """
         if name == "wandb":
             return {
@@ -101,7 +101,7 @@ class RunTrackers:
         self._call_each(lambda tracker: tracker.log(values, step=step))
 
     def log_pictures(self, folder: Path, step: int) -> None:
-        """Log the run's PNG files to the trackers that take pictures."""
+        """Log the run's PNG files to the trackers that support images."""
         self._call_each(partial(_log_pictures, paths=sorted(folder.glob("*.png")), step=step))
 
     def finish(self) -> None:
@@ -110,8 +110,8 @@ class RunTrackers:
             os.environ.pop(MLFLOW_STORE, None)
 
     def _call_each(self, call: Callable[[GeneralTracker], None]) -> None:
-        """Call every tracker. `Accelerator.log` and `Accelerator.end_training` would stop at the first that fails, and
-        the latter destroys the process group."""
+        """Call every tracker and drop those that fail. `Accelerator.log` and `Accelerator.end_training` would stop at
+        the first failure, and the latter also destroys the process group."""
         for tracker in list(self.trackers):
             try:
                 call(tracker)
@@ -142,7 +142,7 @@ def _read_runs(output: Path) -> dict[str, str]:
 
 
 def _write_run(output: Path, tracker: Any) -> None:
-    """Keep what a tracker calls this run, where it has a name or number to go on with."""
+    """Store a tracker's id of the run, for trackers that can resume one."""
     names = {"wandb": lambda run: run.id, "mlflow": lambda run: run.info.run_id, "trackio": lambda run: run.name}
     if tracker.name in names:
         runs = {**_read_runs(output), tracker.name: names[tracker.name](tracker.tracker)}
@@ -150,7 +150,7 @@ def _write_run(output: Path, tracker: Any) -> None:
 
 
 def _warn(name: str, error: Exception) -> None:
-    warnings.warn(f"the tracker {name} failed and gets no more ({_first_line(error)})", stacklevel=3)
+    warnings.warn(f"the tracker {name} failed and is dropped ({_first_line(error)})", stacklevel=3)
 
 
 def _first_line(error: Exception) -> str:
@@ -158,7 +158,7 @@ def _first_line(error: Exception) -> str:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak of the GPU where there is one, else what this process holds now."""
+    """Return the peak memory allocated on the GPU, or without one the current memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30

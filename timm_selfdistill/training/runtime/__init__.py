@@ -1,1 +1,1 @@
-"""What a run runs on: devices, processes, signals, progress."""
+"""Devices, processes, signals and progress of a run."""

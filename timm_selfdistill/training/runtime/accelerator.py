@@ -1,4 +1,4 @@
-"""Accelerate as a run needs it: its precision, its processes, their failures."""
+"""Setup of Accelerate for a run: precision, processes, and failures that processes share."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ from ..config import TrainConfig
 
 
 def device_name(device: torch.device | str) -> str:
-    """Name of the GPU, or of the processor."""
+    """Return the name of the GPU or CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -38,38 +38,38 @@ def device_name(device: torch.device | str) -> str:
 
 Answer = TypeVar("Answer")
 REFUSED = {
-    "DEEPSPEED": "makes its steps in the backward pass, where gradients cannot be accumulated or looked at, and has"
-    " checkpoints of its own",
-    "FSDP": "shards the weights, of which the exits run parts on their own",
-    "MEGATRON_LM": "needs a model of its own",
-    "PARALLELISM_CONFIG": "lets several processes work on one image",
+    "DEEPSPEED": "steps the optimizer during the backward pass, where gradients can be neither accumulated nor"
+    " inspected, and writes its own checkpoints",
+    "FSDP": "shards the weights, while exits run parts of the network on their own",
+    "MEGATRON_LM": "needs its own model classes",
+    "PARALLELISM_CONFIG": "spreads one image over several processes",
 }
 
 
 def create_accelerator(config: TrainConfig, find_unused: bool = False) -> Accelerator:
-    """An Accelerator in the precision of the config, or else of `accelerate launch`.
+    """Create an Accelerator in the precision of the config, or, if it sets none, of `accelerate launch`.
 
     Args:
-        find_unused: there may be parameters without gradients, for which DistributedDataParallel must not wait.
+        find_unused: whether some parameters may get no gradients, which DistributedDataParallel must not wait for.
 
     Raises:
-        ValueError: a tracker is not installed, fp16 is asked for on a CPU, or config and launcher contradict.
+        ValueError: a tracker is not installed, fp16 is requested on a CPU, or config and launcher disagree.
     """
     available = {tracker.value for tracker in get_available_trackers()}
     if unknown := set(config.report_to) - available:
-        raise ValueError(f"no tracker {', '.join(sorted(unknown))}; installed: {', '.join(sorted(available))}")
+        raise ValueError(f"unknown tracker {', '.join(sorted(unknown))}; installed: {', '.join(sorted(available))}")
     _check_launcher(config)
-    # Accelerate joins the processes that torchrun starts on CPUs only where it is told that there is nothing else.
+    # Accelerate joins processes that torchrun starts on CPUs only if told explicitly that they run on CPUs.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     cpu = not _choose_device(config.device, cpu) if config.device else cpu
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision == "fp16" and cpu:
-        raise ValueError("fp16 needs a GPU (here it would train in fp32); use amp_dtype bfloat16 or no mixed precision")
+        raise ValueError("fp16 needs a GPU (a CPU would train in fp32); use amp_dtype bfloat16 or no mixed precision")
     if not cpu:
-        torch.set_float32_matmul_precision("high")  # TF32, as timm's train.py
+        torch.set_float32_matmul_precision("high")  # TF32, as in timm's train.py
         torch.backends.cudnn.allow_tf32 = True
-    AcceleratorState._reset_state()  # which would keep the precision of an earlier run in this process
-    # The Trainer divides the loss itself, so Accelerate, which may be told a number by its launcher, must not.
+    AcceleratorState._reset_state()  # else it keeps the precision of an earlier run in this process
+    # The Trainer divides the loss itself, so Accelerate must not, even if its launcher sets a number of steps.
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=find_unused)
     return Accelerator(
         mixed_precision=precision,
@@ -80,10 +80,10 @@ def create_accelerator(config: TrainConfig, find_unused: bool = False) -> Accele
 
 
 def _choose_device(name: str, cpu: bool) -> bool:
-    """Whether a run is on an accelerator, by the name of its device; its number is that of a process alone.
+    """Whether the named device is an accelerator. Its index is used only if no launcher assigns a device per process.
 
     Args:
-        cpu: whether there is nothing else.
+        cpu: whether the CPU is the only device.
 
     Raises:
         ValueError: there is no such device.
@@ -98,16 +98,16 @@ def _choose_device(name: str, cpu: bool) -> bool:
     found = "cpu" if accelerator is None else accelerator.type
     if device.type != found or (device.index or 0) >= torch.accelerator.device_count():
         raise ValueError(
-            f"there is no device {name} here, but {'the CPU alone' if found == 'cpu' else found}; give"
-            " another, or none, which takes what there is"
+            f"device {name} is not available here, only {'the CPU' if found == 'cpu' else found}; choose another"
+            " device, or leave it out to use what is available"
         )
-    if device.index is not None and "LOCAL_RANK" not in os.environ:  # else each process has its own
+    if device.index is not None and "LOCAL_RANK" not in os.environ:  # under a launcher each process has its own device
         torch.accelerator.set_device_index(device.index)
     return True
 
 
 def ask_main_process(accelerator: Accelerator, call: Callable[[], Answer]) -> Answer:
-    """What a call returns on the main process, which alone makes it; an OSError or ValueError is raised on all."""
+    """Call a function on the main process and return its result on all; an OSError or ValueError is raised on all."""
     answer: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -121,12 +121,12 @@ def ask_main_process(accelerator: Accelerator, call: Callable[[], Answer]) -> An
 
 
 def _check_launcher(config: TrainConfig) -> None:
-    """What `accelerate launch` was told, against what the run was told."""
+    """Raise ValueError if the settings of `accelerate launch` are unsupported or contradict those of the run."""
     for name, reason in REFUSED.items():
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
-                f"accelerate launch asks for {name}, which {reason}; take configs/multi_gpu.yaml, and"
-                " grad_checkpointing (--grad-checkpointing) where memory is short"
+                f"accelerate launch requests {name}, which {reason}; use configs/multi_gpu.yaml, and"
+                " grad_checkpointing (--grad-checkpointing) if memory is short"
             )
     launched = {
         "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION"),
@@ -136,15 +136,15 @@ def _check_launcher(config: TrainConfig) -> None:
     for name, value in launched.items():
         if value not in (None, "no", "1") and own[name] is not None and value != own[name]:
             raise ValueError(
-                f"accelerate launch says {name} {value}, the run's own flags say {own[name]}; change one of them"
+                f"accelerate launch sets {name} {value}, the run's own flags set {own[name]}; change one of them"
             )
 
 
 POLL_SECONDS = 0.5
 HEARD_SECONDS = 10.0
-"""How long a process that failed stays for the others to hear of it."""
+"""How long a failed process waits until the others have received its error."""
 END_SECONDS = 60.0
-"""How long a process that has heard of it may take to end by itself."""
+"""How long a process that received an error may take to exit by itself."""
 _runs = count()
 
 
@@ -154,10 +154,10 @@ class PeerError(RuntimeError):
 
 @contextmanager
 def sharing_failures(accelerator: Accelerator) -> Iterator[None]:
-    """Within it an error on one process ends all of them; call it on every process.
+    """Context manager in which an error on one process ends all processes; enter it on every process.
 
-    Where a process failed, whatever waits for it fails or waits forever. The former becomes an error that says what
-    happened on the other process, the latter is ended after a minute.
+    When a process fails, collective operations on the others either fail or block forever. A failing one is re-raised
+    as an error that says what happened on the failed process; a process that blocks is ended after a minute.
 
     Raises:
         PeerError: another process failed.
@@ -171,7 +171,7 @@ def sharing_failures(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failures.tell(error)
+        failures.publish(error)
         if failures.told and isinstance(error, RuntimeError):  # as the errors of torch.distributed are
             raise PeerError(failures.told) from error
         raise
@@ -181,17 +181,17 @@ def sharing_failures(accelerator: Accelerator) -> Iterator[None]:
 
 
 def error_line(error: BaseException) -> str:
-    """The line of an error that says what it is; one from a loading process carries that process's traceback."""
+    """Return the line of an error message that names the cause; a DataLoader worker's error contains a traceback."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1].removeprefix(f"{type(error).__name__}: ") if "Traceback" in str(error) else lines[0]
 
 
 class _Failures:
-    """What the processes of one run tell each other through the store in which they found one another.
+    """Errors that the processes of a run share through the store they used to rendezvous.
 
     Attributes:
-        told: of another process's error, once there is one.
-        over: set when this process needs to hear no more.
+        told: message about another process's error, None until there is one.
+        over: set when this process no longer needs to listen.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, run: int):
@@ -200,14 +200,14 @@ class _Failures:
         self.told: str | None = None
         self.over = threading.Event()
 
-    def tell(self, error: Exception) -> None:
-        """Tell the others of an error, unless another came first, and wait until they have heard."""
+    def publish(self, error: Exception) -> None:
+        """Send an error to the other processes, unless one failed first, and wait until they have received it."""
         if self.told:
             return
-        with suppress(RuntimeError):  # the process that kept the store is gone
-            self._tell(error)
+        with suppress(RuntimeError):  # the process that hosts the store is gone
+            self._publish(error)
 
-    def _tell(self, error: Exception) -> None:
+    def _publish(self, error: Exception) -> None:
         message = f"process {self.rank} of {self.world_size} failed: {type(error).__name__}: {error_line(error)}"
         first = self.store.compare_set(self.key, "", message).decode()
         self.store.set(f"{self.key}/{self.rank}", "heard")
@@ -220,8 +220,8 @@ class _Failures:
             sleep(POLL_SECONDS / 10)
 
     def watch(self) -> None:
-        """Until this process needs to hear no more."""
-        with suppress(RuntimeError):  # the process that kept the store is gone
+        """Listen for an error of another process until `over` is set."""
+        with suppress(RuntimeError):  # the process that hosts the store is gone
             self._watch()
 
     def _watch(self) -> None:
@@ -233,6 +233,6 @@ class _Failures:
                 self.told = told
                 self.store.set(f"{self.key}/{self.rank}", "heard")
                 if not self.over.wait(END_SECONDS):
-                    print(f"error: {told}; this process waits for it and is ended", file=sys.stderr, flush=True)
+                    print(f"error: {told}; this process is blocked and will be ended", file=sys.stderr, flush=True)
                     os._exit(1)
             return

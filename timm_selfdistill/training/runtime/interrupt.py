@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as a polite request, on which all processes agree."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as requests to stop, on which all processes agree."""
 
 import os
 import signal
@@ -11,18 +11,19 @@ from accelerate import Accelerator
 
 AGREE_EVERY = 10
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""SIGUSR1 is what Slurm is asked to send before it takes a machine away; Windows has none."""
+"""Signals that stop a run. Slurm can be told to send SIGUSR1 before a job's time limit; Windows does not have it."""
 
 
 def leave_process_group(_: int) -> None:
-    """Keep a signal to the whole group from a loading process, which the training process still needs and will end."""
+    """Keep signals sent to the process group away from a DataLoader worker: the training process still needs it and
+    shuts it down itself."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
 @contextmanager
 def raising_on_sigterm() -> Iterator[None]:
-    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    """Context manager in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -43,8 +44,8 @@ class InterruptRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch SIGINT, SIGTERM and SIGUSR1; a second Ctrl-C has its usual effect. The others may come several times:
-        from a scheduler, to all processes, and once more from torchrun."""
+        """Catch SIGINT, SIGTERM and SIGUSR1; a second Ctrl-C has its usual effect. The other two may arrive repeatedly,
+        from a scheduler that signals every process and again from torchrun."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -66,20 +67,25 @@ class InterruptRequest:
             restore()
 
     def agree(self, update: int, save: bool = False) -> bool:
-        """Agree whether to stop now (`agreed`) and whether to save, as the main process wishes (returned): the same
-        answers on every process; call it on all of them after each update.
+        """Agree with all processes whether to stop now; call it on every process after each update.
 
-        On GPUs the processes ask each other only every tenth update, since asking waits for the device.
+        On GPUs the processes communicate only every tenth update, since this synchronizes the device.
+
+        Args:
+            save: whether this process wants a checkpoint.
+
+        Returns:
+            Whether the main process wants one; the decision to stop is in `agreed`.
         """
         if self.accelerator.num_processes == 1:
             self.agreed = self.received is not None
             return save
         if self.accelerator.device.type != "cpu" and update % AGREE_EVERY:
             return False
-        wish = torch.tensor([[int(self.received or 0), int(save)]], device=self.accelerator.device)
-        wishes = self.accelerator.gather(wish)
-        number = int(wishes[:, 0].max())
+        request = torch.tensor([[int(self.received or 0), int(save)]], device=self.accelerator.device)
+        requests = self.accelerator.gather(request)
+        number = int(requests[:, 0].max())
         self.agreed = number > 0
         if self.agreed:
             self.received = signal.Signals(number)
-        return bool(wishes[0, 1])
+        return bool(requests[0, 1])

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on, and how often; profiles of updates."""
+"""Progress display, intervals, and profiling of updates."""
 
 import time
 import warnings
@@ -15,7 +15,7 @@ from ..config import parse_interval
 
 
 class Interval:
-    """So many updates, or so much time.
+    """An interval in updates or in time.
 
     Args:
         text: see `parse_interval`.
@@ -26,15 +26,15 @@ class Interval:
         self.last = time.monotonic()
 
     def is_due(self, updates: int) -> bool:
-        """By the number of updates: the same answer on every process."""
+        """Whether the number of updates is a multiple of the interval; the same on every process."""
         return self.updates > 0 and updates % self.updates == 0
 
     def is_overdue(self) -> bool:
-        """By the clock of this process."""
+        """Whether the time of the interval has passed, by the clock of this process."""
         return self.seconds > 0 and time.monotonic() - self.last >= self.seconds
 
     def restart(self) -> None:
-        """A checkpoint is there."""
+        """Start measuring the time anew."""
         self.last = time.monotonic()
 
 
@@ -42,11 +42,11 @@ PLAIN_LINE_SECONDS = 30.0
 
 
 class ProgressReporter:
-    """Reports updates and epochs.
+    """Reports the progress of updates and epochs.
 
     Args:
-        total_updates: of the whole run.
-        done_updates: before this process began.
+        total_updates: updates of the whole run.
+        done_updates: updates done before this process started.
         enabled: False on all processes but the main one.
     """
 
@@ -79,18 +79,18 @@ class ProgressReporter:
             self.bar.stop()
 
     def resume(self, done_updates: int) -> None:
-        """Set the updates that a run which goes on has done."""
+        """Set the number of updates that a resumed run has already done."""
         self.done_updates = self.first_update = done_updates
         self.bar.update(self.task, completed=done_updates)
 
     def advance(self) -> None:
-        """One update is done."""
+        """Count one finished update."""
         self.done_updates += 1
         if self.live:
             self.bar.advance(self.task)
 
     def note(self, epoch: int, epochs: int, loss: float, images_per_second: float) -> None:
-        """Show the state within an epoch; where there is no terminal, at most a line every half minute."""
+        """Show the progress within an epoch; without a terminal, print at most one line every 30 seconds."""
         text = f"loss {loss:.3f}  {images_per_second:,.0f} images/s"
         self.bar.update(self.task, description=f"epoch {epoch + 1}/{epochs}", note=text)
         if not self.live and time.perf_counter() - self.last_line > PLAIN_LINE_SECONDS:
@@ -98,14 +98,14 @@ class ProgressReporter:
             self.say(f"epoch {epoch + 1}/{epochs}  {updates}  {text}  left {self.time_left()}")
 
     def count(self, what: str, done: int, total: int) -> None:
-        """Show how far something is that comes before the updates; without a terminal like `note`."""
+        """Show the progress of a step before training; without a terminal, print as rarely as `note`."""
         text = f"{what} {done:,}/{total:,} images"
         self.bar.update(self.task, description=text)
         if not self.live and time.perf_counter() - self.last_line > PLAIN_LINE_SECONDS:
             self.say(text)
 
     def restart_clock(self) -> None:
-        """From here on updates alone take time, of which `time_left` tells."""
+        """Restart the clock behind `time_left`, so that work before the first update does not count."""
         self.began = time.perf_counter()
 
     def say(self, line: str) -> None:
@@ -114,10 +114,10 @@ class ProgressReporter:
         self.console.print(line, highlight=False, markup=False)
 
     def wait(self, what: str, is_done: Callable[[float], bool]) -> None:
-        """Show that something is waited for, with the time that it has taken.
+        """Wait until something is done, and show what and for how long.
 
         Args:
-            is_done: waits up to the given seconds and says whether it is done.
+            is_done: waits up to the given number of seconds and returns whether it is done.
         """
         began = time.perf_counter()
         if not self.live:
@@ -143,11 +143,11 @@ WAIT, WARM_UP = 3, 2
 
 
 class UpdateProfiler:
-    """Traces some updates after the first five of this start of the run, for chrome://tracing and Perfetto.
+    """Traces updates with the PyTorch profiler, skipping the first five, for chrome://tracing and Perfetto.
 
     Args:
-        updates: how many; 0 is none.
-        folder: gets a profile_RANK.json for each process.
+        updates: number of updates to trace; 0 is off.
+        folder: where each process writes profile_RANK.json.
     """
 
     def __init__(self, accelerator: Accelerator, updates: int, folder: Path):
@@ -168,7 +168,7 @@ class UpdateProfiler:
             )
 
     def step(self) -> None:
-        """An update is done; after the last one that is traced, the trace is written."""
+        """Count one update; after the last traced one, write the trace."""
         if self.left:
             self.profiler.step()
             self.left -= 1
@@ -176,8 +176,8 @@ class UpdateProfiler:
                 self.stack.close()
 
     def finish(self) -> None:
-        """At the end of the run."""
+        """End profiling at the end of the run."""
         if self.left:
             self.left = 0
-            self.stack.pop_all()  # not closed: there is nothing to write, and torch 2.8 crashes when it stops so early
-            warnings.warn("the run ended before the updates that were to be traced; there is no profile", stacklevel=2)
+            self.stack.pop_all()  # not closed: there is nothing to write, and torch 2.8 crashes if stopped this early
+            warnings.warn("no profile was written: the run ended before the updates to be traced", stacklevel=2)

@@ -1,1 +1,1 @@
-"""A run that was stopped anywhere goes on as it would have."""
+"""Checkpoints: a run that is stopped at any point resumes exactly where it was."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written beside by a thread, with checksums, and renamed; the newest kept."""
+"""Checkpoints on disk, written by a background thread, with checksums, and renamed when complete."""
 
 import hashlib
 import json
@@ -20,18 +20,18 @@ from .snapshot import Snapshot
 FORMAT = 1
 WEIGHTS_FILE, REST_FILE, CHECKSUM_FILE = "model.safetensors", "run.pt", "checksums.json"
 MEMORY_FILE = "memory.safetensors"
-"""In the checkpoints of runs with a memory of answers."""
+"""File in the checkpoints of runs whose teacher is a memory."""
 LEFT = "left-"
 UNWRITABLE = (OSError, SafetensorError)
-"""A full disk, as Python and safetensors tell it."""
+"""Errors that Python and safetensors raise for a full disk."""
 
 
 class Checkpoints:
     """The checkpoints of one run, on its main process.
 
     Args:
-        folder: gets a folder step-XXXXXXXX for each.
-        keep: how many stay.
+        folder: where each checkpoint gets a folder step-XXXXXXXX.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -39,9 +39,9 @@ class Checkpoints:
         self.writing: threading.Thread | None = None
 
     def write(self, snapshot: Snapshot, step: int) -> None:
-        """Begin to write; a checkpoint that is still being written is waited for first.
+        """Start writing a checkpoint, after waiting for one that is still being written.
 
-        Where it cannot be written, a full disk say, there is a warning, and those that are there stay.
+        If it cannot be written, e.g. because the disk is full, a warning is issued and the existing checkpoints stay.
         """
         self.wait()
         if not (self.folder / _name(step)).exists():
@@ -49,7 +49,7 @@ class Checkpoints:
             self.writing.start()
 
     def wait(self) -> None:
-        """Until what was begun is on disk."""
+        """Wait until the checkpoint being written is on disk."""
         if self.writing:
             self.writing.join()
             self.writing = None
@@ -63,7 +63,7 @@ class Checkpoints:
         try:
             if not all(bool(value.isfinite().all()) for value in snapshot.weights.values()):
                 raise ValueError("its weights are not finite")
-            for left in self.folder.glob(".step-*"):  # by a run that was killed
+            for left in self.folder.glob(".step-*"):  # from a killed run
                 shutil.rmtree(left)
             fresh.mkdir(parents=True)
             save_file(snapshot.weights, fresh / WEIGHTS_FILE)
@@ -74,18 +74,18 @@ class Checkpoints:
             os.replace(fresh, final)
             sync(self.folder)
             for old in list_checkpoints(self.folder)[: -self.keep]:
-                os.replace(old, old.with_name(f".{old.name}"))  # so that half of one is never taken for a whole
+                os.replace(old, old.with_name(f".{old.name}"))  # so that a half-removed one is never read
                 shutil.rmtree(old.with_name(f".{old.name}"))
             for left in self.folder.glob(f"{LEFT}*"):
                 if left.name <= f"{LEFT}{final.name}":
                     shutil.rmtree(left)
-        except Exception as error:  # whatever it is, training must not end for it; it is told
+        except Exception as error:  # whatever it is, it must not end training
             shutil.rmtree(fresh, ignore_errors=True)
             warn_unwritten(final, error)
 
     def set_newer_aside(self, checkpoint: Path) -> None:
-        """Rename the checkpoints that follow the resumed one: they belong to a history that this run leaves. They are
-        removed as the new one overtakes them."""
+        """Rename the checkpoints that are newer than the resumed one, since they belong to a different history. Each is
+        removed once this run has written a checkpoint as new."""
         for path in list_checkpoints(self.folder):
             if path.name > checkpoint.name:
                 shutil.rmtree(path.with_name(f"{LEFT}{path.name}"), ignore_errors=True)
@@ -93,22 +93,28 @@ class Checkpoints:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Those that were written to the end, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def find_checkpoint(resume: str, output: str) -> Path | None:
-    """The checkpoint that `resume` means: the newest whole one in `output` ("latest", or "auto", where there may be
-    none), or in a run directory, or a checkpoint. Damaged ones are passed over with a warning.
+    """Find the checkpoint to resume from. Damaged ones in a run directory are skipped with a warning.
+
+    Args:
+        resume: "latest" or "auto" for the newest checkpoint in `output`, or the path of a run directory or checkpoint.
+        output: the run directory.
+
+    Returns:
+        The checkpoint; None if `resume` is "auto" and there is none.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or all are.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the checkpoint is damaged, or all of them are.
     """
     if resume in ("latest", "auto") and not output:
-        raise FileNotFoundError(f"resume={resume!r} needs the run directory as output; or give resume its path")
+        raise FileNotFoundError(f"resume={resume!r} needs the run directory as output; or set resume to its path")
     path = Path(output if resume in ("latest", "auto") else resume)
     path = path.parent if path.name == "checkpoints" else path
     if (path / CHECKSUM_FILE).is_file():
@@ -120,19 +126,19 @@ def find_checkpoint(resume: str, output: str) -> Path | None:
         damage = find_damage(checkpoint)
         if damage is None:
             return checkpoint
-        warnings.warn(f"{damage}; passed over", stacklevel=2)
+        warnings.warn(f"{damage}; skipped", stacklevel=2)
     if checkpoints:
         raise ValueError(f"all {len(checkpoints)} checkpoints of {path} are damaged; start a new run")
     if resume == "auto":
         return None
-    raise FileNotFoundError(f"nothing to resume: {path} is no checkpoint and holds none under checkpoints/")
+    raise FileNotFoundError(f"nothing to resume: {path} is not a checkpoint and has none under checkpoints/")
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint.
+    """Return what is wrong with the files of a checkpoint; None if they are intact.
 
     Raises:
-        ValueError: a newer version of the package wrote it.
+        ValueError: a newer version of the package wrote the checkpoint.
     """
     try:
         record = json.loads((checkpoint / CHECKSUM_FILE).read_text())
@@ -143,8 +149,8 @@ def find_damage(checkpoint: Path) -> str | None:
         return f"{checkpoint / CHECKSUM_FILE} is missing or damaged ({type(error).__name__})"
     if record["format"] != FORMAT:
         raise ValueError(
-            f"{checkpoint} has format {record['format']}, this version of timm-selfdistill reads {FORMAT}; install a"
-            " newer one"
+            f"{checkpoint} has format {record['format']}, but this version of timm-selfdistill reads format {FORMAT};"
+            " install a newer version"
         )
     for name in dict.fromkeys((WEIGHTS_FILE, REST_FILE, *record["sha256"])):
         try:
@@ -156,20 +162,22 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def read_checkpoint(path: Path) -> Snapshot:
-    """What `Checkpoints.write` wrote; `find_checkpoint` has looked at the checksums."""
+    """Load a checkpoint; `find_checkpoint` has verified the checksums."""
     rest: dict[str, Any] = torch.load(path / REST_FILE, map_location="cpu", weights_only=True)
     memory = path / MEMORY_FILE
     return Snapshot(load_file(path / WEIGHTS_FILE), rest, load_file(memory) if memory.exists() else None)
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """The settings of the run that wrote a checkpoint, as text; its tensors stay on disk."""
+    """Load the settings of the run that wrote a checkpoint, as text, without loading its tensors."""
     return torch.load(path / REST_FILE, map_location="cpu", weights_only=True, mmap=True)["settings"]
 
 
 def warn_unwritten(path: Path, error: Exception) -> None:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    warnings.warn(f"{path} could not be written ({line}); the run goes on, what was saved before stays", stacklevel=2)
+    warnings.warn(
+        f"{path} could not be written ({line}); the run continues, and files saved earlier are kept", stacklevel=2
+    )
 
 
 def _name(step: int) -> str:
@@ -177,7 +185,7 @@ def _name(step: int) -> str:
 
 
 def _write_checksums(folder: Path) -> None:
-    """Last of all, of files that are on disk."""
+    """Write the checksums, as the last file of a checkpoint, after the others are on disk."""
     checksums = {}
     for path in sorted(folder.iterdir()):
         sync(path)

@@ -1,4 +1,4 @@
-"""The state of a run: copied to memory, and put back."""
+"""The state of a run: how it is copied to memory and restored."""
 
 import random
 import re
@@ -25,63 +25,63 @@ from ..data.loaders import TrainBatches
 from ..data.sampling import DRAWS
 
 HistoryRow: TypeAlias = dict[str, float]
-"""Of history.csv, an epoch: epoch (from 1), lr, the train_ losses, and top1_, top5_ and loss_ of each exit."""
+"""A row of history.csv: epoch (from 1), lr, the train_ losses, and top1_, top5_ and loss_ of each exit."""
 
 
 @dataclass
 class TrainState:
-    """Where the run stands; travels in checkpoints."""
+    """Progress of a run, stored in its checkpoints."""
 
     global_batch: int
-    """Images of a forward pass, over all processes."""
+    """Images per forward pass, over all processes."""
     epoch_images: int
-    """Images of an epoch."""
+    """Images per epoch."""
     backbone: str = ""
-    """SHA-256 of a frozen one, or of a teacher, which checkpoints do not hold."""
+    """SHA-256 of a frozen backbone or a teacher, which checkpoints do not contain."""
     class_names: list[str] = field(default_factory=list)
-    """In the order of the class indices; empty where they are not known."""
+    """Class names in the order of the class indices; empty if unknown."""
     drawn_from: str = ""
-    """Fingerprint of the images from which those for validation were drawn; empty where they were not."""
+    """Fingerprint of the images that the validation images were drawn from; empty if they were not drawn."""
     epoch: int = 0
     images: int = 0
-    """Images of this epoch that are behind us, over all processes."""
+    """Images of this epoch processed so far, over all processes."""
     updates: int = 0
     losses: dict[str, float] = field(default_factory=dict)
-    """Sums over the updates of this epoch."""
+    """Sums of the losses over the updates of this epoch."""
     loss_updates: dict[str, int] = field(default_factory=dict)
-    """How many updates each of these sums is of: a task may have a loss in some of them only."""
+    """Number of updates in each sum: a task may return a loss in only some of them."""
     replaced_samples: int = 0
-    """Images that could not be read and gave their place to others."""
+    """Images that could not be read and were replaced by others."""
     skipped_updates: int = 0
-    """Updates that were left out because their gradients were not finite."""
+    """Updates skipped because their gradients were not finite."""
     best_metric: float = float("-inf")
-    """By which the best model so far was chosen; of a loss the negative."""
+    """Metric of the best model so far; the negative of a loss."""
     best_epoch: int = 0
-    """From 1, of the best model; 0 where there is none yet."""
+    """Epoch of the best model, from 1; 0 if there is none yet."""
     draws: str = DRAWS
     history: list[HistoryRow] = field(default_factory=list)
 
     def left_out_note(self) -> str:
-        """How many images and updates were left out, for the line of an epoch."""
+        """Return the numbers of replaced images and skipped updates, for the progress line of an epoch."""
         return (f"  images replaced {self.replaced_samples}" if self.replaced_samples else "") + (
-            f"  updates left out {self.skipped_updates}" if self.skipped_updates else ""
+            f"  updates skipped {self.skipped_updates}" if self.skipped_updates else ""
         )
 
     def add_losses(self, losses: dict[str, float]) -> None:
-        """Those of one update."""
+        """Add the losses of one update."""
         for name, value in losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
             self.loss_updates[name] = self.loss_updates.get(name, 0) + 1
 
     def end_epoch(self, lr: float, measured: dict[str, float]) -> HistoryRow:
-        """Go to the next epoch; the row of this one.
+        """Move on to the next epoch and return the history row of this one.
 
         Args:
-            lr: of its last update.
-            measured: columns of its metrics; empty where it was not measured.
+            lr: learning rate of its last update.
+            measured: columns of its metrics; empty if the epoch was not validated.
 
         Raises:
-            FloatingPointError: all of its updates were left out.
+            FloatingPointError: all of its updates were skipped.
         """
         if not self.losses:
             raise FloatingPointError(f"no update of epoch {self.epoch + 1} had finite gradients; try a lower lr")
@@ -97,56 +97,59 @@ class TrainState:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raise ValueError where a run cannot go on with this frozen backbone, or an epoch that was begun with other
-        batches or data cannot be finished with these."""
+        """Restore the state of a checkpoint.
+
+        Raises:
+            ValueError: frozen backbone, teacher, classes or images differ from those of the checkpoint, or it is from
+                the middle of an epoch with other batches.
+        """
         before = state.get("backbone", "")
         if bool(before) != bool(self.backbone):
             which = (
-                "a teacher or a frozen backbone, and this run has none"
+                "a teacher or a frozen backbone, but this run has none"
                 if before
-                else ("neither a teacher nor a frozen backbone, and this run has one")
+                else ("neither a teacher nor a frozen backbone, but this run has one")
             )
-            raise ValueError(f"the checkpoint is of a run with {which}; resume with what the run began with")
+            raise ValueError(f"the checkpoint is from a run with {which}; resume with the settings of that run")
         if before != self.backbone:
             raise ValueError(
-                "the checkpoint is of a run with a teacher or a frozen backbone, which had other weights"
-                " than this one; resume with the model, the teacher and the pretrained weights that the"
-                " run began with"
+                "the checkpoint is from a run whose teacher or frozen backbone had different weights; resume with the"
+                " model, teacher and pretrained weights of that run"
             )
         names = state.get("class_names")
         if names and self.class_names and names != self.class_names:
             raise ValueError(
-                f"the checkpoint is of a run on {listed(names, self.class_names)}, and the images have"
-                f" {listed(self.class_names, names)}; resume with the classes that the run began with"
+                f"the checkpoint is from a run on {listed(names, self.class_names)}, but the images have"
+                f" {listed(self.class_names, names)}; resume with the classes of that run"
             )
         if state.get("drawn_from") and self.drawn_from and state["drawn_from"] != self.drawn_from:
             raise ValueError(
-                "the images have other names, labels or numbers than when the run began, so that others"
-                " would be left out for validation, and the run was trained on most of these; resume with"
-                " the images as they were, or start a new run"
+                "names, labels or number of the images have changed since the run started, so the validation images"
+                " would be drawn anew, and the run has trained on most of them; restore the images, or start a new run"
             )
         if state["images"] and state.get("draws") != DRAWS:
             raise ValueError(
-                "the checkpoint stands in the middle of an epoch whose images an older version of"
-                " timm-selfdistill ordered in another way; resume from one at the end of an epoch"
+                "the checkpoint is from the middle of an epoch, for which an older version of timm-selfdistill ordered"
+                " the images differently; resume from a checkpoint at the end of an epoch"
             )
         saved, own = ((place["global_batch"], place["epoch_images"]) for place in (state, vars(self)))
         if state["images"] and saved != own:
             raise ValueError(
-                f"the checkpoint stands in the middle of an epoch of {saved[1]} images in batches of {saved[0]}"
-                f" (batch_size times processes), this run has {own[1]} in batches of {own[0]}; resume with the same"
+                f"the checkpoint is from the middle of an epoch of {saved[1]} images in batches of {saved[0]}"
+                f" (batch_size times processes), but this run has {own[1]} images in batches of {own[0]}; resume with"
+                " the same numbers"
             )
         own_names = self.class_names or names or []
         vars(self).update(state, global_batch=own[0], epoch_images=own[1], draws=DRAWS, class_names=own_names)
 
 
 def diverged(what: str, newest: Path | None) -> FloatingPointError:
-    """The error of a run that cannot go on.
+    """Return the error of a run that diverged.
 
     Args:
-        newest: checkpoint.
+        newest: the newest checkpoint.
     """
-    kept = f"{newest} stays" if newest else "there was no checkpoint yet"
+    kept = f"{newest} is kept" if newest else "there is no checkpoint yet"
     return FloatingPointError(f"{what}; {kept}; try a lower lr, clip_grad, or bfloat16 instead of float16")
 
 
@@ -195,7 +198,7 @@ FIXED_SETTINGS = (
     "split_bn",
     "kd_distill_type",
 )
-"""A run that is resumed with others would be another run."""
+"""Settings that must not change when a run is resumed."""
 OPTIMIZER_SETTINGS = (
     "opt",
     "opt_eps",
@@ -209,7 +212,7 @@ OPTIMIZER_SETTINGS = (
     "head_lr_scale",
     "lr",
 )
-"""Those that may be others where the optimizer's state is left out."""
+"""Settings that may change if the optimizer's state is not restored."""
 FREE_SETTINGS = {
     "device",
     "output",
@@ -226,19 +229,19 @@ FREE_SETTINGS = {
     "hub_license",
     "hub_strategy",
 }
-"""Those that change nothing in the weights, and need no word."""
+"""Settings that do not affect the weights; changes are not reported."""
 
 
 class Snapshot(NamedTuple):
-    """In the memory of the main process; nothing that trains on touches it."""
+    """Copy of a run's state in the memory of the main process, independent of further training."""
 
     weights: dict[str, Tensor]
-    """Of what learns in the task, moving average included, under its own names, whatever wraps it."""
+    """Trained weights of the task and their moving average, under the task's own names without any wrapper."""
     rest: dict[str, Any]
-    """Optimizer, loss scale, random states and places in a stream of every process, `TrainState`, settings; what
-    torch.load reads with weights_only."""
+    """Optimizer, loss scale, random states and stream positions of every process, `TrainState`, and settings; loadable
+    with torch.load and weights_only."""
     memory: dict[str, Tensor] | None = None
-    """Of the images' answers, for a run that has one."""
+    """The memory of answers, for a run that has one."""
 
 
 def take_snapshot(
@@ -250,11 +253,14 @@ def take_snapshot(
     settings: dict[str, str],
     memory: AnswerMemory | None = None,
 ) -> Snapshot | None:
-    """Copy the state of the run; call it on every process, the main one gets it.
+    """Copy the state of the run; call it on every process.
 
     Args:
-        settings: of `describe_run`.
+        settings: as returned by `describe_run`.
         memory: the same on every process.
+
+    Returns:
+        The snapshot on the main process, None on the others.
     """
     random_states, places = zip(*gather_object([(get_random_states(), batches.state_dict())]))
     if not accelerator.is_main_process:
@@ -268,7 +274,7 @@ def take_snapshot(
         "settings": settings,
     }
     weights = learned_state(task)
-    copies = {key: _copy(value).contiguous() for key, value in weights.items()}  # as safetensors takes them
+    copies = {key: _copy(value).contiguous() for key, value in weights.items()}  # as safetensors requires
     answers = {key: _copy(value) for key, value in memory.state_dict().items()} if memory else None
     return Snapshot(copies, tree_map_only(Tensor, _copy, rest), answers)
 
@@ -284,15 +290,15 @@ def restore(
     no_resume_opt: bool = False,
     memory: AnswerMemory | None = None,
 ) -> None:
-    """Put a state back; processes that the run did not have keep their own random state.
+    """Restore a state; processes that the saved run did not have keep their own random state.
 
     Args:
-        settings: of `describe_run`.
+        settings: as returned by `describe_run`.
         no_resume_opt: leave the optimizer as it is.
-        memory: of this process, for a run that has one.
+        memory: the memory of answers in this process, for a run that has one.
 
     Raises:
-        ValueError: it is that of another run: of other settings, another model or other batches.
+        ValueError: the snapshot is from a different run: its settings, model or batches differ.
     """
     _check_settings(
         snapshot.rest["settings"],
@@ -313,7 +319,7 @@ def restore(
 
 
 def describe_run(accelerator: Accelerator, state: TrainState, config: TrainConfig) -> dict[str, str]:
-    """The settings of a run, and what else it depends on, as text; a checkpoint holds it."""
+    """Return the settings of a run, and what else it depends on, as text, to be stored in checkpoints."""
     facts = {
         "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
@@ -328,10 +334,10 @@ def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool, free
     """Compare a run's settings with those of its checkpoint.
 
     Args:
-        free: settings that may be others.
+        free: settings that may differ.
 
     Raises:
-        ValueError: they differ in what makes it another run.
+        ValueError: a setting differs that must not change.
     """
     differing = {
         key: (saved[key], own[key])
@@ -342,11 +348,11 @@ def _check_settings(saved: dict[str, str], own: dict[str, str], warn: bool, free
     fixed = {*FIXED_SETTINGS, "lr"} if own["sched"] == "none" else FIXED_SETTINGS
     if refused := [said[key] for key in said if key in fixed and key not in free]:
         raise ValueError(
-            f"the checkpoint is of another run, which this one cannot go on with: {', '.join(refused)};"
+            f"the checkpoint is from a run with other settings, which cannot change: {', '.join(refused)};"
             " resume with the same settings, or start a new run"
         )
     if said and warn:
-        warnings.warn(f"resumed with other settings than before: {', '.join(said.values())}", stacklevel=2)
+        warnings.warn(f"resumed with different settings: {', '.join(said.values())}", stacklevel=2)
 
 
 def _load_memory(memory: AnswerMemory | None, saved: dict[str, Tensor] | None) -> None:
@@ -355,12 +361,12 @@ def _load_memory(memory: AnswerMemory | None, saved: dict[str, Tensor] | None) -
     elif memory or saved:
         had, has = ("a memory of answers", "none") if saved else ("no memory of answers", "one")
         raise ValueError(
-            f"the checkpoint is of a run with {had}, and this one has {has}; resume with the teacher that it began with"
+            f"the checkpoint is from a run with {had}, but this run has {has}; resume with the teacher of that run"
         )
 
 
 HEADS_BEFORE = r"^(trainable_module_ema\.module\.)(\d+\.)"
-"""Names of the averaged heads of a frozen backbone in checkpoints of the first versions."""
+"""Names of the averaged heads beside a frozen backbone, in checkpoints of the first versions."""
 
 
 def _load_weights(task: TrainingTask, saved: dict[str, Tensor]) -> None:
@@ -375,15 +381,14 @@ def _load_weights(task: TrainingTask, saved: dict[str, Tensor]) -> None:
     )
     if differing:
         raise ValueError(
-            f"the checkpoint is of another model: {len(differing)} tensors differ, {differing[0]!r} first;"
-            " resume with the model, exits, head, number of classes, model_ema and version of timm-selfdistill that it"
-            " was made with"
+            f"the checkpoint is from a different model: {len(differing)} tensors differ, {differing[0]!r} first;"
+            " resume with the same model, exits, head, number of classes, model_ema and version of timm-selfdistill"
         )
-    task.load_state_dict(saved, strict=False)  # without a frozen backbone
+    task.load_state_dict(saved, strict=False)  # a frozen backbone is not in it
 
 
 def get_random_states() -> dict[str, Any]:
-    """Of Python's, numpy's and torch's global generators, on the processor and on this process's GPU."""
+    """Return the states of Python's, NumPy's and torch's global generators, on the CPU and on this process's GPU."""
     numpy_state = np.random.get_state(legacy=False)
     key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     return {
@@ -405,5 +410,5 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """With memory of its own, also where a network holds one tensor under several names (CoaT)."""
+    """Copy a tensor to CPU memory of its own, even if a network has it under several names (CoaT)."""
     return tensor.detach().to("cpu", copy=True)
