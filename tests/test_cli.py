@@ -1,9 +1,12 @@
 import re
 
 import pytest
+import timm
 import yaml
 
+from timm_selfdistill import load_images
 from timm_selfdistill.cli import check_frozen_flags, parse_args, train_config, train_parser
+from timm_selfdistill.cli import train as train_command
 
 from .conftest import ROOT, run_python
 
@@ -166,3 +169,14 @@ def test_a_frozen_backbone_without_weights_is_warned_of():
 def test_a_frozen_backbone_with_weights_is_not_warned_of(source):
     argv = ["--freeze-backbone", "--cache-features", "--no-aug", "--unlabelled", *source]
     check_frozen_flags(parse_args(train_parser("", "images"), argv))
+
+
+@pytest.mark.parametrize(
+    ("source", "size"), [([], 32), (["--pretrained"], 160), (["--initial-checkpoint", "a.safetensors"], 160)]
+)
+def test_only_a_new_network_is_trained_at_the_size_of_small_images(source, size, few_images):
+    args = parse_args(train_parser("", "images"), ["--model", "test_resnet", *source])
+    _, data_config, _ = train_command._fit(
+        load_images(few_images), timm.create_model("test_resnet", num_classes=10), args
+    )
+    assert data_config["input_size"] == (3, size, size)

@@ -182,7 +182,7 @@ def _fit(images: ImageSplits, backbone: nn.Module, args: Namespace) -> tuple[Ima
         images = fit_classes(images, backbone, frozen)
     class_names = images.class_names or (own_class_names(backbone) if frozen else None)
     img_size = args.img_size
-    if img_size is None and args.fit_img_size and not (args.pretrained or frozen):
+    if img_size is None and args.fit_img_size and not (args.pretrained or args.initial_checkpoint):
         img_size = images.fitting_size(backbone)
     lines = found_lines(images, backbone, img_size, args)
     data_config = model_data_config(
