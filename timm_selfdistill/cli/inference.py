@@ -175,7 +175,8 @@ def tradeoff(args: argparse.Namespace) -> int:
     output, labels = predict_all(early_exit, loader)
     args.output.mkdir(parents=True, exist_ok=True)
     name = model_name(model)
-    hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline)
+    count = len(loader.kept)
+    hub.plot_exits(args.output / "exits.png", name, rows, curve, calibrated, baseline, images=count)
     chosen = choose_images(output, columns=8)
     config = loader.data.data_config or {}
     pictures = {
@@ -189,7 +190,7 @@ def tradeoff(args: argparse.Namespace) -> int:
         args.output / "tradeoff.json",
         {
             "model": name,
-            "images": len(loader.kept),
+            "images": count,
             "exits": rows,
             "early_exit": curve,
             "calibrated": calibrated,
