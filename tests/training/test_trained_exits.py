@@ -190,7 +190,7 @@ def test_a_checkpoint_of_timms_training_script(ema, frozen, saved, tmp_path, cap
     loaded, _ = begin("--model", "test_resnet", "--initial-checkpoint", path)
     assert same(loaded, unwrap_model(task.get_eval_model(ema=ema)).state_dict())
     assert loaded.exits == ("layer1", "layer3", "layer4")
-    assert (f"the moving average of {path} is taken" in capsys.readouterr().out) == ema
+    assert (f"using the moving average in {path}" in capsys.readouterr().out) == ema
 
 
 @pytest.mark.parametrize("head", ["bottleneck", "attention", "linear"])
