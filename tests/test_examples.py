@@ -219,7 +219,7 @@ def test_the_help_comes_alone():
         (["--head", "foo"], "unknown head 'foo'"),
         (["--hint", "foo"], "--hint: .*'foo'"),
         (["--resume"], "nothing to resume"),
-        (["--data-dir", "nowhere"], "nowhere .*folder or file.* data set"),
+        (["--data-dir", "nowhere"], "nowhere .*folder or file.* dataset"),
         (["--lr", "1e30", "--warmup-epochs", "0"], r"loss is nan at update \d+ .*lower lr"),
         (["--model", "resnet1"], r"timm has no model resnet1; did you mean resnet18"),
     ],

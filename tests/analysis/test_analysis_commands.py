@@ -220,7 +220,7 @@ def test_agreement(call, folder):
         (["flat-minima", "plain", "--data", "data", "-j", "-1"], "--workers: .* 0, got -1"),
         (["flat-minima", "plain", "--data", "data", "--device", "foo"], "--device: foo .*try --device cpu"),
         (["flat-minima", "plain", "--data", "data", "--device", "cuda:99"], "--device: cuda:99 .*try --device cpu"),
-        (["gradients", "other", "--data", "data"], "3 classes, and data has 10 "),
+        (["gradients", "other", "--data", "data"], "3 classes, but data has 10 "),
         (["gradients", "frozen", "--data", "data"], "error: frozen .*frozen backbone.* no gradients"),
         (["gradients", "run", "--data", "data", "--checkpoints"], "run .*checkpoints/; .*--output"),
         (["gradients", "run", "--data", "nowhere"], "nowhere .*folder or file"),
@@ -241,8 +241,8 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, call):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["flat-minima", "plain", "other"], "3 classes, and data has 10 "),
-        (["gradients", "plain", "other"], "3 classes, and data has 10 "),
+        (["flat-minima", "plain", "other"], "3 classes, but data has 10 "),
+        (["gradients", "plain", "other"], "3 classes, but data has 10 "),
         (["gradients", "plain", "frozen"], "error: frozen .*frozen backbone.* no gradients"),
         (["gradients", "plain", "run", "--checkpoints"], "plain .*checkpoints/; .*--output"),
         (["flat-minima", "plain", "--output", "afile"], "afile .*file; .*--output .*folder"),

@@ -297,7 +297,7 @@ def test_exits_from_the_hub_go_on(hub, command, flags, tmp_path):
         "-j",
         0,
     )
-    assert "loaded the heads of user/exits for exit at layer3" in done.stdout
+    assert "loaded the heads of user/exits for the exit at layer3" in done.stdout
     before, after = (load_file(tmp_path / name / "self_distill.safetensors") for name in ("model", "run/best"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

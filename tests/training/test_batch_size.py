@@ -115,7 +115,7 @@ def test_there_is_nothing_to_find_on_a_cpu(fashion_tensors, tmp_path):
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("train.py: error: batch_size auto ")
-    assert "no GPU; give a number" in last
+    assert "no GPU; set a number" in last
 
 
 def test_a_resumed_run_takes_the_batch_size_of_its_checkpoint(fashion_tensors, tmp_path):

@@ -53,7 +53,7 @@ def test_on_two_processes(tmp_path):
 
 def test_networks_without_exits_and_whole_networks_are_refused(few, tmp_path):
     plain = ClassificationTask(small_backbone(in_chans=1), nn.CrossEntropyLoss(), verbose=False)
-    with pytest.raises(ValueError, match="capture_exits .* exits, and ClassificationTask"):
+    with pytest.raises(ValueError, match="capture_exits .* exits, but ClassificationTask"):
         Trainer(plain, *few, settings(tmp_path, capture_exits=True))
     with pytest.raises(ValueError, match="torchcompile .*; leave capture_exits out"):
         TrainConfig(torchcompile=True, capture_exits=True)

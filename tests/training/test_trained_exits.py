@@ -88,7 +88,7 @@ def test_a_saved_model_goes_on_with_its_exits(more, saved, capsys):
         assert (args.exits, args.head) == (["1", "3"], "attention")
         assert model.head_args == {"width": 24}
         said = capsys.readouterr().out
-        assert re.fullmatch(rf"loaded the heads of {saved}.* for exits at layer1, layer3\n", said)
+        assert re.fullmatch(rf"loaded the heads of {saved}.* for the exits at layer1, layer3\n", said)
 
 
 def test_weights_that_are_not_asked_for_are_named(saved):
@@ -101,14 +101,15 @@ def test_what_differs_begins_anew_and_it_is_said(saved, capsys):
     trained = SelfDistillModel.from_pretrained(saved)
     assert same(model.heads[1], trained.heads[1].state_dict())
     assert capsys.readouterr().out.splitlines() == [
-        f"loaded the heads of {saved} for exit at layer3",
-        f"random initialization for exit at layer2: {saved} has no exit there",
+        f"loaded the heads of {saved} for the exit at layer3",
+        f"random initialization for the exit at layer2: {saved} has no exit there",
         f"trained exits of {saved} not used: layer1",
     ]
     model, _ = begin("--model", f"local-dir:{saved}", "--pretrained", "--head", "linear")
     assert model.exits == ("layer1", "layer3", "layer4")
     assert capsys.readouterr().out.splitlines() == [
-        f"random initialization for exits at layer1, layer3: {saved} has attention heads, this model has linear heads"
+        f"random initialization for the exits at layer1, layer3: {saved} has attention heads, this model has linear"
+        " heads"
     ]
     for flags in (
         ["--model", f"local-dir:{saved}", "--pretrained"],
@@ -118,7 +119,7 @@ def test_what_differs_begins_anew_and_it_is_said(saved, capsys):
         assert model.num_classes == model.heads[0].fc.out_features == 7
         assert same(model.backbone.layer1, trained.backbone.layer1.state_dict())
         assert (
-            "random initialization for exits at layer1, layer3: the classifiers are new, those of"
+            "random initialization for the exits at layer1, layer3: the classifiers are new, those of"
             in capsys.readouterr().out
         )
     begin("--model", "test_resnet", "--pretrained-path", saved / "model.safetensors")
@@ -141,8 +142,8 @@ def test_heads_of_a_callable_and_truncated_models(saved, tmp_path, capsys):
         ["--model", "test_resnet", "--initial-checkpoint", tmp_path / "own"],
     ):
         assert begin(*flags)[0].exits == ("layer2", "layer4")
-        assert "random initialization for exit at layer2: the heads of" in (said := capsys.readouterr().out)
-        assert "made by a callable" in said
+        assert "random initialization for the exit at layer2: the heads of" in (said := capsys.readouterr().out)
+        assert "created by a callable" in said
     SelfDistillModel.from_pretrained(saved).truncate(0).save_pretrained(tmp_path / "cut")
     for flags in (
         ["--model", f"local-dir:{tmp_path / 'cut'}", "--pretrained"],
@@ -189,7 +190,7 @@ def test_a_checkpoint_of_timms_training_script(ema, frozen, saved, tmp_path, cap
     loaded, _ = begin("--model", "test_resnet", "--initial-checkpoint", path)
     assert same(loaded, unwrap_model(task.get_eval_model(ema=ema)).state_dict())
     assert loaded.exits == ("layer1", "layer3", "layer4")
-    assert (f"the moving average of {path} is taken" in capsys.readouterr().out) == ema
+    assert (f"using the moving average in {path}" in capsys.readouterr().out) == ema
 
 
 @pytest.mark.parametrize("head", ["bottleneck", "attention", "linear"])
@@ -203,7 +204,7 @@ def test_exits_without_a_record_are_guessed_and_it_is_said(head, tmp_path, capsy
     said = "does not record where its 3 heads belong; they are assumed to belong to layer1, "
     assert said in capsys.readouterr().out
     begin("--model", "test_resnet", "--initial-checkpoint", tmp_path / "a.pth", "--exits", "layer1")
-    assert "random initialization for exit at " in (said := capsys.readouterr().out)
+    assert "random initialization for the exit at " in (said := capsys.readouterr().out)
     assert "has 3 heads but does not record where they belong; give 3 --exits" in said
 
 
@@ -264,7 +265,7 @@ def test_a_checkpoint_of_a_frozen_backbone(run, few_images, tmp_path):
         tmp_path / "frozen",
     ]
     done = run_python(*command)
-    assert f"loaded the heads of {run / 'best'} for exits at layer1, layer3" in done.stdout
+    assert f"loaded the heads of {run / 'best'} for the exits at layer1, layer3" in done.stdout
     names = [name for name, _ in SelfDistillModel.from_pretrained(run / "best").named_parameters()]
     before, after = (load_file(folder / "best/self_distill.safetensors") for folder in (run, tmp_path / "frozen"))
     assert all(torch.equal(before[name], after[name]) for name in before if f"heads.{name}" in names)

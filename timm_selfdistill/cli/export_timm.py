@@ -79,7 +79,7 @@ def _make_recorded(saved: SavedWeights) -> nn.Module:
         return build_backbone(saved.config, saved.source)
     if saved.own_head:
         raise ValueError(
-            f"the heads of {saved.source} were made by a callable, and code is never loaded; wrap the"
+            f"the heads of {saved.source} were created by a callable, and code is never loaded; wrap the"
             " network with this callable in Python, load the weights and call save_pretrained"
         )
     SelfDistillModel.sketch(saved.config, saved.source)  # raises for what exceeds the limits

@@ -193,7 +193,7 @@ def trained_on(choice: Choice, record: Record, measured: str) -> list[str]:
         return []
     if not choice.owns:
         named = f" in {record.source}" if record.source else ""
-        count = f"{record.images[0]} images{named}" if record.images else f"images{named or ' it does not record'}"
+        count = f"{record.images[0]} images{named}" if record.images else f"images{named or ' that it does not record'}"
         return [f"warning: {record.model} may have been trained on these images; its run used {count}"]
     held_out = f"the run was validated on the {record.dataset.get('split', 'validation split')}"
     if record.fraction:

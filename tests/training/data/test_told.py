@@ -48,7 +48,7 @@ def test_a_run_says_and_records_what_was_found(photos):
         Path("again").resolve(),
     )
     assert again.stdout.splitlines()[2:4] == [
-        "read at 32 x 32 pixels (--img-size) in 1 channel (--in-chans)",
+        "read at 32 x 32 pixels (--img-size) with 1 channel (--in-chans)",
         next(line for line in again.stdout.splitlines() if "epoch 1/1" in line),
     ]
 

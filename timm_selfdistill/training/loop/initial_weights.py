@@ -45,7 +45,7 @@ PARTS = ("backbone.", "heads.")
 
 
 class SavedWeights(NamedTuple):
-    """Weights of a network and its exits, and how the exits were made."""
+    """Weights of a network and its exits, and how the exits were created."""
 
     source: str
     """Where the weights were read from, for messages."""
@@ -69,7 +69,7 @@ class SavedWeights(NamedTuple):
 
     @property
     def own_head(self) -> bool:
-        """Whether the heads were made by a callable."""
+        """Whether the heads were created by a callable."""
         return self.has_exits and self.head is None
 
 
@@ -445,8 +445,8 @@ def _why_not_loaded(
         return f"the classifiers are new, those of {saved.source} are for other classes"
     if saved.own_head:
         return (
-            f"the heads of {saved.source} are none of this version: they were made by a callable, whose code is never"
-            " loaded, or by another version of timm-selfdistill"
+            f"the heads of {saved.source} are of a kind unknown to this version: they were created by a callable, whose"
+            " code is never loaded, or by another version of timm-selfdistill"
         )
     if model.head != saved.head:
         return f"{saved.source} has {saved.head or 'unknown'} heads, this model has {model.head} heads"
@@ -487,7 +487,7 @@ def find_config(place: str, location: str) -> Path | None:
 
 
 def _exits(stages: list[Stage]) -> str:
-    return f"exit{'s' * (len(stages) > 1)} at {_names(stages)}"
+    return f"the exit{'s' * (len(stages) > 1)} at {_names(stages)}"
 
 
 def _names(stages: list[Stage]) -> str:

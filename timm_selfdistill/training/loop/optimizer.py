@@ -94,9 +94,8 @@ def create_schedule(
         settings["step_on_epochs"] = True
     if config.decay_epochs is None and config.sched == "step":
         settings["decay_epochs"] = 30
-    with warnings.catch_warnings(
-        action="ignore", category=FutureWarning
-    ):  # about plateau, which `repeat_epochs` restores on resume
+    # timm warns that plateau starts over on resume; `repeat_epochs` restores its state
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         schedule, epochs = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **settings)
     if schedule is None:
         for group in optimizer.param_groups:

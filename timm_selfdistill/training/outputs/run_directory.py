@@ -263,9 +263,8 @@ def _claim(config: TrainConfig, checkpoint: Path | None) -> Path:
         if output is None:
             output = _make_new(OWN_FOLDER / datetime.now().strftime("%Y%m%d-%H%M%S"))
         output.mkdir(parents=True, exist_ok=True)
-        if not _resumes_here(
-            output, checkpoint
-        ):  # a resumed run's config is replaced once its checkpoint was found to match
+        # the config of a resumed run is replaced once its checkpoint was found to match
+        if not _resumes_here(output, checkpoint):
             write_config(config, output)
     except OSError as error:
         raise _unwritable(output or OWN_FOLDER, error) from error
