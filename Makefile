@@ -21,7 +21,7 @@ test: $(VENV)/.installed
 docs: $(VENV)/.extras
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# What takes long: types, the demo, runs killed at eighty random moments, every recipe.
+# What takes long: types, the demo, the notebook, runs killed at eighty random moments, every recipe.
 test-slow: $(VENV)/.extras
 	$(PYTEST) -m slow $(ARGS)
 
@@ -39,9 +39,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,test-trackers,test-quantization]"
 	touch $@
 
-# For the site, and for the tests in a browser.
+# For the site, for the tests in a browser, and for that of the notebook.
 $(VENV)/.extras: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,docs,test-demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,docs,test-demo,notebook]"
 	touch $@
 
 .venv-min/.installed: pyproject.toml

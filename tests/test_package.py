@@ -83,7 +83,8 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 def not_in_git(folder: str, names: list[str]) -> set[str]:
     """Of the names of files in a folder those that .gitignore has."""
     runs = {name for name in names if Path(folder, name).is_dir()} if folder == str(ROOT / "benchmarks/results") else {}
-    return {name for name in names if name.startswith(".") or name == "__pycache__" or name in runs}
+    notebooks = {"quickstart"} if folder == str(ROOT / "examples") else {}
+    return {name for name in names if name.startswith(".") or name == "__pycache__" or name in {*runs, *notebooks}}
 
 
 def files_in(folder: Path) -> set[str]:

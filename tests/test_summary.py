@@ -55,6 +55,15 @@ def test_rich_prints_the_same_table():
     assert console.export_text().rstrip() == str(summary)
 
 
+def test_a_notebook_prints_it_as_well(monkeypatch, capsys):
+    """In which rich displays what it is given, whatever file it should go to."""
+    summary = small_model().summary()
+    expected = str(summary)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(summary) == expected
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("size", [(3, 32), (1, 32, 32), 32, "3x32x32", ()])
 def test_a_wrong_input_size_is_refused(size):
     with pytest.raises(ValueError, match=rf"input_size .*\(3, height, width\), got {re.escape(repr(size))}$"):

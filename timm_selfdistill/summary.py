@@ -75,7 +75,8 @@ class Summary(tuple[ExitSummary, ...]):
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=100, color_system=None).print(self)
+        # In a notebook rich would display the table and leave the text empty.
+        Console(file=text, width=100, color_system=None, force_jupyter=False).print(self)
         return text.getvalue().rstrip()
 
 
