@@ -73,7 +73,7 @@ def test_in_a_config_file(text, method, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--method", "kd"], "--method kd .*teacher; .*--kd-model-name, .*local-dir:FOLDER .*hf-hub:ID"),
+        (["--method", "kd"], "--method kd .*teacher; add --kd-model-name .*local-dir:FOLDER .*hf-hub:ID"),
         (["--method", "at"], "--method at .*teacher; .*--kd-model-name"),
         (
             ["--method", "dml", "--kd-model-name", "resnet18"],

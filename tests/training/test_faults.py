@@ -196,7 +196,7 @@ def test_too_many_updates_that_are_not_finite(fashion_tensors, tmp_path, monkeyp
     for update in range(3, 3 + MOST_SKIPPED):
         at_update(monkeypatch, update, poison)
     last = 2 + MOST_SKIPPED
-    with pytest.raises(FloatingPointError, match=rf"{MOST_SKIPPED} updates .*update {last}; .*lower lr or clip_grad"):
+    with pytest.raises(FloatingPointError, match=rf"{MOST_SKIPPED} consecutive .*update {last}; .*lower lr or clip"):
         fit(tmp_path, fashion_tensors, on_nan="skip", batch_size=20)
 
 
@@ -371,7 +371,7 @@ def test_a_checkpoint_of_a_newer_format(few, tmp_path, monkeypatch):
 
 
 def test_batch_norm_and_one_image(few, tmp_path):
-    with pytest.raises(ValueError, match=r"\(BatchNorm2d\) .*batch_size .*2\b"):
+    with pytest.raises(ValueError, match=r"batch_size must be at least 2 .*\(BatchNorm2d\)"):
         fit(tmp_path, few, batch_size=1)
     fit(
         tmp_path,

@@ -151,7 +151,7 @@ def test_a_large_memory_is_kept_in_files_and_is_the_same(topk, few, tmp_path, mo
     files.fit()
     assert seen == [["0"]]
     assert not (tmp_path / "files" / FOLDER).exists()
-    assert f"MB in {FOLDER}/ of the run directory" in capsys.readouterr().out
+    assert f"MB per process in {FOLDER}/ of the run directory" in capsys.readouterr().out
     same_weights(device.update.task, files.update.task, rtol=0, atol=0)
     same_memory(device, files)
 

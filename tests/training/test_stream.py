@@ -316,7 +316,7 @@ def test_a_run_on_a_stream(webdataset, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"stream .*length; .*steps_per_epoch \(--steps-per-epoch\)"),
+        ({}, r"length of the stream .*steps_per_epoch \(--steps-per-epoch\)"),
         ({"steps_per_epoch": 0}, "^steps_per_epoch .*1, got 0"),
     ],
 )

@@ -185,7 +185,7 @@ def check_method_flags(args: argparse.Namespace) -> None:
     if args.method == "kd" and weights[1] is None and (weights[0] or 0) > 1:
         raise ValueError(
             "--task-loss-weight without --distill-loss-weight must lie in [0, 1], since the distillation has 1 minus"
-            f" it, got {weights[0]}; or give both"
+            f" it, got {weights[0]}; or add --distill-loss-weight"
         )
     if weights == (0, 0):
         raise ValueError("--task-loss-weight and --distill-loss-weight are both 0, so there is nothing to learn from")

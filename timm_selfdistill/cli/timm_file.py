@@ -56,7 +56,7 @@ BCE = ("bce_loss", "bce_sum", "bce_target_thresh", "bce_pos_weight")
 
 
 def is_timm_file(values: dict[str, Any]) -> bool:
-    """Whether timm's train.py wrote it."""
+    """Whether the values are from an args.yaml, written by timm's train.py."""
     return len(values.keys() & MARKS) > 1
 
 

@@ -201,7 +201,7 @@ def _check_column(rows: Table, column: str) -> None:
     if feature is None:
         raise ValueError(f"the validation split has no column {column!r}; it has {', '.join(rows.features)}")
     if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
-        raise TypeError(f"column {column!r} must hold one class index or name a row, got {feature}")
+        raise TypeError(f"column {column!r} must hold one class index or name per row, got {feature}")
 
 
 def _extended(names: list[str], num_classes: int | None) -> list[str]:

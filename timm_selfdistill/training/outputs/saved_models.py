@@ -111,7 +111,7 @@ class SavedModels:
     def save(
         self, name: str, model: nn.Module, epoch: int, metrics: list[ExitMetrics] | None, required: bool = False
     ) -> bool:
-        """Save a model under its name, without its picture.
+        """Save a model under its name, without its plot.
 
         The first model, which has no metrics, is loaded again as a check. If a later one cannot be written, e.g.
         because the disk is full, a warning is issued, the earlier model stays and the run continues.

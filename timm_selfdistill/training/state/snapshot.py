@@ -294,7 +294,7 @@ def restore(
 
     Args:
         settings: as returned by `describe_run`.
-        no_resume_opt: leave the optimizer as it is.
+        no_resume_opt: do not restore the optimizer.
         memory: the memory of answers in this process, for a run that has one.
 
     Raises:
