@@ -19,6 +19,8 @@ METADATA = {
 }
 PACE = re.compile(r"  [\d,]+ images/s  left \d+:\d\d:\d\d")
 """In the line of an epoch: how fast this machine was, which another one is not."""
+STYLE = re.compile(r"\x1b\[[\d;]*m")
+"""Bold and italic of a terminal, which a notebook shows only where it does not show HTML."""
 WITHIN_EPOCH = re.compile(r"epoch \d+/\d+  \d+/\d+  loss")
 """Begins a line of a slow machine, which shows every half minute that it is not stuck."""
 
@@ -49,7 +51,7 @@ def remove_traces(notebook: Any) -> None:
             for output in cell.outputs:
                 if "data" in output:
                     texts = {kind: text for kind, text in output.data.items() if kind.startswith("text/")}
-                    output.data.update({kind: PACE.sub("", text) for kind, text in texts.items()})
+                    output.data.update({kind: STYLE.sub("", PACE.sub("", text)) for kind, text in texts.items()})
 
 
 def is_within_epoch(output: Any) -> bool:
