@@ -35,6 +35,14 @@ def test_the_interval_is_wilsons():
     assert pictures.accuracy_interval(100.0, 10) == pytest.approx((72.25, 100.0), abs=0.01)
 
 
+def test_the_interval_holds_the_accuracy_itself():
+    """Also where all or none are right, which rounding would put outside."""
+    for images in range(1, 500):
+        for right in {0, 1, images // 2, images}:
+            low, high = pictures.accuracy_interval(100 * right / images, images)
+            assert low <= 100 * right / images <= high
+
+
 @pytest.mark.parametrize("images", [1000, None])
 def test_exits_have_the_interval_of_the_number_of_images(images, figures, tmp_path):
     hub.plot_exits(tmp_path / "exits.png", "resnet18", ROWS, images=images)

@@ -37,7 +37,7 @@ def accuracy_interval(top1: float, images: int) -> tuple[float, float]:
     z, share = NormalDist().inv_cdf(0.975), top1 / 100
     center = (share + z * z / (2 * images)) / (1 + z * z / images)
     half = z / (1 + z * z / images) * sqrt(share * (1 - share) / images + z * z / (4 * images * images))
-    return 100 * (center - half), 100 * (center + half)
+    return min(top1, 100 * (center - half)), max(top1, 100 * (center + half))  # of 0 and 100 % despite rounding
 
 
 def exit_style(index: int, count: int, name: str) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def test_an_upload_that_was_stopped_has_no_more_to_say(uploader):
         wait_for(lambda: not staged.exists())
         raise FileNotFoundError(staged)
 
-    assert uploader(lose_files, lambda _: begun.wait(HANGS)).result.failure.startswith("stopped")
+    assert uploader(lose_files, lambda _: begun.wait(HANGS)).result.failure.startswith("interrupted")
 
 
 def test_an_upload_that_ends_as_it_is_stopped_keeps_its_outcome(uploader):

@@ -367,7 +367,7 @@ def test_an_epoch_begun_with_other_batches_is_not_gone_on_with(change, fashion_t
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         fit(tmp_path, fashion_tensors)
-    message = f"400 images in batches of 50 .*400 in batches of {change['batch_size']}; .*with the same"
+    message = f"400 images in batches of 50 .*400 images in batches of {change['batch_size']}; .*with the same"
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, fashion_tensors, resume="latest", **change)
 
